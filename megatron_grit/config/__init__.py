@@ -1,0 +1,1 @@
+"""Configuration: dataclasses, parsing, cross-checks and presets. Imports no torch."""

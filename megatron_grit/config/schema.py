@@ -1,0 +1,251 @@
+"""Every knob of a run, declared once.
+
+The string under a field is its documentation, its ``--help`` and its entry in docs/configuration.md. YAML
+files and command-line overrides are read into these classes by :mod:`megatron_grit.config.parse`;
+checks that involve more than one section are in :mod:`megatron_grit.config.checks`. Nothing here imports
+torch, so a configuration can be resolved on a login node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Shape of the decoder. The defaults are Mistral-7B's."""
+
+    num_layers: int = 32
+    """Transformer layers."""
+    hidden_size: int = 4096
+    """Width of the residual stream."""
+    ffn_hidden_size: int = 14336
+    """Width of the feed-forward layer (of each expert in a mixture)."""
+    num_attention_heads: int = 32
+    """Query heads."""
+    num_query_groups: int | None = 8
+    """Key-value heads (grouped-query attention). null: one for each query head."""
+    kv_channels: int | None = None
+    """Channels of one head. null: hidden_size / num_attention_heads."""
+    vocab_size: int | None = None
+    """Rows of the embedding before padding. null: the tokenizer's size."""
+    vocab_multiple: int = 64
+    """The embedding is padded to a multiple of this x tensor parallel size; the extra rows are never predicted."""
+    max_position_embeddings: int = 32768
+    """Longest segment that the model may see."""
+    normalization: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation before attention, before the feed-forward layer and at the end."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """Feed-forward activation."""
+    position_embedding: Literal["rope", "learned_absolute", "none"] = "rope"
+    """How positions enter. Positions restart in each packed segment."""
+    rotary_base: float = 10000.0
+    """Base period of RoPE."""
+    rotary_percent: float = 1.0
+    """Share of a head's channels that RoPE turns."""
+    add_bias_linear: bool = False
+    """Biases in the linear layers."""
+    add_qkv_bias: bool = False
+    """Biases in the query-key-value projection."""
+    tie_embeddings: bool = False
+    """Use the input embedding as the output layer."""
+    sliding_window: int | None = None
+    """Causal attention sees this many positions back, its own included. The bidirectional pass has no window."""
+    num_experts: int | None = None
+    """Experts of a mixture layer. null: a dense model."""
+    moe_top_k: int = 2
+    """Experts that each token visits."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of the load-balancing loss, counted on embedding and generative micro-batches."""
+    moe_z_loss_coeff: float = 0.0
+    """Weight of the router z-loss."""
+    hidden_dropout: float = 0.0
+    """Dropout after attention and feed-forward layers."""
+    attention_dropout: float = 0.0
+    """Dropout on attention probabilities."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    attention_backend: Literal["auto", "sdpa", "varlen", "te"] = "auto"
+    """Core attention: torch SDPA (any device), torch variable-length flash attention (CUDA), TransformerEngine
+    (CUDA). auto: te where it is installed, else varlen, on CUDA; sdpa on CPU."""
+
+
+@dataclass(kw_only=True)
+class EmbeddingConfig:
+    """How token states become one embedding."""
+
+    pooling: Literal["mean", "weightedmean", "cls", "lasttoken"] = "mean"
+    """Which states of the text are averaged; the instruction is attended and never pooled."""
+    projection_dim: int | None = None
+    """Linear layer (with bias) on each token state before pooling. null: none."""
+    normalize: bool = True
+    """L2-normalise the pooled vector."""
+    causal: bool = False
+    """Embed with causal attention (GritLM's cccc). false: bidirectional (bbcc)."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """The mesh. Data parallel size = processes / (tensor x pipeline x context)."""
+
+    tensor: int = 1
+    """Tensor parallel size."""
+    sequence_parallel: bool = False
+    """Shard activations along the sequence between tensor parallel layers."""
+    pipeline: int = 1
+    """Pipeline stages."""
+    context: int = 1
+    """Context parallel size."""
+    expert: int = 1
+    """Expert parallel size; divides the data parallel size."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA with NCCL where there is a GPU, else CPU with gloo."""
+    timeout_minutes: float = 10.0
+    """A collective that waits longer than this ends the job."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What is read and how it is packed."""
+
+    tokenizer: str | None = None
+    """SentencePiece .model file, tokenizer.json, or a directory that holds one."""
+    embedding: list[str] = field(default_factory=list)
+    """Prefixes of indexed files with queries and passages (tools/preprocess/build_grit.py)."""
+    generative: list[str] = field(default_factory=list)
+    """Prefixes of indexed files with texts or conversations."""
+    tokens_per_row: int = 2048
+    """Token budget of one packed row, which is one micro-batch."""
+    train_group_size: int = 2
+    """Passages of a query: one positive and train_group_size - 1 negatives."""
+    num_rows_multiple: int | None = None
+    """Rows of a step are rounded up to a multiple of this. null: the data parallel size. Set it to a multiple of
+    every data parallel size in use to keep rows, and so the expert balancing loss, the same on all of them."""
+    prefetch_steps: int = 2
+    """Steps that are packed ahead of time in a background thread."""
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """The two losses and how they are weighed."""
+
+    temperature: float = 0.02
+    """Divides the similarities in the contrastive loss."""
+    loss_emb_factor: float = 1.0
+    """Weight of the contrastive loss."""
+    loss_gen_factor: float = 1.0
+    """Weight of the next-token loss."""
+    loss_gen_type: Literal["token", "mixed", "sequence"] = "token"
+    """token: mean over the supervised tokens of the global batch. mixed: mean over rows of each row's mean (GritLM's
+    mixed). sequence: sum over tokens divided by the number of sequences (GritLM's token)."""
+    emb_grad_scale: Literal["exact", "grit"] = "exact"
+    """exact: the gradient of the global contrastive loss. grit: divided by grit_world_size, as data parallel averaging
+    did in GritLM; use it to reproduce its published ratio of the two losses."""
+    grit_world_size: int | None = None
+    """Number of GPUs whose ratio emb_grad_scale=grit reproduces. null: the data parallel size."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW, its schedule and clipping. Its states and fp32 main weights are sharded over data parallel ranks."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the rate rises from 0."""
+    warmup_steps: int | None = None
+    """Overrides warmup_ratio."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; biases and norms have none."""
+    beta1: float = 0.9
+    """Adam's first decay."""
+    beta2: float = 0.999
+    """Adam's second decay."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm. 0: no clipping."""
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """The loop."""
+
+    objective: Literal["unified", "embedding", "generative"] = "unified"
+    """Which losses are trained."""
+    steps: int = 1253
+    """Optimizer steps."""
+    embedding_batch_size: int = 2048
+    """Queries of a global batch; every passage of it is a candidate for each of them."""
+    generative_batch_size: int = 256
+    """Sequences of a global batch."""
+    grad_cache: Literal["auto", "on", "off"] = "auto"
+    """Embed the batch twice so that the contrastive loss sees all of it in the memory of one row. auto: on when a rank
+    has more than one embedding row. off needs a row that holds a rank's share of the batch."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute precision. bf16 keeps fp32 main weights, fp32 gradients and fp32 pooling."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recompute: none, core attention, or whole layers."""
+    seed: int = 42
+    """Seed of the initial weights, the data order and dropout."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Saving and loading."""
+
+    load: str | None = None
+    """Checkpoint to start from: weights only, optimizer and step start afresh."""
+    resume: bool = True
+    """Go on from the newest checkpoint under output_dir, if there is one."""
+    save_interval: int = 500
+    """Steps between checkpoints; one is always written at the end. 0: none but the last."""
+    keep: int = 2
+    """Newest checkpoints that are kept. 0: all."""
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """What is written about a run, besides metrics.jsonl."""
+
+    interval: int = 1
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Write TensorBoard events under output_dir/tensorboard."""
+    wandb_project: str | None = None
+    """Weights & Biases project. null: off. Needs the wandb package."""
+    progress: bool = True
+    """Progress bar on rank 0."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A training run."""
+
+    output_dir: str = "runs/grit"
+    """Checkpoints, metrics.jsonl and the resolved config.yaml are written here."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the decoder."""
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    """Pooling."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """The mesh."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Input and packing."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Losses."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The loop."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and loading."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Metrics."""

@@ -1,0 +1,1 @@
+"""Text to packed rows: records, templates, tokenizers, indexed files, samplers and packing."""

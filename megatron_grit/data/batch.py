@@ -1,0 +1,98 @@
+"""What a training step receives: packed rows, and the counts that its losses are divided by.
+
+Shape suffix legend: T = tokens of a row, S = segments of a row (one document, query or passage each).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+
+class RowKind(str, Enum):
+    """Which pass, and which loss, a row is for."""
+
+    EMBEDDING = "embedding"
+    GENERATIVE = "generative"
+
+
+@dataclass(kw_only=True)
+class PackedRow:
+    """One micro-batch: several segments, one after another, then padding.
+
+    Padding is the last segment of ``cu_seqlens``, so that it attends to itself and nothing else.
+    """
+
+    kind: RowKind
+    tokens_1T: Tensor
+    """int64 [1, T]."""
+    positions_1T: Tensor
+    """int64 [1, T]; restart at 0 in each segment."""
+    cu_seqlens: Tensor
+    """int32 [S + 1], or [S + 2] where the row ends in padding: 0, ends of the segments, T."""
+    max_seqlen: int
+    """At least the longest segment, padding included, and above every position."""
+    padding_mask_1T: Tensor
+    """bool [1, T]; True on padding."""
+    record_ids: list[str] = field(default_factory=list)
+    """Name of each segment's record, for messages: "prefix#index"."""
+
+    # Generative rows
+    labels_1T: Tensor | None = None
+    """int64 [1, T]; the token that position t predicts (the next one of its segment), 0 where none is."""
+    loss_mask_1T: Tensor | None = None
+    """float32 [1, T]; 1 where the label is supervised."""
+
+    # Embedding rows
+    segment_ids_T: Tensor | None = None
+    """int64 [T]; index in 0..S-1 of each token's segment, S on padding."""
+    pool_mask_T: Tensor | None = None
+    """float32 [T]; 1 on the text of a query or passage, 0 on its instruction and on padding."""
+    slots_S: Tensor | None = None
+    """int64 [S]; place of each segment in the global list of texts (see StepBatch)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int((~self.padding_mask_1T).sum())
+
+    def to(self, device: torch.device) -> PackedRow:
+        """Copy with every tensor on ``device``."""
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return PackedRow(**moved)
+
+
+@dataclass(kw_only=True)
+class StepBatch:
+    """One optimizer step's rows on one data parallel rank, and what is known of the whole step.
+
+    The global list of texts is: queries 0..Q-1, then passages Q..Q+Q*G-1, where passages Q+i*G .. Q+i*G+G-1 belong
+    to query i and the first of them is its positive. All rows of a step have the same length T on all ranks.
+    """
+
+    step: int
+    embedding_rows: list[PackedRow]
+    generative_rows: list[PackedRow]
+    row_length: int
+    """T."""
+    num_queries: int
+    """Q of the global batch; 0 without embedding rows."""
+    group_size: int
+    """G: passages of a query."""
+    slots_by_rank: list[Tensor]
+    """For each data parallel rank the slots of its texts, in the order of its rows: int64."""
+    num_loss_tokens: int
+    """Supervised tokens of the global batch."""
+    num_sequences: int
+    """Generative sequences of the global batch."""
+    num_generative_rows: int
+    """Generative rows of the global batch."""
+    num_tokens: int
+    """Tokens of the global batch that are not padding."""
+    num_padded_tokens: int
+    """Tokens of the global batch, padding included."""
+    embedding_source: str | None = None
+    """The source that this step's embedding records come from."""

@@ -1,0 +1,53 @@
+"""Exceptions that a user can cause and repair.
+
+Each message is one line: what was wrong, where, and what to do. The command line prints it without a
+traceback and exits with status 2; a library caller catches :class:`GritError`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+EXIT_STATUS = 2
+
+
+class GritError(Exception):
+    """Base of every error that the caller, not the code, has to repair."""
+
+
+class ConfigError(GritError):
+    """A configuration that cannot be run: an unknown key, a wrong value, options that exclude each other."""
+
+
+class MeshError(ConfigError):
+    """A parallel layout that the model, the batch or the number of processes does not allow."""
+
+
+class DataError(GritError):
+    """Input data that cannot be used.
+
+    Args:
+        message: what is wrong and what to do about it.
+        path: the file at fault.
+        line: 1-based line in a text file.
+        byte: offset in a binary file.
+    """
+
+    def __init__(
+        self, message: str, *, path: str | Path | None = None, line: int | None = None, byte: int | None = None
+    ) -> None:
+        self.path, self.line, self.byte = path, line, byte
+        where = "" if path is None else str(path)
+        if line is not None:
+            where += f":{line}"
+        if byte is not None:
+            where += f" (byte {byte})"
+        super().__init__(f"{where}: {message}" if where else message)
+
+
+class CheckpointError(GritError):
+    """A checkpoint that is missing, incomplete, or of another model."""
+
+
+class NumericsError(GritError):
+    """A loss or gradient that is not a number, or a start-up check that found wrong numbers."""

@@ -1,0 +1,1 @@
+"""Measures of retrieval and language modelling, with intervals, and their report."""

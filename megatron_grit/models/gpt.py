@@ -1,0 +1,178 @@
+"""The decoder: megatron-core's GPTModel over packed rows, with an embedding output beside the language-model head.
+
+Shape suffix legend: T = tokens of a row, S = segments, D = hidden size, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_grit import compat
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.batch import PackedRow, RowKind
+from megatron_grit.models.attention import AttentionMode, KeyValueCache, PackedSegments
+from megatron_grit.models.layer_specs import block_spec, transformer_config
+from megatron_grit.models.pooling import normalize, pool
+from megatron_grit.parallel.context import ParallelContext
+
+
+class Output(str, Enum):
+    """What the last pipeline stage returns."""
+
+    EMBEDDINGS = "embeddings"
+    """fp32 [S, D or projection_dim], one for each segment of an embedding row."""
+    TOKEN_LOSSES = "token_losses"
+    """fp32 [T]: negative log-likelihood of each label, 0 where the loss mask is 0."""
+    LOGITS = "logits"
+    """[T, V], gathered over tensor parallel ranks, padding of the vocabulary cut off."""
+    HIDDEN = "hidden"
+    """[T, 1, D] after the final norm."""
+
+
+class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
+    """One pipeline stage of a decoder that generates and embeds.
+
+    State-dict names are those of the engine's GPTModel, plus ``embedding_head`` where a projection is configured.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine_config: TransformerConfig,
+        vocab_size: int,
+        context: ParallelContext,
+    ) -> None:
+        model = config.model
+        super().__init__(
+            config=engine_config,
+            transformer_layer_spec=block_spec(config, engine_config, context.device),
+            vocab_size=padded_vocab_size(vocab_size, model.vocab_multiple, context.tensor_size),
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=context.is_first_stage,
+            post_process=context.is_last_stage,
+            position_embedding_type=model.position_embedding,
+            rotary_percent=model.rotary_percent,
+            rotary_base=model.rotary_base,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+        )
+        self.num_tokens_in_vocab = vocab_size
+        self.embedding_config = config.embedding
+        self.context = context
+        self.embedding_head: torch.nn.Linear | None = None
+        if self.post_process and config.embedding.projection_dim is not None:
+            head = torch.nn.Linear(model.hidden_size, config.embedding.projection_dim, dtype=engine_config.params_dtype)
+            torch.nn.init.normal_(head.weight, std=model.init_std)
+            torch.nn.init.zeros_(head.bias)
+            self.embedding_head = head.to(context.device)
+
+    def forward(self, row: PackedRow, output: Output, cache: KeyValueCache | None = None) -> Tensor:
+        """One row through this stage.
+
+        Args:
+            row: the micro-batch, on this process's device; every stage gets the same one.
+            output: what the last stage returns; other stages return their hidden states.
+            cache: keys and values of earlier tokens, for generation.
+
+        Returns:
+            See :class:`Output`.
+        """
+        mode = attention_mode(row.kind, self.embedding_config.causal)
+        segments = PackedSegments.of_row(row.cu_seqlens, row.max_seqlen, mode)
+        segments.cache = cache
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(input_ids=row.tokens_1T, position_ids=row.positions_1T)
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=self._rotary_of(row),
+            packed_seq_params=segments,
+            padding_mask=self._router_padding(row),
+        )
+        if not self.post_process or output is Output.HIDDEN:
+            return hidden
+        if output is Output.EMBEDDINGS:
+            return self._embed(hidden, row)
+        if output is Output.TOKEN_LOSSES:
+            return self._token_losses(hidden, row)
+        return self._logits(hidden)
+
+    def _rotary_of(self, row: PackedRow) -> Tensor | None:
+        """Angles of each token's own position, [T, 1, 1, H]; positions restart in each segment."""
+        if self.position_embedding_type != "rope":
+            return None
+        return self.rotary_pos_emb(row.max_seqlen, packed_seq=True)[row.positions_1T[0]]
+
+    def _router_padding(self, row: PackedRow) -> Tensor | None:
+        """Padding that the router's balancing loss leaves out; this rank's share under sequence parallelism."""
+        if self.config.num_moe_experts is None:
+            return None
+        mask = row.padding_mask_1T
+        if self.config.sequence_parallel:
+            mask = mask.chunk(self.context.tensor_size, dim=1)[self.context.tensor_rank]
+        return mask
+
+    def _embed(self, hidden: Tensor, row: PackedRow) -> Tensor:
+        assert row.pool_mask_T is not None and row.segment_ids_T is not None and row.slots_S is not None
+        if self.config.sequence_parallel:
+            # Every tensor parallel rank pools the whole row, so a gathered gradient is split, not summed.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        states_TD = hidden.squeeze(1)
+        if self.embedding_head is not None:
+            states_TD = self.embedding_head(states_TD)
+        pooled = pool(
+            states_TD, row.pool_mask_T, row.segment_ids_T, len(row.slots_S), self.embedding_config.pooling
+        )
+        return normalize(pooled) if self.embedding_config.normalize else pooled
+
+    def _token_losses(self, hidden: Tensor, row: PackedRow) -> Tensor:
+        assert row.labels_1T is not None and row.loss_mask_1T is not None
+        supervised = row.loss_mask_1T[0].nonzero().squeeze(1)
+        losses = row.loss_mask_1T.new_zeros(row.tokens_1T.shape[1])
+        if self.config.sequence_parallel:
+            logits = self._shard_logits(hidden)
+            token_losses = self.compute_language_model_loss(row.labels_1T, logits)[0]
+            return token_losses.float() * row.loss_mask_1T[0]
+        # Logits are computed where a label is supervised and nowhere else.
+        logits = self._shard_logits(hidden[supervised])
+        token_losses = self.compute_language_model_loss(row.labels_1T[:, supervised], logits)[0]
+        return losses.index_put((supervised,), token_losses.float())
+
+    def _shard_logits(self, hidden: Tensor) -> Tensor:
+        """[L, 1, V / tensor parallel size]; rows that only pad the vocabulary get no probability."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden, weight=weight)
+        shard = logits.shape[-1]
+        num_real = self.num_tokens_in_vocab - self.context.tensor_rank * shard
+        if num_real < shard:
+            padding = torch.arange(shard, device=logits.device) >= num_real
+            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+        return logits
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = tensor_parallel.gather_from_tensor_model_parallel_region(self._shard_logits(hidden))
+        return logits.squeeze(1)[:, : self.num_tokens_in_vocab]
+
+
+def attention_mode(kind: RowKind, embed_causally: bool) -> AttentionMode:
+    """The mode of a kind of row: generation is causal, embedding bidirectional unless asked otherwise."""
+    if kind is RowKind.EMBEDDING and not embed_causally:
+        return AttentionMode.BIDIRECTIONAL
+    return AttentionMode.CAUSAL
+
+
+def padded_vocab_size(vocab_size: int, multiple: int, tensor_size: int) -> int:
+    """Rows of the embedding matrix: a multiple that tensor parallel ranks divide evenly."""
+    step = multiple * tensor_size
+    return -(-vocab_size // step) * step
+
+
+def build_model(config: RunConfig, vocab_size: int, context: ParallelContext) -> GritGPTModel:
+    """This process's pipeline stage, on its device, with fresh weights from ``training.seed``."""
+    model = GritGPTModel(config, transformer_config(config), vocab_size, context)
+    return model.to(context.device)

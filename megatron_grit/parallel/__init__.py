@@ -1,0 +1,1 @@
+"""The process: device, launch, process groups, collectives, random state and logs."""

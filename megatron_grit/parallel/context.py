@@ -1,0 +1,98 @@
+"""Where this process stands in the mesh. The only reader of the engine's ``parallel_state``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelContext:
+    """Ranks, sizes and process groups of this process, and the device it computes on."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    expert_size: int
+    sequence_parallel: bool
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    embedding_group: dist.ProcessGroup | None
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this process holds the input embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process computes losses."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of this pipeline's last stage."""
+        return dist.get_process_group_ranks(self.pipeline_group)[-1]
+
+    @property
+    def row_multiple(self) -> int:
+        """Packed rows must be a multiple of this long, so that sequence parallel ranks get equal shares."""
+        return 8 * self.tensor_size
+
+    def describe(self) -> str:
+        """This process's place, for messages: "rank 3 (tensor 1, pipeline 0, data 1)"."""
+        place = f"tensor {self.tensor_rank}, pipeline {self.pipeline_rank}, data {self.data_rank}"
+        return f"rank {self.rank} ({place})"
+
+
+def read_context(device: torch.device, sequence_parallel: bool) -> ParallelContext:
+    """Read the mesh that :func:`megatron_grit.parallel.launch.initialize` set up."""
+    from megatron.core import parallel_state as state
+
+    return ParallelContext(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=state.get_tensor_model_parallel_rank(),
+        tensor_size=state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=state.get_pipeline_model_parallel_rank(),
+        pipeline_size=state.get_pipeline_model_parallel_world_size(),
+        data_rank=state.get_data_parallel_rank(),
+        data_size=state.get_data_parallel_world_size(),
+        expert_size=state.get_expert_model_parallel_world_size(),
+        sequence_parallel=sequence_parallel,
+        tensor_group=state.get_tensor_model_parallel_group(),
+        pipeline_group=state.get_pipeline_model_parallel_group(),
+        data_group=state.get_data_parallel_group(),
+        embedding_group=state.get_embedding_group(check_initialized=False),
+    )
+
+
+def build_mesh(tensor: int, pipeline: int, context: int, expert: int, timeout_minutes: float) -> None:
+    """Create the engine's process groups."""
+    from megatron.core import parallel_state as state
+
+    state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context,
+        expert_model_parallel_size=expert,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        create_gloo_process_groups=True,
+    )
+
+
+def destroy_mesh() -> None:
+    """Drop the engine's process groups."""
+    from megatron.core import parallel_state as state
+
+    state.destroy_model_parallel()

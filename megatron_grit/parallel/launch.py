@@ -1,0 +1,91 @@
+"""Start and end of a process: device, process group, mesh, seeds. Under torchrun or srun, or alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_grit.config.schema import ParallelConfig
+from megatron_grit.errors import ConfigError, MeshError
+from megatron_grit.parallel.context import ParallelContext, build_mesh, destroy_mesh, read_context
+
+
+def initialize(config: ParallelConfig, seed: int) -> ParallelContext:
+    """Join the job and build the mesh.
+
+    Ranks come from ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` as torchrun sets them;
+    without them this process is the whole job. A process group that exists already is used as it is.
+
+    Raises:
+        ConfigError: ``parallel.device`` is cuda and there is no GPU.
+        MeshError: the number of processes does not divide into the mesh.
+    """
+    device = select_device(config.device)
+    if device.type == "cpu":
+        from megatron_grit.parallel import cpu_backend
+
+        cpu_backend.install()
+    if not dist.is_initialized():
+        _init_process_group(device, config.timeout_minutes)
+    model_size = config.tensor * config.pipeline * config.context
+    if dist.get_world_size() % model_size:
+        raise MeshError(
+            f"{dist.get_world_size()} processes do not divide by tensor {config.tensor} x pipeline {config.pipeline} "
+            f"x context {config.context}; start a multiple of {model_size} processes"
+        )
+    build_mesh(config.tensor, config.pipeline, config.context, config.expert, config.timeout_minutes)
+    _seed_all(seed, config)
+    return read_context(device, config.sequence_parallel)
+
+
+def select_device(wanted: str) -> torch.device:
+    """The device of ``parallel.device``: the local rank's GPU, or the CPU."""
+    if wanted == "cpu":
+        # The engine asks torch whether CUDA is there, not us, so it must find none.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    if wanted == "cuda":
+        raise ConfigError("parallel.device is cuda, but torch finds no GPU; use auto or cpu")
+    return torch.device("cpu")
+
+
+def _init_process_group(device: torch.device, timeout_minutes: float) -> None:
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    dist.init_process_group(
+        backend="gloo" if device.type == "cpu" else "nccl",
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def _seed_all(seed: int, config: ParallelConfig) -> None:
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+@contextmanager
+def parallel_job(config: ParallelConfig, seed: int) -> Iterator[ParallelContext]:
+    """:func:`initialize`, and at the end drop what it set up; a process group that was there before stays."""
+    owns_process_group = not dist.is_initialized()
+    try:
+        yield initialize(config, seed)
+    finally:
+        destroy_mesh()
+        if owns_process_group and dist.is_initialized():
+            dist.destroy_process_group()

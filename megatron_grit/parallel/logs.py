@@ -1,0 +1,33 @@
+"""Messages: each once, from rank 0, without the engine's noise."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+_NOISY = ("megatron", "torch.distributed", "nv_one_logger")
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Logger of a module; ranks other than 0 log warnings and worse."""
+    return logging.getLogger(name)
+
+
+def configure_logging(level: int = logging.INFO) -> None:
+    """One line a message on standard error. ``MEGATRON_GRIT_DEBUG=1`` keeps the engine's own messages and warnings."""
+    rank = int(os.environ.get("RANK", "0"))
+    handler = logging.StreamHandler(sys.stderr)
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    root = logging.getLogger("megatron_grit")
+    root.handlers[:] = [handler]
+    root.setLevel(level if rank == 0 else logging.WARNING)
+    root.propagate = False
+    if os.environ.get("MEGATRON_GRIT_DEBUG") == "1":
+        return
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("megatron", "torch", "transformer_engine"):
+        warnings.filterwarnings("ignore", module=rf"{module}.*")

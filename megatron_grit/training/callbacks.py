@@ -1,0 +1,141 @@
+"""What is written about a run: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar. All on rank 0."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.errors import ConfigError
+from megatron_grit.parallel.context import ParallelContext
+
+_NOT_PLOTTED = ("step", "seconds")
+
+
+class Callback(Protocol):
+    """Told of every step."""
+
+    def after_step(self, record: dict[str, Any]) -> None:
+        """Runs right after the optimizer step, with the step's metrics."""
+        ...
+
+    def close(self) -> None:
+        """Runs at the end, also of a run that fails."""
+        ...
+
+
+def build_callbacks(config: RunConfig, context: ParallelContext, start_step: int) -> list[Callback]:
+    """The callbacks that a configuration asks for; none but on rank 0."""
+    if context.rank != 0:
+        return []
+    callbacks: list[Callback] = [MetricsFile(Path(config.output_dir) / "metrics.jsonl", config.logging.interval, start_step)]
+    if config.logging.tensorboard:
+        callbacks.append(TensorBoard(Path(config.output_dir) / "tensorboard"))
+    if config.logging.wandb_project is not None:
+        callbacks.append(WeightsAndBiases(config))
+    if config.logging.progress:
+        callbacks.append(ProgressBar(start_step, config.training.steps))
+    return callbacks
+
+
+class MetricsFile:
+    """One JSON object a line.
+
+    On resume the lines after the checkpoint's step are dropped, so that the file reads as one uninterrupted run.
+    """
+
+    def __init__(self, path: Path, interval: int, start_step: int) -> None:
+        self.interval = max(1, interval)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _lines_up_to(path, start_step) if path.exists() else []
+        temporary = path.with_name(path.name + ".partial")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self.file = path.open("a")
+
+    def after_step(self, record: dict[str, Any]) -> None:
+        """Append the record at every interval."""
+        if record["step"] % self.interval == 0:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:  # a line cut short by a kill
+            break
+        if record["step"] <= step:
+            kept.append(line)
+    return kept
+
+
+class TensorBoard:
+    """Scalars for TensorBoard."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError("logging.tensorboard needs the tensorboard package: pip install tensorboard") from error
+        self.writer = SummaryWriter(str(directory))
+
+    def after_step(self, record: dict[str, Any]) -> None:
+        """Add each metric."""
+        for name, value in record.items():
+            if name not in _NOT_PLOTTED:
+                self.writer.add_scalar(f"train/{name}", value, record["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """Metrics and configuration for Weights & Biases."""
+
+    def __init__(self, config: RunConfig) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("logging.wandb_project needs the wandb package: pip install wandb") from error
+        from dataclasses import asdict
+
+        self.run = wandb.init(project=config.logging.wandb_project, dir=config.output_dir, config=asdict(config))
+
+    def after_step(self, record: dict[str, Any]) -> None:
+        """Log each metric."""
+        metrics = {f"train/{name}": value for name, value in record.items() if name not in _NOT_PLOTTED}
+        self.run.log(metrics, step=record["step"])
+
+    def close(self) -> None:
+        """End the run."""
+        self.run.finish()
+
+
+class ProgressBar:
+    """Steps, losses and speed on one line."""
+
+    def __init__(self, start_step: int, num_steps: int) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True)
+
+    def after_step(self, record: dict[str, Any]) -> None:
+        """Advance by one."""
+        shown = {name: f"{record[name]:.3f}" for name in ("loss_emb", "loss_gen") if name in record}
+        shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(1)
+
+    def close(self) -> None:
+        """Leave the line as it is."""
+        self.bar.close()

@@ -1,0 +1,104 @@
+"""Contrastive loss on embedding rows, over the global batch, under any layout.
+
+Where a data parallel rank's texts fit in one row, that row's loss is computed with the other ranks' embeddings
+gathered into it. Otherwise gradients are cached (GradCache, arXiv 2101.06983): a first pass embeds every row without
+a graph, the loss of the whole batch is differentiated with respect to the embeddings, and each row is embedded again
+in the step's own schedule with the loss (embedding * cached gradient), from the random state of its first pass.
+
+Shape suffix legend: N = texts of the global batch, L = texts of this rank, D = width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.batch import PackedRow, StepBatch
+from megatron_grit.errors import ConfigError
+from megatron_grit.losses.contrastive import contrastive_accuracy, contrastive_loss
+from megatron_grit.models.gpt import Output
+from megatron_grit.parallel.collectives import all_gather_rows
+from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.parallel.random import RandomState
+
+
+class Objective:
+    """The contrastive loss: every rank's gradient is that of the global loss with respect to its own embeddings."""
+
+    output = Output.EMBEDDINGS
+
+    def __init__(self, config: RunConfig, context: ParallelContext) -> None:
+        self.config, self.context = config, context
+        self.cached_gradients: list[Tensor] = []
+        self.random_states: list[RandomState] = []
+        self.metrics: dict[str, Tensor] = {}
+
+    def rows(self, batch: StepBatch) -> list[PackedRow]:
+        """The rows of a step that this objective trains on."""
+        return batch.embedding_rows
+
+    def prepare(self, batch: StepBatch, rows: list[PackedRow], forward_all: Callable[..., list[Tensor]]) -> None:
+        """First pass, where gradients are cached.
+
+        Args:
+            batch: the step.
+            rows: its embedding rows, on the device.
+            forward_all: runs rows through all stages without a graph; returns the outputs on the last stage, and
+                notes each row's random state in the list it is given.
+        """
+        self.batch = batch
+        self.cached_gradients, self.random_states = [], []
+        if not self._caches_gradients(len(rows)):
+            return
+        outputs = forward_all(rows, self.output, self.random_states)
+        if not self.context.is_last_stage:
+            return
+        local_LD = torch.cat(outputs).requires_grad_()
+        loss = self._global_loss(local_LD)
+        (gradient_LD,) = torch.autograd.grad(loss, local_LD)
+        self.cached_gradients = list(gradient_LD.split([len(output) for output in outputs]))
+
+    def _caches_gradients(self, num_rows: int) -> bool:
+        wanted = self.config.training.grad_cache
+        if wanted == "off" and num_rows > 1:
+            raise ConfigError(
+                f"training.grad_cache is off, but a rank's texts of step {self.batch.step} fill {num_rows} rows; "
+                f"raise data.tokens_per_row above {self.config.data.tokens_per_row} or set grad_cache to auto"
+            )
+        return wanted == "on" or num_rows > 1
+
+    def random_state(self, index: int) -> RandomState | None:
+        """Random state of a row's first pass. None: there was none."""
+        return self.random_states[index] if self.random_states else None
+
+    def row_loss(self, index: int, row: PackedRow, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A row's loss to train on, and metrics, which are summed over rows and ranks."""
+        scale = self.config.loss.loss_emb_factor * self._gradient_scale()
+        if self.cached_gradients:
+            surrogate = (output * self.cached_gradients[index]).sum()
+            metrics = self.metrics if index == 0 else {}
+            return surrogate * scale, metrics
+        return self._global_loss(output) * scale, self.metrics
+
+    def _gradient_scale(self) -> float:
+        if self.config.loss.emb_grad_scale == "exact":
+            return 1.0
+        return 1.0 / (self.config.loss.grit_world_size or self.context.data_size)
+
+    def _global_loss(self, local_LD: Tensor) -> Tensor:
+        batch = self.batch
+        counts = [len(slots) for slots in batch.slots_by_rank]
+        gathered_ND = all_gather_rows(local_LD, counts, self.context.data_group)
+        order = torch.argsort(torch.cat(batch.slots_by_rank)).to(gathered_ND.device)
+        texts_ND = gathered_ND[order]
+        queries, passages = texts_ND[: batch.num_queries], texts_ND[batch.num_queries :]
+        loss = contrastive_loss(queries, passages, self.config.loss.temperature, batch.group_size)
+        with torch.no_grad():
+            accuracy = contrastive_accuracy(queries, passages, batch.group_size)
+        # Every rank knows the global loss; the metrics are summed over ranks.
+        share = 1.0 / self.context.data_size
+        self.metrics = {"loss_emb": loss.detach() * share, "accuracy_emb": accuracy * share}
+        return loss

@@ -1,0 +1,79 @@
+"""The engine's data parallel wrapper, distributed optimizer and learning-rate schedule over a model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as EngineOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.models.gpt import GritGPTModel
+
+
+def wrap_model(model: GritGPTModel) -> DistributedDataParallel:
+    """The model with fp32 gradient buffers that are reduced once a step."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+    )
+    wrapped = DistributedDataParallel(model.config, ddp_config, model)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def build_optimizer(config: RunConfig, model: DistributedDataParallel) -> Any:
+    """AdamW with fp32 main weights, sharded over data parallel ranks. Biases and norms have no weight decay."""
+    optimizer = config.optimizer
+    bf16 = config.training.precision == "bf16"
+    engine_config = EngineOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+        clip_grad=optimizer.clip_grad,
+    )
+    return get_megatron_optimizer(engine_config, [model])
+
+
+def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
+    """Warm-up from 0, then linear, cosine or no decay to ``min_lr`` at the last step."""
+    steps = max(config.training.steps, 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.optimizer.lr,
+        min_lr=config.optimizer.min_lr,
+        lr_warmup_steps=num_warmup_steps(config),
+        lr_decay_steps=steps,
+        lr_decay_style=config.optimizer.schedule,
+        start_wd=config.optimizer.weight_decay,
+        end_wd=config.optimizer.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+
+
+def num_warmup_steps(config: RunConfig) -> int:
+    """``warmup_steps``, or the share ``warmup_ratio`` rounded up; always less than the steps of the run."""
+    steps = config.training.steps
+    wanted = config.optimizer.warmup_steps
+    if wanted is None:
+        wanted = math.ceil(config.optimizer.warmup_ratio * steps)
+    return max(0, min(wanted, steps - 1))
+
+
+def set_learning_rate(schedule: OptimizerParamScheduler, step: int) -> float:
+    """Set the rate of a step (0-based), whatever was done before; returns it."""
+    schedule.num_steps = step
+    schedule.step(increment=0)
+    return float(max(group["lr"] for group in schedule.optimizer.param_groups))

@@ -1,0 +1,156 @@
+"""One optimizer step: every row of both kinds through one pipeline schedule, one gradient reduction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_grit import compat
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.batch import PackedRow, StepBatch
+from megatron_grit.errors import NumericsError
+from megatron_grit.models.gpt import Output
+from megatron_grit.parallel.collectives import from_last_stage, sum_over_data
+from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.parallel.random import RandomState, replay
+from megatron_grit.training.objectives import embedding, generative
+
+METRICS = ("loss_emb", "loss_gen", "accuracy_emb")
+
+
+class TrainStep:
+    """Forward, backward, reduction and update for one global batch.
+
+    Args:
+        config: the run.
+        context: this process's place in the mesh.
+        model: this process's pipeline stage, wrapped for data parallelism.
+        optimizer: the engine's optimizer over it.
+    """
+
+    def __init__(self, config: RunConfig, context: ParallelContext, model: torch.nn.Module, optimizer: Any) -> None:
+        self.config, self.context = config, context
+        self.model, self.optimizer = model, optimizer
+        self.objectives = [kind.Objective(config, context) for kind in (embedding, generative)]
+
+    def __call__(self, batch: StepBatch) -> dict[str, float]:
+        """Train on a batch; the learning rate is the one that the optimizer has.
+
+        Returns:
+            loss, loss_emb, loss_gen, accuracy_emb, grad_norm and, for a mixture, loss_balance; the same on all ranks.
+
+        Raises:
+            NumericsError: a loss or the gradient is not finite. Weights are as before the step where a loss was at
+                fault.
+        """
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        metrics = self.accumulate_gradients(batch)
+        self._check_finite(metrics, batch, "loss")
+        succeeded, grad_norm, _ = self.optimizer.step()
+        assert succeeded, "the engine skips steps in fp16 only"
+        metrics["grad_norm"] = float(grad_norm)
+        self._check_finite(metrics, batch, "grad_norm")
+        return metrics
+
+    def accumulate_gradients(self, batch: StepBatch) -> dict[str, float]:
+        """Add the batch's gradients, reduced over ranks, to the gradient buffers."""
+        work: list[tuple[Any, int, PackedRow]] = []
+        for objective in self.objectives:
+            rows = [row.to(self.context.device) for row in objective.rows(batch)]
+            if rows:
+                objective.prepare(batch, rows, self._forward_all_for(batch))
+                work += [(objective, index, row) for index, row in enumerate(rows)]
+        # The engine divides each loss by the number of micro-batches and averages over data parallel ranks; these
+        # losses are shares of a sum already.
+        scale = len(work) * self.context.data_size
+
+        def forward_step(iterator: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            objective, index, row = next(iterator)
+            with replay(objective.random_state(index)):
+                output = model(row, objective.output)
+
+            def loss_function(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                loss, row_metrics = objective.row_loss(index, row, output)
+                return loss * scale, row_metrics
+
+            return output, loss_function
+
+        reported = self._run_schedule(forward_step, work, batch.row_length, forward_only=False)
+        return self._reduce_metrics(reported, len(work))
+
+    def _forward_all_for(self, batch: StepBatch) -> Callable[..., list[Tensor]]:
+        def forward_all(rows: list[PackedRow], output: Output, random_states: list[RandomState]) -> list[Tensor]:
+            def forward_step(iterator: Iterator[PackedRow], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+                random_states.append(RandomState.capture())
+                states = model(next(iterator), output)
+                return states, lambda states: (states.new_zeros(()), {"output": states})
+
+            with torch.no_grad():
+                reported = self._run_schedule(forward_step, rows, batch.row_length, forward_only=True)
+            return [entry["output"] for entry in reported]
+
+        return forward_all
+
+    def _run_schedule(
+        self, forward_step: Callable[..., Any], items: list[Any], row_length: int, *, forward_only: bool
+    ) -> list[dict[str, Tensor]]:
+        """Run the engine's schedule; returns what the loss functions reported, on the last stage."""
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(items),
+            model=self.model,
+            num_microbatches=len(items),
+            seq_length=row_length,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _reduce_metrics(self, reported: list[dict[str, Tensor]], num_rows: int) -> dict[str, float]:
+        present = [kind for kind in METRICS if self._trains(kind)]
+        values = torch.zeros(len(present), device=self.context.device)
+        for entry in reported:
+            for place, kind in enumerate(present):
+                if kind in entry:
+                    values[place] += entry[kind]
+        values = from_last_stage(sum_over_data(values, self.context), self.context)
+        metrics = dict(zip(present, values.tolist(), strict=True))
+        factors = {"loss_emb": self.config.loss.loss_emb_factor, "loss_gen": self.config.loss.loss_gen_factor}
+        metrics["loss"] = sum(factor * metrics[kind] for kind, factor in factors.items() if kind in metrics)
+        balance = self._balancing_loss(num_rows)
+        return metrics if balance is None else metrics | {"loss_balance": balance}
+
+    def _trains(self, metric: str) -> bool:
+        objective = self.config.training.objective
+        return objective == "unified" or (objective == "generative") == (metric == "loss_gen")
+
+    def _balancing_loss(self, num_rows: int) -> float | None:
+        """Mean over layers, rows and data parallel ranks; 1 when every expert gets the same."""
+        values = compat.take_balancing_loss()
+        if self.config.model.num_experts is None or self.config.model.moe_aux_loss_coeff == 0:
+            return None
+        if values is None:
+            values = torch.zeros(1)
+        total = values.sum().to(self.context.device) / (self.config.model.num_layers * num_rows)
+        if self.context.pipeline_size > 1:
+            torch.distributed.all_reduce(total, group=self.context.pipeline_group)
+        if self.context.sequence_parallel:  # each tensor parallel rank logged the part of its tokens
+            torch.distributed.all_reduce(total, group=self.context.tensor_group)
+        return float(sum_over_data(total, self.context)) / self.context.data_size
+
+    def _check_finite(self, metrics: dict[str, float], batch: StepBatch, name: str) -> None:
+        if math.isfinite(metrics[name]):
+            return
+        rows = batch.embedding_rows + batch.generative_rows
+        records = [record for row in rows for record in row.record_ids]
+        shown = ", ".join(records[:8]) + (f" and {len(records) - 8} more" if len(records) > 8 else "")
+        raise NumericsError(
+            f"step {batch.step}: {name} is {metrics[name]}; records of {self.context.describe()}: {shown}. "
+            f"Lower optimizer.lr or check these records; the newest checkpoint is from before"
+        )

@@ -1,0 +1,120 @@
+"""The loop, and nothing else: what a step does is in :mod:`step`, what is written about it in :mod:`callbacks`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from megatron_grit.config.checks import check, mesh_summary
+from megatron_grit.config.parse import save_config
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.loader import GritDataLoader
+from megatron_grit.data.tokenizer import load_tokenizer
+from megatron_grit.errors import ConfigError
+from megatron_grit.models.gpt import build_model
+from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.parallel.launch import parallel_job
+from megatron_grit.parallel.logs import configure_logging, get_logger
+from megatron_grit.training.callbacks import Callback, build_callbacks
+from megatron_grit.training.checkpoint import (
+    list_checkpoints,
+    load_training_state,
+    load_weights,
+    resolve_checkpoint,
+    save_checkpoint,
+)
+from megatron_grit.training.optimizer import build_optimizer, build_schedule, set_learning_rate, wrap_model
+from megatron_grit.training.step import TrainStep
+
+log = get_logger(__name__)
+
+
+def train(config: RunConfig) -> None:
+    """Run a configuration to its last step, from the newest checkpoint of its output directory if there is one.
+
+    Raises:
+        GritError: whatever the user can repair: configuration, mesh, data, checkpoint, numerics.
+    """
+    configure_logging()
+    with parallel_job(config.parallel, config.training.seed) as context:
+        check(config, context.world_size)
+        Trainer(config, context).run()
+
+
+class Trainer:
+    """Everything that a run holds, built in the order in which it can fail: data first, then the model."""
+
+    def __init__(self, config: RunConfig, context: ParallelContext) -> None:
+        if config.data.tokenizer is None:
+            raise ConfigError("data.tokenizer is not set; give a SentencePiece model or a tokenizer.json")
+        self.config, self.context = config, context
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.loader = GritDataLoader(
+            config, self.tokenizer, context.data_rank, context.data_size, context.row_multiple
+        )
+        self.model = build_model(config, config.model.vocab_size or self.tokenizer.vocab_size, context)
+        self.wrapped = wrap_model(self.model)
+        self.optimizer = build_optimizer(config, self.wrapped)
+        self.schedule = build_schedule(config, self.optimizer)
+        self.step = TrainStep(config, context, self.wrapped, self.optimizer)
+
+    def run(self) -> None:
+        """Train from where the run stands to the last step."""
+        config = self.config
+        start = self._restore()
+        if self.context.rank == 0:
+            save_config(config, Path(config.output_dir) / "config.yaml")
+        log.info(mesh_summary(config, self.context.world_size))
+        log.info(f"{self.num_parameters():,} parameters on rank 0; steps {start} to {config.training.steps}")
+        callbacks = build_callbacks(config, self.context, start)
+        try:
+            self._loop(start, callbacks)
+        finally:
+            for callback in callbacks:
+                callback.close()
+
+    def _restore(self) -> int:
+        """Weights and step to start from."""
+        checkpoints = list_checkpoints(self.config.output_dir) if self.config.checkpoint.resume else []
+        if checkpoints:
+            step = load_training_state(checkpoints[-1], self.model, self.optimizer, self.context)
+            log.info(f"resumed from {checkpoints[-1]}")
+            return step
+        if self.config.checkpoint.load is not None:
+            path = resolve_checkpoint(self.config.checkpoint.load)
+            load_weights(path, self.model, self.context)
+            self.optimizer.reload_model_params()
+            log.info(f"started from the weights of {path}")
+        return 0
+
+    def _loop(self, start: int, callbacks: list[Callback]) -> None:
+        config, last = self.config, self.config.training.steps
+        if start == last == 0:
+            self.save(0)
+        for batch in self.loader.iterate(start, last):
+            began = time.perf_counter()
+            learning_rate = set_learning_rate(self.schedule, batch.step)
+            metrics = self.step(batch)
+            seconds = time.perf_counter() - began
+            trained = batch.step + 1
+            record = {"step": trained} | metrics | {
+                "lr": learning_rate,
+                "tokens": batch.num_tokens,
+                "tokens_per_second": batch.num_tokens / seconds,
+                "padding_fraction": 1 - batch.num_tokens / batch.num_padded_tokens,
+                "seconds": seconds,
+            }
+            for callback in callbacks:
+                callback.after_step(record)
+            interval = config.checkpoint.save_interval
+            if trained == last or (interval and trained % interval == 0):
+                self.save(trained)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint."""
+        path = save_checkpoint(self.config, self.context, self.model, self.optimizer, self.tokenizer, step)
+        log.info(f"saved {path}")
+
+    def num_parameters(self) -> int:
+        """Parameters on this rank."""
+        return sum(parameter.numel() for parameter in self.model.parameters())

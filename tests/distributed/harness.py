@@ -1,0 +1,78 @@
+"""Run a function on several gloo processes of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing as multiprocessing
+
+MAX_SECONDS = 600
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_on_ranks(function: Callable[..., Any], world_size: int, directory: Path, *args: Any) -> list[Any]:
+    """Call ``function(*args)`` on every rank of a gloo job.
+
+    The process group exists already when the function runs, so it may build several meshes one after another.
+
+    Args:
+        function: importable by name; returns what JSON can hold.
+        world_size: number of processes.
+        directory: for the results.
+
+    Returns:
+        What each rank returned. Fails with the first rank's traceback where one raises.
+    """
+    port = free_port()
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=_worker, args=(function, rank, world_size, port, str(directory), args))
+        for rank in range(world_size)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(MAX_SECONDS)
+    hung = [rank for rank, worker in enumerate(workers) if worker.is_alive()]
+    for worker in workers:
+        worker.kill()
+    failures = [path.read_text() for path in sorted(directory.glob("error_*.txt"))]
+    assert not failures, "\n".join(failures)
+    assert not hung, f"ranks {hung} still ran after {MAX_SECONDS} s"
+    return [json.loads((directory / f"result_{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def _worker(function: Callable[..., Any], rank: int, world_size: int, port: int, directory: str, args: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo")
+        result = function(*args)
+        Path(directory, f"result_{rank}.json").write_text(json.dumps(result))
+        dist.barrier()
+    except BaseException:
+        Path(directory, f"error_{rank}.txt").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        raise
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,92 @@
+"""Rows and batches made by hand, and tiny configurations, for tests."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_grit.config.schema import ModelConfig, RunConfig
+from megatron_grit.data.batch import PackedRow, RowKind, StepBatch
+
+VOCAB = 100
+
+
+def tiny_config(*, experts: int | None = None, **model: object) -> RunConfig:
+    """Four layers of width 64 in fp32."""
+    shape = {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "num_experts": experts,
+        "moe_aux_loss_coeff": 0.01 if experts else 0.0,
+        "max_position_embeddings": 512,
+        "init_std": 0.05,
+    }
+    config = RunConfig(model=ModelConfig(**(shape | model)))  # type: ignore[arg-type]
+    config.training.precision = "fp32"
+    config.training.steps = 10
+    config.optimizer.lr = 1e-3
+    config.optimizer.warmup_ratio = 0.0
+    config.loss.temperature = 0.1
+    config.parallel.device = "cpu"
+    return config
+
+
+def make_row(kind: RowKind, lengths: list[int], row_length: int, slots: list[int] | None = None, seed: int = 0) -> PackedRow:
+    """A row of random tokens; every text token is pooled and every token but a segment's last predicts its next."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCAB, (1, row_length), generator=generator)
+    used = sum(lengths)
+    bounds = [0]
+    for length in lengths:
+        bounds.append(bounds[-1] + length)
+    if used < row_length:
+        bounds.append(row_length)
+    sizes = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    segment_ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    padding = torch.arange(row_length) >= used
+    last = torch.zeros(row_length, dtype=torch.bool)
+    last[torch.tensor(bounds[1:]) - 1] = True
+    return PackedRow(
+        kind=kind,
+        tokens_1T=tokens,
+        positions_1T=torch.cat([torch.arange(size) for size in sizes])[None],
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        max_seqlen=max(sizes),
+        padding_mask_1T=padding[None],
+        record_ids=[f"row{seed}#{i}" for i in range(len(lengths))],
+        labels_1T=tokens.roll(-1, 1),
+        loss_mask_1T=(~padding & ~last).float()[None],
+        segment_ids_T=segment_ids,
+        pool_mask_T=(~padding).float(),
+        slots_S=torch.tensor(slots if slots is not None else range(len(lengths))),
+    )
+
+
+def make_batch(data_rank: int = 0, data_size: int = 1, *, objective: str = "unified", rows: int = 4) -> StepBatch:
+    """``rows`` rows of each kind, three segments each, dealt to data parallel ranks in turn. Two passages a query."""
+    row_length, num_queries = 48, rows
+    order = torch.randperm(3 * rows, generator=torch.Generator().manual_seed(7)).tolist()
+    embedding = [
+        make_row(RowKind.EMBEDDING, [10 + i, 5, 20 - i], row_length, order[3 * i : 3 * i + 3], seed=i) for i in range(rows)
+    ]
+    generative = [make_row(RowKind.GENERATIVE, [9 + 2 * i, 5, 20], row_length, seed=100 + i) for i in range(rows)]
+    embedding = embedding if objective != "generative" else []
+    generative = generative if objective != "embedding" else []
+    every = embedding + generative
+    slots = [row.slots_S for row in embedding if row.slots_S is not None]
+    return StepBatch(
+        step=0,
+        embedding_rows=embedding[data_rank::data_size],
+        generative_rows=generative[data_rank::data_size],
+        row_length=row_length,
+        num_queries=num_queries if embedding else 0,
+        group_size=2,
+        slots_by_rank=[torch.cat(slots[rank::data_size]) for rank in range(data_size)] if embedding else [],
+        num_loss_tokens=int(sum(row.loss_mask_1T.sum() for row in generative if row.loss_mask_1T is not None)),
+        num_sequences=3 * len(generative),
+        num_generative_rows=len(generative),
+        num_tokens=sum(row.num_tokens for row in every),
+        num_padded_tokens=row_length * len(every),
+    )
