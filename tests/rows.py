@@ -33,7 +33,9 @@ def tiny_config(*, experts: int | None = None, **model: object) -> RunConfig:
     return config
 
 
-def make_row(kind: RowKind, lengths: list[int], row_length: int, slots: list[int] | None = None, seed: int = 0) -> PackedRow:
+def make_row(
+    kind: RowKind, lengths: list[int], row_length: int, slots: list[int] | None = None, seed: int = 0
+) -> PackedRow:
     """A row of random tokens; every text token is pooled and every token but a segment's last predicts its next."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCAB, (1, row_length), generator=generator)
@@ -69,7 +71,8 @@ def make_batch(data_rank: int = 0, data_size: int = 1, *, objective: str = "unif
     row_length, num_queries = 48, rows
     order = torch.randperm(3 * rows, generator=torch.Generator().manual_seed(7)).tolist()
     embedding = [
-        make_row(RowKind.EMBEDDING, [10 + i, 5, 20 - i], row_length, order[3 * i : 3 * i + 3], seed=i) for i in range(rows)
+        make_row(RowKind.EMBEDDING, [10 + i, 5, 20 - i], row_length, order[3 * i : 3 * i + 3], seed=i)
+        for i in range(rows)
     ]
     generative = [make_row(RowKind.GENERATIVE, [9 + 2 * i, 5, 20], row_length, seed=100 + i) for i in range(rows)]
     embedding = embedding if objective != "generative" else []

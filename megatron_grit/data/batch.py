@@ -5,14 +5,14 @@ Shape suffix legend: T = tokens of a row, S = segments of a row (one document, q
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 
-class RowKind(str, Enum):
+class RowKind(StrEnum):
     """Which pass, and which loss, a row is for."""
 
     EMBEDDING = "embedding"
@@ -61,8 +61,8 @@ class PackedRow:
 
     def to(self, device: torch.device) -> PackedRow:
         """Copy with every tensor on ``device``."""
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return PackedRow(**moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 @dataclass(kw_only=True)

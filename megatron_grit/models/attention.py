@@ -10,7 +10,7 @@ Shape suffix legend: T = tokens of a row, N = query heads, G = key-value heads, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,7 @@ from megatron_grit import compat
 from megatron_grit.errors import ConfigError
 
 
-class AttentionMode(str, Enum):
+class AttentionMode(StrEnum):
     """What a token may see of its own segment. It never sees another segment."""
 
     CAUSAL = "causal"
@@ -154,7 +154,7 @@ class PackedAttention(MegatronModule):
         if self.dropout and self.training:
             raise ConfigError("the varlen attention backend has no dropout; set model.attention_dropout to 0")
         left = -1 if window is None else window - 1
-        return varlen_attn(
+        context = varlen_attn(
             query,
             key,
             value,
@@ -166,6 +166,8 @@ class PackedAttention(MegatronModule):
             window_size=(left, 0) if causal else (-1, -1),
             enable_gqa=query.shape[1] != key.shape[1],
         )
+        assert isinstance(context, Tensor)
+        return context
 
     def _transformer_engine(
         self, query: Tensor, key: Tensor, value: Tensor, segments: PackedSegments, causal: bool, window: int | None
@@ -214,12 +216,13 @@ def attend(
     num_queries, num_keys = query_LNH.shape[0], key_KGH.shape[0]
     query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query_LNH, key_KGH, value_KGH))
     mask, is_causal = None, causal and num_queries > 1
-    windowed = causal and window is not None and num_keys > window
-    if windowed or (is_causal and num_queries != num_keys):
+    if not causal or window is None or num_keys <= window:
+        window = None
+    if window is not None or (is_causal and num_queries != num_keys):
         last = torch.arange(num_keys - num_queries, num_keys, device=query.device)[:, None]
         seen = torch.arange(num_keys, device=query.device)[None, :]
         mask, is_causal = seen <= last, False
-        if windowed:
+        if window is not None:
             mask &= seen > last - window
     output = F.scaled_dot_product_attention(
         query,

@@ -5,7 +5,7 @@ Shape suffix legend: T = tokens of a row, S = segments, D = hidden size, V = voc
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from megatron.core import tensor_parallel
@@ -21,7 +21,7 @@ from megatron_grit.models.pooling import normalize, pool
 from megatron_grit.parallel.context import ParallelContext
 
 
-class Output(str, Enum):
+class Output(StrEnum):
     """What the last pipeline stage returns."""
 
     EMBEDDINGS = "embeddings"
@@ -125,9 +125,7 @@ class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
         states_TD = hidden.squeeze(1)
         if self.embedding_head is not None:
             states_TD = self.embedding_head(states_TD)
-        pooled = pool(
-            states_TD, row.pool_mask_T, row.segment_ids_T, len(row.slots_S), self.embedding_config.pooling
-        )
+        pooled = pool(states_TD, row.pool_mask_T, row.segment_ids_T, len(row.slots_S), self.embedding_config.pooling)
         return normalize(pooled) if self.embedding_config.normalize else pooled
 
     def _token_losses(self, hidden: Tensor, row: PackedRow) -> Tensor:

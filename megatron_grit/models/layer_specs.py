@@ -1,4 +1,4 @@
-"""Configuration of the engine's transformer: its TransformerConfig, and the layer specification with our parts in it."""
+"""The engine's TransformerConfig of a run, and the layer specification with our parts in it."""
 
 from __future__ import annotations
 

@@ -91,6 +91,13 @@ def build_mesh(tensor: int, pipeline: int, context: int, expert: int, timeout_mi
     )
 
 
+def mesh_is_built() -> bool:
+    """Whether the engine's process groups exist."""
+    from megatron.core import parallel_state as state
+
+    return state.model_parallel_is_initialized()
+
+
 def destroy_mesh() -> None:
     """Drop the engine's process groups."""
     from megatron.core import parallel_state as state

@@ -29,7 +29,7 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    # jit_fuser is torch.compile: minutes of compiling for what a laptop runs in seconds (first step 11.8 s, not 0.04 s).
+    # jit_fuser is torch.compile, which compiles longer than a small model trains (first step 11.8 s, not 0.04 s).
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if "torch._dynamo" in sys.modules:  # the engine was imported first, and what it decorated stays decorated
         torch.compiler.set_stance("force_eager")

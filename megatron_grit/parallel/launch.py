@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.errors import ConfigError, MeshError
-from megatron_grit.parallel.context import ParallelContext, build_mesh, destroy_mesh, read_context
+from megatron_grit.parallel.context import ParallelContext, build_mesh, destroy_mesh, mesh_is_built, read_context
 
 
 def initialize(config: ParallelConfig, seed: int) -> ParallelContext:
@@ -39,8 +39,10 @@ def initialize(config: ParallelConfig, seed: int) -> ParallelContext:
             f"{dist.get_world_size()} processes do not divide by tensor {config.tensor} x pipeline {config.pipeline} "
             f"x context {config.context}; start a multiple of {model_size} processes"
         )
+    if mesh_is_built():
+        destroy_mesh()
     build_mesh(config.tensor, config.pipeline, config.context, config.expert, config.timeout_minutes)
-    _seed_all(seed, config)
+    _seed_all(seed)
     return read_context(device, config.sequence_parallel)
 
 
@@ -72,7 +74,7 @@ def _init_process_group(device: torch.device, timeout_minutes: float) -> None:
     )
 
 
-def _seed_all(seed: int, config: ParallelConfig) -> None:
+def _seed_all(seed: int) -> None:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     torch.manual_seed(seed)

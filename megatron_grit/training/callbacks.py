@@ -30,7 +30,8 @@ def build_callbacks(config: RunConfig, context: ParallelContext, start_step: int
     """The callbacks that a configuration asks for; none but on rank 0."""
     if context.rank != 0:
         return []
-    callbacks: list[Callback] = [MetricsFile(Path(config.output_dir) / "metrics.jsonl", config.logging.interval, start_step)]
+    metrics = Path(config.output_dir) / "metrics.jsonl"
+    callbacks: list[Callback] = [MetricsFile(metrics, config.logging.interval, start_step)]
     if config.logging.tensorboard:
         callbacks.append(TensorBoard(Path(config.output_dir) / "tensorboard"))
     if config.logging.wandb_project is not None:
@@ -131,7 +132,8 @@ class ProgressBar:
 
     def after_step(self, record: dict[str, Any]) -> None:
         """Advance by one."""
-        shown = {name: f"{record[name]:.3f}" for name in ("loss_emb", "loss_gen") if name in record}
+        losses = ("loss_emb", "loss_gen")
+        shown: dict[str, str] = {name: f"{record[name]:.3f}" for name in losses if name in record}
         shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)

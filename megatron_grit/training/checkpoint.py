@@ -198,8 +198,8 @@ def load_weights(path: Path, model: GritGPTModel, context: ParallelContext) -> N
     if missing or unexpected:
         named = ", ".join(sorted(missing | unexpected)[:4])
         raise CheckpointError(
-            f"{path}: is of another model; {len(missing)} tensors are not in the model and {len(unexpected)} not in the "
-            f"checkpoint, such as {named}"
+            f"{path}: is of another model; {len(missing)} of its tensors are not in this one and {len(unexpected)} are "
+            f"missing from it, such as {named}"
         )
     model.load_state_dict(loaded, strict=False)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -33,7 +34,9 @@ class TrainStep:
         optimizer: the engine's optimizer over it.
     """
 
-    def __init__(self, config: RunConfig, context: ParallelContext, model: torch.nn.Module, optimizer: Any) -> None:
+    def __init__(
+        self, config: RunConfig, context: ParallelContext, model: DistributedDataParallel, optimizer: Any
+    ) -> None:
         self.config, self.context = config, context
         self.model, self.optimizer = model, optimizer
         self.objectives = [kind.Objective(config, context) for kind in (embedding, generative)]

@@ -41,6 +41,18 @@ def train(config: RunConfig) -> None:
         Trainer(config, context).run()
 
 
+def make_output_directory(path: str) -> None:
+    """Create ``output_dir``.
+
+    Raises:
+        ConfigError: it cannot be created.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir {path} cannot be created: {error.strerror}") from error
+
+
 class Trainer:
     """Everything that a run holds, built in the order in which it can fail: data first, then the model."""
 
@@ -49,9 +61,7 @@ class Trainer:
             raise ConfigError("data.tokenizer is not set; give a SentencePiece model or a tokenizer.json")
         self.config, self.context = config, context
         self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self.loader = GritDataLoader(
-            config, self.tokenizer, context.data_rank, context.data_size, context.row_multiple
-        )
+        self.loader = GritDataLoader(config, self.tokenizer, context.data_rank, context.data_size, context.row_multiple)
         self.model = build_model(config, config.model.vocab_size or self.tokenizer.vocab_size, context)
         self.wrapped = wrap_model(self.model)
         self.optimizer = build_optimizer(config, self.wrapped)
@@ -63,6 +73,7 @@ class Trainer:
         config = self.config
         start = self._restore()
         if self.context.rank == 0:
+            make_output_directory(config.output_dir)
             save_config(config, Path(config.output_dir) / "config.yaml")
         log.info(mesh_summary(config, self.context.world_size))
         log.info(f"{self.num_parameters():,} parameters on rank 0; steps {start} to {config.training.steps}")
@@ -97,13 +108,17 @@ class Trainer:
             metrics = self.step(batch)
             seconds = time.perf_counter() - began
             trained = batch.step + 1
-            record = {"step": trained} | metrics | {
-                "lr": learning_rate,
-                "tokens": batch.num_tokens,
-                "tokens_per_second": batch.num_tokens / seconds,
-                "padding_fraction": 1 - batch.num_tokens / batch.num_padded_tokens,
-                "seconds": seconds,
-            }
+            record = (
+                {"step": trained}
+                | metrics
+                | {
+                    "lr": learning_rate,
+                    "tokens": batch.num_tokens,
+                    "tokens_per_second": batch.num_tokens / seconds,
+                    "padding_fraction": 1 - batch.num_tokens / batch.num_padded_tokens,
+                    "seconds": seconds,
+                }
+            )
             for callback in callbacks:
                 callback.after_step(record)
             interval = config.checkpoint.save_interval

@@ -85,9 +85,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_equals_one_process(
-    results: dict[str, list[dict[str, float]]], layout: str, objective: str
-) -> None:
+def test_layout_equals_one_process(results: dict[str, list[dict[str, float]]], layout: str, objective: str) -> None:
     reference = results[f"{'one_moe' if is_moe(layout) else 'one'}/{objective}"]
     for step, (ours, theirs) in enumerate(zip(results[f"{layout}/{objective}"], reference, strict=True)):
         assert ours.keys() == theirs.keys()

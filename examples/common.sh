@@ -1,0 +1,228 @@
+# Set-up shared by the launchers and tests/run.sh. Source it, then call setup_python.
+#
+#   PYTHON   interpreter to use. With torch and megatron-core in it, it is used as it is; else .venv is made from it.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+
+say() { printf '== %s\n' "$*" >&2; }
+
+die() {
+    printf '%s: error: %s\n' "${0##*/}" "$*" >&2
+    exit 2
+}
+
+# setup_python [EXTRA]: set PYTHON to an interpreter that has what this package (and its extra, such as dev) needs.
+setup_python() {
+    local extra="${1:-}" candidate
+    for candidate in "${PYTHON:-python3}" ${PYTHON:-python}; do
+        if has_engine "$candidate"; then
+            PYTHON="$(command -v "$candidate")"
+            add_missing "$extra"
+            export PYTHON
+            return
+        fi
+    done
+    local base
+    base="$(find_python ${PYTHON:-3.11 3.12 3.13 3})" || exit $?
+    make_environment "$ROOT/.venv" "$base" "$extra"
+    PYTHON="$ROOT/.venv/bin/python"
+    export PYTHON
+}
+
+# has_engine PYTHON: an environment that somebody made for this work. NGC's PyTorch images bring torch alone; they
+# count, because their torch, TransformerEngine and apex belong together and a .venv would hide them.
+has_engine() {
+    "$1" - 2>/dev/null <<'EOF'
+import importlib.util as util, os, sys
+engine = util.find_spec("megatron") and util.find_spec("megatron.core")
+sys.exit(not (sys.version_info >= (3, 11) and util.find_spec("torch") and (engine or "NVIDIA_PYTORCH_VERSION" in os.environ)))
+EOF
+}
+
+# add_missing EXTRA: install what $PYTHON lacks, and hold every package that is there at its present version.
+add_missing() {
+    local missing held
+    missing="$(requirements "$PYTHON" "$1" missing)" || die "cannot read the packages of $PYTHON"
+    [[ -z "$missing" ]] && return
+    say "adding to $PYTHON: ${missing//$'\n'/ }"
+    held="$(mktemp)"
+    "$PYTHON" - >"$held" <<'EOF'
+import importlib.metadata as metadata
+print("\n".join(sorted({f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions() if d.metadata["Name"]})))
+EOF
+    # No quotes around the list: one argument for each line. Requirements hold no spaces.
+    # shellcheck disable=SC2086
+    "$PYTHON" -m pip install -q --constraint "$held" $missing ||
+        die "could not add packages to $PYTHON; set PYTHON to another interpreter to get a .venv of its own"
+    rm -f "$held"
+}
+
+# requirements PYTHON EXTRA [missing]: what pyproject.toml asks for, one a line; all, or what PYTHON lacks. torch, numpy
+# and triton are the business of whoever made the environment.
+requirements() {
+    "$1" - "$ROOT/pyproject.toml" "$2" "${3:-all}" <<'EOF'
+import importlib.metadata as metadata, re, sys, tomllib
+path, extra, which = sys.argv[1:]
+with open(path, "rb") as file:
+    project = tomllib.load(file)["project"]
+for requirement in project["dependencies"] + (project["optional-dependencies"][extra] if extra else []):
+    requirement, _, marker = requirement.replace(" ", "").partition(";")
+    name = re.match(r"[\w.-]+", requirement)[0]
+    if which == "missing":
+        try:
+            if name in ("torch", "numpy", "triton") or metadata.distribution(name):
+                continue
+        except metadata.PackageNotFoundError:
+            pass
+    elif name == "triton" and (sys.version_info < (3, 12) or sys.platform != "linux"):
+        continue
+    print(requirement)
+EOF
+}
+
+# find_python CANDIDATE...: print the first that runs and is new enough. A candidate is a path, or a version.
+find_python() {
+    local candidate version path seen=""
+    for candidate in "$@"; do
+        for path in "$candidate" "python$candidate" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$candidate"*/bin/python; do
+            # Run it: a shim of pyenv exists on PATH for versions that are not active, and fails.
+            version="$("$path" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" || continue
+            if "$path" -c 'import sys; sys.exit(sys.version_info < (3, 11))' && [[ "$candidate" != 3.* || "$version" == "$candidate" ]]; then
+                command -v "$path"
+                return
+            fi
+            seen="$seen $path is $version;"
+        done
+    done
+    die "needs Python 3.11 or newer;${seen:- none was found;} install one, or set PYTHON to it"
+}
+
+# make_environment DIRECTORY BASE_PYTHON EXTRA: a virtual environment with the exact versions of constraints/. Does
+# nothing where it is there already; two at once wait for each other.
+make_environment() {
+    local directory="$1" base="$2" extra="$3" constraints key ready
+    constraints="$(constraints_for "$base")"
+    key="$(environment_key "$constraints")"
+    ready="$directory/.ready-$key-${extra:-base}"
+    [[ -f "$ready" || (-z "$extra" && -f "$directory/.ready-$key-dev") ]] && return
+    mkdir -p "$(dirname "$directory")"
+    (
+        if command -v flock >/dev/null; then flock 9; fi
+        [[ -f "$ready" ]] && exit
+        fill_environment "$directory" "$base" "$extra" "$constraints"
+        touch "$ready"
+    ) 9>"$directory.lock" || exit $?
+}
+
+fill_environment() {
+    local directory="$1" base="$2" extra="$3" constraints="$4" python="$1/bin/python" started=$SECONDS
+    say "installing packages in $directory (the first time takes minutes; setup.log there has the details)"
+    if ! "$python" -c 'import pip' 2>/dev/null; then
+        rm -rf "$directory"
+        "$base" -m venv "$directory" || die "$base cannot make a virtual environment; install its venv module"
+    fi
+    local log="$directory/setup.log"
+    {
+        # torch first and by its exact version, so that whichever build of it pip is given stays.
+        "$python" -m pip install "$(grep '^torch==' "$constraints")" "$(grep '^setuptools==' "$constraints")" &&
+            requirements "$python" "$extra" >"$directory/requirements.txt" &&
+            "$python" -m pip install --constraint "$constraints" --requirement "$directory/requirements.txt"
+        if [[ "$directory" == "$ROOT/.venv" ]]; then
+            "$python" -m pip install --no-deps --no-build-isolation --editable "$ROOT"
+        fi
+    } >"$log" 2>&1 || {
+        tail -n 15 "$log" >&2
+        die "could not install the packages; the whole output is in $log"
+    }
+    say "packages installed in $((SECONDS - started)) s"
+}
+
+constraints_for() {
+    if "$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
+        printf '%s\n' "$ROOT/constraints/py312.txt"
+    else
+        printf '%s\n' "$ROOT/constraints/py311.txt"
+    fi
+}
+
+# Changes with what would be installed.
+environment_key() { cat "$ROOT/pyproject.toml" "$1" | cksum | cut -d ' ' -f 1; }
+
+# --- Launching -------------------------------------------------------------------------------------------------------
+#
+#   DRY_RUN=1    print the resolved configuration and end; paths need not be set and need not exist
+#   SCALE=tiny   the same recipe in miniature: two processes on the CPU, a few steps, text that this machine has
+
+# required NAME MEANING: end, unless the environment variable is set.
+required() {
+    [[ -n "${!1:-}" ]] && return
+    [[ "${DRY_RUN:-0}" == 1 ]] || die "set $1 to $2"
+    printf -v "$1" '%s' "\$$1"
+}
+
+# yaml_list WORD...: one argument for an option that takes a list.
+yaml_list() {
+    local words
+    words="$(printf '"%s", ' "$@")"
+    printf '[%s]\n' "${words%, }"
+}
+
+# run_training NODES PROCESSES_PER_NODE OPTION...: check here, in one process, then start the job.
+run_training() {
+    local nodes="$1" processes="$2"
+    shift 2
+    local world=$((nodes * processes))
+    if [[ "${DRY_RUN:-0}" == 1 ]]; then
+        WORLD_SIZE="$world" "$PYTHON" -m megatron_grit.cli.train --print_config "$@"
+        return
+    fi
+    # A mistake is one line here; from a job of many processes it would be a page from each.
+    WORLD_SIZE="$world" "$PYTHON" -m megatron_grit.cli.train --dry-run "$@" >/dev/null || exit $?
+    local command=("$PYTHON" -m torch.distributed.run --nproc-per-node "$processes")
+    # One thread a process. The engine's sequence parallel overlap relies on the order of one connection to the GPU.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+    if ((nodes == 1)); then
+        "${command[@]}" --standalone -m megatron_grit.cli.train "$@"
+    elif [[ -n "${SLURM_JOB_ID:-}" ]]; then
+        local head
+        head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
+        srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit 1 "${command[@]}" \
+            --nnodes "$nodes" --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:29400" \
+            -m megatron_grit.cli.train "$@"
+    elif [[ -n "${RDZV_ENDPOINT:-}" ]]; then
+        "${command[@]}" --nnodes "$nodes" --rdzv-id "${RDZV_ID:-megatron_grit}" --rdzv-backend c10d \
+            --rdzv-endpoint "$RDZV_ENDPOINT" -m megatron_grit.cli.train "$@"
+    else
+        die "$nodes nodes: submit this script with sbatch, or run it on every node with RDZV_ENDPOINT=HOST:PORT"
+    fi
+}
+
+# tiny_data DIRECTORY: a few dozen records of each kind from Python's help texts, a tokenizer, and the indexed files.
+# Sets EMBEDDING_DATA, GENERATIVE_DATA and TOKENIZER.
+tiny_data() {
+    local directory="$1" kind
+    EMBEDDING_DATA="$directory/embedding" GENERATIVE_DATA="$directory/generative" TOKENIZER="$directory/tokenizer.model"
+    [[ "${DRY_RUN:-0}" == 1 ]] && return
+    mkdir -p "$directory"
+    "$PYTHON" - "$directory" <<'EOF'
+import json, pathlib, sys
+from pydoc_data.topics import topics
+folder = pathlib.Path(sys.argv[1])
+texts = {name: text.strip()[:400] for name, text in sorted(topics.items())}
+texts = dict(list({name: text for name, text in texts.items() if len(text) == 400}.items())[:48])
+names = list(texts)
+with open(folder / "embedding.jsonl", "w") as embedding, open(folder / "generative.jsonl", "w") as generative:
+    for name, other in zip(names, names[1:] + names[:1]):
+        pair = {"query": ["Find the topic", name], "pos": [["", texts[name]]], "neg": [["", texts[other]]]}
+        print(json.dumps(pair), file=embedding)
+        print(json.dumps({"text": [f"What is {name}?", texts[name]]}), file=generative)
+EOF
+    "$PYTHON" "$ROOT/tools/preprocess/train_tokenizer.py" --vocab-size 512 --output-prefix "$directory/tokenizer" \
+        --input "$directory/embedding.jsonl" "$directory/generative.jsonl"
+    for kind in embedding generative; do
+        "$PYTHON" "$ROOT/tools/preprocess/build_grit.py" --overwrite --tokenizer "$TOKENIZER" \
+            --query-max-len 64 --passage-max-len 256 --generative-max-len 256 \
+            --input "$directory/$kind.jsonl" --output-prefix "$directory/$kind"
+    done
+}

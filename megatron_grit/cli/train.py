@@ -1,0 +1,36 @@
+"""Train a model with the GRIT objectives.
+
+Example:
+    torchrun --nproc-per-node 8 -m megatron_grit.cli.train --config run.yaml --parallel.tensor 2
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from megatron_grit.cli.main import guarded
+from megatron_grit.config.checks import check, mesh_summary
+from megatron_grit.config.parse import dump_config, parse_train_arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, check and train, or only print the configuration. Returns the exit status."""
+    return guarded(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> None:
+    arguments = parse_train_arguments(argv)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check(arguments.config, world_size, files=not arguments.print_config, origins=arguments.origins)
+    if arguments.dry_run or arguments.print_config:
+        print(f"# {mesh_summary(arguments.config, world_size)}\n{dump_config(arguments.config)}", end="")
+        return
+    from megatron_grit.training.trainer import train
+
+    train(arguments.config)
+
+
+# Saving a checkpoint starts processes that import this file again.
+if __name__ == "__main__":
+    sys.exit(main())

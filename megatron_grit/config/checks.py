@@ -1,0 +1,324 @@
+"""Checks of a configuration that its types cannot express: ranges, sections that contradict each other, missing files.
+
+Nothing here imports torch, so a launcher can run every check on a login node before it asks for devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.errors import ConfigError, MeshError
+
+INDEXED_SUFFIXES = (".idx", ".bin", ".json")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+
+
+class Problem(NamedTuple):
+    """One reason why a run cannot start."""
+
+    key: str
+    """The key to change."""
+    message: str
+    error: type[ConfigError] = ConfigError
+
+
+def check(config: RunConfig, world_size: int, *, files: bool = True, origins: Mapping[str, str] | None = None) -> None:
+    """Raise the first problem of a run.
+
+    Args:
+        config: what to run.
+        world_size: number of processes.
+        files: also look for the input files.
+        origins: where keys were given ("file:line"), for the message; from ``parse_train_arguments``.
+
+    Raises:
+        MeshError: the layout does not fit the number of processes, the model or the batch.
+        ConfigError: any other problem.
+    """
+    for problem in find_problems(config, world_size, files=files):
+        where = (origins or {}).get(problem.key)
+        raise problem.error(f"{where}: {problem.message}" if where else problem.message)
+
+
+def find_problems(config: RunConfig, world_size: int, *, files: bool = True) -> Iterator[Problem]:
+    """All problems, the simplest first. A later one may follow from an earlier one."""
+    for group in (_ranges(config), _model(config), _mesh(config, world_size)):
+        found = list(group)
+        yield from found
+        if found:
+            # What follows divides by these numbers.
+            return
+    yield from _batches(config, data_parallel_size(config, world_size))
+    yield from _data(config)
+    if files:
+        yield from _files(config)
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Processes that hold the same piece of the model and see different data."""
+    parallel = config.parallel
+    return world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+
+
+def mesh_summary(config: RunConfig, world_size: int) -> str:
+    """One line: "2 processes = tensor 1 x pipeline 1 x data 2 (expert 2)"."""
+    parallel = config.parallel
+    parts = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}"]
+    if parallel.context > 1:
+        parts.append(f"context {parallel.context}")
+    parts.append(f"data {data_parallel_size(config, world_size)}")
+    noun = "process" if world_size == 1 else "processes"
+    expert = f" (expert {parallel.expert})" if config.model.num_experts else ""
+    return f"{world_size} {noun} = {' x '.join(parts)}{expert}"
+
+
+# Smallest allowed value of each number, and whether that value itself is allowed.
+_MINIMA: dict[str, tuple[float, bool]] = {
+    "model.num_layers": (1, True),
+    "model.hidden_size": (1, True),
+    "model.ffn_hidden_size": (1, True),
+    "model.num_attention_heads": (1, True),
+    "model.num_query_groups": (1, True),
+    "model.kv_channels": (1, True),
+    "model.vocab_size": (1, True),
+    "model.vocab_multiple": (1, True),
+    "model.max_position_embeddings": (1, True),
+    "model.norm_epsilon": (0, False),
+    "model.rotary_base": (0, False),
+    "model.rotary_percent": (0, False),
+    "model.sliding_window": (1, True),
+    "model.num_experts": (1, True),
+    "model.moe_top_k": (1, True),
+    "model.moe_aux_loss_coeff": (0, True),
+    "model.moe_z_loss_coeff": (0, True),
+    "model.hidden_dropout": (0, True),
+    "model.attention_dropout": (0, True),
+    "model.init_std": (0, True),
+    "embedding.projection_dim": (1, True),
+    "parallel.tensor": (1, True),
+    "parallel.pipeline": (1, True),
+    "parallel.context": (1, True),
+    "parallel.expert": (1, True),
+    "parallel.timeout_minutes": (0, False),
+    "data.tokens_per_row": (2, True),
+    "data.train_group_size": (1, True),
+    "data.num_rows_multiple": (1, True),
+    "data.prefetch_steps": (0, True),
+    "loss.temperature": (0, False),
+    "loss.loss_emb_factor": (0, True),
+    "loss.loss_gen_factor": (0, True),
+    "loss.grit_world_size": (1, True),
+    "optimizer.lr": (0, False),
+    "optimizer.min_lr": (0, True),
+    "optimizer.warmup_ratio": (0, True),
+    "optimizer.warmup_steps": (0, True),
+    "optimizer.weight_decay": (0, True),
+    "optimizer.beta1": (0, True),
+    "optimizer.beta2": (0, True),
+    "optimizer.eps": (0, False),
+    "optimizer.clip_grad": (0, True),
+    "training.steps": (0, True),
+    "training.embedding_batch_size": (1, True),
+    "training.generative_batch_size": (1, True),
+    "training.seed": (0, True),
+    "checkpoint.save_interval": (0, True),
+    "checkpoint.keep": (0, True),
+    "logging.interval": (1, True),
+}
+
+# Largest allowed values, likewise.
+_MAXIMA: dict[str, tuple[float, bool]] = {
+    "model.rotary_percent": (1, True),
+    "model.hidden_dropout": (1, False),
+    "model.attention_dropout": (1, False),
+    "optimizer.warmup_ratio": (1, True),
+    "optimizer.beta1": (1, False),
+    "optimizer.beta2": (1, False),
+    "training.seed": (2**32 - 1, True),
+}
+
+
+def _ranges(config: RunConfig) -> Iterator[Problem]:
+    for sign, bounds in ((1, _MINIMA), (-1, _MAXIMA)):
+        word, equal_word = ("above", "at least") if sign > 0 else ("below", "at most")
+        for key, (bound, inclusive) in bounds.items():
+            section, name = key.split(".")
+            value = getattr(getattr(config, section), name)
+            # Written so that not-a-number fails.
+            if value is None or sign * value > sign * bound or (inclusive and value == bound):
+                continue
+            yield Problem(key, f"{key} must be {equal_word if inclusive else word} {bound}, not {value}")
+    optimizer, steps = config.optimizer, config.training.steps
+    if optimizer.min_lr > optimizer.lr:
+        yield Problem("optimizer.min_lr", f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}")
+    if optimizer.warmup_steps is not None and optimizer.warmup_steps > max(steps, 1):
+        yield Problem(
+            "optimizer.warmup_steps", f"optimizer.warmup_steps {optimizer.warmup_steps} is above training.steps {steps}"
+        )
+
+
+def _model(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    if heads % groups:
+        yield Problem(
+            "model.num_query_groups",
+            f"model.num_query_groups {groups} does not divide model.num_attention_heads {heads}",
+        )
+    if model.kv_channels is None and model.hidden_size % heads:
+        yield Problem(
+            "model.num_attention_heads",
+            f"model.num_attention_heads {heads} does not divide model.hidden_size {model.hidden_size}; "
+            "change one of them or set model.kv_channels",
+        )
+        return
+    head_channels = model.kv_channels or model.hidden_size // heads
+    turned = head_channels * model.rotary_percent
+    if model.position_embedding == "rope" and (turned != int(turned) or turned % 2):
+        yield Problem(
+            "model.rotary_percent" if model.rotary_percent != 1 else "model.num_attention_heads",
+            f"RoPE turns pairs of channels, but model.rotary_percent {model.rotary_percent} of {head_channels} "
+            f"channels of a head is {turned:g}",
+        )
+    if model.num_experts is not None and model.moe_top_k > model.num_experts:
+        yield Problem(
+            "model.moe_top_k", f"model.moe_top_k {model.moe_top_k} is above model.num_experts {model.num_experts}"
+        )
+    if model.attention_backend in ("varlen", "te") and config.parallel.device == "cpu":
+        yield Problem(
+            "model.attention_backend",
+            f"model.attention_backend {model.attention_backend} needs a GPU, but parallel.device is cpu; use auto",
+        )
+
+
+def _mesh(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    parallel, model = config.parallel, config.model
+    if parallel.context > 1:
+        yield Problem("parallel.context", "parallel.context above 1 is not supported yet; set it to 1")
+    model_size = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % model_size:
+        yield Problem(
+            next(f"parallel.{name}" for name in ("pipeline", "tensor", "context") if getattr(parallel, name) > 1),
+            f"the number of processes, {world_size}, is no multiple of tensor {parallel.tensor} x pipeline "
+            f"{parallel.pipeline} x context {parallel.context}; start a multiple of {model_size} processes or change "
+            "the mesh",
+            MeshError,
+        )
+    groups = model.num_query_groups or model.num_attention_heads
+    for key, count, size in (
+        ("model.num_attention_heads", model.num_attention_heads, "tensor"),
+        ("model.num_query_groups", groups, "tensor"),
+        ("model.ffn_hidden_size", model.ffn_hidden_size, "tensor"),
+        ("model.num_layers", model.num_layers, "pipeline"),
+    ):
+        parts = getattr(parallel, size)
+        if count % parts:
+            yield Problem(f"parallel.{size}", f"parallel.{size} {parts} does not divide {key} {count}", MeshError)
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        yield Problem(
+            "parallel.sequence_parallel", "parallel.sequence_parallel needs parallel.tensor above 1", MeshError
+        )
+    yield from _expert_mesh(config, world_size // model_size)
+
+
+def _expert_mesh(config: RunConfig, data_size: int) -> Iterator[Problem]:
+    parallel, num_experts = config.parallel, config.model.num_experts
+    if num_experts is None:
+        if parallel.expert > 1:
+            yield Problem(
+                "parallel.expert",
+                f"parallel.expert {parallel.expert} needs a mixture of experts; set model.num_experts",
+                MeshError,
+            )
+        return
+    if parallel.tensor > 1 and not parallel.sequence_parallel:
+        yield Problem(
+            "parallel.tensor",
+            "a mixture of experts with parallel.tensor above 1 needs parallel.sequence_parallel true",
+            MeshError,
+        )
+    if num_experts % parallel.expert:
+        yield Problem(
+            "parallel.expert",
+            f"parallel.expert {parallel.expert} does not divide model.num_experts {num_experts}",
+            MeshError,
+        )
+    if data_size % parallel.expert:
+        yield Problem(
+            "parallel.expert",
+            f"parallel.expert {parallel.expert} does not divide the data parallel size {data_size}",
+            MeshError,
+        )
+
+
+def _batches(config: RunConfig, data_size: int) -> Iterator[Problem]:
+    """Each data parallel rank needs a row of each kind, and a row needs a text."""
+    training, data = config.training, config.data
+    multiple = data.num_rows_multiple or data_size
+    if multiple % data_size:
+        yield Problem(
+            "data.num_rows_multiple",
+            f"data.num_rows_multiple {multiple} is no multiple of the data parallel size {data_size}",
+            MeshError,
+        )
+    texts = training.embedding_batch_size * (1 + data.train_group_size)
+    if training.objective != "generative" and texts < multiple:
+        yield Problem(
+            "training.embedding_batch_size",
+            f"training.embedding_batch_size {training.embedding_batch_size} gives {texts} texts, fewer than the "
+            f"{multiple} rows of a step",
+            MeshError,
+        )
+    if training.objective != "embedding" and training.generative_batch_size < multiple:
+        yield Problem(
+            "training.generative_batch_size",
+            f"training.generative_batch_size {training.generative_batch_size} is below the {multiple} rows of a step",
+            MeshError,
+        )
+    loss = config.loss
+    if loss.grit_world_size is not None and loss.emb_grad_scale != "grit":
+        yield Problem("loss.grit_world_size", "loss.grit_world_size has an effect only with loss.emb_grad_scale grit")
+
+
+def _data(config: RunConfig) -> Iterator[Problem]:
+    objective, data = config.training.objective, config.data
+    for kind, other in (("embedding", "generative"), ("generative", "embedding")):
+        if objective != other and not getattr(data, kind):
+            yield Problem(
+                f"data.{kind}",
+                f"training.objective {objective} needs data.{kind}: the prefix of a file made by "
+                f"tools/preprocess/build_grit.py; give data.{kind} or set training.objective to {other}",
+            )
+        prefixes = getattr(data, kind)
+        if len(set(prefixes)) < len(prefixes):
+            twice = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
+            yield Problem(f"data.{kind}", f"data.{kind} names {twice} twice")
+    if data.tokenizer is None:
+        yield Problem("data.tokenizer", "data.tokenizer is not set; give the file or directory of the tokenizer")
+
+
+def _files(config: RunConfig) -> Iterator[Problem]:
+    objective, data = config.training.objective, config.data
+    for kind, other in (("embedding", "generative"), ("generative", "embedding")):
+        for prefix in getattr(data, kind) if objective != other else []:
+            for suffix in INDEXED_SUFFIXES:
+                if not Path(prefix + suffix).is_file():
+                    yield Problem(
+                        f"data.{kind}",
+                        f"data.{kind}: there is no file {prefix}{suffix}; make it with tools/preprocess/build_grit.py",
+                    )
+    if data.tokenizer is not None:
+        tokenizer = Path(data.tokenizer)
+        if not tokenizer.exists():
+            yield Problem("data.tokenizer", f"data.tokenizer: there is no file {tokenizer}")
+        elif tokenizer.is_dir() and not any((tokenizer / name).is_file() for name in TOKENIZER_FILES):
+            yield Problem("data.tokenizer", f"data.tokenizer: no {' or '.join(TOKENIZER_FILES)} in {tokenizer}")
+    load = config.checkpoint.load
+    if load is not None and not Path(load).is_dir():
+        yield Problem("checkpoint.load", f"checkpoint.load: there is no directory {load}")
+    output = Path(config.output_dir)
+    if output.exists() and not output.is_dir():
+        yield Problem("output_dir", f"output_dir: {output} is a file, not a directory")

@@ -1,0 +1,1 @@
+"""One table of weights for each model family."""

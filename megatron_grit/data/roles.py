@@ -1,0 +1,98 @@
+"""What each span of a record is for. A role is stored as the mode byte of a sequence in Megatron's .idx file.
+
+A record is a document of the indexed file; its spans are that document's sequences. The next-token mask and the
+pooling mask are read from roles, never from text that is tokenised again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from enum import IntEnum
+
+from megatron_grit.data.batch import RowKind
+from megatron_grit.errors import DataError
+
+
+class Role(IntEnum):
+    """Role of a span. The values are on disk: add new ones at the end, never renumber."""
+
+    TEXT = 0
+    """Plain text: attended, every token but the first is a label."""
+    CONTEXT = 1
+    """Of a conversation: BOS, user turns, template. Attended, not supervised."""
+    ANSWER = 2
+    """Of a conversation: an assistant turn and its EOS. Supervised."""
+    QUERY_INSTRUCTION = 3
+    """Everything before the text of a query, BOS included. Attended, not pooled."""
+    QUERY = 4
+    """Text of a query. Pooled."""
+    POSITIVE_INSTRUCTION = 5
+    """Everything before the text of a relevant passage."""
+    POSITIVE = 6
+    """Text of a relevant passage. Pooled."""
+    NEGATIVE_INSTRUCTION = 7
+    """Everything before the text of an irrelevant passage."""
+    NEGATIVE = 8
+    """Text of an irrelevant passage. Pooled."""
+
+
+SUPERVISED = frozenset({Role.TEXT, Role.ANSWER})
+POOLED = frozenset({Role.QUERY, Role.POSITIVE, Role.NEGATIVE})
+INSTRUCTIONS = frozenset({Role.QUERY_INSTRUCTION, Role.POSITIVE_INSTRUCTION, Role.NEGATIVE_INSTRUCTION})
+
+_LETTER = dict(zip(Role, "TCAiqjpkn", strict=True))
+_GRAMMAR = {
+    RowKind.GENERATIVE: re.compile(r"T|(CA)+"),
+    RowKind.EMBEDDING: re.compile(r"i?q(j?p)+(k?n)*"),
+}
+_GRAMMAR_TEXT = {
+    RowKind.GENERATIVE: "TEXT, or CONTEXT ANSWER pairs",
+    RowKind.EMBEDDING: "a QUERY, one or more POSITIVE, any number of NEGATIVE, each with or without its instruction",
+}
+
+
+def supervised(role: int) -> bool:
+    """Whether the tokens of a span are labels of the next-token loss."""
+    return role in SUPERVISED
+
+
+def pooled(role: int) -> bool:
+    """Whether the tokens of a span are averaged into an embedding."""
+    return role in POOLED
+
+
+def check_grammar(roles: Sequence[int], kind: RowKind, name: str) -> None:
+    """Raise unless the roles of a record's spans come in an order that this kind of record allows.
+
+    Args:
+        roles: role of each span.
+        kind: kind of the record.
+        name: name of the record, for the message.
+
+    Raises:
+        DataError: an unknown role, or an order that the grammar does not have.
+    """
+    try:
+        word = "".join(_LETTER[Role(role)] for role in roles)
+    except ValueError:
+        known = {int(role) for role in Role}
+        unknown = next(int(role) for role in roles if role not in known)
+        raise DataError(f"record {name} holds role {unknown}, which this version does not know") from None
+    if not _GRAMMAR[kind].fullmatch(word):
+        found = " ".join(Role(role).name for role in roles) or "nothing"
+        raise DataError(f"record {name} is not a record of kind {kind.value}: {_GRAMMAR_TEXT[kind]}; found {found}")
+
+
+def split_segments(roles: Sequence[int]) -> list[tuple[int, int]]:
+    """Spans of each text of an embedding record, as half-open ranges: the query, then every passage.
+
+    A segment is what attends to itself: a text with the instruction before it.
+    """
+    segments: list[tuple[int, int]] = []
+    start = 0
+    for index, role in enumerate(roles):
+        if role in POOLED:
+            segments.append((start, index + 1))
+            start = index + 1
+    return segments

@@ -1,0 +1,74 @@
+"""Next-token loss on held-out text, with an interval over its records."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from megatron_grit.errors import DataError, NumericsError
+from megatron_grit.evaluation.bootstrap import Interval, bootstrap_ratio
+
+
+class TokenLossModel(Protocol):
+    """What is needed of a model: :class:`megatron_grit.inference.model.GritModel` has it."""
+
+    def token_losses(self, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+        """For each record of an indexed file the sum of its token losses in nats, and how many tokens are supervised.
+
+        Returns:
+            float [n] and integer [n].
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossReport:
+    """Mean next-token loss over the supervised tokens of all records."""
+
+    loss: Interval
+    """Nats per token; the interval is over records."""
+    num_records: int
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss.value)
+
+
+def summarize_losses(
+    loss_sums: np.ndarray, num_tokens: np.ndarray, *, num_resamples: int = 2000, seed: int = 0
+) -> LossReport:
+    """Mean loss per token. Tokens of a record are not independent, so the bootstrap draws records.
+
+    Args:
+        loss_sums: [n] sum of each record's token losses.
+        num_tokens: [n] supervised tokens of each record; records without any are left out.
+        num_resamples: bootstrap samples.
+        seed: of the bootstrap.
+
+    Raises:
+        NumericsError: a loss that is not finite.
+        ValueError: no supervised token.
+    """
+    supervised = np.asarray(num_tokens) > 0
+    sums, counts = np.asarray(loss_sums)[supervised], np.asarray(num_tokens)[supervised]
+    if not np.isfinite(sums).all():
+        record = int(np.flatnonzero(supervised)[np.flatnonzero(~np.isfinite(sums))[0]])
+        raise NumericsError(f"the next-token loss of record {record} is not finite; was the training run stable?")
+    interval = bootstrap_ratio(sums, counts, num_resamples=num_resamples, seed=seed)
+    return LossReport(loss=interval, num_records=int(supervised.sum()), num_tokens=int(counts.sum()))
+
+
+def evaluate_perplexity(model: TokenLossModel, prefix: str) -> LossReport:
+    """Mean next-token loss of ``model`` over the generative indexed file ``prefix``.
+
+    Raises:
+        DataError: no indexed file there, or nothing in it is supervised.
+    """
+    loss_sums, num_tokens = model.token_losses(prefix)
+    if not np.asarray(num_tokens).any():
+        raise DataError("no supervised token in this file", path=prefix)
+    return summarize_losses(loss_sums, num_tokens)

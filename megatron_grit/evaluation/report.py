@@ -1,0 +1,207 @@
+"""The report of a run: report.md, report.json and loss.png from two evaluations and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_grit.errors import DataError
+from megatron_grit.evaluation.bootstrap import Interval
+from megatron_grit.evaluation.checkpoint import write_json
+
+FIGURES = ("recall_at_1", "recall_at_10", "ndcg_at_10", "lm_loss")
+"""What is compared before and after training."""
+
+_LABELS = {
+    "recall_at_1": "recall@1",
+    "recall_at_10": "recall@10",
+    "ndcg_at_10": "nDCG@10",
+    "lm_loss": "next-token loss (nats)",
+}
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl; where a resumed run wrote a step again, the later line counts.
+
+    Raises:
+        DataError: a missing file, a malformed line, or no lines.
+    """
+    path = Path(path)
+    by_step: dict[int, dict[str, Any]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", path=path) from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+                by_step[int(record["step"])] = record
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"not a line of metrics: {error!r}", path=path, line=number) from error
+    if not by_step:
+        raise DataError("holds no metrics; did the run train a step?", path=path)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def read_evaluation(path: str | Path) -> dict[str, Any]:
+    """A file of ``megatron-grit evaluate`` that holds every figure of the report.
+
+    Raises:
+        DataError: it cannot be read, or a figure is missing.
+    """
+    try:
+        figures = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read: {error}; run megatron-grit evaluate again", path=path) from error
+    missing = [name for name in FIGURES if name not in figures.get("intervals", {})]
+    if missing:
+        raise DataError(f"has no {', '.join(missing)}; evaluate with --retrieval and --generative", path=path)
+    return figures
+
+
+def read_timings(path: str | Path) -> dict[str, float]:
+    """Stages and their seconds from lines ``name<TAB>seconds``; the times of a stage that was stopped and resumed add up.
+
+    Raises:
+        DataError: it cannot be read, or a malformed line.
+    """
+    timings: dict[str, float] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", path=path) from error
+    for number, line in enumerate(lines, 1):
+        name, _, seconds = line.rpartition("\t")
+        try:
+            timings[name] = timings.get(name, 0.0) + float(seconds)
+        except ValueError as error:
+            raise DataError("expected a stage, a tab and its seconds", path=path, line=number) from error
+    return timings
+
+
+def _interval(figures: dict[str, Any], name: str) -> Interval:
+    low, high = figures["intervals"][name]
+    return Interval(value=figures[name], low=low, high=high)
+
+
+def write_report(
+    output_dir: str | Path,
+    *,
+    before: str | Path,
+    after: str | Path,
+    metrics: str | Path,
+    timings: str | Path,
+    samples: str | Path | None = None,
+) -> str:
+    """Write report.md, report.json and loss.png into ``output_dir``.
+
+    Args:
+        output_dir: folder of the report.
+        before: evaluation of the untrained model.
+        after: evaluation of the trained model.
+        metrics: metrics.jsonl of the run.
+        timings: stages and seconds; the stage ``setup`` is not part of the job.
+        samples: text file shown at the end of report.md.
+
+    Returns:
+        The table, for a terminal.
+
+    Raises:
+        DataError: an input that is missing or malformed.
+    """
+    output_dir = Path(output_dir)
+    first, last = read_evaluation(before), read_evaluation(after)
+    lines, stages = read_metrics(metrics), read_timings(timings)
+    setup = stages.pop("setup", 0.0)
+    report: dict[str, Any] = {
+        "before": {name: first[name] for name in FIGURES} | {"intervals": first["intervals"]},
+        "after": {name: last[name] for name in FIGURES} | {"intervals": last["intervals"]},
+        "chance_recall_at_1": last["chance_recall_at_1"],
+        "chance_recall_at_10": last["chance_recall_at_10"],
+        "recall_at_10_intervals_overlap": _interval(first, "recall_at_10").overlaps(_interval(last, "recall_at_10")),
+        "lm_loss_drop": first["lm_loss"] - last["lm_loss"],
+        "seconds": sum(stages.values()),
+        "setup_seconds": setup,
+        "stage_seconds": stages,
+        "world_size": last["world_size"],
+        "steps": last["step"],
+        "tokens": sum(line["tokens"] for line in lines),
+        "num_queries": last["num_queries"],
+        "num_passages": last["num_passages"],
+    }
+    table = format_table(report)
+    sample_text = None if samples is None else Path(samples).read_text(encoding="utf-8")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    plot_losses(lines, output_dir / "loss.png")
+    _write_text(_markdown(report, table, sample_text), output_dir / "report.md")
+    write_json(report, output_dir / "report.json")
+    return table
+
+
+def format_table(report: dict[str, Any]) -> str:
+    """Markdown table of the figures before and after training, with intervals and chance."""
+    rows = ["| held-out | chance | untrained | trained |", "|---|---|---|---|"]
+    for name in FIGURES:
+        chance = report.get(f"chance_{name}")
+        cells = ["" if chance is None else f"{chance:.3f}"]
+        cells += [str(_interval(report[side], name)) for side in ("before", "after")]
+        rows.append(f"| {_LABELS[name]} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _markdown(report: dict[str, Any], table: str, samples: str | None) -> str:
+    stages = "\n".join(f"| {name} | {seconds:.1f} |" for name, seconds in report["stage_seconds"].items())
+    text = f"""# Report
+
+{report["num_queries"]} held-out queries are searched in {report["num_passages"]} held-out passages. Brackets are 95 %
+percentile bootstrap intervals (2000 resamples of queries, or of documents for the loss). Chance is a random order.
+
+{table}
+
+{report["steps"]} steps, {report["tokens"]:,} tokens, {report["world_size"]} processes, {report["seconds"]:.0f} seconds
+without {report["setup_seconds"]:.0f} seconds of package set-up.
+
+| stage | seconds |
+|---|---|
+{stages}
+
+![Training losses](loss.png)
+"""
+    return text if samples is None else f"{text}\n## Samples\n\n```text\n{samples.rstrip()}\n```\n"
+
+
+def _write_text(text: str, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
+    """Draw loss_emb and loss_gen against the step: each step faintly, and a running mean of 10 steps."""
+    import matplotlib.figure
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display and without pyplot's global state
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats)")
+    for name, label, color in (
+        ("loss_emb", "contrastive (loss_emb)", "tab:blue"),
+        ("loss_gen", "next token (loss_gen)", "tab:orange"),
+    ):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        if not points:
+            continue
+        steps, values = np.array(points, dtype=np.float64).T
+        means = [values[max(0, i - 9) : i + 1].mean() for i in range(len(values))]
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+        axes.plot(steps, means, color=color, label=label)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, dpi=120, format="png")
+    os.replace(temporary, path)

@@ -1,0 +1,197 @@
+"""A trained model to call: embeddings and text from one set of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_grit.config.schema import ParallelConfig, RunConfig
+from megatron_grit.data.batch import RowKind
+from megatron_grit.data.indexed import IndexedRecords
+from megatron_grit.data.roles import supervised
+from megatron_grit.data.templates import encode_embedding, encode_prompt
+from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_grit.errors import CheckpointError, DataError
+from megatron_grit.inference.encode import encode_tokens
+from megatron_grit.inference.generate import generate_tokens
+from megatron_grit.inference.score import score_tokens
+from megatron_grit.models.gpt import GritGPTModel, build_model
+from megatron_grit.parallel.launch import initialize
+from megatron_grit.training.checkpoint import load_weights, read_config, read_state, resolve_checkpoint, tokenizer_path
+
+Messages = Sequence[dict[str, str]]
+
+
+class GritModel:
+    """Encode and generate with a checkpoint.
+
+    >>> model = GritModel.load("runs/quickstart")
+    >>> queries = model.encode(["parse a date"], instruction="Find the function that does this")
+    >>> passages = model.encode(["Return a datetime from a string."])
+    >>> similarity = queries @ passages.T
+    >>> model.generate("What does json.dumps do?")
+
+    Use :meth:`load`; the constructor takes a model that is built already.
+    """
+
+    def __init__(self, config: RunConfig, model: GritGPTModel, tokenizer: Tokenizer) -> None:
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+
+    @staticmethod
+    def load(path: str | Path, device: str = "auto", precision: str | None = None) -> GritModel:
+        """Load a checkpoint, saved from any layout, into this process.
+
+        Args:
+            path: a checkpoint, or the output directory of a run for its newest one.
+            device: auto, cpu or cuda.
+            precision: fp32 or bf16. None: the precision of the training run, and fp32 on a CPU.
+
+        Raises:
+            CheckpointError: there is no checkpoint, or it is damaged.
+        """
+        path = resolve_checkpoint(path)
+        state, config = read_state(path), read_config(path)
+        tokenizer_file = tokenizer_path(path)
+        if tokenizer_file is None:
+            raise CheckpointError(f"{path}: holds no tokenizer.model or tokenizer.json")
+        config.parallel = ParallelConfig(device=device)  # type: ignore[arg-type]
+        context = initialize(config.parallel, config.training.seed)
+        config.training.precision = precision or (  # type: ignore[assignment]
+            "fp32" if context.device.type == "cpu" else config.training.precision
+        )
+        model = build_model(config, int(state["vocab_size"]), context)
+        load_weights(path, model, context)
+        return GritModel(config, model.eval(), load_tokenizer(tokenizer_file))
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        instruction: str | None = "",
+        *,
+        max_length: int = 512,
+        batch_tokens: int = 8192,
+        progress: bool = True,
+    ) -> np.ndarray:
+        """Embed texts with the pooling that the model was trained with.
+
+        Args:
+            texts: one text or several; none empty.
+            instruction: what the embedding is for; attended and not pooled. "": the template without instruction.
+                None: the bare text, for models that were trained on plain records.
+            max_length: tokens of a text with its instruction; the rest is cut off.
+            batch_tokens: token budget of one forward pass.
+            progress: show a bar from 256 texts on.
+
+        Returns:
+            float32 [len(texts), D], or [D] for one string.
+
+        Raises:
+            DataError: a text is empty, or the instruction alone fills ``max_length``.
+        """
+        several = [texts] if isinstance(texts, str) else list(texts)
+        if not several:
+            raise DataError("there is no text to encode")
+        tokenised = [encode_embedding(self.tokenizer, text, instruction, max_length) for text in several]
+        for index, (head, tail) in enumerate(tokenised):
+            if not tail and not several[index].strip():
+                raise DataError(f"text {index} is empty; there is nothing to pool")
+            if not tail:
+                raise DataError(f"the instruction has {len(head)} tokens or more, no less than max_length {max_length}")
+        embeddings = encode_tokens(self.model, tokenised, batch_tokens=batch_tokens, progress=progress)
+        return embeddings[0] if isinstance(texts, str) else embeddings
+
+    def generate(
+        self,
+        messages: str | Messages | Sequence[str | Messages],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> str | list[str]:
+        """Answer a prompt, a conversation, or several conversations at once.
+
+        Args:
+            messages: the user's words, or messages with "role" and "content", the last of them the user's.
+            max_new_tokens: at most this many tokens are generated.
+            temperature: 0 for the most likely token at each position, else it divides the logits.
+            top_p: nucleus to sample from.
+            seed: of the sampling.
+
+        Returns:
+            The answer; a list of them for several conversations.
+
+        Raises:
+            DataError: a conversation that does not end with the user.
+        """
+        conversations, single = _conversations(messages)
+        prompts = [encode_prompt(self.tokenizer, conversation) for conversation in conversations]
+        outputs = generate_tokens(
+            self.model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_id=self.tokenizer.eos_id,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        answers = [self.tokenizer.decode(output) for output in outputs]
+        return answers[0] if single else answers
+
+    def token_losses(self, prefix: str, *, batch_tokens: int = 8192) -> tuple[np.ndarray, np.ndarray]:
+        """Next-token losses over an indexed generative file.
+
+        Args:
+            prefix: file written by tools/preprocess/build_grit.py with this model's tokenizer.
+            batch_tokens: token budget of one forward pass.
+
+        Returns:
+            For each record the sum of its supervised tokens' losses in nats (float64), and their number (int64).
+
+        Raises:
+            DataError: the file is damaged, of another kind or of another tokenizer.
+        """
+        records = IndexedRecords(prefix)
+        if records.kind is not RowKind.GENERATIVE:
+            raise DataError(f"holds {records.meta.kind} records; next-token loss needs generative ones", path=prefix)
+        if records.meta.tokenizer_fingerprint != self.tokenizer.fingerprint:
+            raise DataError("was built with another tokenizer than this model's; build it again", path=prefix)
+        texts = []
+        for index in range(len(records)):
+            spans = records.get(index)
+            tokens = np.concatenate([ids for _, ids in spans])
+            texts.append((tokens, np.repeat([supervised(role) for role, _ in spans], [len(ids) for _, ids in spans])))
+        return score_tokens(self.model, texts, batch_tokens=batch_tokens)
+
+
+def _conversations(messages: str | Sequence[Any]) -> tuple[list[list[str]], bool]:
+    """Turns of each conversation, and whether one conversation was given rather than a list of them."""
+    if isinstance(messages, str):
+        return [[messages]], True
+    if messages and isinstance(messages[0], dict):
+        return [prompt_turns(messages)], True
+    return [[given] if isinstance(given, str) else prompt_turns(given) for given in messages], False
+
+
+def prompt_turns(messages: Messages) -> list[str]:
+    """User and assistant turns of a conversation that the model is to continue; system text joins the next user turn.
+
+    Raises:
+        DataError: roles do not alternate, or the last message is not the user's.
+    """
+    turns: list[str] = []
+    system = ""
+    for number, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role == "system" and isinstance(content, str):
+            system += content + "\n"
+            continue
+        expected = "assistant" if len(turns) % 2 else "user"
+        if role != expected or not isinstance(content, str):
+            raise DataError(f"message {number} must be of role {expected} and hold a string; its role is {role}")
+        turns.append(system + content if role == "user" else content)
+        system = "" if role == "user" else system
+    return turns

@@ -1,0 +1,88 @@
+"""Texts from a file or standard input to an array of embeddings on disk."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from megatron_grit.errors import DataError
+
+
+def read_texts(path: str) -> list[str]:
+    """One text from each line of a file, or of standard input where ``path`` is "-".
+
+    Raises:
+        DataError: a file that cannot be read, an empty line, or no lines.
+    """
+    name = "<stdin>" if path == "-" else path
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        lines = data.decode("utf-8").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", path=name) from error
+    except UnicodeDecodeError as error:
+        raise DataError("is not UTF-8; convert it first", path=name, byte=error.start) from error
+    if lines == [""]:
+        raise DataError("holds no text; give one text a line", path=name)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise DataError("an empty line has no embedding; remove it", path=name, line=number)
+    return [line.removesuffix("\r") for line in lines]
+
+
+def save_embeddings(embeddings: np.ndarray, path: str | Path) -> None:
+    """Write a .npy file that appears whole or not at all.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.save(file, embeddings, allow_pickle=False)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"cannot be written: {error.strerror}", path=path) from error
+
+
+def encode_file(
+    checkpoint: str | Path,
+    input_path: str,
+    output_path: str | Path,
+    *,
+    instruction: str = "",
+    max_length: int = 512,
+    batch_tokens: int | None = None,
+    device: str = "auto",
+) -> np.ndarray:
+    """Embed each line of a file.
+
+    Args:
+        checkpoint: checkpoint directory, or a run's output directory for its newest one.
+        input_path: UTF-8 file with one text a line, or "-" for standard input.
+        output_path: .npy file, float32 [number of lines, embedding size].
+        instruction: given to the model before each text, and not pooled.
+        max_length: longest text in tokens, template included; the rest is cut.
+        batch_tokens: tokens that are embedded at a time. None: the model's default.
+        device: auto, cpu or cuda.
+
+    Returns:
+        What was written.
+
+    Raises:
+        GritError: input, instruction or checkpoint that cannot be used.
+    """
+    texts = read_texts(input_path)  # before the model: a bad line is found at once
+    from megatron_grit.inference.model import GritModel
+
+    options = {} if batch_tokens is None else {"batch_tokens": batch_tokens}
+    model = GritModel.load(checkpoint, device=device)
+    embeddings = model.encode(texts, instruction=instruction, max_length=max_length, **options)
+    save_embeddings(embeddings, output_path)
+    return embeddings

@@ -1,0 +1,173 @@
+"""Every launcher resolves, refuses what it cannot run, and runs in miniature."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_grit.config.checks import check
+from megatron_grit.config.parse import load_config, parse_run_config
+
+LAUNCHERS = {"train_gritlm_7b.sh": 8, "train_gritlm_8x7b.sh": 256}
+PATHS = {"EMBEDDING_DATA": "a b", "GENERATIVE_DATA": "c", "TOKENIZER": "t", "CHECKPOINT": "base"}
+
+
+def launch(
+    repository: Path, cwd: Path, name: str, *options: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if key not in PATHS and not key.startswith("SLURM")}
+    return subprocess.run(
+        ["bash", str(repository / "examples" / name), *options],
+        cwd=cwd,
+        env=clean | {"PYTHON": sys.executable} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_list_of_launchers_is_complete(repository: Path) -> None:
+    scripts = {path.name for path in (repository / "examples").glob("*.sh")} - {"common.sh", "quickstart.sh"}
+    assert scripts == set(LAUNCHERS)
+
+
+def test_every_configuration_of_the_examples_is_read(repository: Path) -> None:
+    for path in (repository / "examples" / "configs").glob("*.yaml"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("environment", [{}, PATHS], ids=["nothing set", "paths set"])
+def test_dry_run(name: str, environment: dict[str, str], repository: Path, tmp_path: Path) -> None:
+    result = launch(repository, tmp_path, name, "--training.seed", "7", DRY_RUN="1", **environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"# {LAUNCHERS[name]} processes = ")
+    resolved = yaml.safe_load(result.stdout)
+    assert resolved["training"]["seed"] == 7, "options of the command line do not reach the run"
+    expected = {
+        "tokenizer": environment.get("TOKENIZER", "$TOKENIZER"),
+        "embedding": environment.get("EMBEDDING_DATA", "$EMBEDDING_DATA").split(),
+        "generative": environment.get("GENERATIVE_DATA", "$GENERATIVE_DATA").split(),
+    }
+    assert {key: resolved["data"][key] for key in expected} == expected
+    assert resolved["checkpoint"]["load"] == environment.get("CHECKPOINT", "$CHECKPOINT")
+    assert list(tmp_path.iterdir()) == [], "a dry run wrote something"
+
+
+@pytest.mark.parametrize(
+    ("name", "batches", "loss", "factor", "world_size"),
+    [("gritlm_7b", (2048, 256), "mixed", 1.0, 8), ("gritlm_8x7b", (256, 256), "sequence", 0.003, 256)],
+)
+def test_recipes_are_the_published_ones(
+    name: str, batches: tuple[int, int], loss: str, factor: float, world_size: int, repository: Path
+) -> None:
+    """Numbers of GritLM's own launch scripts."""
+    config = parse_run_config(
+        ["--config", str(repository / "examples" / "configs" / f"{name}.yaml"), "--data.tokenizer=t"]
+        + ["--data.embedding=[e]", "--data.generative=[g]"]
+    )
+    check(config, world_size, files=False)
+    training, losses, optimizer = config.training, config.loss, config.optimizer
+    assert (training.embedding_batch_size, training.generative_batch_size) == batches
+    assert (training.steps, training.precision, training.objective) == (1253, "bf16", "unified")
+    assert (losses.loss_gen_type, losses.loss_gen_factor, losses.temperature) == (loss, factor, 0.02)
+    assert (losses.emb_grad_scale, losses.grit_world_size) == ("grit", world_size)
+    assert (optimizer.lr, optimizer.schedule, optimizer.warmup_ratio, optimizer.weight_decay) == (
+        2e-5,
+        "linear",
+        0.03,
+        0.0,
+    )
+    assert (config.embedding.pooling, config.embedding.normalize, config.embedding.causal) == ("mean", True, False)
+    assert config.data.train_group_size == 2
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("missing", PATHS)
+def test_a_missing_path_is_named(name: str, missing: str, repository: Path, tmp_path: Path) -> None:
+    given = {key: value for key, value in PATHS.items() if key != missing}
+    result = launch(repository, tmp_path, name, **given)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"{name}: error: set {missing} to ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "there is no file a.idx"),
+        (["--model.num_leyers", "3"], "did you mean --model.num_layers?"),
+        (["--parallel.tensor", "3"], "no multiple of tensor 3"),
+    ],
+)
+def test_mistakes_end_before_processes_start(
+    options: list[str], message: str, repository: Path, tmp_path: Path
+) -> None:
+    result = launch(repository, tmp_path, "train_gritlm_7b.sh", *options, **PATHS)
+    assert result.returncode == 2
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_nodes_need_a_cluster(repository: Path, tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}{suffix}" for name in "abct" for suffix in (".idx", ".bin", ".json", "")]
+    for file in files:
+        file.touch()
+    (tmp_path / "base").mkdir()
+    result = launch(repository, tmp_path, "train_gritlm_8x7b.sh", **PATHS)
+    assert result.returncode == 2
+    assert "32 nodes: submit this script with sbatch" in result.stderr
+
+
+def test_slurm_starts_one_torchrun_on_each_node(repository: Path, tmp_path: Path) -> None:
+    """With commands in place of SLURM's that print what they are given."""
+    for name in "abct":
+        for suffix in (".idx", ".bin", ".json", ""):
+            (tmp_path / f"{name}{suffix}").touch()
+    (tmp_path / "base").mkdir()
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, body in {"scontrol": "printf 'node7\\nnode8\\n'", "srun": 'printf "%s\\n" "$@"'}.items():
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (commands / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "11", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "node[7-10]"}
+    path = f"{commands}{os.pathsep}{os.environ['PATH']}"
+    result = launch(repository, tmp_path, "train_gritlm_8x7b.sh", PATH=path, **slurm, **PATHS)
+    assert result.returncode == 0, result.stderr
+    words = result.stdout.split()
+    for option, value in {
+        "--nodes": "4",
+        "--nnodes": "4",
+        "--ntasks-per-node": "1",
+        "--nproc-per-node": "8",
+        "--rdzv-endpoint": "node7:29400",
+        "--rdzv-id": "11",
+        "-m": "torch.distributed.run",
+    }.items():
+        assert words[words.index(option) + 1] == value
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_recipe_in_miniature(name: str, repository: Path, tmp_path: Path) -> None:
+    result = launch(repository, tmp_path, name, SCALE="tiny", OUTPUT_DIR=str(tmp_path / "run"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert all(math.isfinite(record[key]) for record in records for key in ("loss_emb", "loss_gen", "grad_norm"))
+    # Learns: next-token loss of four steps on a few dozen texts.
+    assert records[-1]["loss_gen"] < records[0]["loss_gen"]
+    saved = load_config(tmp_path / "run" / "config.yaml")
+    recipe = load_config(
+        repository / "examples" / "configs" / f"{name.removeprefix('train_').removesuffix('.sh')}.yaml"
+    )
+    assert saved.loss == recipe.loss and saved.embedding == recipe.embedding
+    assert list((tmp_path / "run" / "checkpoints").iterdir())

@@ -1,0 +1,186 @@
+"""Models of transformers, converted through a checkpoint on disk, give the same numbers here: Mistral and Mixtral."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_grit.config.schema import ParallelConfig, RunConfig
+from megatron_grit.data.batch import PackedRow, RowKind
+
+transformers = pytest.importorskip("transformers", reason="the reference is transformers")
+
+# 96 tokens are more than the window of the sliding models, and a third of a row that holds three segments.
+LENGTHS, WINDOW = (41, 96, 23), 16
+SHAPE: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "attn_implementation": "sdpa",
+    "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
+}
+MODELS: dict[str, Callable[[int], Any]] = {
+    "mistral": lambda vocab: transformers.MistralForCausalLM(
+        transformers.MistralConfig(vocab_size=vocab, sliding_window=None, **SHAPE)
+    ),
+    "mistral_window": lambda vocab: transformers.MistralForCausalLM(
+        transformers.MistralConfig(vocab_size=vocab, sliding_window=WINDOW, **SHAPE)
+    ),
+    "mistral_tied": lambda vocab: transformers.MistralForCausalLM(
+        transformers.MistralConfig(vocab_size=vocab, sliding_window=None, tie_word_embeddings=True, **SHAPE)
+    ),
+    "mixtral": lambda vocab: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(vocab_size=vocab, num_local_experts=4, num_experts_per_tok=2, **SHAPE)
+    ),
+}
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of a few hundred pieces, a number that no padding divides."""
+    import sentencepiece
+
+    prefix = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    text = " ".join(p.read_text(encoding="utf-8") for p in Path(__file__).parents[2].glob("megatron_grit/m*/*.py"))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines()), model_prefix=str(prefix), vocab_size=331, minloglevel=2
+    )
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def models(
+    request: pytest.FixtureRequest, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Any, Any, Path]]:
+    """(transformers' model, ours, the converted directory): save_pretrained, convert_checkpoint, load_weights."""
+    from megatron_grit.convert.hf_to_megatron import convert_checkpoint
+    from megatron_grit.models.gpt import build_model
+    from megatron_grit.parallel.launch import parallel_job
+    from megatron_grit.training.checkpoint import load_weights, read_config, resolve_checkpoint
+
+    directory = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(5)
+    theirs = MODELS[request.param](331).eval()
+    theirs.save_pretrained(directory / "hf")
+    convert_checkpoint(directory / "hf", directory / "ours", tokenizer_file)
+    checkpoint = resolve_checkpoint(directory / "ours")
+    config: RunConfig = read_config(checkpoint)
+    with parallel_job(ParallelConfig(device="cpu"), seed=2) as context:
+        ours = build_model(config, 331, context)
+        load_weights(checkpoint, ours, context)
+        yield theirs, ours.eval(), directory / "hf"
+
+
+def make_row(kind: RowKind) -> PackedRow:
+    """Three segments, labels everywhere but at each segment's end."""
+    total = sum(LENGTHS)
+    tokens = torch.randint(0, 331, (1, total), generator=torch.Generator().manual_seed(1))
+    ends = torch.tensor(LENGTHS).cumsum(0)
+    return PackedRow(
+        kind=kind,
+        tokens_1T=tokens,
+        positions_1T=torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int(),
+        max_seqlen=max(LENGTHS),
+        padding_mask_1T=torch.zeros(1, total, dtype=torch.bool),
+        labels_1T=tokens.roll(-1, 1),
+        loss_mask_1T=torch.ones(total).index_fill(0, ends - 1, 0.0)[None],
+    )
+
+
+def segments(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.split(LENGTHS)
+
+
+def states_of_theirs(theirs: Any, row: PackedRow, *, bidirectional: bool) -> Tensor:
+    """Final states of each segment alone, one after another."""
+    states = []
+    for ids in segments(row.tokens_1T[0]):
+        mask = torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool) if bidirectional else None
+        states.append(theirs.model(input_ids=ids[None], attention_mask=mask).last_hidden_state[0])
+    return torch.cat(states)
+
+
+@torch.no_grad()
+def test_states_of_both_modes(models: tuple[Any, Any, Path]) -> None:
+    """A packed row's states are those of its segments alone; the two modes differ."""
+    from megatron_grit.models.gpt import Output
+
+    theirs, ours, _ = models
+    expected = {}
+    for kind in RowKind:
+        row = make_row(kind)
+        expected[kind] = states_of_theirs(theirs, row, bidirectional=kind is RowKind.EMBEDDING)
+        got = ours(row, Output.HIDDEN).squeeze(1)
+        torch.testing.assert_close(got, expected[kind], rtol=TOLERANCE, atol=TOLERANCE)
+    assert (expected[RowKind.EMBEDDING] - expected[RowKind.GENERATIVE]).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_logits_and_losses(models: tuple[Any, Any, Path]) -> None:
+    """Logits, and each position's loss."""
+    from megatron_grit.models.gpt import Output
+
+    theirs, ours, _ = models
+    row = make_row(RowKind.GENERATIVE)
+    expected = torch.cat([theirs(input_ids=ids[None]).logits[0] for ids in segments(row.tokens_1T[0])])
+    torch.testing.assert_close(ours(row, Output.LOGITS), expected, rtol=TOLERANCE, atol=TOLERANCE * 5)
+    assert row.labels_1T is not None and row.loss_mask_1T is not None
+    losses = torch.nn.functional.cross_entropy(expected, row.labels_1T[0], reduction="none") * row.loss_mask_1T[0]
+    torch.testing.assert_close(ours(row, Output.TOKEN_LOSSES), losses, rtol=TOLERANCE, atol=TOLERANCE * 5)
+
+
+def test_export_is_the_source(models: tuple[Any, Any, Path]) -> None:
+    """The way back gives the files that were converted, name for name and bit for bit."""
+    from megatron_grit.convert.hf_to_megatron import SafetensorsFolder, family_of_model, load_hf_config
+
+    _, ours, source = models
+    config = load_hf_config(source)
+    weights = {name: tensor for name, tensor in ours.state_dict().items() if isinstance(tensor, Tensor)}
+    exported = dict(family_of_model(config).to_hf(weights, config))
+    with SafetensorsFolder(source) as expected:
+        assert exported.keys() == set(expected)
+        assert all(torch.equal(exported[name], expected[name]) for name in expected)
+
+
+def test_balancing_coefficient() -> None:
+    """One layer: transformers' balancing loss times its coefficient is ours times the imported one."""
+    from megatron_grit import compat
+    from megatron_grit.convert.families import mixtral
+    from megatron_grit.convert.hf_to_megatron import hf_state_dict_to_megatron
+    from megatron_grit.models.gpt import Output, build_model
+    from megatron_grit.parallel.launch import parallel_job
+
+    torch.manual_seed(6)
+    theirs = MODELS["mixtral"](331)
+    theirs.config.num_hidden_layers = 1
+    theirs.model.layers = theirs.model.layers[:1]
+    settings = theirs.config.to_dict() | {"router_aux_loss_coef": 0.3}
+    config = RunConfig(model=mixtral.model_config(settings))
+    config.training.precision = "fp32"
+    row = make_row(RowKind.GENERATIVE)
+    routed = [
+        theirs(input_ids=ids[None], output_router_logits=True).router_logits[0] for ids in segments(row.tokens_1T[0])
+    ]
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    expected = 0.3 * load_balancing_loss_func((torch.cat(routed),), 4, 2)
+    with parallel_job(ParallelConfig(device="cpu"), seed=2) as context:
+        ours = build_model(config, 331, context)
+        ours.load_state_dict(hf_state_dict_to_megatron(theirs.state_dict(), config.model), strict=False)
+        compat.take_balancing_loss()
+        ours.train()(row, Output.TOKEN_LOSSES)
+        logged = compat.take_balancing_loss()
+    assert logged is not None
+    assert float(logged.sum()) * config.model.moe_aux_loss_coeff == pytest.approx(float(expected), rel=1e-5)

@@ -1,0 +1,143 @@
+"""Every file keeps the laws, and every law is able to fail."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.repo import laws
+
+Law = Callable[[str, str], list[str]]
+PYTHON_LAWS: list[Law] = [
+    laws.import_arrows,
+    laws.relative_imports,
+    laws.init_only_reexports,
+    laws.sizes,
+    laws.single_readers,
+    laws.unsafe_reading,
+    laws.entry_points,
+]
+LONG_FUNCTION = "def f():\n" + "    x = 1\n" * 85
+
+# A law, a path, and a text that breaks it there.
+BROKEN: list[tuple[Law, str, str]] = [
+    (laws.import_arrows, "megatron_grit/data/a.py", "from megatron_grit.models.gpt import build_model"),
+    (laws.import_arrows, "megatron_grit/data/a.py", "def f():\n    import megatron_grit.training.step"),
+    (laws.import_arrows, "megatron_grit/config/a.py", "from megatron_grit import cli"),
+    (laws.import_arrows, "megatron_grit/data/a.py", "importlib.import_module('megatron_grit.cli.train')"),
+    (laws.import_arrows, "megatron_grit/errors.py", "from megatron_grit.config.schema import RunConfig"),
+    (laws.relative_imports, "megatron_grit/data/a.py", "from .batch import StepBatch"),
+    (laws.init_only_reexports, "megatron_grit/data/__init__.py", "def f():\n    return 1"),
+    (laws.sizes, "megatron_grit/data/a.py", "x = 1\n" * 501),
+    (laws.sizes, "megatron_grit/data/a.py", LONG_FUNCTION),
+    (laws.sizes, "tools/preprocess/a.py", "x = 1\n" * 81),
+    (laws.sizes, "megatron_grit/cli/a.py", "x = 1\n" * 81),
+    (laws.single_readers, "megatron_grit/models/a.py", "import transformer_engine.pytorch as te"),
+    (laws.single_readers, "megatron_grit/models/a.py", "from megatron.core import parallel_state"),
+    (laws.single_readers, "megatron_grit/models/a.py", "from importlib import metadata"),
+    (laws.single_readers, "megatron_grit/evaluation/a.py", "def f():\n    import faiss"),
+    (laws.unsafe_reading, "tests/a.py", "import pickle"),
+    (laws.unsafe_reading, "tests/a.py", "torch.load(path)"),
+    (laws.unsafe_reading, "tests/a.py", "torch.load(path, weights_only=False)"),
+    (laws.unsafe_reading, "tests/a.py", "torch.save(state, path)"),
+    (laws.unsafe_reading, "tests/a.py", "np.load(path, allow_pickle=True)"),
+    (laws.unsafe_reading, "tests/a.py", "AutoModel.from_pretrained(path, trust_remote_code=True)"),
+    (laws.unsafe_reading, "tests/a.py", "yaml.load(text)"),
+    (laws.machine_text, "a.py", "path = '/" + "home/someone/data'"),
+    (laws.machine_text, "a.md", "see https://py" + "pi.org/simple"),
+    (laws.machine_text, "a.py", "# TO" + "DO: later"),
+    (laws.entry_points, "megatron_grit/cli/a.py", "def main():\n    pass\nif __name__ == '__main__':\n    main()"),
+    (laws.entry_points, "tools/a.py", "def main():\n    pass"),
+    (laws.entry_points, "tools/a.py", "if __name__ == '__main__':\n    print()"),
+    (laws.shell_scripts, "examples/a.sh", "#!/usr/bin/env bash\necho\n"),
+]
+# Text beside the border that the law allows.
+KEPT: list[tuple[Law, str, str]] = [
+    (laws.import_arrows, "megatron_grit/models/a.py", "from megatron_grit.data.batch import PackedRow"),
+    (laws.import_arrows, "megatron_grit/config/a.py", "from megatron_grit.errors import ConfigError"),
+    (laws.import_arrows, "megatron_grit/cli/main.py", "from megatron_grit import __version__"),
+    (laws.init_only_reexports, "megatron_grit/data/__init__.py", '"""Doc."""\nimport a\n__all__ = ["a"]'),
+    (laws.sizes, "megatron_grit/data/a.py", LONG_FUNCTION.replace("f():", "f():  # long: one table")),
+    (laws.single_readers, "megatron_grit/parallel/context.py", "from megatron.core import parallel_state"),
+    (laws.unsafe_reading, "tests/a.py", "torch.load(path, weights_only=True)"),
+    (laws.machine_text, "a.sh", "cd /workspace && ls tmp/a"),
+    (laws.shell_scripts, "examples/a.sh", "#!/usr/bin/env bash\nset -euo pipefail\n"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(repository: Path) -> dict[str, str]:
+    """Text of every tracked file that is text."""
+    texts = {}
+    for name in laws.tracked_files(repository):
+        data = (repository / name).read_bytes()
+        if b"\0" not in data:
+            texts[name] = data.decode("utf-8")
+    assert len(texts) > 20, "the list of files is not the repository's"
+    return texts
+
+
+@pytest.mark.parametrize("law", PYTHON_LAWS, ids=lambda law: law.__name__)
+def test_python_files_keep_the_law(law: Law, files: dict[str, str]) -> None:
+    bad = [line for name, text in files.items() if name.endswith(".py") for line in law(name, text)]
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize("law", [laws.machine_text, laws.shell_scripts], ids=lambda law: law.__name__)
+def test_all_files_keep_the_law(law: Law, files: dict[str, str]) -> None:
+    bad = [line for name, text in files.items() for line in law(name, text)]
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize(("law", "path", "text"), BROKEN)
+def test_law_finds_a_violation(law: Law, path: str, text: str) -> None:
+    assert law(path, text)
+
+
+@pytest.mark.parametrize(("law", "path", "text"), KEPT)
+def test_law_allows_what_is_allowed(law: Law, path: str, text: str) -> None:
+    assert law(path, text) == []
+
+
+def test_layers_are_those_of_the_package(repository: Path) -> None:
+    folders = {path.parent.name for path in (repository / laws.PACKAGE).glob("*/__init__.py")}
+    assert folders <= set(laws.LAYERS)
+    modules = {path.stem for path in (repository / laws.PACKAGE).glob("*.py")} - {"__init__"}
+    assert modules == set(laws.LEAVES)
+
+
+def test_unit_tests_mirror_the_package(repository: Path) -> None:
+    folders = {path.parent.name for path in (repository / "tests" / "unit").glob("*/test_*.py")}
+    assert folders <= set(laws.LAYERS)
+
+
+def test_documents_lead_somewhere(repository: Path, files: dict[str, str], tmp_path: Path) -> None:
+    documents = {name: text for name, text in files.items() if name.endswith(".md")}
+    bad = [line for name, text in documents.items() for line in laws.markdown_links(name, text, repository)]
+    assert not bad, "\n".join(bad)
+    (tmp_path / "b.md").write_text("# One heading\n")
+    assert laws.markdown_links("a.md", "[b](b.md#one-heading) [me](#top)\n# Top", tmp_path) == []
+    for broken in ("[c](c.md)", "[b](b.md#two)", "[me](#nowhere)", "`bash examples/none.sh`"):
+        assert laws.markdown_links("a.md", broken, tmp_path), broken
+
+
+def test_shell_scripts_parse(repository: Path, files: dict[str, str]) -> None:
+    scripts = [name for name, text in files.items() if name.endswith(".sh") or text.startswith("#!/usr/bin/env bash")]
+    for script in scripts:
+        parsed = subprocess.run(["bash", "-n", script], cwd=repository, capture_output=True, text=True)
+        assert parsed.returncode == 0, parsed.stderr
+    assert "tests/run.sh" in scripts
+
+
+def test_configuration_needs_no_torch(repository: Path) -> None:
+    code = (
+        "import sys, megatron_grit.cli.main, megatron_grit.cli.train, megatron_grit.config.checks\n"
+        "heavy = {'torch', 'megatron', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

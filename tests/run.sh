@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Install what the tests need, then lint, check types and test.
+#
+#   bash tests/run.sh [--engine newest] [--fast] [pytest arguments]
+#
+#   --engine newest   Python 3.12 with the newest megatron-core, in an environment under ~/.cache; tests only
+#   --fast            leave out the tests marked slow
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../examples/common.sh"
+cd "$ROOT"
+
+engine=present
+arguments=()
+while (($#)); do
+    case "$1" in
+        --engine)
+            engine="${2:-}"
+            [[ "$engine" == newest ]] || die "--engine takes newest, not '$engine'"
+            shift
+            ;;
+        --fast) arguments+=(-m "not slow") ;;
+        *) arguments+=("$1") ;;
+    esac
+    shift
+done
+
+if [[ "$engine" == newest ]]; then
+    base="$(find_python 3.12)" || exit $?
+    PYTHON="${XDG_CACHE_HOME:-$HOME/.cache}/megatron_grit/env-$(environment_key "$(constraints_for "$base")")"
+    make_environment "$PYTHON" "$base" dev
+    PYTHON="$PYTHON/bin/python"
+    export PYTHON
+else
+    setup_python dev
+fi
+
+# One thread a process: several processes share the cores. Compiling the engine's fused functions costs 11 s a process
+# and is worth nothing on a CPU.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCHDYNAMO_DISABLE=1 TOKENIZERS_PARALLELISM=false
+
+if [[ "$engine" == present ]]; then
+    "$PYTHON" -m ruff check .
+    "$PYTHON" -m ruff format --check .
+    "$PYTHON" -m mypy
+fi
+"$PYTHON" - <<'EOF'
+import sys
+from importlib.metadata import version
+print(f"== Python {sys.version.split()[0]}, torch {version('torch')}, megatron-core {version('megatron-core')}", flush=True)
+EOF
+"$PYTHON" -m pytest --durations=15 ${arguments[@]+"${arguments[@]}"}

@@ -1,0 +1,73 @@
+"""Commands end with the right status and never with a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_grit.cli import main as cli
+from megatron_grit.cli import train
+from megatron_grit.errors import DataError
+
+GOOD = ["--model", "tiny_mistral", "--data.embedding=[e]", "--data.generative=[g]", "--data.tokenizer=t"]
+
+
+def test_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "train      Train a model" in text
+    assert cli.main([]) == 2
+    assert all(summary.endswith(".") for summary in cli.verbs().values())
+
+
+def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tran"]) == 2
+    assert capsys.readouterr().err == "megatron-grit: error: unknown verb 'tran'; did you mean train?\n"
+
+
+def test_print_config_is_a_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["train", *GOOD, "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("# 1 process = tensor 1 x pipeline 1 x data 1\n")
+    (tmp_path / "config.yaml").write_text(printed)
+    assert cli.main(["train", "--config", str(tmp_path / "config.yaml"), "--print_config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_dry_run_looks_for_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*GOOD, "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "megatron-grit: error: command line: data.embedding: there is no file e.idx; "
+        "make it with tools/preprocess/build_grit.py\n"
+    )
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_errors_are_one_line_of_rank_0(rank: str, lines: int, repository: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "megatron_grit.cli.train", *GOOD, "--parallel.tensor", "2"],
+        env=os.environ | {"RANK": rank, "WORLD_SIZE": "3"},
+        cwd=repository,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == lines
+    assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+def test_guarded(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: BaseException) -> None:
+        raise error
+
+    assert cli.guarded(lambda: None) == 0
+    assert cli.guarded(lambda: fail(DataError("empty text", path="a.jsonl", line=3)), "tool") == 2
+    assert capsys.readouterr().err == "tool: error: a.jsonl:3: empty text\n"
+    assert cli.guarded(lambda: fail(KeyboardInterrupt())) == 130
+    with pytest.raises(ZeroDivisionError):
+        cli.guarded(lambda: fail(ZeroDivisionError()))

@@ -1,0 +1,163 @@
+"""Each check lets the good configuration pass and stops the bad one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_grit.config import checks
+from megatron_grit.config.checks import check, find_problems, mesh_summary
+from megatron_grit.config.parse import known_keys, parse_run_config, preset_names
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.errors import ConfigError, MeshError
+
+DATA = ["--data.embedding=[e]", "--data.generative=[g]", "--data.tokenizer=t"]
+
+
+def parse(*options: str, model: str = "tiny_mistral") -> RunConfig:
+    return parse_run_config(["--model", model, *DATA, *(f"--{option}" for option in options)])
+
+
+@pytest.mark.parametrize("model", preset_names())
+def test_presets_pass(model: str) -> None:
+    check(parse(model=model), 8, files=False)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options", "model"),
+    [
+        (2, ["parallel.tensor=2"], "tiny_mistral"),
+        (2, ["parallel.tensor=2", "parallel.sequence_parallel=true"], "tiny_mixtral"),
+        (2, ["parallel.pipeline=2"], "tiny_mixtral"),
+        (2, ["parallel.expert=2"], "tiny_mixtral"),
+        (8, ["parallel.tensor=2", "parallel.pipeline=2"], "tiny_mistral"),
+        (4, ["data.num_rows_multiple=8"], "tiny_mistral"),
+        (1, ["training.objective=generative", "data.embedding=[]"], "tiny_mistral"),
+        (1, ["training.steps=0", "optimizer.warmup_steps=0"], "tiny_mistral"),
+        (1, ["model.hidden_size=60", "model.num_attention_heads=4", "model.kv_channels=16"], "tiny_mistral"),
+    ],
+)
+def test_possible_layouts_pass(world_size: int, options: list[str], model: str) -> None:
+    check(parse(*options, model=model), world_size, files=False)
+
+
+IMPOSSIBLE_MESHES = [
+    (3, ["parallel.tensor=2"], "tiny_mistral", "the number of processes, 3, is no multiple of tensor 2"),
+    (1, ["parallel.pipeline=2"], "tiny_mistral", "start a multiple of 2 processes"),
+    (4, ["parallel.tensor=4"], "tiny_mistral", "parallel.tensor 4 does not divide model.num_query_groups 2"),
+    (3, ["parallel.pipeline=3"], "tiny_mistral", "parallel.pipeline 3 does not divide model.num_layers 2"),
+    (2, ["parallel.tensor=2", "model.ffn_hidden_size=129"], "tiny_mistral", "model.ffn_hidden_size 129"),
+    (2, ["parallel.sequence_parallel=true"], "tiny_mistral", "needs parallel.tensor above 1"),
+    (2, ["parallel.expert=2"], "tiny_mistral", "set model.num_experts"),
+    (3, ["parallel.expert=3"], "tiny_mixtral", "does not divide model.num_experts 4"),
+    (3, ["parallel.expert=2"], "tiny_mixtral", "does not divide the data parallel size 3"),
+    (2, ["parallel.tensor=2"], "tiny_mixtral", "needs parallel.sequence_parallel true"),
+    (4, ["data.num_rows_multiple=6"], "tiny_mistral", "no multiple of the data parallel size 4"),
+    (8, ["training.generative_batch_size=4"], "tiny_mistral", "below the 8 rows"),
+    (8, ["training.embedding_batch_size=2"], "tiny_mistral", "gives 6 texts, fewer than the 8 rows"),
+]
+
+
+@pytest.mark.parametrize(("world_size", "options", "model", "message"), IMPOSSIBLE_MESHES)
+def test_impossible_meshes(world_size: int, options: list[str], model: str, message: str) -> None:
+    with pytest.raises(MeshError) as error:
+        check(parse(*options, model=model), world_size, files=False)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+CONTRADICTIONS = [
+    (["parallel.context=2"], "not supported yet"),
+    (["model.hidden_size=66"], "does not divide model.hidden_size 66"),
+    (["model.num_query_groups=3"], "does not divide model.num_attention_heads 4"),
+    (["model.num_attention_heads=64", "model.num_query_groups=64"], "RoPE turns pairs of channels"),
+    (["model.rotary_percent=0.3"], "RoPE turns pairs of channels"),
+    (["model.num_experts=2", "model.moe_top_k=3"], "above model.num_experts 2"),
+    (["model.attention_backend=te", "parallel.device=cpu"], "needs a GPU"),
+    (["loss.grit_world_size=8"], "only with loss.emb_grad_scale grit"),
+    (["optimizer.min_lr=1"], "is above optimizer.lr"),
+    (["training.steps=3", "optimizer.warmup_steps=4"], "is above training.steps 3"),
+    (["data.embedding=[]"], "needs data.embedding"),
+    (["data.generative=[]"], "needs data.generative"),
+    (["data.embedding=[a, b, a]"], "names a twice"),
+    (["data.tokenizer=null"], "data.tokenizer is not set"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), CONTRADICTIONS)
+def test_contradictions(options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(parse(*options), 2, files=False)
+    assert message in str(error.value)
+
+
+def numeric_keys() -> list[str]:
+    return [key for key, hint in known_keys().items() if hint in (int, float, int | None, float | None)]
+
+
+def test_every_number_has_a_smallest_value() -> None:
+    assert sorted(checks._MINIMA) == sorted(numeric_keys())
+
+
+def with_value(key: str, value: float) -> RunConfig:
+    config = parse()
+    section, name = key.split(".")
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
+
+
+@pytest.mark.parametrize("key", numeric_keys())
+def test_numbers_below_their_range_and_not_numbers(key: str) -> None:
+    bound, inclusive = checks._MINIMA[key]
+    bad = [bound - 1, float("nan")] + ([] if inclusive else [bound])
+    if key in checks._MAXIMA:
+        bad.append(checks._MAXIMA[key][0] + 1)
+    for value in bad:
+        with pytest.raises(ConfigError, match=f"{key} must be"):
+            check(with_value(key, value), 1, files=False)
+
+
+def test_the_message_says_where_the_key_is() -> None:
+    with pytest.raises(ConfigError, match="^run.yaml:7: training.steps must be at least 0, not -1$"):
+        check(parse("training.steps=-1"), 1, files=False, origins={"training.steps": "run.yaml:7"})
+
+
+def test_files(tmp_path: Path) -> None:
+    prefixes = {kind: str(tmp_path / kind) for kind in ("embedding", "generative")}
+    tokenizer, load, output = tmp_path / "tokenizer", tmp_path / "checkpoint", tmp_path / "output"
+    config = parse(
+        *(f"data.{kind}=[{prefix}]" for kind, prefix in prefixes.items()),
+        f"data.tokenizer={tokenizer}",
+        f"checkpoint.load={load}",
+        f"output_dir={output}",
+    )
+    expected = [f"no file {prefix}{suffix}" for prefix in prefixes.values() for suffix in (".idx", ".bin", ".json")]
+    expected += [f"no file {tokenizer}", f"no directory {load}"]
+    problems = list(find_problems(config, 1))
+    assert len(problems) == len(expected)
+    assert all(text in problem.message for text, problem in zip(expected, problems, strict=True))
+
+    for name in expected[:6]:
+        Path(name.removeprefix("no file ")).touch()
+    tokenizer.mkdir()
+    load.mkdir()
+    assert [problem.key for problem in find_problems(config, 1)] == ["data.tokenizer"]
+    (tokenizer / "tokenizer.model").touch()
+    assert list(find_problems(config, 1)) == []
+    output.touch()
+    assert [problem.key for problem in find_problems(config, 1)] == ["output_dir"]
+    (tmp_path / "generative.bin").unlink()
+    (problem, _) = find_problems(config, 1)
+    assert problem.key == "data.generative" and "generative.bin" in problem.message
+    assert not any("generative" in p.key for p in find_problems(parse("training.objective=embedding"), 1))
+
+
+def test_mesh_summary() -> None:
+    assert mesh_summary(parse("parallel.expert=2", model="tiny_mixtral"), 2) == (
+        "2 processes = tensor 1 x pipeline 1 x data 2 (expert 2)"
+    )
+    assert mesh_summary(parse("parallel.tensor=2", "parallel.pipeline=2"), 8) == (
+        "8 processes = tensor 2 x pipeline 2 x data 2"
+    )
+    assert mesh_summary(parse(), 1).startswith("1 process = ")

@@ -1,0 +1,204 @@
+"""Indexed files: round trip, the bytes on disk, damage, and that nothing is half-written."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_grit.data.batch import RowKind
+from megatron_grit.data.indexed import IndexedRecords, IndexedWriter, file_paths, num_labels, read_meta, segment_lengths
+from megatron_grit.data.roles import Role
+from megatron_grit.errors import DataError
+
+C, A, Q, P, N = Role.CONTEXT, Role.ANSWER, Role.QUERY, Role.POSITIVE, Role.NEGATIVE
+CHATS = [[(C, [1, 5]), (A, [6, 2])], [(C, [1]), (A, [7, 2]), (C, [8, 9, 10]), (A, [2])]]
+
+
+def write(prefix: Path, records: list, kind: RowKind = RowKind.GENERATIVE, vocab_size: int = 100, **options: bool):
+    with IndexedWriter(prefix, kind, vocab_size, **options) as writer:
+        for record in records:
+            writer.add(record)
+        return writer.finalize(tokenizer_fingerprint="f" * 64, template="gritlm", limits={"query": 8})
+
+
+def texts(role: Role, instruction: Role) -> st.SearchStrategy:
+    ids = st.lists(st.integers(0, 69_999), min_size=1, max_size=5)
+    return st.tuples(st.lists(st.integers(0, 69_999), max_size=3), ids).map(
+        lambda pair: [(instruction, pair[0]), (role, pair[1])]
+    )
+
+
+EMBEDDING_RECORD = st.tuples(
+    texts(Q, Role.QUERY_INSTRUCTION),
+    st.lists(texts(P, Role.POSITIVE_INSTRUCTION), min_size=1, max_size=3),
+    st.lists(texts(N, Role.NEGATIVE_INSTRUCTION), max_size=3),
+).map(lambda parts: [span for text in [parts[0], *parts[1], *parts[2]] for span in text])
+
+
+@given(records=st.lists(EMBEDDING_RECORD, min_size=1, max_size=5))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_round_trip(tmp_path: Path, records: list) -> None:
+    meta = write(tmp_path / "emb", records, RowKind.EMBEDDING, vocab_size=70_000, overwrite=True)
+    read = IndexedRecords(tmp_path / "emb")
+    written = [[(role, ids) for role, ids in record if ids] for record in records]
+    assert [[(role, ids.tolist()) for role, ids in read.get(index)] for index in range(len(read))] == written
+    assert read.lengths().tolist() == [sum(len(ids) for _, ids in record) for record in records]
+    for index, record in enumerate(written):
+        roles, lengths = read.spans(index)
+        assert list(zip(roles, lengths, strict=True)) == [(role, len(ids)) for role, ids in record]
+    negatives = [[role for role, _ in record].count(N) for record in records]
+    assert (meta.min_negatives, meta.max_negatives) == (min(negatives), max(negatives))
+    segments = [segment_lengths(*read.spans(index)) for index in range(len(read))]
+    assert meta.longest_segment_tokens == max(map(max, segments))
+    assert max(segments[meta.longest_segment_record]) == meta.longest_segment_tokens
+    read.verify()
+
+
+def test_bytes_on_disk(tmp_path: Path) -> None:
+    """The layout that docs/data_formats.md gives, read without the engine."""
+    write(tmp_path / "gen", CHATS)
+    content = (tmp_path / "gen.idx").read_bytes()
+    magic, version, code, num_sequences, num_documents = struct.unpack_from("<9sQBQQ", content)
+    assert (magic, version, code, num_sequences, num_documents) == (b"MMIDIDX\x00\x00", 1, 8, 6, 3)
+    lengths = np.frombuffer(content, np.int32, 6, 34)
+    pointers = np.frombuffer(content, np.int64, 6, 34 + 24)
+    documents = np.frombuffer(content, np.int64, 3, 34 + 24 + 48)
+    modes = np.frombuffer(content, np.int8, 6, 34 + 24 + 48 + 24)
+    assert len(content) == 34 + 24 + 48 + 24 + 6
+    assert lengths.tolist() == [2, 2, 1, 2, 3, 1]
+    assert pointers.tolist() == [0, 4, 8, 10, 14, 20]
+    assert documents.tolist() == [0, 2, 6]
+    assert modes.tolist() == [1, 2, 1, 2, 1, 2]
+    assert np.fromfile(tmp_path / "gen.bin", np.uint16).tolist() == [1, 5, 6, 2, 1, 7, 2, 8, 9, 10, 2]
+
+
+def test_metadata(tmp_path: Path) -> None:
+    meta = write(tmp_path / "gen", CHATS)
+    assert read_meta(tmp_path / "gen") == meta
+    assert (meta.num_records, meta.num_tokens, meta.num_supervised_tokens) == (2, 11, 5)
+    assert (meta.longest_segment_tokens, meta.longest_segment_record) == (7, 1)
+    assert (meta.bin_bytes, meta.idx_bytes) == tuple((tmp_path / f"gen.{x}").stat().st_size for x in ("bin", "idx"))
+
+
+@pytest.mark.parametrize(("vocab_size", "itemsize"), [(65_499, 2), (65_500, 4)])
+def test_token_type_follows_the_vocabulary(tmp_path: Path, vocab_size: int, itemsize: int) -> None:
+    write(tmp_path / "gen", [[(Role.TEXT, [vocab_size - 1, 0, 3])]], vocab_size=vocab_size)
+    assert (tmp_path / "gen.bin").stat().st_size == 3 * itemsize
+    (span,) = IndexedRecords(tmp_path / "gen").get(0)
+    assert span[1].tolist() == [vocab_size - 1, 0, 3]
+
+
+def test_labels_of_a_record() -> None:
+    assert num_labels([Role.TEXT], [5]) == 4
+    assert num_labels([C, A, C, A], [3, 2, 4, 1]) == 3
+    assert num_labels([Q, P], [3, 2]) == 0
+
+
+def test_nothing_is_written_before_the_end(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), IndexedWriter(tmp_path / "gen", RowKind.GENERATIVE, 100) as writer:
+        writer.add(CHATS[0])
+        assert not any(path.exists() for path in file_paths(tmp_path / "gen"))
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(DataError, match="no records"):
+        write(tmp_path / "gen", [])
+    with pytest.raises(DataError, match="gen#1 is not a record of kind generative"):
+        write(tmp_path / "gen", [CHATS[0], [(Q, [1]), (P, [2])]])
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_files_are_kept_unless_told(tmp_path: Path) -> None:
+    write(tmp_path / "gen", CHATS)
+    with pytest.raises(DataError, match="gen.bin: exists already"):
+        write(tmp_path / "gen", CHATS[:1])
+    assert len(IndexedRecords(tmp_path / "gen")) == 2
+    write(tmp_path / "gen", CHATS[:1], overwrite=True)
+    assert len(IndexedRecords(tmp_path / "gen")) == 1
+
+
+def test_no_such_record(tmp_path: Path) -> None:
+    write(tmp_path / "gen", CHATS)
+    for index in (-1, 2):
+        with pytest.raises(IndexError):
+            IndexedRecords(tmp_path / "gen").get(index)
+
+
+def damage(tmp_path: Path, extension: str, change) -> None:
+    write(tmp_path / "gen", CHATS)
+    path = tmp_path / f"gen.{extension}"
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("extension", "change", "message"),
+    [
+        ("bin", lambda b: b[:-3], r"gen.bin \(byte 19\): is 19 bytes long, its index says 22"),
+        ("bin", lambda b: b + b"..", r"gen.bin \(byte 22\): is 24 bytes long"),
+        ("idx", lambda b: b[:20], r"gen.idx \(byte 20\): ends after 20 bytes, within its header"),
+        ("idx", lambda b: b[:-1], r"gen.idx \(byte 135\): is 135 bytes long, its header says 136"),
+        ("idx", lambda b: b"PK" + b[2:], r"gen.idx \(byte 0\): not a Megatron index"),
+        ("idx", lambda b: b[:17] + b"\x07" + b[18:], r"gen.idx \(byte 17\): token type 7"),
+        ("json", lambda b: b.replace(b'"num_records": 2', b'"num_records": 3'), r"holds 2 records, its .json says 3"),
+        ("json", lambda b: b[:-9], "gen.json: not JSON"),
+        ("json", lambda b: b.replace(b'"version": 1', b'"version": 2'), "format version 2, this is 1"),
+        ("json", lambda b: b.replace(b"megatron_grit.indexed", b"other"), "not the metadata of an indexed file"),
+        ("json", lambda b: b.replace(b'"kind"', b'"sort"'), "incomplete metadata"),
+        ("json", lambda b: b.replace(b"generative", b"images"), "incomplete metadata"),
+    ],
+)
+def test_damage_is_found_on_opening(tmp_path: Path, extension: str, change, message: str) -> None:
+    damage(tmp_path, extension, change)
+    with pytest.raises(DataError, match=message):
+        IndexedRecords(tmp_path / "gen")
+
+
+@pytest.mark.parametrize("extension", ["bin", "idx", "json"])
+def test_missing_file_is_named(tmp_path: Path, extension: str) -> None:
+    write(tmp_path / "gen", CHATS)
+    (tmp_path / f"gen.{extension}").unlink()
+    with pytest.raises(DataError, match=f"gen.{extension}: (is missing|no such file)"):
+        IndexedRecords(tmp_path / "gen")
+
+
+def test_damage_that_only_reading_finds(tmp_path: Path) -> None:
+    damage(tmp_path, "bin", lambda b: b[:4] + b"\x63\x00" + b[6:])
+    records = IndexedRecords(tmp_path / "gen")
+    with pytest.raises(DataError, match="gen.bin: its SHA-256 is"):
+        records.verify()
+    write(tmp_path / "gen", CHATS, overwrite=True)
+    damage_roles = (tmp_path / "gen.idx").read_bytes()[:-6] + bytes([1, 2, 1, 2, 1, 1])
+    (tmp_path / "gen.idx").write_bytes(damage_roles)
+    records = IndexedRecords(tmp_path / "gen")
+    assert len(records.get(0)) == 2
+    with pytest.raises(DataError, match="gen#1 is not a record of kind generative"):
+        records.get(1)
+    with pytest.raises(DataError, match="gen#1 is not a record"):
+        records.verify()
+    write(tmp_path / "gen", CHATS, overwrite=True)
+    content = bytearray((tmp_path / "gen.idx").read_bytes())
+    content[34 + 24 + 8] += 2  # the second sequence's offset
+    (tmp_path / "gen.idx").write_bytes(bytes(content))
+    with pytest.raises(DataError, match=r"gen.idx \(byte 66\): sequence 1 does not start where"):
+        IndexedRecords(tmp_path / "gen").verify()
+
+
+def test_megatron_reads_it(tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    write(tmp_path / "gen", CHATS)
+    dataset = IndexedDataset(str(tmp_path / "gen"), multimodal=True)
+    assert [(tokens.tolist(), int(mode)) for tokens, mode in (dataset[i] for i in range(len(dataset)))] == [
+        (ids, role) for record in CHATS for role, ids in record
+    ]
+
+
+def test_metadata_is_plain_json(tmp_path: Path) -> None:
+    write(tmp_path / "gen", CHATS)
+    values = json.loads((tmp_path / "gen.json").read_text())
+    assert (values["format"], values["version"], values["kind"]) == ("megatron_grit.indexed", 1, "generative")

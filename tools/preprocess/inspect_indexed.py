@@ -1,0 +1,45 @@
+"""Show what an indexed file holds: its metadata and some records, span by span, with what each span is used for.
+
+supervised: label of the next-token loss. pooled: averaged into an embedding. attended: seen and nothing else.
+
+Example:
+  python tools/preprocess/inspect_indexed.py --prefix data/pairs --tokenizer tokenizer.model --show 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_grit.data.indexed import IndexedRecords
+from megatron_grit.data.inspection import describe_records
+from megatron_grit.data.tokenizer import load_tokenizer
+from megatron_grit.errors import EXIT_STATUS, GritError
+
+
+def main() -> int:
+    """Parse the command line and print. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prefix", required=True, help="the file without its extension")
+    parser.add_argument("--tokenizer", help="shows text; without it token ids are shown")
+    parser.add_argument("--show", type=int, default=3, help="number of records")
+    parser.add_argument("--start", type=int, default=0, help="first record")
+    parser.add_argument("--verify", action="store_true", help="read all of it and compare it with its checksum")
+    arguments = parser.parse_args()
+    try:
+        tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
+        for line in describe_records(
+            arguments.prefix, tokenizer, start=arguments.start, count=arguments.show, colour=sys.stdout.isatty()
+        ):
+            print(line)
+        if arguments.verify:
+            IndexedRecords(arguments.prefix).verify()
+            print("verified: checksum, index and roles")
+    except (GritError, OSError) as error:
+        print(f"inspect_indexed: error: {error}", file=sys.stderr)
+        return EXIT_STATUS
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
