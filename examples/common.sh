@@ -101,16 +101,15 @@ find_python() {
 # make_environment DIRECTORY BASE_PYTHON EXTRA: a virtual environment with the exact versions of constraints/. Does
 # nothing where it is there already; two at once wait for each other.
 make_environment() {
-    local directory="$1" base="$2" extra="$3" constraints key ready
-    constraints="$(constraints_for "$base")"
-    key="$(environment_key "$constraints")"
-    ready="$directory/.ready-$key-${extra:-base}"
-    [[ -f "$ready" || (-z "$extra" && -f "$directory/.ready-$key-dev") ]] && return
+    local directory="$1" base="$2" extra="$3" ready
+    ready="$directory/.ready-$(environment_key "$base" "$extra")"
+    # What is there for the tests is there for all.
+    [[ -f "$ready" || (-z "$extra" && -f "$directory/.ready-$(environment_key "$base" dev)") ]] && return
     mkdir -p "$(dirname "$directory")"
     (
         if command -v flock >/dev/null; then flock 9; fi
         [[ -f "$ready" ]] && exit
-        fill_environment "$directory" "$base" "$extra" "$constraints"
+        fill_environment "$directory" "$base" "$extra" "$(constraints_for "$base")"
         touch "$ready"
     ) 9>"$directory.lock" || exit $?
 }
@@ -146,8 +145,8 @@ constraints_for() {
     fi
 }
 
-# Changes with what would be installed.
-environment_key() { cat "$ROOT/pyproject.toml" "$1" | cksum | cut -d ' ' -f 1; }
+# environment_key PYTHON EXTRA: changes with what would be installed.
+environment_key() { { requirements "$1" "$2" && cat "$(constraints_for "$1")"; } | cksum | cut -d ' ' -f 1; }
 
 # --- Launching -------------------------------------------------------------------------------------------------------
 #

@@ -26,7 +26,7 @@ done
 
 if [[ "$engine" == newest ]]; then
     base="$(find_python 3.12)" || exit $?
-    PYTHON="${XDG_CACHE_HOME:-$HOME/.cache}/megatron_grit/env-$(environment_key "$(constraints_for "$base")")"
+    PYTHON="${XDG_CACHE_HOME:-$HOME/.cache}/megatron_grit/env-$(environment_key "$base" dev)"
     make_environment "$PYTHON" "$base" dev
     PYTHON="$PYTHON/bin/python"
     export PYTHON

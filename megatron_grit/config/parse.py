@@ -288,7 +288,7 @@ def _type_message(key: str, value: Any, error: Exception) -> str:
     return f"{key} must be {describe_type(hint)}, not {value!r}"
 
 
-def _from_tree(cls: type, tree: Any) -> Any:
+def _from_tree(cls: Any, tree: Any) -> Any:
     """Build nested dataclasses from a namespace whose types were checked."""
     return cls(
         **{

@@ -55,7 +55,9 @@ def _table(cls: type, prefix: str) -> str:
 
 
 def _default(field: dataclasses.Field) -> str:
-    value = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
 

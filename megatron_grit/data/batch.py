@@ -70,14 +70,15 @@ class StepBatch:
     """One optimizer step's rows on one data parallel rank, and what is known of the whole step.
 
     The global list of texts is: queries 0..Q-1, then passages Q..Q+Q*G-1, where passages Q+i*G .. Q+i*G+G-1 belong
-    to query i and the first of them is its positive. All rows of a step have the same length T on all ranks.
+    to query i and the first of them is its positive. Under pipeline parallelism all rows of a step have the same
+    length on all ranks.
     """
 
     step: int
     embedding_rows: list[PackedRow]
     generative_rows: list[PackedRow]
     row_length: int
-    """T."""
+    """Length of the longest row of the global batch."""
     num_queries: int
     """Q of the global batch; 0 without embedding rows."""
     group_size: int

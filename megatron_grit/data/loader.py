@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from megatron_grit.data.roles import Role, pooled, split_segments, supervised
 from megatron_grit.data.sampler import EmbeddingSampler, GenerativeSampler, passage_draws, pick_passages
 from megatron_grit.data.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class GritDataLoader:
         dp_rank: data parallel rank.
         dp_size: data parallel size.
         row_multiple: row lengths are rounded up to a multiple of this.
+        equal_rows: pad every row of a step to the longest, as pipeline stages need it. Which segments share a row does
+            not depend on this.
 
     Raises:
         ConfigError: a batch that the data or the mesh does not allow.
@@ -58,13 +63,20 @@ class GritDataLoader:
     """
 
     def __init__(
-        self, config: RunConfig, tokenizer: Tokenizer, dp_rank: int = 0, dp_size: int = 1, row_multiple: int = 8
+        self,
+        config: RunConfig,
+        tokenizer: Tokenizer,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        row_multiple: int = 8,
+        equal_rows: bool = True,
     ) -> None:
         self._data = config.data
         self._seed = config.training.seed
         self._pad_id = tokenizer.pad_id
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._row_multiple = row_multiple
+        self._equal_rows = equal_rows
         self._num_rows_multiple = config.data.num_rows_multiple or dp_size
         if self._num_rows_multiple % dp_size:
             raise ConfigError(
@@ -146,11 +158,21 @@ class GritDataLoader:
         generative = self._pack(sequences, RowKind.GENERATIVE)
         used = [sum(texts[i].length for i in row) for row in embedding]
         used += [sum(sequences[i].length for i in row) for row in generative]
-        row_length = -(-max(used) // self._row_multiple) * self._row_multiple
+        padded = [-(-length // self._row_multiple) * self._row_multiple for length in used]
+        row_length = max(padded)
+        if self._equal_rows:
+            padded = [row_length] * len(used)
+        embedding_lengths, generative_lengths = padded[: len(embedding)], padded[len(embedding) :]
         return StepBatch(
             step=step,
-            embedding_rows=[self._embedding_row(texts, row, row_length) for row in self._mine(embedding)],
-            generative_rows=[self._generative_row(sequences, row, row_length) for row in self._mine(generative)],
+            embedding_rows=[
+                self._embedding_row(texts, row, length)
+                for row, length in zip(self._mine(embedding), self._mine(embedding_lengths), strict=True)
+            ],
+            generative_rows=[
+                self._generative_row(sequences, row, length)
+                for row, length in zip(self._mine(generative), self._mine(generative_lengths), strict=True)
+            ],
             row_length=row_length,
             num_queries=self._num_queries,
             group_size=self._data.train_group_size,
@@ -162,7 +184,7 @@ class GritDataLoader:
             num_sequences=self._num_sequences,
             num_generative_rows=len(generative),
             num_tokens=sum(used),
-            num_padded_tokens=row_length * len(used),
+            num_padded_tokens=sum(padded),
             embedding_source=source_name,
         )
 
@@ -206,7 +228,7 @@ class GritDataLoader:
             stopped.set()
             thread.join()
 
-    def _mine(self, rows: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    def _mine(self, rows: Sequence[_Item]) -> Sequence[_Item]:
         return rows[self._dp_rank :: self._dp_size]
 
     def _sample_texts(self, step: int) -> tuple[str, list[Segment]]:

@@ -94,12 +94,12 @@ class GritModel:
         several = [texts] if isinstance(texts, str) else list(texts)
         if not several:
             raise DataError("there is no text to encode")
+        empty = next((index for index, text in enumerate(several) if not text.strip()), None)
+        if empty is not None:
+            raise DataError(f"text {empty} is empty; there is nothing to pool")
         tokenised = [encode_embedding(self.tokenizer, text, instruction, max_length) for text in several]
-        for index, (head, tail) in enumerate(tokenised):
-            if not tail and not several[index].strip():
-                raise DataError(f"text {index} is empty; there is nothing to pool")
-            if not tail:
-                raise DataError(f"the instruction has {len(head)} tokens or more, no less than max_length {max_length}")
+        if not all(tail for _, tail in tokenised):
+            raise DataError(f"the instruction fills max_length {max_length}; shorten it or raise max_length")
         embeddings = encode_tokens(self.model, tokenised, batch_tokens=batch_tokens, progress=progress)
         return embeddings[0] if isinstance(texts, str) else embeddings
 

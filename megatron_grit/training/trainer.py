@@ -61,7 +61,14 @@ class Trainer:
             raise ConfigError("data.tokenizer is not set; give a SentencePiece model or a tokenizer.json")
         self.config, self.context = config, context
         self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self.loader = GritDataLoader(config, self.tokenizer, context.data_rank, context.data_size, context.row_multiple)
+        self.loader = GritDataLoader(
+            config,
+            self.tokenizer,
+            context.data_rank,
+            context.data_size,
+            context.row_multiple,
+            equal_rows=context.pipeline_size > 1,
+        )
         self.model = build_model(config, config.model.vocab_size or self.tokenizer.vocab_size, context)
         self.wrapped = wrap_model(self.model)
         self.optimizer = build_optimizer(config, self.wrapped)

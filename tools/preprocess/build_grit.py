@@ -22,6 +22,7 @@ import sys
 
 from megatron_grit.data.grit_builder import Limits, build_grit
 from megatron_grit.errors import EXIT_STATUS, GritError
+from megatron_grit.parallel.logs import configure_logging
 
 
 def main() -> int:
@@ -39,6 +40,7 @@ def main() -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier build")
     arguments = parser.parse_args()
+    configure_logging()
     try:
         limits = Limits(
             query=arguments.query_max_len,

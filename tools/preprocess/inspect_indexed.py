@@ -15,6 +15,7 @@ from megatron_grit.data.indexed import IndexedRecords
 from megatron_grit.data.inspection import describe_records
 from megatron_grit.data.tokenizer import load_tokenizer
 from megatron_grit.errors import EXIT_STATUS, GritError
+from megatron_grit.parallel.logs import configure_logging
 
 
 def main() -> int:
@@ -26,6 +27,7 @@ def main() -> int:
     parser.add_argument("--start", type=int, default=0, help="first record")
     parser.add_argument("--verify", action="store_true", help="read all of it and compare it with its checksum")
     arguments = parser.parse_args()
+    configure_logging()
     try:
         tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
         for line in describe_records(

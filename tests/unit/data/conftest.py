@@ -11,7 +11,7 @@ import pytest
 from megatron_grit.data.grit_builder import Limits, build_grit
 from megatron_grit.data.templates import ASSISTANT_PREFIX, EMBED_PREFIX, USER_PREFIX
 from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from tests.unit.data.samples import chat_record, embedding_record, sentence
+from tests.unit.data.samples import embedding_record, generative_record, sentence
 
 
 @pytest.fixture(scope="session")
@@ -52,13 +52,10 @@ def indexed_prefixes(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: P
         "emb_a": [embedding_record(number) for number in range(40)],
         "emb_b": [embedding_record(100 + number, num_negatives=1 + number % 2) for number in range(60)],
         "no_neg": [embedding_record(number, num_negatives=0) for number in range(40)],
-        "gen": [
-            chat_record(number, 1 + number % 5) if number % 4 else {"text": sentence(number, 40)}
-            for number in range(50)
-        ],
+        "gen": [generative_record(number) for number in range(50)],
     }
     for name, records in sources.items():
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        build_grit([path], folder / name, tokenizer_path, Limits(query=64, passage=96, generative=192))
+        build_grit([path], folder / name, tokenizer_path, Limits(query=64, passage=96, generative=256))
     return {name: str(folder / name) for name in sources}

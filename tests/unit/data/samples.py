@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-WORDS = (
+TEXT = (
     "the quick brown fox jumps over a lazy dog while seven old bakers count their loaves under one paper moon and "
     "nobody asks why rivers bend or how glass remembers light across winter markets"
-).split()
+)
+WORDS = TEXT.split()
 
 
 def sentence(number: int, num_words: int = 9) -> str:
@@ -29,6 +30,11 @@ def embedding_record(number: int, num_negatives: int = 3) -> dict:
 def chat_record(number: int, num_turns: int) -> dict:
     """Questions and answers, of unequal lengths."""
     return {"text": [sentence(number * 31 + turn, 3 + (number + turn) % 9) for turn in range(2 * num_turns)]}
+
+
+def generative_record(number: int) -> dict:
+    """Conversations of one to five turns, and a plain text every fourth time."""
+    return chat_record(number, 1 + number % 5) if number % 4 else {"text": sentence(number, 40)}
 
 
 def byte_level_json(path: Path, *, config: dict | None = None) -> Path:

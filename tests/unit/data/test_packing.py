@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_rows_are_nearly_equal() -> None:
     rows = pack(lengths, 2048, 4)
     sums = [lengths[row].sum() for row in rows]
     assert max(sums) - min(sums) <= 0.03 * max(sums)
-    assert len(rows) == 4 * -(-(-(-lengths.sum() // 2048)) // 4)
+    assert len(rows) == math.ceil(lengths.sum() / 2048 / 4) * 4
 
 
 def test_falls_back_where_equal_rows_overflow() -> None:

@@ -1,0 +1,115 @@
+"""GritModel: from a checkpoint on disk to embeddings, text and losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.loader import GritDataLoader
+from megatron_grit.data.tokenizer import load_tokenizer
+from megatron_grit.errors import CheckpointError, DataError
+from megatron_grit.inference.model import GritModel, prompt_turns
+from megatron_grit.models.gpt import Output
+from megatron_grit.training.trainer import train
+from tests.corpus import sentences, tiny_run
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of two steps on one process."""
+    config = tiny_run(tmp_path_factory.mktemp("model"))
+    config.training.steps = 2
+    train(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def model(config: RunConfig) -> GritModel:
+    return GritModel.load(config.output_dir, device="cpu")
+
+
+def test_encode_equals_the_training_pass(config: RunConfig, model: GritModel) -> None:
+    """Queries of a training batch, embedded as text, give what their packed rows give."""
+    loader = GritDataLoader(config, load_tokenizer(str(config.data.tokenizer)))
+    batch = loader.batch(0)
+    pairs = sentences(96)
+    for row in batch.embedding_rows:
+        with torch.no_grad():
+            trained = model.model(row, Output.EMBEDDINGS).numpy()
+        assert row.slots_S is not None
+        queries = [
+            (i, int(row.record_ids[i].rsplit("#", 1)[1]))
+            for i, slot in enumerate(row.slots_S.tolist())
+            if slot < batch.num_queries
+        ]
+        encoded = model.encode([pairs[record][0] for _, record in queries], instruction="Answer the question")
+        np.testing.assert_allclose(encoded, trained[[i for i, _ in queries]], atol=1e-5)
+
+
+def test_encode_does_not_depend_on_the_company(model: GritModel) -> None:
+    texts = [answer for _, answer in sentences(20)]
+    together = model.encode(texts)
+    assert together.shape == (20, 64) and together.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    alone = np.stack([model.encode(text) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(together, model.encode(texts, batch_tokens=64), atol=1e-5)
+
+
+def test_the_instruction_matters(model: GritModel) -> None:
+    text = "The parser opens a file."
+    plain, empty, instructed = (model.encode(text, instruction=i) for i in (None, "", "Answer the question"))
+    assert np.abs(plain - empty).max() > 1e-3
+    assert np.abs(empty - instructed).max() > 1e-3
+
+
+def test_token_losses_are_those_of_training(config: RunConfig, model: GritModel) -> None:
+    """The mean over a batch's records equals the batch's loss from its own rows."""
+    sums, counts = model.token_losses(config.data.generative[0])
+    loader = GritDataLoader(config, load_tokenizer(str(config.data.tokenizer)))
+    batch = loader.batch(0)
+    total, records = 0.0, []
+    for row in batch.generative_rows:
+        with torch.no_grad():
+            total += float(model.model(row, Output.TOKEN_LOSSES).sum())
+        records += [int(name.rsplit("#", 1)[1]) for name in row.record_ids]
+    assert counts[records].sum() == batch.num_loss_tokens
+    assert sums[records].sum() == pytest.approx(total, rel=1e-5)
+
+
+def test_generate(model: GritModel) -> None:
+    answer = model.generate("what does the parser do when it opens?", max_new_tokens=8)
+    assert isinstance(answer, str)
+    conversations = [
+        [{"role": "user", "content": "what does the parser do when it opens?"}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "what does the queue do?"}],
+    ]
+    answers = model.generate(conversations, max_new_tokens=8)
+    assert isinstance(answers, list) and answers[0] == answer
+
+
+def test_prompt_turns() -> None:
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    assert prompt_turns(messages) == ["S\na", "b", "c"]
+    with pytest.raises(DataError, match="message 1 must be of role assistant"):
+        prompt_turns([messages[1], messages[1]])
+
+
+def test_errors(model: GritModel, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="text 1 is empty"):
+        model.encode(["a", "  "])
+    with pytest.raises(DataError, match="max_length 8"):
+        model.encode("text", instruction="a long instruction " * 10, max_length=8)
+    with pytest.raises(DataError, match="last turn has to be the user's"):
+        model.generate([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        GritModel.load(tmp_path)

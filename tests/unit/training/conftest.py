@@ -1,0 +1,17 @@
+"""One process's mesh for all tests here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_grit.config.schema import ParallelConfig
+from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.parallel.launch import parallel_job
+
+
+@pytest.fixture
+def context() -> Iterator[ParallelContext]:
+    with parallel_job(ParallelConfig(device="cpu"), seed=1) as context:
+        yield context
