@@ -316,7 +316,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="measured steps of each, after one to warm up")
     parser.add_argument("--scale", type=int, default=4, help="divides the numbers of the recipe")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the one process")
-    parser.add_argument("--tokens-per-row", type=int, default=4096, help="token budget of our packed rows")
+    parser.add_argument("--tokens-per-row", type=int, default=2048, help="token budget of our packed rows")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=8192)

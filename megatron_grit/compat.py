@@ -20,6 +20,11 @@ def engine_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def installed_versions() -> dict[str, str]:
+    """Versions that a checkpoint records."""
+    return {name: metadata.version(name) for name in ("torch", "megatron-core")}
+
+
 @functools.cache
 def have_transformer_engine() -> bool:
     """Whether TransformerEngine imports. It may be installed and still fail, on a machine without its driver."""

@@ -8,6 +8,7 @@ process finds the same rows.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -47,6 +48,67 @@ def pack(lengths: np.ndarray, tokens_per_row: int, num_rows_multiple: int = 1) -
     if rows is None:
         rows = _fill_empty_rows(fitted, lengths, num_rows)
     return [np.sort(np.array(row, dtype=np.int64)) for row in rows]
+
+
+def pack_together(
+    groups: Mapping[str, np.ndarray], tokens_per_row: int, num_rows_multiple: int = 1
+) -> dict[str, list[np.ndarray]]:
+    """Rows of several groups of segments that are all padded to the longest row of any group.
+
+    A small group in a few short rows would be padded up to the long rows of another. So smaller budgets are tried as
+    well, and the one with the fewest padded tokens is taken. A group that fits in ``num_rows_multiple`` rows never gets
+    more: one row for each process spares a second pass (GradCache).
+
+    Args:
+        groups: name, and tokens of each segment as for :func:`pack`.
+        tokens_per_row: no row holds more tokens.
+        num_rows_multiple: the number of rows of each group is rounded up to a multiple of this.
+
+    Returns:
+        The rows of each group.
+
+    Raises:
+        DataError: a segment longer than ``tokens_per_row``.
+        ConfigError: a group with fewer segments than rows.
+    """
+    groups = {name: np.asarray(lengths, dtype=np.int64) for name, lengths in groups.items()}
+    best = _pack_each(groups, tokens_per_row, num_rows_multiple)
+    few = {name for name, rows in best.items() if len(rows) <= num_rows_multiple}
+    longest = max((int(lengths.max()) for lengths in groups.values() if len(lengths)), default=0)
+    num_tokens = sum(int(lengths.sum()) for lengths in groups.values())
+    fewest = _padded_tokens(groups, best)
+    for eighths in (7, 6, 5, 4):
+        budget = tokens_per_row * eighths // 8
+        if budget < longest or fewest <= num_tokens * (1 + _TOLERATED_PADDING):
+            break
+        try:
+            rows = _pack_each(groups, budget, num_rows_multiple)
+        except ConfigError:  # more rows than segments
+            break
+        padded = _padded_tokens(groups, rows)
+        if padded < fewest and not any(len(rows[name]) > len(best[name]) for name in few):
+            best, fewest = rows, padded
+    return best
+
+
+_TOLERATED_PADDING = 0.05
+
+
+def _pack_each(
+    groups: Mapping[str, np.ndarray], tokens_per_row: int, num_rows_multiple: int
+) -> dict[str, list[np.ndarray]]:
+    rows = {}
+    for name, lengths in groups.items():
+        try:
+            rows[name] = pack(lengths, tokens_per_row, num_rows_multiple)
+        except ConfigError as error:
+            raise ConfigError(f"{name} batch: {error}") from None
+    return rows
+
+
+def _padded_tokens(groups: Mapping[str, np.ndarray], rows: Mapping[str, list[np.ndarray]]) -> int:
+    longest = max((int(groups[name][row].sum()) for name in groups for row in rows[name]), default=0)
+    return longest * sum(map(len, rows.values()))
 
 
 def _first_fit_decreasing(lengths: np.ndarray, order: np.ndarray, tokens_per_row: int) -> list[list[int]]:

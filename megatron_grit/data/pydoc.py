@@ -41,6 +41,7 @@ QUERY_INSTRUCTION = "Find the documentation"
 _HELD_OUT_SHARE = 0.15
 _MAX_HELD_OUT_PER_MODULE = 24
 _MIN_WORDS = 4
+_MIN_WRAPPED_CHARS = 50
 _MAX_SIGNATURE_CHARS = 160
 _MAX_PASSAGE_CHARS = 1500
 _PIECE_CHARS = 1200
@@ -136,7 +137,7 @@ def is_held_out(name: str, share: float = _HELD_OUT_SHARE) -> bool:
 
 
 def clean_docstring(docstring: str, name: str) -> str:
-    """Docstring without indentation and without leading lines that repeat the signature of ``name``.
+    """Docstring without indentation, wrapped lines, and leading lines that repeat the signature of ``name``.
 
     What such a line says after the signature stays where it is more than a type: of
     ``D.pop(k[,d]) -> v, remove specified key`` the part after the arrow, of ``range(stop) -> range object`` nothing.
@@ -152,7 +153,26 @@ def clean_docstring(docstring: str, name: str) -> str:
             break
         while lines and not lines[0].strip():
             lines.pop(0)
-    return "\n".join(line.rstrip() for line in lines).strip()
+    return unwrap_lines("\n".join(line.rstrip() for line in lines).strip())
+
+
+def unwrap_lines(text: str) -> str:
+    """Text whose wrapped paragraphs are one line each: where its lines end says nothing, and costs tokens.
+
+    A line goes on in the next where it is long, the next is not indented otherwise and does not begin an item, and
+    neither is an example.
+    """
+    lines: list[str] = []
+    wrapped = False  # whether the line before, as it stood in ``text``, may go on
+    for line in text.splitlines():
+        words = line.lstrip()
+        indent = len(line) - len(words)
+        if wrapped and re.match(r"[^\W\d]|[`'\"(<]", words) and indent == len(lines[-1]) - len(lines[-1].lstrip()):
+            lines[-1] += " " + words
+        else:
+            lines.append(line)
+        wrapped = len(line) >= _MIN_WRAPPED_CHARS and not words.startswith((">>>", "...", "|", "+", "$"))
+    return "\n".join(lines)
 
 
 def read_source_entries(stdlib: Path) -> Iterator[DocEntry]:
@@ -272,7 +292,7 @@ def read_topics() -> dict[str, str]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise DataError("this Python has no pydoc_data.topics; install its standard library in full") from error
-    return dict(sorted(topics.items()))
+    return {name: unwrap_lines(topics[name]) for name in sorted(topics)}
 
 
 def _fingerprint(text: str) -> str:

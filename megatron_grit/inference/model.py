@@ -171,9 +171,10 @@ def _conversations(messages: str | Sequence[Any]) -> tuple[list[list[str]], bool
     """Turns of each conversation, and whether one conversation was given rather than a list of them."""
     if isinstance(messages, str):
         return [[messages]], True
-    if messages and isinstance(messages[0], dict):
-        return [prompt_turns(messages)], True
-    return [[given] if isinstance(given, str) else prompt_turns(given) for given in messages], False
+    several: list[Any] = list(messages)
+    if several and isinstance(several[0], dict):
+        return [prompt_turns(several)], True
+    return [[given] if isinstance(given, str) else prompt_turns(given) for given in several], False
 
 
 def prompt_turns(messages: Messages) -> list[str]:

@@ -26,6 +26,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
+from megatron_grit import compat
 from megatron_grit.config.parse import load_config, save_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.tokenizer import Tokenizer
@@ -133,8 +134,6 @@ def save_checkpoint(
 
 
 def _state(config: RunConfig, context: ParallelContext, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
-    from importlib.metadata import version
-
     return {
         "format_version": FORMAT_VERSION,
         "step": step,
@@ -148,7 +147,7 @@ def _state(config: RunConfig, context: ParallelContext, tokenizer: Tokenizer, st
         "vocab_size": config.model.vocab_size or tokenizer.vocab_size,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "seed": config.training.seed,
-        "versions": {name: version(name) for name in ("torch", "megatron-core")},
+        "versions": compat.installed_versions(),
     }
 
 

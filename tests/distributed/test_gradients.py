@@ -93,7 +93,9 @@ def _global_name(name: str, offset: int) -> str:
 
 
 def compute(directory: str, cases: list[tuple[dict[str, Any], str, bool, dict[str, Any]]]) -> list[float]:
-    return [write_gradients(layout, kind, directory, reference, **options) for layout, kind, reference, options in cases]
+    return [
+        write_gradients(layout, kind, directory, reference, **options) for layout, kind, reference, options in cases
+    ]
 
 
 def read_gradients(directory: Path, name: str) -> dict[str, np.ndarray]:
@@ -150,9 +152,7 @@ def test_grad_cache_on_and_off_are_equal(directory: Path, dropout: float) -> Non
 
 def test_dropout_was_on(directory: Path) -> None:
     with pytest.raises(AssertionError):
-        assert_equal_gradients(
-            read_gradients(directory, "cache-on-0.2"), read_gradients(directory, "cache-on-0.0")
-        )
+        assert_equal_gradients(read_gradients(directory, "cache-on-0.2"), read_gradients(directory, "cache-on-0.0"))
 
 
 def test_grit_scale_divides_by_the_data_parallel_size(directory: Path) -> None:

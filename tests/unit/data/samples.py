@@ -29,7 +29,7 @@ def embedding_record(number: int, num_negatives: int = 3) -> dict:
 
 def chat_record(number: int, num_turns: int) -> dict:
     """Questions and answers, of unequal lengths."""
-    return {"text": [sentence(number * 31 + turn, 3 + (number + turn) % 9) for turn in range(2 * num_turns)]}
+    return {"text": [sentence(number * 31 + turn, 2 + (number + turn) % 5) for turn in range(2 * num_turns)]}
 
 
 def generative_record(number: int) -> dict:

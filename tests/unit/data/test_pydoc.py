@@ -132,6 +132,22 @@ def test_clean_docstring(docstring: str, name: str, expected: str) -> None:
     assert clean_docstring(docstring, name) == expected
 
 
+def test_unwrap_lines() -> None:
+    long, other = "A sentence that is long enough to have been wrapped by", "its author at the width of a terminal."
+    assert pydoc.unwrap_lines(f"{long}\n{other}\n\n{other}") == f"{long} {other}\n\n{other}"
+    assert pydoc.unwrap_lines(f"  {long}\n  {other}") == f"  {long} {other}"
+    assert pydoc.unwrap_lines(f"{long}\n{long}\n{other}") == f"{long} {long} {other}"
+    for kept in (
+        f"Short line\n{other}",
+        f"{long}\n  {other}",
+        f"{long}\n- {other}",
+        f"{long}\n1. {other}",
+        f"{long}\n>>> {other}",
+        f">>> {long}\n{other}",
+    ):
+        assert pydoc.unwrap_lines(kept) == kept
+
+
 def test_module_groups() -> None:
     assert module_group("json.decoder") == "json"
     assert module_group("_pydecimal") == module_group("_decimal") == module_group("decimal") == "decimal"

@@ -172,7 +172,9 @@ def test_sliding_window_holds_in_causal_mode_only(context: ParallelContext) -> N
 @pytest.mark.parametrize("window", [None, 4])
 def test_attend_with_earlier_keys(num_queries: int, window: int | None) -> None:
     """The last queries of a segment get what they get when all of it is computed at once, written out in full."""
-    query, key, value = (torch.randn(9, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    query, key, value = (
+        torch.randn(9, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2)
+    )
     ours = attention.attend(query[-num_queries:], key, value, causal=True, window=window)
     scores = torch.einsum("qnh,knh->nqk", query, key.repeat_interleave(2, 1)) / 8**0.5
     distance = torch.arange(9)[:, None] - torch.arange(9)[None, :]

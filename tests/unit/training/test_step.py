@@ -46,7 +46,9 @@ def test_one_gradient_reduction_a_step(context: ParallelContext, monkeypatch: py
     wrapped = wrap_model(build_model(config, VOCAB, context))
     calls = []
     original = wrapped.finish_grad_sync
-    monkeypatch.setattr(wrapped, "finish_grad_sync", lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs)))
+    monkeypatch.setattr(
+        wrapped, "finish_grad_sync", lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))
+    )
     starts = []
     for group in wrapped.bucket_groups:
         start = group.start_grad_sync
