@@ -1,59 +1,44 @@
 #!/usr/bin/env bash
 # The main job in a few minutes on two CPU cores: text in, a model out that embeds and generates, and its report.
 #
-#   bash examples/quickstart.sh [OUT_DIR]         (default: runs/quickstart)
+#   bash examples/quickstart.sh [OUT_DIR]      OUT_DIR is runs/quickstart where it is not given
 #
-# Python's own documentation is the text. Held-out modules are measured before and after training. Started again, it
-# goes on where it stopped. QUICKSTART_STEPS sets the number of training steps.
+# Python's own documentation is the text; modules that training does not see are measured before and after. Started
+# again, it goes on where it was stopped.
+#
+#   QUICKSTART_STEPS=N   training steps, instead of those of configs/quickstart.yaml
+#   SCALE=tiny           four steps, to see it run
+#   DRY_RUN=1            resolve and print the training configuration, and end
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-[[ $# -le 1 && "${1:-}" != -* ]] || die "usage: bash examples/quickstart.sh [OUT_DIR]"
 
-OUT="${1:-runs/quickstart}"
-mkdir -p "$OUT" || die "cannot make $OUT"
-OUT="$(cd "$OUT" && pwd)"
-PROCESSES=2
 CONFIG="$ROOT/examples/configs/quickstart.yaml"
-STEPS="${QUICKSTART_STEPS:-$(sed -n 's/^  steps: //p' "$CONFIG")}"
-[[ "$STEPS" =~ ^[1-9][0-9]*$ ]] || die "QUICKSTART_STEPS must be a number of steps from 1 on, not '$STEPS'"
 INSTRUCTION="Find the documentation"
 PROMPT="What does json.dumps(obj) do?"
+
+[[ $# -le 1 && "${1:-}" != -* ]] || die "usage: bash examples/quickstart.sh [OUT_DIR]"
+case "${SCALE:-full}" in
+    full) STEPS="${QUICKSTART_STEPS:-$(sed -n 's/^  steps: //p' "$CONFIG")}" ;;
+    tiny) STEPS="${QUICKSTART_STEPS:-4}" ;;
+    *) die "SCALE is full or tiny, not '$SCALE'" ;;
+esac
+[[ "$STEPS" =~ ^[1-9][0-9]*$ ]] || die "QUICKSTART_STEPS is a number of steps from 1 on, not '$STEPS'"
+OUT="${1:-runs/quickstart}"
 
 # The engine says at every start that it does without its CUDA extensions.
 export PYTHONWARNINGS="ignore:Transformer Engine and Apex are not installed${PYTHONWARNINGS:+,$PYTHONWARNINGS}"
 
 now() { date +%s.%N; }
-seconds_since() { awk -v a="$1" -v b="$(now)" 'BEGIN { printf "%.1f", b - a }'; }
+seconds_since() { awk -v from="$1" -v to="$(now)" 'BEGIN { printf "%.1f", to - from }'; }
 
-began="$(now)"
-setup_python
-setup_seconds="$(seconds_since "$began")"
-
-# Another recipe or another Python makes another corpus and model: then what an earlier run left is not gone on with.
-RECIPE="$(cat "$0" "$CONFIG" <("$PYTHON" -VV) <(echo "$STEPS") | cksum)"
-if [[ "$(cat "$OUT/.recipe" 2>/dev/null)" != "$RECIPE" ]]; then
-    rm -rf "$OUT/.done" "$OUT/timings.tsv" "$OUT/checkpoints" "$OUT/metrics.jsonl" "$OUT/untrained"
-    printf '%s\n' "$RECIPE" >"$OUT/.recipe"
-fi
-mkdir -p "$OUT/.done"
-printf 'setup\t%s\n' "$setup_seconds" >>"$OUT/timings.tsv"
-
-# stage NAME COMMAND...: run once; the seconds of a stage that was stopped count as well.
-stage() {
-    local name="$1" started
-    shift
-    if [[ -e "$OUT/.done/$name" ]]; then
-        say "$name: done before"
-        return
-    fi
-    say "$name ..."
-    started="$(now)"
-    trap 'printf "%s\t%s\n" "$name" "$(seconds_since "$started")" >>"$OUT/timings.tsv"' EXIT
-    "$@" || die "the stage '$name' failed; its message is above"
-    trap - EXIT
-    printf '%s\t%s\n' "$name" "$(seconds_since "$started")" >>"$OUT/timings.tsv"
-    say "$name: $(seconds_since "$started") s"
-    touch "$OUT/.done/$name"
+train() {
+    local options=(
+        --config "$CONFIG"
+        --data.tokenizer "$OUT/tokenizer.model"
+        --data.embedding "$(yaml_list "$OUT/data/train_embedding")"
+        --data.generative "$(yaml_list "$OUT/data/train_generative")"
+    )
+    (run_training 1 2 "${options[@]}" "$@") # in a shell of its own: it sets the threads of a process
 }
 
 corpus() { "$PYTHON" "$ROOT/tools/preprocess/build_pydoc.py" --output-dir "$OUT/corpus"; }
@@ -65,27 +50,17 @@ tokenizer() {
 
 indexed_files() {
     local name
-    mkdir -p "$OUT/data"
     for name in train_embedding train_generative heldout_generative; do
         "$PYTHON" "$ROOT/tools/preprocess/build_grit.py" --overwrite --tokenizer "$OUT/tokenizer.model" \
             --query-max-len 64 --passage-max-len 96 --generative-max-len 128 \
-            --input "$OUT/corpus/$name.jsonl" --output-prefix "$OUT/data/$name"
+            --input "$OUT/corpus/$name.jsonl" --output-prefix "$OUT/data/$name" || return
     done
 }
 
-train() {
-    local options=(
-        --config "$CONFIG"
-        --data.tokenizer "$OUT/tokenizer.model"
-        --data.embedding "[$OUT/data/train_embedding]"
-        --data.generative "[$OUT/data/train_generative]"
-        "$@"
-    )
-    # Checked here first: of a wrong configuration each process would tell, and torchrun at length.
-    WORLD_SIZE="$PROCESSES" "$PYTHON" -m megatron_grit.cli.train --dry-run "${options[@]}" >/dev/null || return
-    OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$PROCESSES" \
-        -m megatron_grit.cli.train "${options[@]}"
-}
+# The untrained model is a checkpoint like any other, and the very one that training starts from.
+initialize() { train --output_dir "$OUT/untrained" --training.steps 0; }
+
+from_untrained() { train --output_dir "$OUT" --checkpoint.load "$OUT/untrained" --training.steps "$STEPS"; }
 
 evaluate() {
     "$PYTHON" -m megatron_grit.cli.evaluate --device cpu --max-length 96 --checkpoint "$1" --output "$2" \
@@ -99,8 +74,10 @@ encode() {
 }
 
 generate() {
-    { echo "> $PROMPT"; "$PYTHON" -m megatron_grit.cli.generate --device cpu --checkpoint "$OUT" --prompt "$PROMPT" \
-        --max-new-tokens 48; } | tee "$OUT/generated.txt"
+    {
+        echo "> $PROMPT"
+        "$PYTHON" -m megatron_grit.cli.generate --device cpu --checkpoint "$OUT" --prompt "$PROMPT" --max-new-tokens 48
+    } | tee "$OUT/generated.txt"
 }
 
 report() {
@@ -109,15 +86,53 @@ report() {
         --before "$OUT/before.json" --after "$OUT/after.json" --samples "$OUT/samples.txt"
 }
 
+# stage NAME COMMAND...: run it once. The seconds of a run that was stopped count as well.
+stage() {
+    local name="$1" started
+    shift
+    if [[ -e "$OUT/.done/$name" ]]; then
+        say "$name: done before"
+        return
+    fi
+    say "$name ..."
+    started="$(now)"
+    trap 'record "$name" "$started"' EXIT
+    "$@" || die "the stage $name failed; its message is above"
+    trap - EXIT
+    record "$name" "$started"
+    say "$name: $(tail -n 1 "$OUT/timings.tsv" | cut -f 2) s"
+    touch "$OUT/.done/$name"
+}
+
+record() { printf '%s\t%s\n' "$1" "$(seconds_since "$2")" >>"$OUT/timings.tsv"; }
+
+started="$(now)"
+setup_python
+if [[ "${DRY_RUN:-0}" == 1 ]]; then
+    from_untrained
+    exit
+fi
+mkdir -p "$OUT" 2>/dev/null || die "cannot make the folder $OUT"
+OUT="$(cd "$OUT" && pwd)"
+
+# Another recipe or another Python makes another corpus and model: what an earlier run left is not gone on with.
+recipe="$(cat "$0" "$CONFIG" <("$PYTHON" -VV) <(echo "$STEPS") | cksum)"
+if [[ "$(cat "$OUT/.recipe" 2>/dev/null)" != "$recipe" ]]; then
+    rm -rf "$OUT/.done" "$OUT/timings.tsv" "$OUT/checkpoints" "$OUT/metrics.jsonl" "$OUT/untrained"
+    printf '%s\n' "$recipe" >"$OUT/.recipe"
+fi
+mkdir -p "$OUT/.done" "$OUT/data"
+record setup "$started"
+
 stage corpus corpus
 stage tokenizer tokenizer
 stage indexed-files indexed_files
-# The untrained model is a checkpoint like any other, and the very one that training starts from.
-stage initialize train --output_dir "$OUT/untrained" --training.steps 0
+stage initialize initialize
 stage evaluate-untrained evaluate "$OUT/untrained" "$OUT/before.json"
-stage train train --output_dir "$OUT" --checkpoint.load "$OUT/untrained" --training.steps "$STEPS"
+stage train from_untrained
 stage evaluate-trained evaluate "$OUT" "$OUT/after.json"
 stage encode encode
 stage generate generate
+say "report"
 report
-say "report: $OUT/report.md, report.json, loss.png; set-up took $setup_seconds s"
+say "report.md, report.json, metrics.jsonl and loss.png are in $OUT"

@@ -228,7 +228,7 @@ def train_sentencepiece(
     """
     import sentencepiece
 
-    if vocab_size < 300:
+    if vocab_size < 270:
         raise ConfigError(f"vocab_size {vocab_size} is too small: 260 ids are bytes and special tokens")
     pieces = [piece for text in texts for piece in _training_pieces(text, max_text_chars)]
     if not pieces:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_grit import compat
 from megatron_grit.config.parse import load_config, save_config
@@ -186,11 +187,10 @@ def load_weights(path: Path, model: GritGPTModel, context: ParallelContext) -> N
         loaded, missing, unexpected = dist_checkpointing.load(
             state, str(path / "weights"), strict=StrictHandling.RETURN_ALL
         )
-    except (CheckpointingException, RuntimeError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()
+    except (CheckpointException, CheckpointingException, RuntimeError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(
-            f"{path}: does not fit this model or is damaged ({reason[0][:300] if reason else type(error).__name__}); "
-            f"compare its config.yaml with the model section in use"
+            f"{path}: does not fit this model or is damaged ({_reason(error)}); compare its config.yaml with the model "
+            "section in use"
         ) from error
     missing = {name for name in missing if not name.endswith("_extra_state")}
     unexpected = {name for name in unexpected if not name.endswith("_extra_state")}
@@ -203,13 +203,42 @@ def load_weights(path: Path, model: GritGPTModel, context: ParallelContext) -> N
     model.load_state_dict(loaded, strict=False)
 
 
+def _reason(error: BaseException) -> str:
+    """First line of what went wrong, on the first rank where something did."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def check_same_model(path: Path, config: RunConfig) -> None:
+    """Refuse to go on from a checkpoint whose model the configuration does not describe.
+
+    Raises:
+        CheckpointError: names the first key that differs.
+    """
+    saved = read_config(path)
+    for section in ("model", "embedding"):
+        before, now = vars(getattr(saved, section)), vars(getattr(config, section))
+        for key in before:
+            if before[key] != now[key] and key != "attention_backend":
+                raise CheckpointError(
+                    f"{path}: was trained with {section}.{key} {before[key]}, and this run has {now[key]}; choose another "
+                    "output_dir, or set checkpoint.resume to false to start afresh in this one"
+                )
+
+
 def load_training_state(path: Path, model: GritGPTModel, optimizer: Any, context: ParallelContext) -> int:
-    """Load weights, optimizer and, where the layout is the same, random states. Collective over all ranks.
+    """Load weights, optimizer and, where the number of processes is the same, random states. Collective.
 
     Returns:
         Steps that were trained.
     """
     load_weights(path, model, context)
+    state = read_state(path)
+    if state["step"] == 0:
+        optimizer.reload_model_params()
+        return 0
     if not (path / "optimizer").is_dir():
         raise CheckpointError(f"{path}: holds weights only; start from it with checkpoint.load")
     for part in _parts(optimizer):
@@ -223,7 +252,6 @@ def load_training_state(path: Path, model: GritGPTModel, optimizer: Any, context
     optimizer.load_state_dict(loaded["optimizer"])
     for part in _parts(optimizer):
         _separate_adam_steps(part)
-    state = read_state(path)
     if state["world_size"] == context.world_size:
         file = path / "random" / f"rank_{context.rank:05d}.safetensors"
         RandomState.from_tensors(safetensors.torch.load_file(str(file))).restore()

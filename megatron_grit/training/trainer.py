@@ -17,6 +17,7 @@ from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.parallel.logs import configure_logging, get_logger
 from megatron_grit.training.callbacks import Callback, build_callbacks
 from megatron_grit.training.checkpoint import (
+    check_same_model,
     list_checkpoints,
     load_training_state,
     load_weights,
@@ -25,6 +26,7 @@ from megatron_grit.training.checkpoint import (
 )
 from megatron_grit.training.optimizer import build_optimizer, build_schedule, set_learning_rate, wrap_model
 from megatron_grit.training.step import TrainStep
+from megatron_grit.training.stop import StopRequest
 
 log = get_logger(__name__)
 
@@ -86,7 +88,8 @@ class Trainer:
         log.info(f"{self.num_parameters():,} parameters on rank 0; steps {start} to {config.training.steps}")
         callbacks = build_callbacks(config, self.context, start)
         try:
-            self._loop(start, callbacks)
+            with StopRequest(self.context) as stop:
+                self._loop(start, callbacks, stop)
         finally:
             for callback in callbacks:
                 callback.close()
@@ -95,6 +98,7 @@ class Trainer:
         """Weights and step to start from."""
         checkpoints = list_checkpoints(self.config.output_dir) if self.config.checkpoint.resume else []
         if checkpoints:
+            check_same_model(checkpoints[-1], self.config)
             step = load_training_state(checkpoints[-1], self.model, self.optimizer, self.context)
             log.info(f"resumed from {checkpoints[-1]}")
             return step
@@ -105,7 +109,7 @@ class Trainer:
             log.info(f"started from the weights of {path}")
         return 0
 
-    def _loop(self, start: int, callbacks: list[Callback]) -> None:
+    def _loop(self, start: int, callbacks: list[Callback], stop: StopRequest) -> None:
         config, last = self.config, self.config.training.steps
         if start == last == 0:
             self.save(0)
@@ -129,12 +133,17 @@ class Trainer:
             for callback in callbacks:
                 callback.after_step(record)
             interval = config.checkpoint.save_interval
-            if trained == last or (interval and trained % interval == 0):
+            stopping = stop.on_any_rank()
+            if trained == last or stopping or (interval and trained % interval == 0):
                 self.save(trained)
+            if stopping and trained < last:
+                log.info(f"stopped after step {trained}; the same command goes on from there")
+                raise SystemExit(stop.exit_status)
 
     def save(self, step: int) -> None:
         """Write a checkpoint."""
-        path = save_checkpoint(self.config, self.context, self.model, self.optimizer, self.tokenizer, step)
+        optimizer = self.optimizer if step else None  # before the first step it has no states
+        path = save_checkpoint(self.config, self.context, self.model, optimizer, self.tokenizer, step)
         log.info(f"saved {path}")
 
     def num_parameters(self) -> int:

@@ -7,9 +7,11 @@ unsupervised turns, and texts of very different lengths.
 from __future__ import annotations
 
 import copy
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +36,28 @@ transformers = pytest.importorskip("transformers", reason="the reference is writ
 VOCAB, GROUP_SIZE, TEMPERATURE, STEPS, LR = 101, 2, 0.05, 3, 1e-3
 NUM_QUERIES, NUM_SEQUENCES, ROW_LENGTH = 5, 6, 600
 TOLERANCE = 1e-5
+
+
+PAIRS: list[dict[str, Any]] = [
+    {
+        "query": ["Find the sentence that says it in other words", f"What is {what}?"],
+        "pos": [["", f"{what.capitalize()} is {answer}. " * repeats]],
+        "neg": [["Another sentence", f"Nobody knows of {what} in the land of {answer}"]],
+    }
+    for what, answer, repeats in (
+        ("a sampler", "a rule that says which record comes next", 1),
+        ("packing", "putting several texts into one row", 4),
+        ("a query", "what one asks", 2),
+        ("padding", "work for nothing", 1),
+        ("a passage", "what answers a query", 7),
+    )
+]
+CHATS = [
+    ["Say something short.", "No."],
+    ["Count to ten.", " ".join(map(str, range(1, 11)))],
+    ["Name two\ncolours, one a line.", "red\nblue"],
+    ["Repeat after me: padding is work for nothing", "Padding is work for nothing. " * 5 + "Amen"],
+]
 
 
 @dataclass
@@ -186,7 +210,8 @@ def run_ours(
     config = our_config(model)
     config.loss.loss_gen_type = loss_gen_type  # type: ignore[assignment]
     config.embedding.causal = attend == "causal"
-    ours = build_model(config, VOCAB, job)
+    assert config.model.vocab_size is not None
+    ours = build_model(config, config.model.vocab_size, job)
     ours.load_state_dict(hf_state_dict_to_megatron(model.state_dict(), config.model), strict=False)
     wrapped = wrap_model(ours)
     optimizer = build_optimizer(config, wrapped)
@@ -242,6 +267,60 @@ def test_three_steps(reference_model: Any, job: Any, num_rows: int, loss_gen_typ
         difference = (tensor - expected_weights[name]).abs()
         assert difference.mean() < LR * 1e-3, name
         assert difference.max() < LR * STEPS, name
+
+
+def test_from_text(reference_model: Any, job: Any, tmp_path: Path) -> None:
+    """From JSONL through indexed files and the loader, against one-go tokenisation of GritLM's strings.
+
+    The batch is all there is of the data, and rows are short, so that the contrastive loss spans several of them.
+    """
+    import sentencepiece
+
+    from megatron_grit.data.grit_builder import build_grit, read_texts
+    from megatron_grit.data.loader import GritDataLoader
+    from megatron_grit.data.tokenizer import load_tokenizer, train_sentencepiece
+
+    pairs, chats = tmp_path / "pairs.jsonl", tmp_path / "chats.jsonl"
+    pairs.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    chats.write_text("".join(json.dumps({"text": turns}) + "\n" for turns in CHATS))
+    path = train_sentencepiece(read_texts([pairs, chats]), tmp_path / "tokenizer", 320)
+    for file in (pairs, chats):
+        build_grit([file], file.with_suffix(""), path)
+    config = our_config(reference_model)
+    config.data.embedding, config.data.generative = [str(pairs.with_suffix(""))], [str(chats.with_suffix(""))]
+    config.data.tokens_per_row = 400
+    config.training.embedding_batch_size, config.training.generative_batch_size = len(PAIRS), len(CHATS)
+    batch = GritDataLoader(config, load_tokenizer(path)).batch(0)
+    assert len(batch.embedding_rows) > 1
+
+    encode = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode
+
+    def text(pair: list[str]) -> Text:
+        prefix = f"<|user|>\n{pair[0]}\n<|embed|>\n" if pair[0] else "<|embed|>\n"
+        return Text([1, *encode(prefix + pair[1])], 1 + len(encode(prefix)))
+
+    def chat(turns: list[str]) -> Sequence:
+        prompt = [1, *encode(f"<|user|>\n{turns[0]}\n<|assistant|>\n")]
+        whole = [1, *encode(f"<|user|>\n{turns[0]}\n<|assistant|>\n{turns[1]}"), 2]
+        assert whole[: len(prompt)] == prompt
+        return Sequence(whole, [place >= len(prompt) for place in range(len(whole))])
+
+    padded = collate(
+        [text(pair["query"]) for pair in PAIRS],
+        [text(passage) for pair in PAIRS for passage in (pair["pos"][0], pair["neg"][0])],
+        [chat(turns) for turns in CHATS],
+        GROUP_SIZE,
+    )
+    torch.manual_seed(12)
+    model = type(reference_model)(
+        transformers.MistralConfig(
+            **reference_model.config.to_dict() | {"vocab_size": 320, "attn_implementation": "sdpa"}
+        )
+    )
+    expected = accumulate_gradients(model, padded, temperature=TEMPERATURE, chunk_size=2)
+    (got,), _ = run_ours(model, job, [batch], "token")
+    assert (batch.num_tokens, batch.num_sequences) == (padded.num_tokens, len(CHATS))
+    assert (got["loss_emb"], got["loss_gen"]) == pytest.approx(expected, rel=TOLERANCE)
 
 
 def test_causal_embedding_is_told_apart(reference_model: Any, job: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -120,6 +121,27 @@ def test_existing_files_are_kept_unless_told(tmp_path: Path) -> None:
     assert len(IndexedRecords(tmp_path / "gen")) == 2
     write(tmp_path / "gen", CHATS[:1], overwrite=True)
     assert len(IndexedRecords(tmp_path / "gen")) == 1
+
+
+@pytest.mark.parametrize("completed", [0, 1, 2])
+def test_a_crash_between_the_files_leaves_no_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, completed: int
+) -> None:
+    write(tmp_path / "gen", CHATS)
+    replace, calls = os.replace, []
+
+    def crash(source: Path, target: Path) -> None:
+        if len(calls) == completed:
+            raise OSError("power failure")
+        calls.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(OSError, match="power failure"):
+        write(tmp_path / "gen", CHATS[:1], overwrite=True)
+    with pytest.raises(DataError, match="gen.idx: is missing"):
+        IndexedRecords(tmp_path / "gen")
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_no_such_record(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from megatron_grit.data.batch import PackedRow, RowKind, StepBatch
 from megatron_grit.data.indexed import IndexedRecords
 from megatron_grit.data.loader import GritDataLoader
 from megatron_grit.data.roles import Role, pooled, split_segments, supervised
+from megatron_grit.data.sampler import passage_draws, pick_passages
 from megatron_grit.data.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError
 from tests.unit.data.samples import generative_record
@@ -137,7 +138,8 @@ def test_supervised_tokens_decode_to_answers(config: RunConfig, tokenizer: Token
 
 def test_embedding_rows_against_the_records(config: RunConfig, tokenizer: Tokenizer) -> None:
     batch = GritDataLoader(config, tokenizer).batch(2)
-    texts: dict[int, tuple[str, list[int]]] = {}
+    texts: dict[int, tuple[str, Role]] = {}
+    chosen: dict[int, int] = {}  # which of its record's texts a slot holds
     for row in batch.embedding_rows:
         places = segments(row)
         assert row.segment_ids_T.tolist() == [
@@ -156,6 +158,7 @@ def test_embedding_rows_against_the_records(config: RunConfig, tokenizer: Tokeni
             mask = [float(pooled(role)) for role, part in spans[slice(*match)] for _ in part]
             assert row.pool_mask_T[place].tolist() == mask and any(mask)
             texts[slot] = (name, roles[match[1] - 1])
+            chosen[slot] = split_segments(roles).index(match)
         assert not row.pool_mask_T[places[-1].stop :].any()
     assert sorted(texts) == list(range(QUERIES * (1 + GROUP)))
     for query in range(QUERIES):
@@ -167,6 +170,13 @@ def test_embedding_rows_against_the_records(config: RunConfig, tokenizer: Tokeni
             (name, Role.NEGATIVE),
             (name, Role.NEGATIVE),
         ]
+        roles = [role for role, _ in source_record(name)]
+        num_positives = roles.count(Role.POSITIVE)
+        positive, negatives = pick_passages(
+            passage_draws(7, 2, QUERIES, GROUP)[query], num_positives, roles.count(Role.NEGATIVE)
+        )
+        expected = [1 + positive, *(1 + num_positives + negative for negative in negatives)]
+        assert [chosen[slot] for slot in range(first, first + GROUP)] == expected
     assert len({texts[query][0] for query in range(QUERIES)}) == QUERIES
     assert {name.rpartition("#")[0] for name, _ in texts.values()} == {batch.embedding_source}
 

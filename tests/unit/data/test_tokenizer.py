@@ -40,10 +40,12 @@ def test_special_tokens_are_not_read_from_text(tokenizer: Tokenizer, tmp_path: P
         assert candidate.encode_batch([TEXT, "", "b"]) == [candidate.encode(text) for text in (TEXT, "", "b")]
 
 
-def test_newline_is_always_its_own_token(tokenizer: Tokenizer) -> None:
-    newline = tokenizer.encode("a\nb")[1]
-    assert tokenizer.id_to_token(newline) == "\n"
-    assert tokenizer.encode("\n\n\n").count(newline) == 3
+def test_newline_is_always_its_own_token(tmp_path: Path) -> None:
+    """Also where every newline of the training text has the same neighbours, so that a merge would pay."""
+    tokenizer = load_tokenizer(train_sentencepiece(["answer:\nyes\n\nthen"] * 100, tmp_path / "merging", 285))
+    pieces = [tokenizer.id_to_token(index) for index in tokenizer.encode("answer:\nyes\n\nthen")]
+    assert [piece for piece in pieces if "\n" in piece or piece == "<0x0A>"] == ["\n"] * 3
+    assert len(pieces) < 12  # the words have merged
 
 
 @given(text=st.text(alphabet=st.sampled_from("ab \n<|>é漢🙂"), max_size=30))

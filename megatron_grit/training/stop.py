@@ -1,0 +1,49 @@
+"""Stopping on a signal: at the end of the step, on all ranks at once, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+from megatron_grit.parallel.collectives import any_rank
+from megatron_grit.parallel.context import ParallelContext
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """While entered, the first SIGINT or SIGTERM is noted and a second one acts as it always does."""
+
+    def __init__(self, context: ParallelContext) -> None:
+        self.context = context
+        self.number: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in _SIGNALS:
+            self._handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def on_any_rank(self) -> bool:
+        """Whether any process of the job was asked to stop. Collective over all ranks."""
+        return any_rank(self.number is not None, self.context)
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell expects of a process that a signal ended."""
+        return 128 + (self.number or signal.SIGTERM)

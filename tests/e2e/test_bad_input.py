@@ -1,0 +1,166 @@
+"""What a user gets for input that cannot be used: one line that says what, where and what to do; status 2; no files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_grit.config.parse import save_config
+from megatron_grit.config.schema import RunConfig
+from tests.corpus import tiny_run, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer and indexed files that are in order."""
+    directory = tmp_path_factory.mktemp("corpus")
+    tiny_run(directory)
+    return directory
+
+
+def refused(arguments: list[str], **environment: str) -> str:
+    """Run a command that has to fail as a user's error; returns its one line."""
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert ": error: " in lines[0]
+    return lines[0]
+
+
+def train_arguments(directory: Path, corpus: Path, change: Callable[[RunConfig], None] | None = None) -> list[str]:
+    config = tiny_run(corpus)
+    config.output_dir = str(directory / "run")
+    if change is not None:
+        change(config)
+    save_config(config, directory / "run.yaml")
+    return ["-m", "megatron_grit.cli.train", "--config", str(directory / "run.yaml")]
+
+
+def test_unknown_key(tmp_path: Path, corpus: Path) -> None:
+    arguments = train_arguments(tmp_path, corpus)
+    lines = (tmp_path / "run.yaml").read_text().replace("temperature:", "temprature:").splitlines()
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    number = next(i for i, line in enumerate(lines, 1) if "temprature" in line)
+    line = refused(arguments)
+    assert f"run.yaml:{number}" in line and "loss.temprature" in line and "temperature" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_type_and_unknown_option(tmp_path: Path, corpus: Path) -> None:
+    arguments = train_arguments(tmp_path, corpus)
+    assert "--training.steps" in refused([*arguments, "--training.steps", "many"])
+    assert "--training.stepz" in refused([*arguments, "--training.stepz", "3"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "embedding", "generative"])
+def test_missing_file(tmp_path: Path, corpus: Path, key: str) -> None:
+    missing = str(tmp_path / "nothing")
+    value = missing if key == "tokenizer" else [missing]
+    line = refused(train_arguments(tmp_path, corpus, lambda config: setattr(config.data, key, value)))
+    assert missing in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_impossible_mesh(tmp_path: Path, corpus: Path) -> None:
+    line = refused([*train_arguments(tmp_path, corpus), "--parallel.tensor", "2"])
+    assert "tensor 2" in line and "start a multiple of 2 processes" in line
+    line = refused([*train_arguments(tmp_path, corpus), "--parallel.tensor", "3"], WORLD_SIZE="3")
+    assert "num_attention_heads" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_checkpoint(tmp_path: Path, corpus: Path) -> None:
+    """None there; of another model; damaged."""
+    arguments = train_arguments(tmp_path, corpus, lambda config: setattr(config.training, "steps", 0))
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, timeout=120, capture_output=True)
+    load = ["--output_dir", str(tmp_path / "other"), "--checkpoint.load"]
+    assert "there is no directory" in refused([*arguments, *load, str(tmp_path / "nothing")])
+    shallower, projected = ["--model.num_layers", "2"], ["--embedding.projection_dim", "8"]
+    assert "does not fit this model" in refused([*arguments, *load, str(tmp_path / "run"), *shallower])
+    assert "embedding_head" in refused([*arguments, *load, str(tmp_path / "run"), *projected])
+    for shard in (tmp_path / "run" / "checkpoints").rglob("weights/*.distcp"):
+        shard.write_bytes(shard.read_bytes()[:100])
+    assert "damaged" in refused([*arguments, *load, str(tmp_path / "run")])
+    assert not list((tmp_path / "other").rglob("step_*"))
+
+
+def test_a_run_is_not_resumed_with_another_model(tmp_path: Path, corpus: Path) -> None:
+    arguments = train_arguments(tmp_path, corpus, lambda config: setattr(config.training, "steps", 0))
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, timeout=120, capture_output=True)
+    line = refused([*arguments, "--model.num_layers", "2"])
+    assert "model.num_layers" in line and "checkpoint.resume" in line
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (['{"query": "a", "pos": ["b"]}', '{"query": "a", "pos": ["b"'], "input.jsonl:2"),
+        (['{"query": "a", "pos": ["b"]}', '{"query": 3, "pos": ["b"]}'], "input.jsonl:2"),
+        (['{"query": ["i", ""], "pos": [["", "b"]]}'], "input.jsonl:1"),
+        ([json.dumps({"query": ["long " * 400, "text"], "pos": [["", "b"]]})], "input.jsonl:1"),
+        ([], "input.jsonl"),
+    ],
+    ids=["malformed", "wrong-type", "empty-text", "instruction-too-long", "no-lines"],
+)
+def test_bad_records(tmp_path: Path, corpus: Path, lines: list[str], expected: str) -> None:
+    (tmp_path / "input.jsonl").write_text("".join(line + "\n" for line in lines))
+    arguments = ["tools/preprocess/build_grit.py", "--tokenizer", str(corpus / "tokenizer.model")]
+    arguments += ["--input", str(tmp_path / "input.jsonl"), "--output-prefix", str(tmp_path / "out")]
+    assert expected in refused(arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {"input.jsonl"}
+
+
+def test_inference_commands(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "texts.txt").write_text("one\n\nthree\n")
+    output = ["--output", str(tmp_path / "out.npy")]
+    encode = ["-m", "megatron_grit.cli.encode", "--checkpoint", str(tmp_path / "nothing"), *output]
+    assert "texts.txt:2" in refused([*encode, "--input", str(tmp_path / "texts.txt")])
+    (tmp_path / "texts.txt").write_text("one\n")
+    assert "no checkpoint" in refused([*encode, "--input", str(tmp_path / "texts.txt")])
+    generate = ["-m", "megatron_grit.cli.generate", "--checkpoint", str(tmp_path / "nothing"), "--prompt", "x"]
+    assert "no checkpoint" in refused(generate)
+    assert {path.name for path in tmp_path.iterdir()} == {"texts.txt"}
+
+
+def test_every_rank_of_a_job_ends_and_one_speaks(tmp_path: Path, corpus: Path) -> None:
+    """Under torchrun too: the line once, no traceback of ours, nothing written."""
+    arguments = train_arguments(tmp_path, corpus)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+        + ["--parallel.pipeline", "4"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("megatron-grit: error: ") == 1
+    assert "megatron_grit/" not in result.stderr.replace("megatron_grit/cli/train.py", "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_write_jsonl_is_what_the_builder_reads(tmp_path: Path, corpus: Path) -> None:
+    """The control of this file: a good record passes where the bad ones were refused."""
+    path = write_jsonl(tmp_path / "input.jsonl", [{"query": "a", "pos": ["b"]}])
+    arguments = ["tools/preprocess/build_grit.py", "--tokenizer", str(corpus / "tokenizer.model")]
+    arguments += ["--input", str(path), "--output-prefix", str(tmp_path / "out")]
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    assert (tmp_path / "out.idx").exists()
