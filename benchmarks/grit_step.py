@@ -130,20 +130,19 @@ def reference_model(arguments: argparse.Namespace, vocab_size: int) -> Any:
 
     torch.manual_seed(arguments.seed)
     heads = arguments.hidden_size // 32
-    return MistralForCausalLM(
-        MistralConfig(
-            vocab_size=vocab_size,
-            hidden_size=arguments.hidden_size,
-            intermediate_size=arguments.hidden_size * 7 // 2,
-            num_hidden_layers=arguments.num_layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 4 or 1,
-            head_dim=32,
-            max_position_embeddings=2048,
-            sliding_window=None,
-            attn_implementation="sdpa",
-        )
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": arguments.hidden_size,
+        "intermediate_size": arguments.hidden_size * 7 // 2,
+        "num_hidden_layers": arguments.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 4 or 1,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "sliding_window": None,
+        "attn_implementation": "sdpa",
+    }
+    return MistralForCausalLM(MistralConfig(**settings))
 
 
 def segments_of(row: PackedRow) -> Iterator[slice]:

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--generative", help="prefix of a generative indexed file; next-token loss")
     parser.add_argument("--output", required=True, help="JSON file for the figures and their 95%% intervals")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a text that are read (default: 512)")
-    parser.add_argument("--batch-tokens", type=int, help="tokens that are embedded at a time")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens embedded at a time (default: 8192)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return guarded(lambda: _run(parser.parse_args(argv)), "megatron-grit evaluate")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.batch import PackedRow, RowKind, StepBatch
 from megatron_grit.data.indexed import IndexedRecords, num_labels
-from megatron_grit.data.packing import pack_together
+from megatron_grit.data.packing import pack
 from megatron_grit.data.roles import Role, pooled, split_segments, supervised
 from megatron_grit.data.sampler import EmbeddingSampler, GenerativeSampler, passage_draws, pick_passages
 from megatron_grit.data.tokenizer import Tokenizer
@@ -154,7 +154,8 @@ class GritDataLoader:
         """
         source_name, texts = self._sample_texts(step) if self._num_queries else (None, [])
         sequences = self._sample_sequences(step) if self._num_sequences else []
-        embedding, generative = self._pack(texts, sequences)
+        embedding = self._pack(texts, RowKind.EMBEDDING)
+        generative = self._pack(sequences, RowKind.GENERATIVE)
         used = [sum(texts[i].length for i in row) for row in embedding]
         used += [sum(sequences[i].length for i in row) for row in generative]
         padded = [-(-length // self._row_multiple) * self._row_multiple for length in used]
@@ -263,22 +264,18 @@ class GritDataLoader:
             )
         return sequences
 
-    def _pack(
-        self, texts: Sequence[Segment], sequences: Sequence[Segment]
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        for segments in (texts, sequences):
-            longest = max(segments, key=lambda segment: segment.length, default=None)
-            if longest is not None and longest.length > self._data.tokens_per_row:
-                raise DataError(
-                    f"record {longest.source.name(longest.record)} has a segment of {longest.length} tokens, more "
-                    f"than data.tokens_per_row {self._data.tokens_per_row}"
-                )
-        groups = {
-            RowKind.EMBEDDING.value: np.array([segment.length for segment in texts], dtype=np.int64),
-            RowKind.GENERATIVE.value: np.array([segment.length for segment in sequences], dtype=np.int64),
-        }
-        rows = pack_together(groups, self._data.tokens_per_row, self._num_rows_multiple)
-        return rows[RowKind.EMBEDDING.value], rows[RowKind.GENERATIVE.value]
+    def _pack(self, segments: Sequence[Segment], kind: RowKind) -> list[np.ndarray]:
+        longest = max(segments, key=lambda segment: segment.length, default=None)
+        if longest is not None and longest.length > self._data.tokens_per_row:
+            raise DataError(
+                f"record {longest.source.name(longest.record)} has a segment of {longest.length} tokens, more than "
+                f"data.tokens_per_row {self._data.tokens_per_row}"
+            )
+        lengths = np.array([segment.length for segment in segments], dtype=np.int64)
+        try:
+            return pack(lengths, self._data.tokens_per_row, self._num_rows_multiple)
+        except ConfigError as error:
+            raise ConfigError(f"{kind.value} batch: {error}") from None
 
     def _embedding_row(self, texts: Sequence[Segment], slots: np.ndarray, row_length: int) -> PackedRow:
         segments = [texts[slot] for slot in slots]

@@ -8,7 +8,6 @@ process finds the same rows.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -48,72 +47,6 @@ def pack(lengths: np.ndarray, tokens_per_row: int, num_rows_multiple: int = 1) -
     if rows is None:
         rows = _fill_empty_rows(fitted, lengths, num_rows)
     return [np.sort(np.array(row, dtype=np.int64)) for row in rows]
-
-
-def pack_together(
-    groups: Mapping[str, np.ndarray], tokens_per_row: int, num_rows_multiple: int = 1
-) -> dict[str, list[np.ndarray]]:
-    """Rows of several groups of segments that are all padded to the longest row of any group.
-
-    A small group in a few short rows would be padded up to the long rows of another. So smaller budgets are tried as
-    well, and the one with the least cost is taken: padded tokens, and ``tokens_per_row`` / 16 for each row, as many
-    small rows run slower than few large ones. A group that fits in ``num_rows_multiple`` rows never gets more: one row
-    for each process spares a second pass (GradCache).
-
-    Args:
-        groups: name, and tokens of each segment as for :func:`pack`.
-        tokens_per_row: no row holds more tokens.
-        num_rows_multiple: the number of rows of each group is rounded up to a multiple of this.
-
-    Returns:
-        The rows of each group.
-
-    Raises:
-        DataError: a segment longer than ``tokens_per_row``.
-        ConfigError: a group with fewer segments than rows.
-    """
-    best = _pack_each(groups, tokens_per_row, num_rows_multiple)
-    num_tokens = sum(int(lengths.sum()) for lengths in groups.values())
-    if _padded_tokens(groups, best, 0) <= num_tokens * (1 + _TOLERATED_PADDING):
-        return best
-    few = {name for name, rows in best.items() if len(rows) <= num_rows_multiple}
-    longest = max(int(lengths.max()) for lengths in groups.values() if len(lengths))
-    cost_of_row = tokens_per_row // 16
-    lowest = _padded_tokens(groups, best, cost_of_row)
-    for eighths in (7, 6, 5, 4):
-        budget = tokens_per_row * eighths // 8
-        if budget < longest:
-            break
-        try:
-            rows = _pack_each(groups, budget, num_rows_multiple)
-        except ConfigError:  # more rows than segments
-            break
-        cost = _padded_tokens(groups, rows, cost_of_row)
-        if cost < lowest and not any(len(rows[name]) > len(best[name]) for name in few):
-            best, lowest = rows, cost
-    return best
-
-
-_TOLERATED_PADDING = 0.05
-"""Share of padding up to which no smaller budget is tried."""
-
-
-def _pack_each(
-    groups: Mapping[str, np.ndarray], tokens_per_row: int, num_rows_multiple: int
-) -> dict[str, list[np.ndarray]]:
-    rows = {}
-    for name, lengths in groups.items():
-        try:
-            rows[name] = pack(lengths, tokens_per_row, num_rows_multiple)
-        except ConfigError as error:
-            raise ConfigError(f"{name} batch: {error}") from None
-    return rows
-
-
-def _padded_tokens(groups: Mapping[str, np.ndarray], rows: Mapping[str, list[np.ndarray]], cost_of_row: int) -> int:
-    """Tokens of all rows when each is as long as the longest, and ``cost_of_row`` more for each row."""
-    longest = max((int(groups[name][row].sum()) for name in groups for row in rows[name]), default=0)
-    return (longest + cost_of_row) * sum(map(len, rows.values()))
 
 
 def _first_fit_decreasing(lengths: np.ndarray, order: np.ndarray, tokens_per_row: int) -> list[list[int]]:

@@ -73,6 +73,4 @@ def bootstrap_mean(
 ) -> Interval:
     """Interval of the mean of ``values`` [n]; see :func:`bootstrap_ratio`."""
     values = np.asarray(values, dtype=np.float64)
-    return bootstrap_ratio(
-        values, np.ones_like(values), num_resamples=num_resamples, confidence=confidence, seed=seed
-    )
+    return bootstrap_ratio(values, np.ones_like(values), num_resamples=num_resamples, confidence=confidence, seed=seed)

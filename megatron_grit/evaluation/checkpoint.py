@@ -21,7 +21,7 @@ def evaluate_checkpoint(
     generative: str | None = None,
     device: str = "auto",
     max_length: int = 512,
-    batch_tokens: int | None = None,
+    batch_tokens: int = 8192,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint and write the figures, each with its 95 % bootstrap interval, to ``output``.
 
@@ -32,7 +32,7 @@ def evaluate_checkpoint(
         generative: prefix of a generative indexed file.
         device: auto, cpu or cuda.
         max_length: longest text in tokens.
-        batch_tokens: tokens that are embedded at a time. None: the model's default.
+        batch_tokens: tokens that are embedded at a time.
 
     Returns:
         What was written.
@@ -52,10 +52,9 @@ def evaluate_checkpoint(
     figures: dict[str, Any] = {"checkpoint": str(checkpoint), "step": state["step"], "world_size": state["world_size"]}
     intervals: dict[str, Interval] = {}
     if task is not None:
-        options = {"max_length": max_length} | ({} if batch_tokens is None else {"batch_tokens": batch_tokens})
 
         def encode(texts: list[str], instruction: str | None) -> Any:
-            return model.encode(texts, instruction=instruction, **options)
+            return model.encode(texts, instruction=instruction, max_length=max_length, batch_tokens=batch_tokens)
 
         queries, passages = encode_instructed(task.queries, encode), encode_instructed(task.passages, encode)
         report = evaluate_retrieval(queries, passages, task.relevant)

@@ -63,7 +63,7 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
 
 
 def read_timings(path: str | Path) -> dict[str, float]:
-    """Stages and their seconds from lines ``name<TAB>seconds``; the times of a stage that was stopped and resumed add up.
+    """Stages and their seconds, from lines ``name<TAB>seconds``. The times of a stage that was resumed add up.
 
     Raises:
         DataError: it cannot be read, or a malformed line.

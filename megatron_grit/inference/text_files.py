@@ -58,7 +58,7 @@ def encode_file(
     *,
     instruction: str = "",
     max_length: int = 512,
-    batch_tokens: int | None = None,
+    batch_tokens: int = 8192,
     device: str = "auto",
 ) -> np.ndarray:
     """Embed each line of a file.
@@ -69,7 +69,7 @@ def encode_file(
         output_path: .npy file, float32 [number of lines, embedding size].
         instruction: given to the model before each text, and not pooled.
         max_length: longest text in tokens, template included; the rest is cut.
-        batch_tokens: tokens that are embedded at a time. None: the model's default.
+        batch_tokens: tokens that are embedded at a time.
         device: auto, cpu or cuda.
 
     Returns:
@@ -81,8 +81,7 @@ def encode_file(
     texts = read_texts(input_path)  # before the model: a bad line is found at once
     from megatron_grit.inference.model import GritModel
 
-    options = {} if batch_tokens is None else {"batch_tokens": batch_tokens}
     model = GritModel.load(checkpoint, device=device)
-    embeddings = model.encode(texts, instruction=instruction, max_length=max_length, **options)
+    embeddings = model.encode(texts, instruction=instruction, max_length=max_length, batch_tokens=batch_tokens)
     save_embeddings(embeddings, output_path)
     return embeddings

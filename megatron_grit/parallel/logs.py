@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 
-_NOISY = ("megatron", "torch.distributed", "nv_one_logger")
+_NOISY = ("megatron", "torch.distributed", "torch.utils.cpp_extension", "nv_one_logger")
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -173,21 +173,21 @@ def accumulate_gradients(
         parts = (batch.generative_ids_BL, batch.generative_mask_BL, batch.labels_BL)
         chunks = list(zip(*(part.split(size) for part in parts), strict=True))
         loss_gen = 0.0
-        for chunk in chunks:
-            loss = generative(model, *chunk, loss_gen_kind) / len(chunks)
+        for ids, mask, labels in chunks:
+            loss = generative(model, ids, mask, labels, loss_gen_kind) / len(chunks)
             (loss * loss_gen_factor).backward()
             loss_gen += loss.item()
     sides = (batch.queries, batch.passages)
     if chunk_size is None:
         with phase("embedding, one graph"):
-            embedded = [embed(model, side.ids_NL, side.attention_mask_NL, side.pool_mask_NL) for side in sides]
-            loss = contrastive(*embedded, temperature, batch.group_size)
+            queries, passages = (embed(model, s.ids_NL, s.attention_mask_NL, s.pool_mask_NL) for s in sides)
+            loss = contrastive(queries, passages, temperature, batch.group_size)
             loss.backward()
         return loss.item(), loss_gen
     with phase("embedding, first pass"), torch.no_grad():
         embedded = [torch.cat([embed(model, *chunk) for chunk in side.chunks(chunk_size)]) for side in sides]
     leaves = [side.requires_grad_() for side in embedded]
-    loss = contrastive(*leaves, temperature, batch.group_size)
+    loss = contrastive(leaves[0], leaves[1], temperature, batch.group_size)
     gradients = torch.autograd.grad(loss, leaves)
     with phase("embedding, second pass"):
         for side, gradient in zip(sides, gradients, strict=True):

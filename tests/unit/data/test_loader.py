@@ -96,6 +96,27 @@ def test_row_invariants(config: RunConfig, tokenizer: Tokenizer, step: int) -> N
         assert len(row.record_ids) == len(segments(row))
 
 
+def test_rows_of_their_own_length(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Without pipeline stages rows differ in length; what is in them does not change."""
+    equal = GritDataLoader(config, tokenizer, row_multiple=16).batch(5)
+    own = GritDataLoader(config, tokenizer, row_multiple=16, equal_rows=False).batch(5)
+    lengths = []
+    for kind in ("embedding_rows", "generative_rows"):
+        for longer, row in zip(getattr(equal, kind), getattr(own, kind), strict=True):
+            length = row.tokens_1T.shape[1]
+            lengths.append(length)
+            assert length == -(-row.num_tokens // 16) * 16
+            assert row.record_ids == longer.record_ids
+            assert row.tokens_1T.tolist() == longer.tokens_1T[:, :length].tolist()
+            assert row.cu_seqlens.tolist()[-1] == length
+            if row.loss_mask_1T is not None:
+                assert row.loss_mask_1T.tolist() == longer.loss_mask_1T[:, :length].tolist()
+    assert len(set(lengths)) > 1
+    assert own.row_length == equal.row_length == max(lengths)
+    assert own.num_padded_tokens == sum(lengths) < equal.num_padded_tokens
+    assert (own.num_tokens, own.num_loss_tokens) == (equal.num_tokens, equal.num_loss_tokens)
+
+
 def test_generative_labels_against_the_records(config: RunConfig, tokenizer: Tokenizer) -> None:
     batch = GritDataLoader(config, tokenizer).batch(3)
     total, names = 0, []
@@ -327,6 +348,18 @@ def test_more_rows_than_texts(indexed_prefixes: dict[str, str], tokenizer: Token
     config = make_config(indexed_prefixes, num_rows_multiple=64)
     with pytest.raises(ConfigError, match="embedding batch: 48 segments cannot fill 64 rows"):
         GritDataLoader(config, tokenizer).batch(0)
+
+
+def test_long_record_is_named_where_the_metadata_hides_it(
+    indexed_prefixes: dict[str, str], tokenizer: Tokenizer
+) -> None:
+    config = make_config(indexed_prefixes)
+    loader = GritDataLoader(config, tokenizer)
+    config.data.tokens_per_row = 48
+    with pytest.raises(
+        DataError, match=r"record .*emb_.#\d+ has a segment of \d+ tokens, more than data.tokens_per_row"
+    ):
+        loader.batch(0)
 
 
 def test_record_without_labels_is_refused(

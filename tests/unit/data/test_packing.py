@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data.packing import _fill_empty_rows, pack, pack_together
+from megatron_grit.data.packing import _fill_empty_rows, pack
 from megatron_grit.errors import ConfigError, DataError
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
@@ -71,45 +71,6 @@ def test_fallback_fills_further_rows() -> None:
 def test_ties_go_by_index_and_the_result_repeats() -> None:
     rows = pack(np.full(8, 10), 40, 2)
     assert [row.tolist() for row in rows] == [[0, 2, 4, 6], [1, 3, 5, 7]]
-
-
-def padded(groups: dict[str, np.ndarray], rows: dict[str, list[np.ndarray]]) -> int:
-    sums = [groups[name][row].sum() for name in groups for row in rows[name]]
-    return int(max(sums)) * len(sums)
-
-
-@given(
-    first=st.lists(st.integers(1, 40), min_size=12, max_size=60),
-    second=st.lists(st.integers(1, 40), min_size=12, max_size=60),
-    tokens_per_row=st.integers(40, 200),
-    multiple=st.integers(1, 3),
-)
-def test_groups_together_are_no_worse_than_apart(
-    first: list[int], second: list[int], tokens_per_row: int, multiple: int
-) -> None:
-    groups = {"first": np.array(first * multiple), "second": np.array(second * multiple)}
-    apart = {name: pack(lengths, tokens_per_row, multiple) for name, lengths in groups.items()}
-    together = pack_together(groups, tokens_per_row, multiple)
-    assert padded(groups, together) <= padded(groups, apart)
-    for name, lengths in groups.items():
-        assert sorted(np.concatenate(together[name]).tolist()) == list(range(len(lengths)))
-        assert len(together[name]) % multiple == 0
-        assert all(0 < lengths[row].sum() <= tokens_per_row for row in together[name])
-
-
-def test_a_short_group_shortens_the_rows_of_a_long_one() -> None:
-    groups = {"embedding": np.full(80, 100), "generative": np.full(10, 100)}
-    assert [len(rows) for rows in pack_together(groups, 2000, 2).values()] == [8, 2]  # rows of 1000, not 4 of 2000
-    one_row_each = {"embedding": np.full(40, 100), "generative": np.full(10, 100)}
-    assert [len(rows) for rows in pack_together(one_row_each, 2000, 2).values()] == [2, 2]
-
-
-def test_groups_may_be_empty_and_errors_name_them() -> None:
-    rows = pack_together({"embedding": np.array([3, 4]), "generative": np.array([], dtype=np.int64)}, 40)
-    assert [row.tolist() for row in rows["embedding"]] == [[0, 1]] and rows["generative"] == []
-    assert pack_together({"embedding": np.array([], dtype=np.int64)}, 40) == {"embedding": []}
-    with pytest.raises(ConfigError, match="generative batch: 1 segments cannot fill 2 rows"):
-        pack_together({"embedding": np.array([3, 4]), "generative": np.array([3])}, 40, 2)
 
 
 def test_errors() -> None:

@@ -116,18 +116,15 @@ def test_short_docstring_is_no_passage() -> None:
 @pytest.mark.parametrize(
     ("docstring", "name", "expected"),
     [
-        ("range(stop) -> range object\nrange(start, stop) -> range object\n\nReturn an object.", "range", "Return an object."),
-        ("D.keys() -> a set-like object providing a view on D's keys", "dict.keys", "a set-like object providing a view on D's keys"),
-        ("D.pop(k[,d]) -> v, remove specified key and return it.", "dict.pop", "v, remove specified key and return it."),
+        ("range(stop) -> range object\nrange(start, stop) -> range object\n\nReturn one.", "range", "Return one."),
+        ("D.keys() -> a set-like object with D's keys", "dict.keys", "a set-like object with D's keys"),
+        ("D.pop(k[,d]) -> v, remove specified key.", "dict.pop", "v, remove specified key."),
         ("D.f() -> bool.  Whether it is so.", "f", "bool.  Whether it is so."),
         ("close() has to be called at the end.", "close", "close() has to be called at the end."),
         ("Return getpid() of the parent.", "getpid", "Return getpid() of the parent."),
-        ("""First line.
-
-            Indented body.
-        """, "f", "First line.\n\nIndented body."),
+        ("First line.\n\n    Indented body.\n    ", "f", "First line.\n\nIndented body."),
     ],
-)  # fmt: skip
+)
 def test_clean_docstring(docstring: str, name: str, expected: str) -> None:
     assert clean_docstring(docstring, name) == expected
 

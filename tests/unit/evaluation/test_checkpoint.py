@@ -18,7 +18,7 @@ class KnownModel:
 
     calls: list[tuple[str | None, int]] = []
 
-    def encode(self, texts: list[str], *, instruction: str | None, max_length: int) -> np.ndarray:
+    def encode(self, texts: list[str], *, instruction: str | None, max_length: int, batch_tokens: int) -> np.ndarray:
         self.calls.append((instruction, max_length))
         angles = np.array([float(text) for text in texts])
         return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
