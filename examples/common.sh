@@ -104,7 +104,7 @@ make_environment() {
     local directory="$1" base="$2" extra="$3" ready
     ready="$directory/.ready-$(environment_key "$base" "$extra")"
     # What is there for the tests is there for all.
-    [[ -f "$ready" || (-z "$extra" && -f "$directory/.ready-$(environment_key "$base" dev)") ]] && return
+    [[ -f "$ready" || -f "$directory/.ready-$(environment_key "$base" dev)" ]] && return
     mkdir -p "$(dirname "$directory")"
     (
         if command -v flock >/dev/null; then flock 9; fi

@@ -76,7 +76,7 @@ encode() {
 generate() {
     {
         echo "> $PROMPT"
-        "$PYTHON" -m megatron_grit.cli.generate --device cpu --checkpoint "$OUT" --prompt "$PROMPT" --max-new-tokens 48
+        "$PYTHON" -m megatron_grit.cli.generate --device cpu --checkpoint "$OUT" --prompt "$PROMPT" --max-new-tokens 24
     } | tee "$OUT/generated.txt"
 }
 
@@ -107,7 +107,7 @@ stage() {
 record() { printf '%s\t%s\n' "$1" "$(seconds_since "$2")" >>"$OUT/timings.tsv"; }
 
 started="$(now)"
-setup_python
+setup_python eval
 if [[ "${DRY_RUN:-0}" == 1 ]]; then
     from_untrained
     exit

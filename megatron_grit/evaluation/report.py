@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_grit.errors import DataError
+from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.evaluation.bootstrap import Interval
 from megatron_grit.evaluation.checkpoint import write_json
 
@@ -180,12 +180,19 @@ def _write_text(text: str, path: Path) -> None:
 
 
 def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss_emb and loss_gen against the step: each step faintly, and a running mean of 10 steps."""
-    import matplotlib.figure
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draw loss_emb and loss_gen against the step: each step faintly, and a running mean of 10 steps.
 
-    figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    import numpy as np
+
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib: pip install 'megatron-grit[eval]'") from error
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display and without pyplot's global state
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats)")
     for name, label, color in (

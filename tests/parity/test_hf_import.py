@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_grit.config.schema import ParallelConfig, RunConfig
 from megatron_grit.data.batch import PackedRow, RowKind
+from tests.distributed.harness import run_on_ranks
 
 transformers = pytest.importorskip("transformers", reason="the reference is transformers")
 
@@ -152,6 +153,44 @@ def test_export_is_the_source(models: tuple[Any, Any, Path]) -> None:
     with SafetensorsFolder(source) as expected:
         assert exported.keys() == set(expected)
         assert all(torch.equal(exported[name], expected[name]) for name in expected)
+
+
+def losses_on_two_ranks(checkpoint: str, layout: dict[str, Any]) -> list[float]:
+    """Token losses of the row, from a checkpoint that one process wrote."""
+    from megatron_grit.models.gpt import Output, build_model
+    from megatron_grit.parallel.launch import parallel_job
+    from megatron_grit.training.checkpoint import load_weights, read_config
+
+    config = read_config(Path(checkpoint))
+    config.parallel = ParallelConfig(device="cpu", **layout)
+    assert config.model.vocab_size is not None
+    with parallel_job(config.parallel, seed=3) as context, torch.no_grad():
+        model = build_model(config, config.model.vocab_size, context)
+        load_weights(Path(checkpoint), model, context)
+        losses: list[float] = model.eval()(make_row(RowKind.GENERATIVE), Output.TOKEN_LOSSES).tolist()
+        return losses
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [{"tensor": 2, "sequence_parallel": True}, {"expert": 2}], ids=["tp2_sp", "ep2"])
+def test_converted_checkpoint_loads_at_other_layouts(
+    layout: dict[str, Any], tokenizer_file: Path, tmp_path: Path
+) -> None:
+    """A vocabulary of 400 pads to 448 rows on one rank and to 512 on two."""
+    from megatron_grit.convert.hf_to_megatron import convert_checkpoint
+
+    torch.manual_seed(7)
+    theirs = MODELS["mixtral"](400).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    checkpoint = convert_checkpoint(tmp_path / "hf", tmp_path / "ours", tokenizer_file)
+    row = make_row(RowKind.GENERATIVE)
+    assert row.labels_1T is not None and row.loss_mask_1T is not None
+    with torch.no_grad():
+        logits = torch.cat([theirs(input_ids=ids[None]).logits[0] for ids in segments(row.tokens_1T[0])])
+    expected = torch.nn.functional.cross_entropy(logits, row.labels_1T[0], reduction="none") * row.loss_mask_1T[0]
+    for losses in run_on_ranks(losses_on_two_ranks, 2, tmp_path, str(checkpoint), layout):
+        torch.testing.assert_close(torch.tensor(losses), expected, rtol=TOLERANCE, atol=TOLERANCE * 5)
 
 
 def test_balancing_coefficient() -> None:

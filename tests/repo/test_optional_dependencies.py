@@ -22,9 +22,11 @@ OPTIONAL = [
     "pandas",
     "pytest",
     "sentence_transformers",
+    "starlette",
     "tensorboard",
     "transformer_engine",
     "transformers",
+    "uvicorn",
     "vllm",
     "wandb",
 ]
