@@ -75,22 +75,18 @@ def te_core_attention_class() -> type:
 def take_balancing_loss() -> Any | None:
     """The expert balancing loss that the routers of this process logged since the last call, and forget it.
 
+    The engine keeps it for the life of the process in a tensor of as many layers as the first model had.
+
     Returns:
-        One value a layer, summed over micro-batches and without its coefficient; None for a dense model.
+        One value a layer, summed over micro-batches and without its coefficient; None where no router logged any.
     """
     name = "load_balancing_loss"
     if engine_version() >= (0, 19):
         from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-        tracker = get_moe_metrics_tracker()
-        values = tracker.metrics[name].values.clone() if name in tracker.metrics else None
-        tracker.clear()
-        return values
-    from megatron.core.transformer.moe import moe_utils
+        entry = get_moe_metrics_tracker().metrics.pop(name, None)
+        return None if entry is None else entry.values
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
-    entry = moe_utils.get_moe_layer_wise_logging_tracker().get(name)
-    if entry is None:
-        return None
-    values = entry["values"].clone()
-    moe_utils.clear_aux_losses_tracker()
-    return values
+    entry = get_moe_layer_wise_logging_tracker().pop(name, None)
+    return None if entry is None else entry["values"]

@@ -61,7 +61,7 @@ class Service:
             DataError: at once or in the job, for a body that cannot be used.
         """
         given = body.get("input")
-        texts = given if isinstance(given, list) else [given]
+        texts: list[Any] = given if isinstance(given, list) else [given]
         if len(texts) > MAX_TEXTS:
             raise DataError(f"input holds {len(texts)} texts; send at most {MAX_TEXTS} at a time")
         for text in texts:

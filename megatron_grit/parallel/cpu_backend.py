@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("zeros", "ones", "empty", "tensor", "empty_like", "zeros_like", "ones_like", "arange", "full")
@@ -33,6 +34,10 @@ def install() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if "torch._dynamo" in sys.modules:  # the engine was imported first, and what it decorated stays decorated
         torch.compiler.set_stance("force_eager")
+    # torch keeps a set of its factory functions, made at first use, for `with torch.device(...)`. Made after they are
+    # replaced it would hold the replacements, and a model that transformers builds on the meta device would come out
+    # with uninitialised buffers.
+    _device_constructors()
     _replace_device_calls()
     _replace_factories()
     _replace_streams()

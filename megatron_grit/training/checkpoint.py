@@ -223,8 +223,8 @@ def check_same_model(path: Path, config: RunConfig) -> None:
         for key in before:
             if before[key] != now[key] and key != "attention_backend":
                 raise CheckpointError(
-                    f"{path}: was trained with {section}.{key} {before[key]}, and this run has {now[key]}; choose another "
-                    "output_dir, or set checkpoint.resume to false to start afresh in this one"
+                    f"{path}: was trained with {section}.{key} {before[key]}, and this run has {now[key]}; choose "
+                    "another output_dir, or set checkpoint.resume to false to start afresh in this one"
                 )
 
 

@@ -39,6 +39,7 @@ class TrainStep:
     ) -> None:
         self.config, self.context = config, context
         self.model, self.optimizer = model, optimizer
+        compat.take_balancing_loss()  # an earlier model's
         self.objectives = [kind.Objective(config, context) for kind in (embedding, generative)]
 
     def __call__(self, batch: StepBatch) -> dict[str, float]:

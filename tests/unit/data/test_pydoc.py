@@ -101,6 +101,19 @@ def test_repeated_docstring_is_kept_once_and_held_out_first() -> None:
     assert [record["text"][0] for record in corpus.train_generative] == [f"What does {TRAINED}.b() do?"]
 
 
+def test_text_of_a_held_out_module_is_not_trained_on() -> None:
+    same = "A module that exists under two names."
+    entries = [
+        entry(TRAINED, "a", "Something that is trained on."),
+        entry(HELD_OUT, "b", "Something that is held out."),
+        DocEntry(module=TRAINED, kind="module", signature=TRAINED, docstring=same),
+        DocEntry(module=HELD_OUT, kind="module", signature=HELD_OUT, docstring=same),
+    ]
+    corpus = build_corpus(entries, {})
+    assert {"text": same} in corpus.heldout_generative
+    assert [record["text"][-1] for record in corpus.train_generative] == ["Something that is trained on."]
+
+
 def test_large_module_does_not_decide_the_figures() -> None:
     entries = [entry(HELD_OUT, f"f{i}", f"Function number {i} of a large module.") for i in range(100)]
     corpus = build_corpus([*entries, entry(TRAINED, "a", "Something that is trained on.")], {})

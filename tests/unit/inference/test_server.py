@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -215,6 +216,28 @@ def test_requests_wait_in_turn_and_health_does_not(
     assert most == [1]
     for text, answer in zip(("a", "b"), answers, strict=True):
         np.testing.assert_array_equal(np.float32(answer), encode(text))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_nothing_is_computed_for_a_client_that_left(
+    whole: bool, model: GritModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves while it waits for its turn, or in the middle of its body."""
+    computed: list[Any] = []
+    monkeypatch.setattr(model, "encode", lambda *args, **options: computed.append(args))
+    body = {"type": "http.request", "body": b'{"input": "a"}', "more_body": not whole}
+    received, sent = iter([body, {"type": "http.disconnect"}]), []
+
+    async def receive() -> Any:
+        return next(received)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    app = server.create_app(server.Service(model, "tiny"))
+    scope = {"type": "http", "method": "POST", "path": EMBEDDINGS, "headers": [], "query_string": b""}
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 499 and not computed
 
 
 @pytest.mark.parametrize("package", ["starlette", "uvicorn"])

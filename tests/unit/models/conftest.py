@@ -11,7 +11,7 @@ from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def context() -> Iterator[ParallelContext]:
     with parallel_job(ParallelConfig(device="cpu"), seed=1) as context:
         yield context
