@@ -17,6 +17,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -39,7 +40,7 @@ from megatron_grit.data.batch import PackedRow, StepBatch
 from megatron_grit.data.grit_builder import build_grit, read_texts
 from megatron_grit.data.loader import GritDataLoader
 from megatron_grit.data.tokenizer import load_tokenizer, train_sentencepiece
-from megatron_grit.errors import EXIT_STATUS, DataError, GritError
+from megatron_grit.errors import EXIT_STATUS, ConfigError, DataError, GritError
 from megatron_grit.parallel.launch import parallel_job
 from tests.parity.gritlm_reference import GritBatch, Sequence, Text, adamw, collate, grit_step
 
@@ -317,6 +318,8 @@ def main() -> int:
     parser.add_argument("--at-least", type=float, help="exit with status 1 where the ratio is lower")
     arguments = parser.parse_args()
     try:
+        if importlib.util.find_spec("transformers") is None:
+            raise ConfigError("the reference is transformers: pip install 'megatron-grit[dev]'")
         summary = run(arguments)
     except GritError as error:
         print(f"grit_step: error: {error}", file=sys.stderr)
