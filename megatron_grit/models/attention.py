@@ -9,7 +9,8 @@ Shape suffix legend: T = tokens of a row, N = query heads, G = key-value heads, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -48,9 +49,12 @@ class PackedSegments(PackedSeqParams):
     """
 
     mode: AttentionMode | None = None
-    lengths: list[int] = field(default_factory=list)
-    """Length of each segment, padding included; their sum is T."""
     cache: KeyValueCache | None = None
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Length of each segment, padding included. Only SDPA reads it: on a GPU that waits for the row."""
+        return self.cu_seqlens_q.diff().tolist()
 
     @staticmethod
     def of_row(cu_seqlens: Tensor, max_seqlen: int, mode: AttentionMode) -> PackedSegments:
@@ -61,7 +65,6 @@ class PackedSegments(PackedSeqParams):
             max_seqlen: longest segment.
             mode: attention mode of the whole row.
         """
-        bounds = cu_seqlens.tolist()
         return PackedSegments(
             qkv_format="sbhd",
             cu_seqlens_q=cu_seqlens,
@@ -69,7 +72,6 @@ class PackedSegments(PackedSeqParams):
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
             mode=mode,
-            lengths=[end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)],
         )
 
 
