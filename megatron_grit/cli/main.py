@@ -7,12 +7,15 @@ import difflib
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_grit import __version__
 from megatron_grit.errors import EXIT_STATUS, GritError
 from megatron_grit.parallel.logs import configure_logging
+
+_SECONDS_FOR_RANK_0 = 5.0
 
 
 def verbs() -> dict[str, str]:
@@ -45,13 +48,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def guarded(command: Callable[[], object], prog: str = "megatron-grit") -> int:
-    """Run ``command`` and turn an error of the user's into one line, printed by rank 0. Returns the exit status."""
+    """Run ``command`` and turn an error of the user's into one line. Returns the exit status.
+
+    In a job of several processes rank 0 speaks at once. Another rank waits: if the error is everybody's, the launcher
+    ends it meanwhile, after rank 0 spoke; if the error is its own, it speaks.
+    """
     configure_logging()
     try:
         command()
     except GritError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{prog}: error: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(_SECONDS_FOR_RANK_0)
+        print(f"{prog}: error: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
         return EXIT_STATUS
     except KeyboardInterrupt:
         return 130

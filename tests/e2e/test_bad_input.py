@@ -157,6 +157,30 @@ def test_every_rank_of_a_job_ends_and_one_speaks(tmp_path: Path, corpus: Path) -
     assert not (tmp_path / "run").exists()
 
 
+def test_an_error_of_one_rank_is_told_by_that_rank(tmp_path: Path) -> None:
+    """Rank 1 alone cannot go on; rank 0 waits for it in a collective and would never say why."""
+    program = tmp_path / "one_rank.py"
+    program.write_text(
+        "import os, sys, time\n"
+        "from megatron_grit.cli.main import guarded\n"
+        "from megatron_grit.errors import DataError\n"
+        "def command():\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise DataError('only here', path='shard')\n"
+        "    time.sleep(60)\n"
+        "sys.exit(guarded(command))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("megatron-grit: error: [rank 1] shard: only here") == 1
+
+
 def test_write_jsonl_is_what_the_builder_reads(tmp_path: Path, corpus: Path) -> None:
     """The control of this file: a good record passes where the bad ones were refused."""
     path = write_jsonl(tmp_path / "input.jsonl", [{"query": "a", "pos": ["b"]}])
