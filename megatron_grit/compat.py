@@ -60,11 +60,6 @@ def _without_deprecation(record: logging.LogRecord) -> bool:
     return "GPTModel IS DEPRECATED" not in record.getMessage()
 
 
-def async_save_arguments() -> dict[str, Any]:
-    """Keyword arguments of ``dist_checkpointing.save`` that keep newer engines from needing nvidia-resiliency-ext."""
-    return {"async_strategy": "mcore"} if engine_version() >= (0, 17) else {}
-
-
 def te_core_attention_class() -> type:
     """TransformerEngine's dot-product attention as the engine wraps it."""
     from megatron.core.extensions.transformer_engine import TEDotProductAttention

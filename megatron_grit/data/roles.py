@@ -39,7 +39,6 @@ class Role(IntEnum):
 
 SUPERVISED = frozenset({Role.TEXT, Role.ANSWER})
 POOLED = frozenset({Role.QUERY, Role.POSITIVE, Role.NEGATIVE})
-INSTRUCTIONS = frozenset({Role.QUERY_INSTRUCTION, Role.POSITIVE_INSTRUCTION, Role.NEGATIVE_INSTRUCTION})
 
 _LETTER = dict(zip(Role, "TCAiqjpkn", strict=True))
 _GRAMMAR = {

@@ -26,7 +26,6 @@ class ParallelContext:
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
-    embedding_group: dist.ProcessGroup | None
 
     @property
     def is_first_stage(self) -> bool:
@@ -73,7 +72,6 @@ def read_context(device: torch.device, sequence_parallel: bool) -> ParallelConte
         tensor_group=state.get_tensor_model_parallel_group(),
         pipeline_group=state.get_pipeline_model_parallel_group(),
         data_group=state.get_data_parallel_group(),
-        embedding_group=state.get_embedding_group(check_initialized=False),
     )
 
 
