@@ -153,7 +153,9 @@ def test_every_rank_of_a_job_ends_and_one_speaks(tmp_path: Path, corpus: Path) -
     )
     assert result.returncode != 0
     assert result.stderr.count("megatron-grit: error: ") == 1
-    assert f'File "{ROOT}' not in result.stderr, "a traceback through the package"
+    # The environment may lie inside the checkout, and torchrun prints its own traceback: only our files count.
+    ours = [f'File "{ROOT / folder}' for folder in ("megatron_grit", "tools")]
+    assert not any(place in result.stderr for place in ours), result.stderr
     assert not (tmp_path / "run").exists()
 
 
