@@ -113,6 +113,7 @@ def prepare_data(arguments: argparse.Namespace, target: Path) -> RunConfig:
     config.data.tokenizer = str(model)
     config.data.embedding, config.data.generative = [str(embedding.with_suffix(""))], [str(generative.with_suffix(""))]
     config.data.train_group_size = GROUP_SIZE
+    config.data.allow_shared_texts = True  # XQuAD asks several questions of one paragraph, and GritLM keeps them
     config.data.tokens_per_row = arguments.tokens_per_row
     config.training.embedding_batch_size = QUERIES // arguments.scale
     config.training.generative_batch_size = SEQUENCES // arguments.scale

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from megatron_grit.config.schema import ModelConfig, RunConfig
-from megatron_grit.data.batch import PackedRow, RowKind, StepBatch
+from megatron_grit.data.batch import PackedRow, StepBatch
+from megatron_grit.data.roles import RowKind
 
 VOCAB = 100
 
@@ -66,14 +67,21 @@ def make_row(
     )
 
 
-def make_batch(data_rank: int = 0, data_size: int = 1, *, objective: str = "unified", rows: int = 4) -> StepBatch:
-    """``rows`` rows of each kind, three segments each, dealt to data parallel ranks in turn. Two passages a query."""
+def make_batch(
+    data_rank: int = 0, data_size: int = 1, *, objective: str = "unified", rows: int = 4, repeated: bool = False
+) -> StepBatch:
+    """``rows`` rows of each kind, three segments each, dealt to data parallel ranks in turn. Two passages a query.
+
+    ``repeated``: one text stands in every embedding row.
+    """
     row_length, num_queries = 48, rows
     order = torch.randperm(3 * rows, generator=torch.Generator().manual_seed(7)).tolist()
     embedding = [
         make_row(RowKind.EMBEDDING, [10 + i, 5, 20 - i], row_length, order[3 * i : 3 * i + 3], seed=i)
         for i in range(rows)
     ]
+    for i, row in enumerate(embedding if repeated else []):
+        row.tokens_1T[0, 10 + i : 15 + i] = torch.arange(5)
     generative = [make_row(RowKind.GENERATIVE, [9 + 2 * i, 5, 20], row_length, seed=100 + i) for i in range(rows)]
     embedding = embedding if objective != "generative" else []
     generative = generative if objective != "embedding" else []

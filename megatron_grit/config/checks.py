@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_grit.config.blend import BlendEntry, read_blend
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError, MeshError
 
@@ -53,6 +54,7 @@ def find_problems(config: RunConfig, world_size: int, *, files: bool = True) -> 
             return
     yield from _batches(config, data_parallel_size(config, world_size))
     yield from _data(config)
+    yield from _contrast(config)
     if files:
         yield from _files(config)
 
@@ -67,6 +69,8 @@ def mesh_summary(config: RunConfig, world_size: int) -> str:
     """One line: "2 processes = tensor 1 x pipeline 1 x data 2 (expert 2)"."""
     parallel = config.parallel
     parts = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}"]
+    if parallel.virtual_pipeline is not None:
+        parts[-1] += f" ({parallel.virtual_pipeline} chunks a stage)"
     if parallel.context > 1:
         parts.append(f"context {parallel.context}")
     parts.append(f"data {data_parallel_size(config, world_size)}")
@@ -100,14 +104,20 @@ _MINIMA: dict[str, tuple[float, bool]] = {
     "embedding.projection_dim": (1, True),
     "parallel.tensor": (1, True),
     "parallel.pipeline": (1, True),
+    "parallel.virtual_pipeline": (2, True),
     "parallel.context": (1, True),
     "parallel.expert": (1, True),
+    "parallel.expert_tensor": (1, True),
     "parallel.timeout_minutes": (0, False),
     "data.tokens_per_row": (2, True),
     "data.train_group_size": (1, True),
     "data.num_rows_multiple": (1, True),
+    "data.embedding_temperature": (0, False),
+    "data.packing_window": (1, True),
     "data.prefetch_steps": (0, True),
+    "training.max_minutes": (0, False),
     "loss.temperature": (0, False),
+    "loss.false_negative_margin": (-2, True),
     "loss.loss_emb_factor": (0, True),
     "loss.loss_gen_factor": (0, True),
     "loss.grit_world_size": (1, True),
@@ -123,6 +133,7 @@ _MINIMA: dict[str, tuple[float, bool]] = {
     "training.steps": (0, True),
     "training.embedding_batch_size": (1, True),
     "training.generative_batch_size": (1, True),
+    "training.generative_rows": (1, True),
     "training.seed": (0, True),
     "checkpoint.save_interval": (0, True),
     "checkpoint.keep": (0, True),
@@ -196,8 +207,12 @@ def _model(config: RunConfig) -> Iterator[Problem]:
 
 def _mesh(config: RunConfig, world_size: int) -> Iterator[Problem]:
     parallel, model = config.parallel, config.model
-    if parallel.context > 1:
-        yield Problem("parallel.context", "parallel.context above 1 is not supported yet; set it to 1")
+    if parallel.context > 1 and model.attention_backend == "te":
+        yield Problem(
+            "model.attention_backend",
+            "model.attention_backend te does not go with parallel.context above 1: it exchanges keys in another order; "
+            "use auto or varlen",
+        )
     model_size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_size:
         yield Problem(
@@ -221,18 +236,68 @@ def _mesh(config: RunConfig, world_size: int) -> Iterator[Problem]:
         yield Problem(
             "parallel.sequence_parallel", "parallel.sequence_parallel needs parallel.tensor above 1", MeshError
         )
-    yield from _expert_mesh(config, world_size // model_size)
+    if parallel.virtual_pipeline is not None:
+        yield from _virtual_pipeline(config, world_size // model_size)
+    if parallel.overlap:
+        yield from _overlap(config)
+    yield from _expert_mesh(config, world_size // parallel.pipeline)
 
 
-def _expert_mesh(config: RunConfig, data_size: int) -> Iterator[Problem]:
+def _virtual_pipeline(config: RunConfig, data_size: int) -> Iterator[Problem]:
+    parallel, num_layers = config.parallel, config.model.num_layers
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if parallel.pipeline == 1:
+        yield Problem(
+            "parallel.virtual_pipeline",
+            f"parallel.virtual_pipeline {parallel.virtual_pipeline} needs parallel.pipeline above 1",
+            MeshError,
+        )
+    elif num_layers % chunks:
+        yield Problem(
+            "parallel.virtual_pipeline",
+            f"parallel.virtual_pipeline {parallel.virtual_pipeline} x parallel.pipeline {parallel.pipeline} does not "
+            f"divide model.num_layers {num_layers}",
+            MeshError,
+        )
+    kinds = 2 if config.training.objective == "unified" else 1
+    num_rows = kinds * (config.data.num_rows_multiple or data_size) // max(data_size, 1)
+    if num_rows < parallel.pipeline:
+        yield Problem(
+            "parallel.virtual_pipeline",
+            f"parallel.virtual_pipeline needs as many rows on a data parallel rank as parallel.pipeline "
+            f"{parallel.pipeline}, and a step may have {num_rows}; set data.num_rows_multiple to "
+            f"{-(-parallel.pipeline // kinds) * data_size}",
+            MeshError,
+        )
+
+
+def _overlap(config: RunConfig) -> Iterator[Problem]:
+    """Gradients are reduced once the last row of a step has reached every weight, so each must be reached."""
+    objective = config.training.objective
+    unused = None
+    if objective == "embedding" and not config.model.tie_embeddings:
+        unused = "the language-model head"
+    if objective == "generative" and config.embedding.projection_dim is not None:
+        unused = "embedding.projection_dim's layer"
+    if unused is not None:
+        yield Problem(
+            "parallel.overlap",
+            f"parallel.overlap needs a gradient for every weight, and training.objective {objective} has none for "
+            f"{unused}; set parallel.overlap to false",
+        )
+
+
+def _expert_mesh(config: RunConfig, stage_size: int) -> Iterator[Problem]:
+    """``stage_size``: processes of a pipeline stage, over which its experts are laid out anew."""
     parallel, num_experts = config.parallel, config.model.num_experts
     if num_experts is None:
-        if parallel.expert > 1:
-            yield Problem(
-                "parallel.expert",
-                f"parallel.expert {parallel.expert} needs a mixture of experts; set model.num_experts",
-                MeshError,
-            )
+        for key, value in (("expert", parallel.expert), ("expert_tensor", parallel.expert_tensor or 1)):
+            if value > 1:
+                yield Problem(
+                    f"parallel.{key}",
+                    f"parallel.{key} {value} needs a mixture of experts; set model.num_experts",
+                    MeshError,
+                )
         return
     if parallel.tensor > 1 and not parallel.sequence_parallel:
         yield Problem(
@@ -246,10 +311,19 @@ def _expert_mesh(config: RunConfig, data_size: int) -> Iterator[Problem]:
             f"parallel.expert {parallel.expert} does not divide model.num_experts {num_experts}",
             MeshError,
         )
-    if data_size % parallel.expert:
+    expert_tensor = parallel.expert_tensor or parallel.tensor
+    if config.model.ffn_hidden_size % expert_tensor:
+        yield Problem(
+            "parallel.expert_tensor",
+            f"parallel.expert_tensor {expert_tensor} does not divide model.ffn_hidden_size "
+            f"{config.model.ffn_hidden_size}",
+            MeshError,
+        )
+    if stage_size % (parallel.expert * expert_tensor):
         yield Problem(
             "parallel.expert",
-            f"parallel.expert {parallel.expert} does not divide the data parallel size {data_size}",
+            f"parallel.expert {parallel.expert} x parallel.expert_tensor {expert_tensor} does not divide the "
+            f"{stage_size} processes of a pipeline stage",
             MeshError,
         )
 
@@ -272,15 +346,54 @@ def _batches(config: RunConfig, data_size: int) -> Iterator[Problem]:
             f"{multiple} rows of a step",
             MeshError,
         )
-    if training.objective != "embedding" and training.generative_batch_size < multiple:
-        yield Problem(
-            "training.generative_batch_size",
-            f"training.generative_batch_size {training.generative_batch_size} is below the {multiple} rows of a step",
-            MeshError,
-        )
+    if training.objective != "embedding":
+        yield from _generative_batch(config, multiple)
     loss = config.loss
     if loss.grit_world_size is not None and loss.emb_grad_scale != "grit":
         yield Problem("loss.grit_world_size", "loss.grit_world_size has an effect only with loss.emb_grad_scale grit")
+
+
+def _generative_batch(config: RunConfig, multiple: int) -> Iterator[Problem]:
+    training = config.training
+    if config.data.packing == "step":
+        if training.generative_batch_size < multiple:
+            yield Problem(
+                "training.generative_batch_size",
+                f"training.generative_batch_size {training.generative_batch_size} is below the {multiple} rows of a "
+                "step",
+                MeshError,
+            )
+        if training.generative_rows is not None:
+            yield Problem(
+                "training.generative_rows", "training.generative_rows has an effect only with data.packing window"
+            )
+    elif training.generative_rows is None:
+        yield Problem(
+            "data.packing", "data.packing window needs training.generative_rows: the generative rows of a step"
+        )
+    elif training.generative_rows % multiple:
+        yield Problem(
+            "training.generative_rows",
+            f"training.generative_rows {training.generative_rows} is no multiple of {multiple}, the data parallel size "
+            "or data.num_rows_multiple",
+            MeshError,
+        )
+
+
+def _blend(config: RunConfig, kind: str) -> list[BlendEntry]:
+    return read_blend(getattr(config.data, kind), f"data.{kind}")
+
+
+def _contrast(config: RunConfig) -> Iterator[Problem]:
+    knobs, width = config.loss, config.embedding.projection_dim or config.model.hidden_size
+    if knobs.negatives == "hard":
+        if config.data.train_group_size < 2:
+            yield Problem("loss.negatives", "loss.negatives hard needs data.train_group_size of at least 2")
+        for name in ("symmetric", "same_side_negatives"):
+            if getattr(knobs, name):
+                yield Problem(f"loss.{name}", f"loss.{name} compares texts of the batch, but loss.negatives is hard")
+    if any(not 0 < size <= width for size in knobs.matryoshka_dims):
+        yield Problem("loss.matryoshka_dims", f"loss.matryoshka_dims must be from 1 to the embedding's width {width}")
 
 
 def _data(config: RunConfig) -> Iterator[Problem]:
@@ -292,10 +405,13 @@ def _data(config: RunConfig) -> Iterator[Problem]:
                 f"training.objective {objective} needs data.{kind}: the prefix of a file made by "
                 f"tools/preprocess/build_grit.py; give data.{kind} or set training.objective to {other}",
             )
-        prefixes = getattr(data, kind)
-        if len(set(prefixes)) < len(prefixes):
-            twice = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
-            yield Problem(f"data.{kind}", f"data.{kind} names {twice} twice")
+        if objective != other:
+            # A blend file is read here, so that the run fails before it asks for devices.
+            try:
+                _blend(config, kind)
+            except ConfigError as error:
+                yield Problem(f"data.{kind}", str(error))
+                return
     if data.tokenizer is None:
         yield Problem("data.tokenizer", "data.tokenizer is not set; give the file or directory of the tokenizer")
 
@@ -303,12 +419,13 @@ def _data(config: RunConfig) -> Iterator[Problem]:
 def _files(config: RunConfig) -> Iterator[Problem]:
     objective, data = config.training.objective, config.data
     for kind, other in (("embedding", "generative"), ("generative", "embedding")):
-        for prefix in getattr(data, kind) if objective != other else []:
+        for entry in _blend(config, kind) if objective != other else []:
             for suffix in INDEXED_SUFFIXES:
-                if not Path(prefix + suffix).is_file():
+                if not Path(entry.path + suffix).is_file():
                     yield Problem(
                         f"data.{kind}",
-                        f"data.{kind}: there is no file {prefix}{suffix}; make it with tools/preprocess/build_grit.py",
+                        f"data.{kind}: there is no file {entry.path}{suffix}; make it with "
+                        "tools/preprocess/build_grit.py",
                     )
     if data.tokenizer is not None:
         tokenizer = Path(data.tokenizer)

@@ -11,10 +11,8 @@ import argparse
 import dataclasses
 import difflib
 import functools
-import os
 import re
 import sys
-import tempfile
 import types
 import typing
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ import yaml
 from megatron_grit.config.locate import Located, read_yaml
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
+from megatron_grit.files import replacing
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -93,16 +92,8 @@ def dump_config(config: RunConfig) -> str:
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write the configuration as YAML. Readers see the old file or the whole new one."""
-    path = Path(path)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
-        try:
-            file.write(dump_config(config))
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with replacing(path) as file:
+        file.write(dump_config(config))
 
 
 def known_keys(cls: type = RunConfig, prefix: str = "") -> dict[str, Any]:

@@ -97,10 +97,18 @@ class ParallelConfig:
     """Shard activations along the sequence between tensor parallel layers."""
     pipeline: int = 1
     """Pipeline stages."""
+    virtual_pipeline: int | None = None
+    """Chunks of layers that each stage holds (interleaved schedule): stages wait less and exchange more. null: one. A
+    step needs at least as many rows on each data parallel rank as there are stages."""
     context: int = 1
-    """Context parallel size."""
+    """Context parallel size: processes that hold a part of each row's tokens. They gather keys and values."""
     expert: int = 1
-    """Expert parallel size; divides the data parallel size."""
+    """Expert parallel size; divides the processes of a pipeline stage by expert_tensor."""
+    expert_tensor: int | None = None
+    """Tensor parallel size of the experts. null: that of the rest."""
+    overlap: bool = False
+    """Reduce gradients while the last row's backward pass goes on, and gather updated weights while the next forward
+    pass goes on. false: both in one piece at the end of a step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA with NCCL where there is a GPU, else CPU with gloo."""
     timeout_minutes: float = 10.0
@@ -114,9 +122,34 @@ class DataConfig:
     tokenizer: str | None = None
     """SentencePiece .model file, tokenizer.json, or a directory that holds one."""
     embedding: list[str] = field(default_factory=list)
-    """Prefixes of indexed files with queries and passages (tools/preprocess/build_grit.py)."""
+    """Indexed files with queries and passages (tools/preprocess/build_grit.py): prefixes, each a source of its own; or
+    weights and prefixes in turn, "0.7 a 0.3 b"; or a .yaml file, a list of path with weight or epochs, and cap
+    (docs/data_formats.md). A batch comes from one source. Without weights a source comes up in proportion to its size.
+    """
     generative: list[str] = field(default_factory=list)
-    """Prefixes of indexed files with texts or conversations."""
+    """Indexed files with texts or conversations, likewise. A batch mixes all sources."""
+    embedding_temperature: float = 1.0
+    """An embedding source comes up in proportion to its weight ** (1 / embedding_temperature). Above 1 small sources
+    come up more often."""
+    allow_shared_texts: bool = False
+    """Let records with the same query or positive stand in one batch, as negatives of each other. false: they are kept
+    apart, and what cannot be placed is left out of that epoch."""
+    packing: Literal["step", "window"] = "step"
+    """step: the generative_batch_size sequences of a step are packed into as few, nearly equal rows as hold them.
+    window: a step has generative_rows rows of exactly tokens_per_row tokens, filled from the stream of sequences."""
+    packing_window: int = 1024
+    """Sequences that are packed together with packing window."""
+    over_long: Literal["stop", "drop", "truncate", "split"] = "stop"
+    """Generative records above tokens_per_row or max_position_embeddings: end the run, leave them out, cut off their
+    end, or split them into pieces that overlap by one token, so that each label is trained once. A piece counts as a
+    sequence; one without labels is left out."""
+    over_long_texts: Literal["stop", "truncate"] = "stop"
+    """Queries and passages above tokens_per_row or max_position_embeddings: end the run, or cut off their end."""
+    cache_dir: str | None = None
+    """Folder for what is computed once from the data: rows of packing window, shared texts of large sources. null:
+    output_dir/cache."""
+    checksum: bool = False
+    """Read every indexed file at the start and compare it with its checksums."""
     tokens_per_row: int = 2048
     """Token budget of one packed row, which is one micro-batch."""
     train_group_size: int = 2
@@ -134,6 +167,19 @@ class LossConfig:
 
     temperature: float = 0.02
     """Divides the similarities in the contrastive loss."""
+    symmetric: bool = False
+    """Also find the query of each positive among all queries; the loss is the mean of both directions."""
+    negatives: Literal["batch", "hard"] = "batch"
+    """batch: every passage of the global batch. hard: only the train_group_size - 1 of the query's own record."""
+    same_side_negatives: bool = False
+    """Other queries are negatives of a query too."""
+    mask_equal_texts: bool = False
+    """Leave out negatives whose text, instruction aside, is that of the positive or of the query itself."""
+    false_negative_margin: float | None = None
+    """Leave out negatives that are more similar to the query than its positive is by more than this. Cosines are
+    compared where embedding.normalize is set. null: none are."""
+    matryoshka_dims: list[int] = field(default_factory=list)
+    """Also train the first so many channels of the embedding, normalised anew."""
     loss_emb_factor: float = 1.0
     """Weight of the contrastive loss."""
     loss_gen_factor: float = 1.0
@@ -185,7 +231,9 @@ class TrainingConfig:
     embedding_batch_size: int = 2048
     """Queries of a global batch; every passage of it is a candidate for each of them."""
     generative_batch_size: int = 256
-    """Sequences of a global batch."""
+    """Sequences of a global batch, with data.packing step."""
+    generative_rows: int | None = None
+    """Generative rows of a global batch, with data.packing window."""
     grad_cache: Literal["auto", "on", "off"] = "auto"
     """Embed the batch twice so that the contrastive loss sees all of it in the memory of one row. auto: on when a rank
     has more than one embedding row. off needs a row that holds a rank's share of the batch."""
@@ -195,6 +243,9 @@ class TrainingConfig:
     """Activation recompute: none, core attention, or whole layers."""
     seed: int = 42
     """Seed of the initial weights, the data order and dropout."""
+    max_minutes: float | None = None
+    """Save and end after the step during which so many minutes have passed since the start; the same command goes on.
+    null: no limit."""
 
 
 @dataclass(kw_only=True)

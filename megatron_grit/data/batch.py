@@ -6,18 +6,14 @@ Shape suffix legend: T = tokens of a row, S = segments of a row (one document, q
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-
-class RowKind(StrEnum):
-    """Which pass, and which loss, a row is for."""
-
-    EMBEDDING = "embedding"
-    GENERATIVE = "generative"
+from megatron_grit.data.permutation import mix
+from megatron_grit.data.roles import RowKind
 
 
 @dataclass(kw_only=True)
@@ -59,6 +55,22 @@ class PackedRow:
     def num_tokens(self) -> int:
         """Tokens that are not padding."""
         return int((~self.padding_mask_1T).sum())
+
+    def text_ids(self) -> Tensor:
+        """A hash of the tokens that each segment of an embedding row pools, instruction left out: int64 [S]."""
+        if self.segment_ids_T is None or self.pool_mask_T is None or self.slots_S is None:
+            raise ValueError("only embedding rows have texts")
+        pooled = self.pool_mask_T > 0
+        segments, tokens, positions = (
+            self.segment_ids_T[pooled],
+            self.tokens_1T[0, pooled],
+            self.positions_1T[0, pooled],
+        )
+        count = len(self.slots_S)
+        first_S = positions.new_full((count,), self.max_seqlen).scatter_reduce_(0, segments, positions, "amin")
+        weights = torch.from_numpy(mix(np.arange(1, self.max_seqlen + 1, dtype=np.uint64)).view(np.int64))
+        terms = (tokens + 1) * weights.to(tokens.device)[positions - first_S[segments]]
+        return tokens.new_zeros(count).index_add_(0, segments, terms)
 
     def to(self, device: torch.device) -> PackedRow:
         """Copy with every tensor on ``device``."""

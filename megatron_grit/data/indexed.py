@@ -1,8 +1,12 @@
-"""Indexed files: Megatron's ``.bin`` and ``.idx`` with a role for every sequence, and a ``.json`` about them.
+"""Reading indexed files: Megatron's ``.bin`` and ``.idx``, with a role for every sequence and a ``.json`` about them.
 
 A record is a document, its spans are the document's sequences, and a sequence's mode byte is its
-:class:`~megatron_grit.data.roles.Role`. Any tool that reads Megatron's multimodal indexed datasets reads these.
-docs/data_formats.md has the bytes.
+:class:`~megatron_grit.data.roles.Role`. Any tool that reads Megatron's indexed datasets reads these, and
+:class:`IndexedFile` reads what Megatron wrote. docs/data_formats.md has the bytes.
+
+The engine's own reader maps the ``.bin`` without comparing its size with the index, so that a file that was cut short
+reads as zeros or ends the process. Here sizes are compared on opening, and every read checks the part of the index that
+it uses. Nothing here imports torch: preprocessing starts many processes.
 """
 
 from __future__ import annotations
@@ -11,26 +15,29 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import weakref
+import zlib
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from megatron_grit.data.batch import RowKind
-from megatron_grit.data.roles import Role, check_grammar, split_segments
+from megatron_grit.data.roles import Role, RowKind, check_grammar
 from megatron_grit.errors import DataError
 
 FORMAT_NAME = "megatron_grit.indexed"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+DOCUMENTS = "documents"
+"""Kind of a file without roles, of preprocess_data.py. Its documents read as generative records of one TEXT."""
 
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the token type, sequences, documents + 1
-_MAGIC = b"MMIDIDX\x00\x00"
-_ITEMSIZE_OF_CODE = {4: 4, 8: 2}  # the engine's codes of int32 and uint16
-_BYTES_PER_SEQUENCE = 4 + 8 + 1  # length, byte offset, role
-_BYTES_PER_DOCUMENT = 8
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the token type, sequences, documents + 1
+MAGIC = b"MMIDIDX\x00\x00"
+DTYPE_OF_CODE = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+"""The engine's codes of integer types. It also has 6 and 7, for floating point numbers."""
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+CHECKED_BLOCK_BYTES = 1 << 24
+"""Bytes of the ``.bin`` that one CRC-32 of the metadata stands for."""
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
@@ -43,7 +50,7 @@ class IndexedMeta:
     """The ``.json`` beside an indexed file."""
 
     kind: str
-    """"embedding" or "generative"."""
+    """"embedding", "generative", or "documents": plain text without roles."""
     num_records: int
     num_tokens: int
     num_supervised_tokens: int
@@ -60,10 +67,23 @@ class IndexedMeta:
     limits: dict[str, int]
     """Tokens beyond which texts were cut."""
     bin_bytes: int
-    bin_sha256: str
     idx_bytes: int
+    bin_sha256: str
+    """Empty in a file that was written without checksums; so are the next two."""
+    idx_sha256: str
+    bin_crc32: list[int] = field(default_factory=list)
+    """Of each CHECKED_BLOCK_BYTES of the ``.bin``: tells where it is damaged."""
     format: str = FORMAT_NAME
     version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """Text of the ``.json``: the fields, and the SHA-256 of what they say."""
+        values = asdict(self)
+        return json.dumps({**values, "sha256": _digest_of(values)}, indent=2) + "\n"
+
+
+def _digest_of(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def file_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
@@ -72,148 +92,281 @@ def file_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
     return Path(f"{name}.bin"), Path(f"{name}.idx"), Path(f"{name}.json")
 
 
-class IndexedWriter:
-    """Writes records under temporary names; they appear under ``prefix`` when :meth:`finalize` is through, or never.
+def read_meta(prefix: str | Path) -> IndexedMeta:
+    """The metadata of a prefix.
+
+    Raises:
+        DataError: no such file, not written by this format's version, or changed since.
+    """
+    path = file_paths(prefix)[2]
+    if not path.is_file():
+        raise DataError("no such file; give the prefix of an indexed file, without extension", path=path)
+    try:
+        values: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        byte = error.pos if isinstance(error, json.JSONDecodeError) else None
+        raise DataError(f"not JSON: {error}", path=path, byte=byte) from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT_NAME:
+        raise DataError(f"not the metadata of an indexed file (format is not {FORMAT_NAME})", path=path)
+    if values.get("version") != FORMAT_VERSION:
+        raise DataError(f"format version {values.get('version')}, this is {FORMAT_VERSION}; build it again", path=path)
+    digest = values.pop("sha256", None)
+    if digest != _digest_of(values):
+        raise DataError("was changed or damaged: it does not match its own checksum; build it again", path=path)
+    try:
+        meta = IndexedMeta(**values)
+        if meta.kind != DOCUMENTS:
+            RowKind(meta.kind)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"incomplete metadata: {error}", path=path) from error
+    return meta
+
+
+class IndexedFile:
+    """A ``.bin`` and ``.idx`` of Megatron, ours or not. Reads by position; never maps the ``.bin``.
 
     Args:
         prefix: path without extension.
-        kind: kind of every record.
-        vocab_size: decides the type of the tokens.
-        overwrite: replace files that are there.
+
+    Attributes:
+        dtype: type of the tokens.
+        lengths: int32 [num_sequences], tokens of each sequence; mapped.
+        pointers: int64 [num_sequences], where each starts in the ``.bin``, in bytes; mapped.
+        documents: int64 [num_documents + 1], first sequence of each document, then num_sequences; mapped.
+        modes: int8 [num_sequences], or None in a file without them; mapped.
 
     Raises:
-        DataError: files of this prefix exist and ``overwrite`` is false.
+        DataError: a file is missing, is no Megatron index, or is not as long as it should be; with the byte where it
+            goes wrong.
     """
 
-    def __init__(self, prefix: str | Path, kind: RowKind, vocab_size: int, *, overwrite: bool = False) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        self.bin_path, self.idx_path, _ = file_paths(prefix)
+        for path in (self.bin_path, self.idx_path):
+            if not path.is_file():
+                raise DataError("is missing; build the indexed file again", path=path)
+        size = self.idx_path.stat().st_size
+        with self.idx_path.open("rb") as file:
+            header = file.read(HEADER.size)
+        code, num_sequences, num_documents, has_modes = _check_header(self.idx_path, header, size)
+        self.num_sequences, self.num_documents = num_sequences, num_documents - 1
+        self.dtype = np.dtype(DTYPE_OF_CODE[code])
+        mapped = np.memmap(self.idx_path, dtype=np.uint8, mode="r")
 
-        self.prefix = Path(prefix)
-        self.kind = kind
-        self._vocab_size = vocab_size
-        self._dtype = token_dtype(vocab_size)
-        existing = next((path for path in file_paths(prefix) if path.exists()), None)
-        if existing is not None and not overwrite:
-            raise DataError("exists already; choose another prefix or overwrite it", path=existing)
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.tmp")
-        self._builder = IndexedDatasetBuilder(str(file_paths(self._temporary)[0]), dtype=self._dtype, multimodal=True)
-        self._digest = hashlib.sha256()
-        self._num_tokens = self._num_supervised = self._num_records = 0
-        self._longest = (0, 0)
-        self._negatives: tuple[int, int] | None = None
+        def view(dtype: str, count: int, offset: int) -> np.ndarray:
+            return np.frombuffer(mapped, dtype=dtype, count=count, offset=offset)
 
-    def add(self, spans: Sequence[tuple[Role, Sequence[int]]]) -> None:
-        """Append a record. Empty spans are left out.
+        self._pointers_at = HEADER.size + 4 * num_sequences
+        self._documents_at = self._pointers_at + 8 * num_sequences
+        self.modes_at = self._documents_at + 8 * num_documents
+        """First byte of the modes in the ``.idx``."""
+        self.lengths = view("<i4", num_sequences, HEADER.size)
+        self.pointers = view("<i8", num_sequences, self._pointers_at)
+        self.documents = view("<i8", num_documents, self._documents_at)
+        self.modes = view("<i1", num_sequences, self.modes_at) if has_modes else None
+        descriptor = os.open(self.bin_path, os.O_RDONLY)
+        self._descriptor = descriptor
+        self.close = weakref.finalize(self, os.close, descriptor)
+        """Release the ``.bin``; also done when the object goes."""
+        self.bin_bytes = os.fstat(descriptor).st_size
+        self._check_ends()
+
+    def _check_ends(self) -> None:
+        count, itemsize = self.num_sequences, self.dtype.itemsize
+        expected = int(self.pointers[-1]) + int(self.lengths[-1]) * itemsize if count else 0
+        if self.bin_bytes != expected:
+            raise DataError(
+                f"is {self.bin_bytes} bytes long, its index says {expected}; build it again",
+                path=self.bin_path,
+                byte=max(0, min(self.bin_bytes, expected)),
+            )
+        if int(self.documents[0]) != 0:
+            raise DataError("the first document does not start at 0", path=self.idx_path, byte=self._documents_at)
+        if int(self.documents[-1]) != count:
+            byte = self._documents_at + 8 * self.num_documents
+            raise DataError(f"the last document does not end at sequence {count}", path=self.idx_path, byte=byte)
+
+    def sequences(self, document: int) -> tuple[int, int]:
+        """Sequences of a document: half-open.
 
         Raises:
-            DataError: roles that make no record of this kind.
+            DataError: an index that goes backwards.
+            IndexError: no such document.
         """
-        spans = [(role, ids) for role, ids in spans if len(ids)]
-        roles = [role for role, _ in spans]
-        lengths = [len(ids) for _, ids in spans]
-        check_grammar(roles, self.kind, f"{self.prefix}#{self._num_records}")
-        tokens = np.concatenate([np.asarray(ids, dtype=self._dtype) for _, ids in spans])
-        self._builder.add_document(tokens, lengths, [int(role) for role in roles])
-        self._digest.update(tokens.tobytes())
-        segments = segment_lengths(roles, lengths)
-        self._longest = max(self._longest, (max(segments), -self._num_records))
-        self._num_supervised += num_labels(roles, lengths)
-        negatives = roles.count(Role.NEGATIVE)
-        low, high = self._negatives or (negatives, negatives)
-        self._negatives = (min(low, negatives), max(high, negatives))
-        self._num_tokens += len(tokens)
-        self._num_records += 1
+        if not 0 <= document < self.num_documents:
+            raise IndexError(f"document {document} of {self.num_documents}")
+        start, stop = self.documents[document : document + 2].tolist()
+        if not 0 <= start <= stop <= self.num_sequences:
+            raise DataError(
+                f"document {document} holds sequences {start} to {stop}; build it again",
+                path=self.idx_path,
+                byte=self._documents_at + 8 * document,
+            )
+        return start, stop
 
-    def finalize(self, *, tokenizer_fingerprint: str, template: str, limits: dict[str, int]) -> IndexedMeta:
-        """Write the index and the metadata and give all three files their names, the ``.idx`` last.
+    def read(self, start: int, stop: int, skip: int = 0, count: int | None = None) -> np.ndarray:
+        """Tokens of sequences ``start`` to ``stop - 1``, one after another, in the file's own type.
+
+        Args:
+            start: first sequence.
+            stop: sequence after the last.
+            skip: tokens to leave out at the beginning.
+            count: tokens to read. None: all that are left.
 
         Raises:
-            DataError: no record was added.
+            DataError: the index is damaged here, or the ``.bin`` ends too early.
+            IndexError: no such sequences, or fewer tokens than asked for.
         """
-        if not self._num_records or self._negatives is None:
-            raise DataError(f"no records for {self.prefix}")
-        temporary_bin, temporary_idx, temporary_json = file_paths(self._temporary)
-        self._builder.finalize(str(temporary_idx))
-        meta = IndexedMeta(
-            kind=self.kind.value,
-            num_records=self._num_records,
-            num_tokens=self._num_tokens,
-            num_supervised_tokens=self._num_supervised,
-            longest_segment_tokens=self._longest[0],
-            longest_segment_record=-self._longest[1],
-            min_negatives=self._negatives[0],
-            max_negatives=self._negatives[1],
-            tokenizer_fingerprint=tokenizer_fingerprint,
-            vocab_size=self._vocab_size,
-            template=template,
-            limits=limits,
-            bin_bytes=temporary_bin.stat().st_size,
-            bin_sha256=self._digest.hexdigest(),
-            idx_bytes=temporary_idx.stat().st_size,
+        if not 0 <= start <= stop <= self.num_sequences:
+            raise IndexError(f"sequences {start} to {stop} of {self.num_sequences}")
+        if start == stop:
+            return np.empty(0, dtype=self.dtype)
+        itemsize = self.dtype.itemsize
+        begin, end = self._extent(start, stop)
+        available = (end - begin) // itemsize
+        count = available - skip if count is None else count
+        if skip < 0 or count < 0 or skip + count > available:
+            raise IndexError(f"tokens {skip} to {skip + count} of {available}")
+        content = os.pread(self._descriptor, count * itemsize, begin + skip * itemsize)
+        if len(content) < count * itemsize:
+            content += self._read_on(count * itemsize - len(content), begin + skip * itemsize + len(content))
+        return np.frombuffer(content, dtype=self.dtype)
+
+    def _read_on(self, size: int, offset: int) -> bytes:
+        """The rest of a read that came back short, as reads of more than 2 GiB do."""
+        content = b""
+        while len(content) < size:
+            more = os.pread(self._descriptor, size - len(content), offset + len(content))
+            if not more:
+                raise DataError("ends here; it was cut short while it was open", path=self.bin_path, byte=offset)
+            content += more
+        return content
+
+    def _extent(self, start: int, stop: int) -> tuple[int, int]:
+        """First byte of sequence ``start`` and last of ``stop - 1``, with every pointer between them checked."""
+        itemsize = self.dtype.itemsize
+        pointers = self.pointers[start : stop + 1].tolist()
+        if stop == self.num_sequences:
+            pointers.append(self.bin_bytes)
+        place = begin = pointers[0]
+        for index, length in enumerate(self.lengths[start:stop].tolist()):
+            following = place + length * itemsize
+            if length < 0 or place < 0 or pointers[index + 1] != following:
+                raise DataError(
+                    f"sequence {start + index} is said to be {length} tokens from byte {place} of the .bin, the next "
+                    f"one to start at {pointers[index + 1]}; the index is damaged, build it again",
+                    path=self.idx_path,
+                    byte=self._pointers_at + 8 * (start + index),
+                )
+            place = following
+        return begin, place
+
+    def check_index(self) -> None:
+        """Compare the whole index with itself: every sequence starts where the one before it ends, no document goes
+        backwards.
+
+        Raises:
+            DataError: a difference.
+        """
+        step = 1 << 20
+        for start in range(0, self.num_sequences, step):
+            stop = min(start + step, self.num_sequences)
+            lengths = self.lengths[start:stop].astype(np.int64)
+            following = self.pointers[start + 1 : stop + 1]
+            if stop == self.num_sequences:
+                following = np.append(following, self.bin_bytes)
+            wrong = np.flatnonzero(
+                (self.pointers[start:stop] + lengths * self.dtype.itemsize != following) | (lengths < 0)
+            )
+            if len(wrong):
+                self._extent(start + int(wrong[0]), start + int(wrong[0]) + 1)
+        backwards = np.flatnonzero(np.diff(self.documents) < 0)
+        if len(backwards):
+            self.sequences(int(backwards[0]))
+
+
+def _check_header(path: Path, header: bytes, size: int) -> tuple[int, int, int, bool]:
+    """Code of the token type, sequences, documents + 1, and whether there are modes, of a header that holds up."""
+    if len(header) < HEADER.size:
+        raise DataError(f"ends after {size} bytes, within its header", path=path, byte=size)
+    magic, version, code, num_sequences, num_documents = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise DataError("not a Megatron index", path=path, byte=0)
+    if version != 1:
+        raise DataError(f"index version {version}; 1 is known", path=path, byte=9)
+    if code not in DTYPE_OF_CODE:
+        raise DataError(f"token type {code} is none of {sorted(DTYPE_OF_CODE)}, the integers", path=path, byte=17)
+    if num_documents < 1:
+        raise DataError("has no document boundaries", path=path, byte=26)
+    without = HEADER.size + num_sequences * 12 + num_documents * 8
+    if size not in (without, without + num_sequences):
+        raise DataError(
+            f"is {size} bytes long, its header says {without}, or {without + num_sequences} with modes; build it again",
+            path=path,
+            byte=min(size, without),
         )
-        temporary_json.write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
-        final_bin, final_idx, final_json = file_paths(self.prefix)
-        final_idx.unlink(missing_ok=True)  # from here to the last line there is no index: a crash leaves none to trust
-        os.replace(temporary_bin, final_bin)
-        os.replace(temporary_json, final_json)
-        os.replace(temporary_idx, final_idx)
-        return meta
-
-    def discard(self) -> None:
-        """Remove the temporary files. Nothing happens after :meth:`finalize`."""
-        self._builder.data_file.close()
-        for path in file_paths(self._temporary):
-            path.unlink(missing_ok=True)
-
-    def __enter__(self) -> IndexedWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.discard()
-
-
-def segment_lengths(roles: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """Tokens of each segment: of an embedding record its query and passages, of a generative one all of it."""
-    segments = split_segments(roles)
-    return [int(sum(lengths[start:stop])) for start, stop in segments] if segments else [int(sum(lengths))]
-
-
-def num_labels(roles: Sequence[int], lengths: Sequence[int]) -> int:
-    """Tokens of a record that are labels: those of TEXT and ANSWER spans, but not the record's first token."""
-    labels = sum(int(length) for role, length in zip(roles, lengths, strict=True) if role in (Role.TEXT, Role.ANSWER))
-    return labels - 1 if roles[0] == Role.TEXT else labels
+    return code, num_sequences, num_documents, num_sequences > 0 and size == without + num_sequences
 
 
 class IndexedRecords:
-    """Random access to the records of an indexed file, memory-mapped.
+    """Random access to the records of an indexed file with its ``.json``.
+
+    Files are opened when the first record is asked for, and again after :meth:`close`.
 
     Args:
         prefix: path without extension.
 
     Raises:
-        DataError: a file is missing, is not of this format, or is not as long as the index says; with the byte
-            where it goes wrong.
+        DataError: a file is missing, is not of this format, or is not as long as the index or the ``.json`` says.
     """
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         self.meta = read_meta(prefix)
-        self.kind = RowKind(self.meta.kind)
-        _check_files(prefix, self.meta)
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
+        self._has_roles = self.meta.kind != DOCUMENTS
+        self.kind = RowKind(self.meta.kind) if self._has_roles else RowKind.GENERATIVE
+        self._file: IndexedFile | None = None
+        self._known: set[bytes] = set()
+        bin_path, idx_path, _ = file_paths(prefix)
+        for path in (idx_path, bin_path):  # an index that is missing is a build that did not end
+            if not path.is_file():
+                raise DataError("is missing; build the indexed file again", path=path)
+        for path, size in ((bin_path, self.meta.bin_bytes), (idx_path, self.meta.idx_bytes)):
+            found = path.stat().st_size
+            if found != size:
+                raise DataError(
+                    f"is {found} bytes long, its .json says {size}; build it again", path=path, byte=min(found, size)
+                )
 
-        self._dataset = IndexedDataset(self.prefix, multimodal=True)
-        index = self._dataset.index
-        # These are views of the mapped index: they live no longer than self._dataset and must not leave this object.
-        self._lengths = index.sequence_lengths
-        self._roles = index.sequence_modes
-        self._documents = index.document_indices
+    @property
+    def file(self) -> IndexedFile:
+        """The open files.
+
+        Raises:
+            DataError: damaged files.
+        """
+        if self._file is None:
+            file = IndexedFile(self.prefix)
+            for what, found, said, byte in (
+                ("records", file.num_documents, self.meta.num_records, 26),
+                ("bytes of tokens", file.bin_bytes, self.meta.bin_bytes, 18),
+                ("bytes of tokens", file.bin_bytes, self.meta.num_tokens * file.dtype.itemsize, 17),
+                ("mode bytes", file.modes is not None, self._has_roles, 18),
+            ):
+                if found != said:
+                    raise DataError(f"holds {found} {what}, its .json says {said}", path=file.idx_path, byte=byte)
+            self._file = file
+        return self._file
+
+    def close(self) -> None:
+        """Release descriptors and maps."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def __len__(self) -> int:
-        return len(self._documents) - 1
+        return self.meta.num_records
 
     def name(self, index: int) -> str:
         """Name of a record in messages: "prefix#index"."""
@@ -221,112 +374,108 @@ class IndexedRecords:
 
     def lengths(self) -> np.ndarray:
         """Tokens of each record: int64 [num_records]."""
-        ends = np.concatenate(([0], np.cumsum(self._lengths, dtype=np.int64)))
-        return np.diff(ends[self._documents])
+        file = self.file
+        ends = np.concatenate(([0], np.cumsum(file.lengths, dtype=np.int64)))
+        return np.diff(ends[file.documents])
 
     def spans(self, index: int) -> tuple[list[int], list[int]]:
         """Roles and lengths of a record's spans. No token is read.
 
         Raises:
-            DataError: roles that make no record of this file's kind.
+            DataError: roles that make no record of this file's kind, or a damaged index.
             IndexError: no such record.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        start, stop = int(self._documents[index]), int(self._documents[index + 1])
-        roles = self._roles[start:stop].tolist()
-        check_grammar(roles, self.kind, self.name(index))
-        return roles, self._lengths[start:stop].tolist()
+        start, stop = self.file.sequences(index)
+        lengths = self.file.lengths[start:stop].tolist()
+        if not self._has_roles:
+            return [int(Role.TEXT)], [sum(lengths)]
+        return self._roles(index, start, stop), lengths
+
+    def _roles(self, index: int, start: int, stop: int) -> list[int]:
+        assert self.file.modes is not None
+        word = self.file.modes[start:stop].tobytes()
+        roles = np.frombuffer(word, dtype=np.int8).tolist()
+        if word not in self._known:
+            try:
+                check_grammar(roles, self.kind, self.name(index))
+            except DataError as error:
+                place = self.file.modes_at + start
+                raise DataError(f"{error}; build it again", path=self.file.idx_path, byte=place) from None
+            self._known.add(word)
+        return roles
+
+    def tokens(self, index: int, skip: int = 0, count: int | None = None) -> np.ndarray:
+        """Tokens of a record, all spans together, in the file's own type.
+
+        Args:
+            index: the record.
+            skip: tokens to leave out at the beginning.
+            count: tokens to read. None: all that are left.
+
+        Raises:
+            DataError: a damaged file, or an id outside the vocabulary.
+            IndexError: no such record, or fewer tokens than asked for.
+        """
+        start, stop = self.file.sequences(index)
+        ids = self.file.read(start, stop, skip, count)
+        # Seen as unsigned, a negative id is beyond every vocabulary.
+        if len(ids) and ids.view(_UNSIGNED[ids.dtype.itemsize]).max() >= self.meta.vocab_size:
+            at = int(self.file.pointers[start]) + skip * self.file.dtype.itemsize
+            raise DataError(
+                f"record {index} holds an id outside the vocabulary of {self.meta.vocab_size}; build it again",
+                path=self.file.bin_path,
+                byte=at,
+            )
+        return ids
 
     def get(self, index: int) -> list[tuple[Role, np.ndarray]]:
         """Spans of a record: role and tokens, int64.
 
         Raises:
-            DataError: roles that make no record of this file's kind.
+            DataError: roles that make no record of this file's kind, or a damaged file.
             IndexError: no such record.
         """
-        roles, _ = self.spans(index)
-        start, stop = int(self._documents[index]), int(self._documents[index + 1])
-        sequences, _ = self._dataset[start:stop]
-        return [(Role(role), tokens.astype(np.int64)) for role, tokens in zip(roles, sequences, strict=True)]
+        roles, lengths = self.spans(index)
+        parts = np.split(self.tokens(index).astype(np.int64), np.cumsum(lengths)[:-1])
+        return [(Role(role), part) for role, part in zip(roles, parts, strict=True)]
 
     def verify(self) -> None:
-        """Read the whole ``.bin`` and compare it with its checksum, and check every record's roles.
+        """Read both files whole and compare them with their checksums and with each other, and check every record's
+        roles.
 
         Raises:
-            DataError: a difference.
+            DataError: a difference, or a file that was written without checksums.
         """
-        path = file_paths(self.prefix)[0]
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != self.meta.bin_sha256:
+        meta, file = self.meta, self.file
+        if not meta.bin_sha256:
+            raise DataError("was written without checksums; build it again with them", path=file_paths(self.prefix)[2])
+        digest, checks = checksums(file.bin_path)
+        if digest != meta.bin_sha256:
+            pairs = zip(checks, meta.bin_crc32, strict=False)
+            block = next((number for number, (found, said) in enumerate(pairs) if found != said), 0)
             raise DataError(
-                f"its SHA-256 is {digest}, but {self.meta.bin_sha256} was written; build it again", path=path
+                f"its SHA-256 is {digest}, but {meta.bin_sha256} was written; the first damage is within "
+                f"{CHECKED_BLOCK_BYTES} bytes of here; build it again",
+                path=file.bin_path,
+                byte=block * CHECKED_BLOCK_BYTES,
             )
-        index = self._dataset.index
-        _check_pointers(file_paths(self.prefix)[1], index.sequence_pointers, self._lengths, index.dtype_size)
+        file.check_index()
         for record in range(len(self)):
             self.spans(record)
+        digest, _ = checksums(file.idx_path)
+        if digest != meta.idx_sha256:
+            raise DataError(
+                f"its SHA-256 is {digest}, but {meta.idx_sha256} was written; build it again",
+                path=file.idx_path,
+                byte=0,
+            )
 
 
-def read_meta(prefix: str | Path) -> IndexedMeta:
-    """The metadata of a prefix.
-
-    Raises:
-        DataError: no such file, or not written by this format's version.
-    """
-    path = file_paths(prefix)[2]
-    if not path.is_file():
-        raise DataError("no such file; give the prefix that build_grit.py wrote, without extension", path=path)
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise DataError(f"not JSON: {error}", path=path) from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT_NAME:
-        raise DataError(f"not the metadata of an indexed file (format is not {FORMAT_NAME})", path=path)
-    if values.get("version") != FORMAT_VERSION:
-        raise DataError(f"format version {values.get('version')}, this is {FORMAT_VERSION}; build it again", path=path)
-    try:
-        meta = IndexedMeta(**values)
-        RowKind(meta.kind)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"incomplete metadata: {error}", path=path) from error
-    return meta
-
-
-def _check_files(prefix: str | Path, meta: IndexedMeta) -> None:
-    """Compare sizes before the engine maps the files: it would read past the end of a short one without a word."""
-    bin_path, idx_path, _ = file_paths(prefix)
-    for path in (bin_path, idx_path):
-        if not path.is_file():
-            raise DataError("is missing; build the indexed file again", path=path)
-    size = idx_path.stat().st_size
-    with idx_path.open("rb") as file:
-        header = file.read(_HEADER.size)
-    if len(header) < _HEADER.size:
-        raise DataError(f"ends after {size} bytes, within its header", path=idx_path, byte=size)
-    magic, version, code, num_sequences, num_documents = _HEADER.unpack(header)
-    if magic != _MAGIC or version != 1:
-        raise DataError("not a Megatron index", path=idx_path, byte=0)
-    if code not in _ITEMSIZE_OF_CODE:
-        raise DataError(f"token type {code} is neither 4 (int32) nor 8 (uint16)", path=idx_path, byte=17)
-    expected = _HEADER.size + num_sequences * _BYTES_PER_SEQUENCE + num_documents * _BYTES_PER_DOCUMENT
-    if size != expected:
-        raise DataError(f"is {size} bytes long, its header says {expected}", path=idx_path, byte=min(size, expected))
-    if num_documents - 1 != meta.num_records:
-        raise DataError(f"holds {num_documents - 1} records, its .json says {meta.num_records}", path=idx_path, byte=26)
-    size = bin_path.stat().st_size
-    expected = meta.num_tokens * _ITEMSIZE_OF_CODE[code]
-    if size != expected:
-        raise DataError(
-            f"is {size} bytes long, its index says {expected}; build it again", path=bin_path, byte=min(size, expected)
-        )
-
-
-def _check_pointers(idx_path: Path, pointers: np.ndarray, lengths: np.ndarray, itemsize: int) -> None:
-    """Raise unless the sequences follow one another without a gap."""
-    ends = np.cumsum(lengths, dtype=np.int64) * itemsize
-    wrong = np.flatnonzero(pointers != ends - lengths.astype(np.int64) * itemsize)
-    if len(wrong):
-        byte = _HEADER.size + 4 * len(lengths) + 8 * int(wrong[0])
-        raise DataError(f"sequence {wrong[0]} does not start where the one before it ends", path=idx_path, byte=byte)
+def checksums(path: Path) -> tuple[str, list[int]]:
+    """SHA-256 of a file in hexadecimal, and the CRC-32 of each CHECKED_BLOCK_BYTES of it."""
+    digest, checks = hashlib.sha256(), []
+    with path.open("rb") as file:
+        while block := file.read(CHECKED_BLOCK_BYTES):
+            digest.update(block)
+            checks.append(zlib.crc32(block))
+    return digest.hexdigest(), checks

@@ -1,8 +1,9 @@
 """Segments into rows of a token budget.
 
-First-fit decreasing finds how few rows will do. The segments are then spread over that many rows by longest
-processing time, since a step pays for its longest row: rows come out nearly equal. Ties go by index, so that every
-process finds the same rows.
+:func:`pack` takes what a step has: first-fit decreasing finds how few rows will do, and the segments are then spread
+over that many by longest processing time, since a step pays for its longest row: rows come out nearly equal.
+:func:`fill_rows` takes a window of a stream and fills as many rows to the brim as it can; what is left over is for the
+next window. Ties go by index, so that every process finds the same rows.
 """
 
 from __future__ import annotations
@@ -49,11 +50,27 @@ def pack(lengths: np.ndarray, tokens_per_row: int, num_rows_multiple: int = 1) -
     return [np.sort(np.array(row, dtype=np.int64)) for row in rows]
 
 
+def fill_rows(lengths: np.ndarray, tokens_per_row: int, first: np.ndarray) -> list[np.ndarray]:
+    """Rows of first-fit decreasing, some segments before all others.
+
+    Args:
+        lengths: int [num_segments], tokens of each segment, positive and at most ``tokens_per_row``.
+        tokens_per_row: no row holds more tokens.
+        first: bool [num_segments], those that are placed first.
+
+    Returns:
+        For each row the indices of its segments, ascending: int64.
+    """
+    order = np.lexsort((-lengths, ~first))
+    rows = _first_fit_decreasing(lengths, order, tokens_per_row) if len(lengths) else []
+    return [np.sort(np.array(row, dtype=np.int64)) for row in rows]
+
+
 def _first_fit_decreasing(lengths: np.ndarray, order: np.ndarray, tokens_per_row: int) -> list[list[int]]:
-    """Each segment, longest first, into the first row that has room for it."""
+    """Each segment, in ``order``, into the first row that has room for it."""
     rows: list[list[int]] = []
     room = np.empty(len(order), dtype=np.int64)
-    shortest = int(lengths[order[-1]])
+    shortest = int(lengths.min())
     first = 0  # rows before this one have no room for anything
     for segment, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         fits = room[first : len(rows)] >= length

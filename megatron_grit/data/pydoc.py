@@ -24,7 +24,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 import re
 import sys
 import sysconfig
@@ -34,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_grit.errors import DataError
+from megatron_grit.files import replacing
 
 QUERY_INSTRUCTION = "Find the documentation"
 """Instruction of every query; passages have none."""
@@ -402,10 +402,8 @@ def write_corpus(output_dir: Path, *, stdlib: Path | None = None) -> dict[str, i
     for name in ("train_embedding", "train_generative", "heldout_embedding", "heldout_generative"):
         records = getattr(corpus, name)
         path = output_dir / f"{name}.jsonl"
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
+        with replacing(path) as file:
             for record in records:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
         counts[name] = len(records)
     return counts

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 
-from megatron_grit.data.batch import RowKind
 from megatron_grit.errors import DataError
+
+
+class RowKind(StrEnum):
+    """Which pass, and which loss, a record or a packed row is for."""
+
+    EMBEDDING = "embedding"
+    GENERATIVE = "generative"
 
 
 class Role(IntEnum):
@@ -19,8 +25,8 @@ class Role(IntEnum):
 
     TEXT = 0
     """Plain text: attended, every token but the first is a label."""
-    CONTEXT = 1
-    """Of a conversation: BOS, user turns, template. Attended, not supervised."""
+    TEMPLATE = 1
+    """Of a conversation: BOS and what the template puts around the turns. Attended, not supervised."""
     ANSWER = 2
     """Of a conversation: an assistant turn and its EOS. Supervised."""
     QUERY_INSTRUCTION = 3
@@ -35,18 +41,22 @@ class Role(IntEnum):
     """Everything before the text of an irrelevant passage."""
     NEGATIVE = 8
     """Text of an irrelevant passage. Pooled."""
+    SYSTEM = 9
+    """Of a conversation: a system message. Attended, not supervised."""
+    USER = 10
+    """Of a conversation: a user turn, or a prompt. Attended, not supervised."""
 
 
 SUPERVISED = frozenset({Role.TEXT, Role.ANSWER})
 POOLED = frozenset({Role.QUERY, Role.POSITIVE, Role.NEGATIVE})
 
-_LETTER = dict(zip(Role, "TCAiqjpkn", strict=True))
+_LETTER = dict(zip(Role, "TcAiqjpknsu", strict=True))
 _GRAMMAR = {
-    RowKind.GENERATIVE: re.compile(r"T|(CA)+"),
+    RowKind.GENERATIVE: re.compile(r"T|([csu]+A)+"),
     RowKind.EMBEDDING: re.compile(r"i?q(j?p)+(k?n)*"),
 }
 _GRAMMAR_TEXT = {
-    RowKind.GENERATIVE: "TEXT, or CONTEXT ANSWER pairs",
+    RowKind.GENERATIVE: "TEXT, or ANSWERs with TEMPLATE, SYSTEM or USER before each",
     RowKind.EMBEDDING: "a QUERY, one or more POSITIVE, any number of NEGATIVE, each with or without its instruction",
 }
 
@@ -95,3 +105,9 @@ def split_segments(roles: Sequence[int]) -> list[tuple[int, int]]:
             segments.append((start, index + 1))
             start = index + 1
     return segments
+
+
+def num_labels(roles: Sequence[int], lengths: Sequence[int]) -> int:
+    """Tokens of a record that are labels: those of TEXT and ANSWER spans, but not the record's first token."""
+    labels = sum(int(length) for role, length in zip(roles, lengths, strict=True) if role in SUPERVISED)
+    return labels - 1 if roles[0] in SUPERVISED else labels

@@ -4,142 +4,176 @@ Nothing here keeps a position. The same step gives the same records for any data
 restart, and a run is resumed by asking for the next step.
 
 Random numbers are the raw output of Philox, keyed through SeedSequence: NumPy keeps both streams fixed between
-versions, which it does not promise for shuffles. A permutation is the order of such numbers.
+versions, which it does not promise for shuffles. Permutations are those of :mod:`megatron_grit.data.permutation`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import numpy as np
 
+from megatron_grit.data.blend import RecordOrder, StrideSchedule
+from megatron_grit.data.permutation import derive_keys, find
+from megatron_grit.data.shared_texts import BoundRecords, EpochPlan, plan_epoch
 from megatron_grit.errors import ConfigError
 
+_PLANS_KEPT = 4096
 
-class _Stream(IntEnum):
+
+class Stream(IntEnum):
     """Keeps the draws of different decisions apart. Part of the data order: never renumber."""
 
-    EMBEDDING_SCHEDULE = 0
     EMBEDDING_RECORDS = 1
     GENERATIVE_RECORDS = 2
     PASSAGES = 3
+    EXCHANGES = 4
+    ROWS = 5
 
 
-def _draw(count: int, seed: int, stream: _Stream, *key: int) -> np.ndarray:
+def _draw(count: int, seed: int, stream: Stream, *key: int) -> np.ndarray:
     """uint64 [count], a function of the arguments alone."""
     sequence = np.random.SeedSequence(entropy=seed, spawn_key=(int(stream), *key))
     return np.random.Philox(sequence).random_raw(count)
 
 
-def _permutation(count: int, seed: int, stream: _Stream, *key: int) -> np.ndarray:
-    """int64 [count]: a permutation, a function of the arguments alone."""
-    return np.argsort(_draw(count, seed, stream, *key), kind="stable")
+def stream_key(seed: int, stream: Stream) -> np.uint64:
+    """Key of a stream's permutations."""
+    return _draw(1, seed, stream)[0]
 
 
 class EmbeddingSampler:
     """Batches of queries, each from one source.
 
-    A round visits every source as often as it has whole batches, in an order drawn for that round. So sources come up
-    in proportion to their size, and a round is one epoch of each of them. An epoch is a permutation of its own; the
-    last ``size % batch_size`` records of it are left out, hence no record comes twice in a batch.
+    Sources come up in proportion to their weights ** (1 / temperature), evenly spread over the steps. Within a source
+    an epoch is a permutation of its own, cut into batches; the last ``size % batch_size`` records of it are left out,
+    so no record comes twice in a batch.
 
     Args:
-        source_sizes: records of each source.
+        order: the records of the sources.
         batch_size: queries of a global batch.
         seed: seed of the data order.
-        source_names: for messages.
+        names: of the sources, for messages.
+        weights: of the sources. None: whole batches in an epoch, so that all epochs end together.
+        temperature: 1 keeps the weights, more brings them closer to each other.
+        bound: gives the records of a source that share a text. None: they may share a batch.
 
     Raises:
         ConfigError: a source that is smaller than a batch.
     """
 
     def __init__(
-        self, source_sizes: Sequence[int], batch_size: int, seed: int, source_names: Sequence[str] | None = None
+        self,
+        order: RecordOrder,
+        batch_size: int,
+        seed: int,
+        names: Sequence[str],
+        *,
+        weights: np.ndarray | None = None,
+        temperature: float = 1.0,
+        bound: Callable[[int], BoundRecords] | None = None,
     ) -> None:
-        names = source_names or [str(index) for index in range(len(source_sizes))]
-        for name, size in zip(names, source_sizes, strict=True):
+        for name, size in zip(names, order.sizes.tolist(), strict=True):
             if size < batch_size:
                 raise ConfigError(
                     f"source {name} has {size} records, fewer than training.embedding_batch_size {batch_size}: an "
                     "embedding batch comes from one source"
                 )
-        self._sizes = list(source_sizes)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._batches = np.array([size // batch_size for size in source_sizes], dtype=np.int64)
-        self._steps_per_round = int(self._batches.sum())
-        self._round = functools.lru_cache(maxsize=2)(self._draw_round)
-        self._epoch = functools.lru_cache(maxsize=len(self._sizes) + 1)(self._draw_epoch)
-
-    @property
-    def steps_per_round(self) -> int:
-        """Steps in which every source is gone through once."""
-        return self._steps_per_round
+        self.order = order
+        self._batch_size, self._names = batch_size, names
+        self._full_batches = order.sizes // batch_size
+        self._schedule = StrideSchedule((self._full_batches if weights is None else weights) ** (1.0 / temperature))
+        self._exchange_key = stream_key(seed, Stream.EXCHANGES)
+        self._ends: dict[int, list[int]] = {}
+        self._bound = None if bound is None else functools.cache(lambda source: self._within_cap(bound, source))
+        self._plan = functools.lru_cache(maxsize=_PLANS_KEPT)(self._plan_epoch)
 
     def batch(self, step: int) -> tuple[int, np.ndarray]:
-        """Source of a step, and the records it takes of it: int64 [batch_size]."""
-        number, position = divmod(step, self._steps_per_round)
-        sources, visits = self._round(number)
-        source, visit = int(sources[position]), int(visits[position])
-        order = self._epoch(source, number)
-        return source, order[visit * self._batch_size : (visit + 1) * self._batch_size]
+        """Source of a step, and the records it takes of it: int64 [batch_size].
 
-    def _draw_round(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source of each step of a round, and how many steps of the round went to that source before."""
-        sources = np.repeat(np.arange(len(self._sizes)), self._batches)
-        order = _permutation(self._steps_per_round, self._seed, _Stream.EMBEDDING_SCHEDULE, number)
-        sources = sources[order]
-        visits = np.empty_like(sources)
-        for source, count in enumerate(self._batches):
-            visits[sources == source] = np.arange(count)
-        return sources, visits
+        Raises:
+            ConfigError: no batch of the source can be filled without a common text.
+        """
+        sources, visits = self._schedule.slots(step, step + 1)
+        source, visit = int(sources[0]), int(visits[0])
+        epoch, number = self._epoch_of(source, visit)
+        if self._bound is not None and len(self._bound(source)):
+            places = self._plan(source, epoch).batch(number)
+        else:
+            places = np.arange(number * self._batch_size, (number + 1) * self._batch_size)
+        return source, self.order.in_epoch(np.full(self._batch_size, source), epoch, places)
 
-    def _draw_epoch(self, source: int, epoch: int) -> np.ndarray:
-        return _permutation(self._sizes[source], self._seed, _Stream.EMBEDDING_RECORDS, source, epoch)
+    def counts(self, num_steps: int) -> np.ndarray:
+        """Queries of each source in the first steps: int64 [num_sources]."""
+        return self._schedule.counts(num_steps) * self._batch_size
+
+    def left_out(self, source: int, epoch: int) -> int:
+        """Records of a source that an epoch leaves out: the surplus of shared texts, and what fills no batch."""
+        if self._bound is None or not len(self._bound(source)):
+            num_batches = int(self._full_batches[source])
+        else:
+            num_batches = self._plan(source, epoch).num_batches
+        return int(self.order.sizes[source]) - num_batches * self._batch_size
+
+    def _epoch_of(self, source: int, visit: int) -> tuple[int, int]:
+        """Epoch of a visit and the batch's number within it. How many batches shared texts leave is up to the epoch."""
+        if self._bound is None or not len(self._bound(source)):
+            return divmod(visit, int(self._full_batches[source]))
+        ends = self._ends.setdefault(source, [0])
+        while ends[-1] <= visit:
+            ends.append(ends[-1] + self._plan(source, len(ends) - 1).num_batches)
+        epoch = int(np.searchsorted(ends, visit, side="right")) - 1
+        return epoch, visit - ends[epoch]
+
+    def _plan_epoch(self, source: int, epoch: int) -> EpochPlan:
+        assert self._bound is not None
+        bound, size = self._bound(source), int(self.order.sizes[source])
+        places = find(bound.records, size, self.order.epoch_key(source, epoch))
+        key = int(derive_keys(self._exchange_key, source, epoch))
+        plan = plan_epoch(places, bound, size, self._batch_size, key)
+        if not plan.num_batches:
+            raise ConfigError(
+                f"source {self._names[source]} has no {self._batch_size} records without a query or positive in "
+                "common; lower training.embedding_batch_size, or set data.allow_shared_texts"
+            )
+        return plan
+
+    def _within_cap(self, bound: Callable[[int], BoundRecords], source: int) -> BoundRecords:
+        return bound(source).within(self.order.subset(source))
 
 
 class GenerativeSampler:
-    """Batches of sequences from all sources as one stream: an epoch is one permutation, batches go across its end.
+    """One stream of records from all sources, each in its share at every moment.
 
     Args:
-        source_sizes: records of each source.
-        batch_size: sequences of a global batch.
-        seed: seed of the data order.
+        order: the records of the sources.
+        weights: samples of each source, relative to each other. None: its size, so that all epochs end together.
 
     Raises:
         ConfigError: there are no records.
     """
 
-    def __init__(self, source_sizes: Sequence[int], batch_size: int, seed: int) -> None:
-        self._ends = np.cumsum(source_sizes, dtype=np.int64)
-        self._size = int(self._ends[-1]) if len(self._ends) else 0
-        if self._size == 0:
-            raise ConfigError("data.generative has no records")
-        self._batch_size = batch_size
-        self._seed = seed
-        self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
+    def __init__(self, order: RecordOrder, weights: np.ndarray | None = None) -> None:
+        if not len(order.sizes) or not order.sizes.all():
+            raise ConfigError("data.generative has a source without records")
+        self.order = order
+        self._schedule = StrideSchedule(order.sizes if weights is None else weights)
 
-    def batch(self, step: int) -> list[tuple[int, int]]:
-        """Source and record of each slot of a step."""
-        positions = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
-        epochs, within = positions // self._size, positions % self._size
-        records = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            records[chosen] = self._epoch(int(epoch))[within[chosen]]
-        sources = np.searchsorted(self._ends, records, side="right")
-        starts = np.concatenate(([0], self._ends[:-1]))
-        return list(zip(sources.tolist(), (records - starts[sources]).tolist(), strict=True))
+    def slots(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source and record of each slot of the stream from ``start`` to ``stop - 1``: int64 each."""
+        sources, visits = self._schedule.slots(start, stop)
+        return sources, self.order.at(sources, visits)
 
-    def _draw_epoch(self, epoch: int) -> np.ndarray:
-        return _permutation(self._size, self._seed, _Stream.GENERATIVE_RECORDS, epoch)
+    def counts(self, num_slots: int) -> np.ndarray:
+        """Records of each source in the first slots: int64 [num_sources]."""
+        return self._schedule.counts(num_slots)
 
 
 def passage_draws(seed: int, step: int, num_queries: int, group_size: int) -> np.ndarray:
     """Random numbers that pick the passages of a step: uint64 [num_queries, group_size], a row for each slot."""
-    return _draw(num_queries * group_size, seed, _Stream.PASSAGES, step).reshape(num_queries, group_size)
+    return _draw(num_queries * group_size, seed, Stream.PASSAGES, step).reshape(num_queries, group_size)
 
 
 def pick_passages(draws: np.ndarray, num_positives: int, num_negatives: int) -> tuple[int, list[int]]:

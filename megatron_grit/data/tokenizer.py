@@ -6,6 +6,7 @@ added as ids by :mod:`megatron_grit.data.templates`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -15,11 +16,28 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from megatron_grit.data.token_offsets import (
+    EncodedTexts,
+    PieceWidths,
+    encode_with_widths,
+    flatten,
+    json_widths,
+    sentencepiece_widths,
+)
+from megatron_grit.data.word_cache import WordCache, cuts_at_spaces
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.files import replacing
 
 _MODEL_NAMES = ("tokenizer.model", "tokenizer.json")
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]", "<|endoftext|>")
 _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "[EOS]", "[SEP]")
+_SEPARATOR = "\0megatron_grit separator\0"
+_TRICKY_TEXT = (
+    " two  three   four    spaces\n after\n   a\tline  \n \u00a0 and \u2003wide  ones, "
+    "it's  12 345.6 \u180e x\u200b y' s...  \r\n end   "
+)
 
 
 class Tokenizer(ABC):
@@ -32,6 +50,7 @@ class Tokenizer(ABC):
         bos_id: begin of sequence.
         eos_id: end of sequence.
         pad_id: padding; the end of sequence where the tokenizer has none.
+        special_tokens: ids of the tokens that no text is ever read as, by name.
     """
 
     path: Path
@@ -40,6 +59,7 @@ class Tokenizer(ABC):
     bos_id: int
     eos_id: int
     pad_id: int
+    special_tokens: dict[str, int]
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -49,6 +69,10 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text: equal to :meth:`encode` of each."""
 
+    def encode_batch_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts in one array, int32 [num_tokens], and the tokens of each text, int64 [num_texts]."""
+        return flatten(self.encode_batch(texts))
+
     @abstractmethod
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of ``text``, and the half-open range of characters that each of them stands for.
@@ -56,6 +80,16 @@ class Tokenizer(ABC):
         The range is empty for a token that no character of its own belongs to: a space that the tokenizer puts in
         front, or the first bytes of a character that is spelled in bytes.
         """
+
+    def encode_batch_with_offsets(self, texts: Sequence[str]) -> EncodedTexts:
+        """Ids of each text, equal to :meth:`encode` of each, and the characters that each id stands for."""
+        ids, lengths = self.encode_batch_arrays(texts)
+        return encode_with_widths(texts, ids, lengths, self._piece_widths, self.encode_with_offsets)
+
+    @property
+    @abstractmethod
+    def _piece_widths(self) -> PieceWidths | None:
+        """Characters of each id; None where offsets have to be asked for."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -86,12 +120,23 @@ class SentencePieceTokenizer(Tokenizer):
             raise DataError("the model has no BOS or no EOS piece; GRIT's templates need both", path=path)
         pad_id = self._processor.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
+        control = [index for index in range(self.vocab_size) if self._processor.is_control(index)]
+        self.special_tokens = {self._processor.id_to_piece(index): index for index in control}
+
+    @functools.cached_property
+    def _piece_widths(self) -> PieceWidths | None:
+        return sentencepiece_widths(self._processor)
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), num_threads=1)
+
+    def encode_batch_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        arrays = self._processor.encode(list(texts), num_threads=1, return_type="numpy")
+        lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays))
+        return np.concatenate([np.empty(0, dtype=np.int32), *arrays], dtype=np.int32), lengths
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoded = self._processor.encode(text, return_type="offset_mapping")
@@ -123,27 +168,46 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        settings = self._read_settings()
+        settings = read_settings(self.path)
         self.bos_id = self._find("bos_token", settings, _BOS_NAMES)
         self.eos_id = self._find("eos_token", settings, _EOS_NAMES)
-        pad = _token_name(settings.get("pad_token"))
+        pad = token_name(settings.get("pad_token"))
         pad_id = None if pad is None else self._tokenizer.token_to_id(pad)
         self.pad_id = self.eos_id if pad_id is None else pad_id
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: index for index, token in added.items() if token.special}
 
-    def _read_settings(self) -> dict[str, Any]:
-        path = self.path.with_name("tokenizer_config.json")
-        if not path.is_file():
-            return {}
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"not JSON: {error}", path=path) from error
-        if not isinstance(settings, dict):
-            raise DataError("expected a JSON object", path=path)
-        return settings
+    @functools.cached_property
+    def _piece_widths(self) -> PieceWidths | None:
+        return json_widths(self._tokenizer)
+
+    @functools.cached_property
+    def _words(self) -> WordCache | None:
+        """A cache in front of the tokenizer, where that changes no id."""
+        import tokenizers
+
+        if not cuts_at_spaces(json.loads(self.path.read_bytes())):
+            return None
+        # A tokenizer of its own, because one that knows the separator finds it in texts as well.
+        separating = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        separating.encode_special_tokens = True
+        separating.add_tokens([tokenizers.AddedToken(_SEPARATOR, special=False, normalized=False)])
+        words = WordCache(
+            lambda text: separating.encode_batch_fast([text], add_special_tokens=False)[0].ids,
+            _SEPARATOR,
+            separating.get_vocab(with_added_tokens=True)[_SEPARATOR],
+            self.encode,
+        )
+        # Should a version of the library cut texts in another way, then no cache.
+        ids, _ = words.encode([_TRICKY_TEXT])
+        return words if ids.tolist() == self.encode(_TRICKY_TEXT) else None
+
+    def encode_batch_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        words = self._words
+        return super().encode_batch_arrays(texts) if words is None else words.encode(texts)
 
     def _find(self, key: str, settings: dict[str, Any], names: Sequence[str]) -> int:
-        named = _token_name(settings.get(key))
+        named = token_name(settings.get(key))
         for name in [named] if named is not None else names:
             index = self._tokenizer.token_to_id(name)
             if index is not None:
@@ -154,7 +218,8 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        # "fast" leaves out the offsets, and changes no id.
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
@@ -167,7 +232,25 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer.id_to_token(int(index)) or f"<{index}>"
 
 
-def _token_name(value: object) -> str | None:
+def read_settings(tokenizer_path: Path) -> dict[str, Any]:
+    """What ``tokenizer_config.json`` beside a tokenizer's file says; nothing where there is none.
+
+    Raises:
+        DataError: it is no JSON object.
+    """
+    path = tokenizer_path.with_name("tokenizer_config.json")
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"not JSON: {error}", path=path) from error
+    if not isinstance(settings, dict):
+        raise DataError("expected a JSON object", path=path)
+    return settings
+
+
+def token_name(value: object) -> str | None:
     """Name of a token in tokenizer_config.json, which writes it as a string or as an object with ``content``."""
     if isinstance(value, dict):
         value = value.get("content")
@@ -259,10 +342,8 @@ def train_sentencepiece(
         reason = str(error).splitlines()[-1].strip()
         raise DataError(f"SentencePiece could not train {vocab_size} pieces on this text: {reason}") from error
     path = Path(f"{os.fspath(output_prefix)}.model")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(model.getvalue())
-    os.replace(temporary, path)
+    with replacing(path, "wb") as file:
+        file.write(model.getvalue())
     return path
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from megatron_grit.errors import ConfigError
 from megatron_grit.evaluation.bootstrap import Interval
 from megatron_grit.evaluation.perplexity import evaluate_perplexity
 from megatron_grit.evaluation.retrieval import encode_instructed, evaluate_retrieval, read_retrieval_set
+from megatron_grit.files import write_json
 
 
 def evaluate_checkpoint(
@@ -68,17 +67,8 @@ def evaluate_checkpoint(
         figures |= {"perplexity": loss.perplexity, "num_records": loss.num_records, "num_tokens": loss.num_tokens}
     figures |= {name: interval.value for name, interval in intervals.items()}
     figures["intervals"] = {name: [interval.low, interval.high] for name, interval in intervals.items()}
-    write_json(figures, output)
+    write_json(output, figures)
     return figures
-
-
-def write_json(value: dict[str, Any], path: str | Path) -> None:
-    """Write JSON that appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def format_figures(figures: dict[str, Any]) -> str:

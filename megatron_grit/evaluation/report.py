@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.evaluation.bootstrap import Interval
-from megatron_grit.evaluation.checkpoint import write_json
+from megatron_grit.files import replacing, write_json
 
 FIGURES = ("recall_at_1", "recall_at_10", "ndcg_at_10", "lm_loss")
 """What is compared before and after training."""
@@ -136,8 +135,9 @@ def write_report(
     sample_text = None if samples is None else Path(samples).read_text(encoding="utf-8")
     output_dir.mkdir(parents=True, exist_ok=True)
     plot_losses(lines, output_dir / "loss.png")
-    _write_text(_markdown(report, table, sample_text), output_dir / "report.md")
-    write_json(report, output_dir / "report.json")
+    with replacing(output_dir / "report.md") as file:
+        file.write(_markdown(report, table, sample_text))
+    write_json(output_dir / "report.json", report)
     return table
 
 
@@ -173,12 +173,6 @@ without {report["setup_seconds"]:.0f} seconds of package set-up.
     return text if samples is None else f"{text}\n## Samples\n\n```text\n{samples.rstrip()}\n```\n"
 
 
-def _write_text(text: str, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
     """Draw loss_emb and loss_gen against the step: each step faintly, and a running mean of 10 steps.
 
@@ -209,6 +203,5 @@ def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    with replacing(path, "wb") as file:
+        figure.savefig(file, dpi=120, format="png")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_grit.data.batch import PackedRow, RowKind
+from megatron_grit.data.batch import PackedRow
+from megatron_grit.data.roles import RowKind
 from megatron_grit.inference.kv_cache import SequenceCache
 from megatron_grit.models.gpt import GritGPTModel, Output
 

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from megatron_grit.config.schema import ParallelConfig, RunConfig
-from megatron_grit.data.batch import RowKind
 from megatron_grit.data.indexed import IndexedRecords
-from megatron_grit.data.roles import supervised
+from megatron_grit.data.roles import RowKind, supervised
 from megatron_grit.data.templates import encode_embedding, encode_prompt
 from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import CheckpointError, DataError

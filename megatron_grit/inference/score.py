@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_grit.data.batch import PackedRow, RowKind
+from megatron_grit.data.batch import PackedRow
 from megatron_grit.data.packing import pack
+from megatron_grit.data.roles import RowKind
 from megatron_grit.models.gpt import GritGPTModel, Output
 
 _PROGRESS_FROM = 1024

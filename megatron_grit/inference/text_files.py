@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from megatron_grit.errors import DataError
+from megatron_grit.files import replacing
 
 
 def read_texts(path: str) -> list[str]:
@@ -39,15 +39,10 @@ def save_embeddings(embeddings: np.ndarray, path: str | Path) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with replacing(path, "wb") as file:
             np.save(file, embeddings, allow_pickle=False)
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DataError(f"cannot be written: {error.strerror}", path=path) from error
 
 

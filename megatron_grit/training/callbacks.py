@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
+from megatron_grit.files import replacing
 from megatron_grit.parallel.context import ParallelContext
 
 _NOT_PLOTTED = ("step", "seconds")
@@ -49,11 +49,9 @@ class MetricsFile:
 
     def __init__(self, path: Path, interval: int, start_step: int) -> None:
         self.interval = max(1, interval)
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = _lines_up_to(path, start_step) if path.exists() else []
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.writelines(kept)
         self.file = path.open("a")
 
     def after_step(self, record: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""Stopping on a signal: at the end of the step, on all ranks at once, with a checkpoint."""
+"""Stopping on a signal or after a time: at the end of the step, on all ranks at once, with a checkpoint."""
 
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,11 +14,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is noted and a second one acts as it always does."""
+    """While entered, the first SIGINT or SIGTERM is noted and a second one acts as it always does.
 
-    def __init__(self, context: ParallelContext) -> None:
+    Args:
+        context: this process's place in the mesh.
+        seconds: time from now after which a stop is due. None: no limit.
+    """
+
+    def __init__(self, context: ParallelContext, seconds: float | None = None) -> None:
         self.context = context
         self.number: int | None = None
+        self._deadline = None if seconds is None else time.monotonic() + seconds
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -40,10 +47,13 @@ class StopRequest:
         self._handlers = {}
 
     def on_any_rank(self) -> bool:
-        """Whether any process of the job was asked to stop. Collective over all ranks."""
-        return any_rank(self.number is not None, self.context)
+        """Whether any process of the job was asked to stop, or its time is up. Collective over all ranks."""
+        is_due = self._deadline is not None and time.monotonic() > self._deadline
+        return any_rank(self.number is not None or is_due, self.context)
 
     @property
     def exit_status(self) -> int:
-        """What a shell expects of a process that a signal ended."""
+        """What a shell expects of a process that a signal ended; 0 where time was up and no signal came."""
+        if self.number is None and self._deadline is not None and time.monotonic() > self._deadline:
+            return 0
         return 128 + (self.number or signal.SIGTERM)

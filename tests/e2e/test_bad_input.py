@@ -55,7 +55,7 @@ def train_arguments(directory: Path, corpus: Path, change: Callable[[RunConfig],
 
 def test_unknown_key(tmp_path: Path, corpus: Path) -> None:
     arguments = train_arguments(tmp_path, corpus)
-    lines = (tmp_path / "run.yaml").read_text().replace("temperature:", "temprature:").splitlines()
+    lines = (tmp_path / "run.yaml").read_text().replace("  temperature:", "  temprature:").splitlines()
     (tmp_path / "run.yaml").write_text("\n".join(lines))
     number = next(i for i, line in enumerate(lines, 1) if "temprature" in line)
     line = refused(arguments)
@@ -96,9 +96,10 @@ def test_wrong_checkpoint(tmp_path: Path, corpus: Path) -> None:
     shallower, projected = ["--model.num_layers", "2"], ["--embedding.projection_dim", "8"]
     assert "does not fit this model" in refused([*arguments, *load, str(tmp_path / "run"), *shallower])
     assert "embedding_head" in refused([*arguments, *load, str(tmp_path / "run"), *projected])
-    for shard in (tmp_path / "run" / "checkpoints").rglob("weights/*.distcp"):
-        shard.write_bytes(shard.read_bytes()[:100])
-    assert "damaged" in refused([*arguments, *load, str(tmp_path / "run")])
+    shard = max((tmp_path / "run" / "checkpoints").rglob("weights/*.distcp"), key=lambda path: path.stat().st_size)
+    content = shard.read_bytes()
+    shard.write_bytes(content[:20_000] + bytes([content[20_000] ^ 1]) + content[20_001:])
+    assert f"{shard}: is damaged" in refused([*arguments, *load, str(tmp_path / "run")])
     assert not list((tmp_path / "other").rglob("step_*"))
 
 

@@ -39,3 +39,20 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: sig
     subprocess.run(again, cwd=ROOT, check=True, capture_output=True, timeout=120)
     after = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert after == list(range(1, steps[-1] + 3))
+
+
+def test_a_time_limit_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    config.training.steps = 100_000
+    config.training.max_minutes = 0.02
+    save_config(config, tmp_path / "run.yaml")
+    command = [sys.executable, "-m", "megatron_grit.cli.train", "--config", str(tmp_path / "run.yaml")]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    ends = []
+    for _ in range(2):
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0 and "goes on from there" in result.stderr, result.stderr
+        ends.append(json.loads(metrics.read_text().splitlines()[-1])["step"])
+    assert 0 < ends[0] < ends[1] < 100_000
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, ends[1] + 1))

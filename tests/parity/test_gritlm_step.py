@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.batch import PackedRow, RowKind, StepBatch
+from megatron_grit.data.batch import PackedRow, StepBatch
+from megatron_grit.data.roles import RowKind
 from tests.parity.gritlm_reference import (
     GritBatch,
     Sequence,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_grit.config.schema import ParallelConfig, RunConfig
-from megatron_grit.data.batch import PackedRow, RowKind
+from megatron_grit.data.batch import PackedRow
+from megatron_grit.data.roles import RowKind
 from tests.distributed.harness import run_on_ranks
 
 transformers = pytest.importorskip("transformers", reason="the reference is transformers")

@@ -16,8 +16,10 @@ OPTIONAL = [
     "flash_attn",
     "h5py",
     "hypothesis",
+    "matplotlib",
     "mistral_common",
     "mteb",
+    "nltk",
     "nvidia_resiliency_ext",
     "pandas",
     "pytest",
@@ -29,6 +31,7 @@ OPTIONAL = [
     "uvicorn",
     "vllm",
     "wandb",
+    "zstandard",
 ]
 
 # Hides the packages from the import system, so that importlib.util.find_spec does not see them either.

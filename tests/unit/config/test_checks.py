@@ -52,7 +52,17 @@ IMPOSSIBLE_MESHES = [
     (2, ["parallel.sequence_parallel=true"], "tiny_mistral", "needs parallel.tensor above 1"),
     (2, ["parallel.expert=2"], "tiny_mistral", "set model.num_experts"),
     (3, ["parallel.expert=3"], "tiny_mixtral", "does not divide model.num_experts 4"),
-    (3, ["parallel.expert=2"], "tiny_mixtral", "does not divide the data parallel size 3"),
+    (3, ["parallel.expert=2"], "tiny_mixtral", "does not divide the 3 processes of a pipeline stage"),
+    (2, ["parallel.expert_tensor=2"], "tiny_mistral", "parallel.expert_tensor 2 needs a mixture"),
+    (4, ["parallel.expert=2", "parallel.expert_tensor=4"], "tiny_mixtral", "parallel.expert_tensor 4 does not divide"),
+    (2, ["parallel.virtual_pipeline=2"], "tiny_mistral", "needs parallel.pipeline above 1"),
+    (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"], "tiny_mistral", "model.num_layers 2"),
+    (
+        8,
+        ["parallel.pipeline=4", "parallel.virtual_pipeline=2", "model.num_layers=8"],
+        "tiny_mistral",
+        "set data.num_rows_multiple to 4",
+    ),
     (2, ["parallel.tensor=2"], "tiny_mixtral", "needs parallel.sequence_parallel true"),
     (4, ["data.num_rows_multiple=6"], "tiny_mistral", "no multiple of the data parallel size 4"),
     (8, ["training.generative_batch_size=4"], "tiny_mistral", "below the 8 rows"),
@@ -69,7 +79,8 @@ def test_impossible_meshes(world_size: int, options: list[str], model: str, mess
 
 
 CONTRADICTIONS = [
-    (["parallel.context=2"], "not supported yet"),
+    (["parallel.context=2", "model.attention_backend=te"], "does not go with parallel.context above 1"),
+    (["parallel.overlap=true", "training.objective=embedding"], "none for the language-model head"),
     (["model.hidden_size=66"], "does not divide model.hidden_size 66"),
     (["model.num_query_groups=3"], "does not divide model.num_attention_heads 4"),
     (["model.num_attention_heads=64", "model.num_query_groups=64"], "RoPE turns pairs of channels"),
@@ -82,6 +93,12 @@ CONTRADICTIONS = [
     (["data.embedding=[]"], "needs data.embedding"),
     (["data.generative=[]"], "needs data.generative"),
     (["data.embedding=[a, b, a]"], "names a twice"),
+    (["data.embedding=['0.5 a 0.5']"], "no prefix follows the weight 0.5"),
+    (["data.generative=[nowhere.yaml]"], "nowhere.yaml: cannot read this blend file"),
+    (["data.embedding_temperature=0"], "data.embedding_temperature must be above 0"),
+    (["data.packing=window"], "data.packing window needs training.generative_rows"),
+    (["data.packing=window", "training.generative_rows=3"], "generative_rows 3 is no multiple of 2"),
+    (["training.generative_rows=4"], "has an effect only with data.packing window"),
     (["data.tokenizer=null"], "data.tokenizer is not set"),
 ]
 

@@ -32,7 +32,8 @@ def build(tmp_path: Path, tokenizer_path: Path) -> Callable[..., BuildReport]:
 
 
 def outputs(tmp_path: Path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else []
+    """Names of what was built. The hidden folder with which an interrupted build goes on is none of it."""
+    return sorted(path.name for path in (tmp_path / "out").glob("[!.]*"))
 
 
 def rejected(tmp_path: Path) -> list[dict]:
@@ -42,7 +43,7 @@ def rejected(tmp_path: Path) -> list[dict]:
 def test_embedding_records(write_jsonl, build, tmp_path: Path, tokenizer: Tokenizer) -> None:
     records = [GOOD, {"query": "plain", "pos": ["one", "two"]}, embedding_record(3)]
     report = build(write_jsonl(records), limits=Limits())
-    assert outputs(tmp_path) == ["data.bin", "data.idx", "data.json", "data.report.json"]
+    assert outputs(tmp_path) == ["data.bin", "data.idx", "data.json", "data.report.json", "data.report.png"]
     read = IndexedRecords(tmp_path / "out" / "data")
     head, tail = encode_embedding(tokenizer, "brown fox", "")
     spans = [(role, ids.tolist()) for role, ids in read.get(0)]
@@ -64,7 +65,7 @@ def test_generative_records(write_jsonl, build, tmp_path: Path, tokenizer: Token
     ((role, ids),) = read.get(1)
     assert (role, ids.tolist()) == (Role.TEXT, tokenizer.encode("plain text"))
     assert report.num_supervised_tokens == read.meta.num_supervised_tokens
-    assert list(report.token_quantiles) == ["conversation", "text"]
+    assert list(report.token_quantiles) == ["text", "conversation"]
 
 
 def test_texts_lose_their_end(write_jsonl, build, tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -127,19 +128,22 @@ def test_filters_that_stop(write_jsonl, build, tmp_path: Path, record: dict, rea
 
 def test_first_turn_that_just_fits(write_jsonl, build, tmp_path: Path, tokenizer: Tokenizer) -> None:
     chat = ["hi there", "yes indeed"]
-    prompt = len(encode_chat(tokenizer, chat)[0][1])
+    prompt = sum(len(ids) for _, ids in encode_chat(tokenizer, chat)[:-1])
     build(write_jsonl([{"text": chat}]), limits=Limits(generative=prompt + 1))
-    assert [len(ids) for _, ids in IndexedRecords(tmp_path / "out" / "data").get(0)] == [prompt, 1]
+    *context, answer = IndexedRecords(tmp_path / "out" / "data").get(0)
+    assert (sum(len(ids) for _, ids in context), len(answer[1])) == (prompt, 1)
     with pytest.raises(DataError, match="instruction_too_long"):
         build(write_jsonl([{"text": chat}]), limits=Limits(generative=prompt), overwrite=True)
 
 
 def test_nothing_left_names_the_main_reason(write_jsonl, build, tmp_path: Path) -> None:
     path = write_jsonl([{"text": [sentence(1, 60), "yes"]}, {"text": ""}, {"text": " "}])
-    with pytest.raises(DataError, match=rf"nothing is left: 2 of 3 .* empty_text; the first: {path}:1: the first user"):
+    with pytest.raises(
+        DataError, match=rf"nothing is left for .*: 2 of 3 .* empty_text; the first: {path}:1: the first user"
+    ):
         build(path)
     assert outputs(tmp_path) == []
-    with pytest.raises(DataError, match="no records in the input"):
+    with pytest.raises(DataError, match="no records for .* in the input"):
         build(write_jsonl([""]))
 
 
@@ -225,8 +229,28 @@ def test_tools_from_jsonl_to_inspection(write_jsonl, tool, tmp_path: Path) -> No
     tokenizer = ["--tokenizer", f"{model}.model"]
     status, out, _ = tool("build_grit.py", "--input", pairs, "--output-prefix", prefix, *tokenizer)
     assert status == 0 and "30 embedding records of 30 read, 0 dropped" in out
-    status, out, _ = tool("inspect_indexed.py", "--prefix", prefix, *tokenizer, "--verify")
+    status, out, _ = tool("inspect_indexed.py", "--prefix", prefix, *tokenizer, "--checksum")
     assert status == 0 and "QUERY_INSTRUCTION    attended" in out and "verified" in out
+
+
+def test_instruction_data_to_inspection(write_jsonl, tool, tmp_path: Path, tokenizer_path: Path) -> None:
+    messages = [{"role": role, "content": f"the {role}"} for role in ("system", "user", "assistant")]
+    path = write_jsonl([{"messages": messages}, {"messages": messages}, {"prompt": "one", "completion": "two"}])
+    arguments = ["--input", path, "--output-prefix", tmp_path / "sft", "--tokenizer", tokenizer_path, "--deduplicate"]
+    status, out, _ = tool("build_sft.py", *arguments, "--workers", 1)
+    assert status == 0 and "2 generative records of 3 read, 1 dropped" in out
+    inspect = ["--prefix", tmp_path / "sft", "--tokenizer", tokenizer_path]
+    status, out, _ = tool("inspect_indexed.py", *inspect, "--colour", "always")
+    assert status == 0 and "template tulu" in out
+    shown = [line.split()[0] for line in out.splitlines()[3:9]]
+    assert shown == ["TEMPLATE", "SYSTEM", "TEMPLATE", "USER", "TEMPLATE", "ANSWER"]
+    assert "\x1b[32mthe·assistant</s>\x1b[0m" in out and "\x1b[2mthe·system\x1b[0m" in out
+    for choice in ("auto", "never"):
+        assert "\x1b" not in tool("inspect_indexed.py", *inspect, "--colour", choice)[1]
+    embedding = write_jsonl([GOOD])
+    arguments[1] = embedding
+    status, _, err = tool("build_sft.py", *arguments, "--overwrite")
+    assert status == 2 and err.startswith(f"build_sft: error: {embedding}:1: a record of kind embedding")
 
 
 def test_tools_end_with_one_line_and_status_2(write_jsonl, tool, tmp_path: Path, tokenizer_path: Path) -> None:
@@ -242,7 +266,7 @@ def test_tools_end_with_one_line_and_status_2(write_jsonl, tool, tmp_path: Path,
         status, out, err = tool(name, *arguments)
         assert (status, out) == (2, "")
         assert err.startswith(message) and err.count("\n") == 1
-    assert not list(tmp_path.glob("*out*"))
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.slow

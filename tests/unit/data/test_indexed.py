@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_grit.data.batch import RowKind
-from megatron_grit.data.indexed import IndexedRecords, IndexedWriter, file_paths, num_labels, read_meta, segment_lengths
-from megatron_grit.data.roles import Role
+from megatron_grit.data.indexed import IndexedFile, IndexedRecords, file_paths, read_meta
+from megatron_grit.data.indexed_writer import IndexedFacts, IndexedStream, IndexedWriter, TokenBlock
+from megatron_grit.data.roles import Role, RowKind, num_labels, split_segments
 from megatron_grit.errors import DataError
 
-C, A, Q, P, N = Role.CONTEXT, Role.ANSWER, Role.QUERY, Role.POSITIVE, Role.NEGATIVE
+C, A, Q, P, N = Role.TEMPLATE, Role.ANSWER, Role.QUERY, Role.POSITIVE, Role.NEGATIVE
 CHATS = [[(C, [1, 5]), (A, [6, 2])], [(C, [1]), (A, [7, 2]), (C, [8, 9, 10]), (A, [2])]]
 
 
@@ -55,7 +57,9 @@ def test_round_trip(tmp_path: Path, records: list) -> None:
         assert list(zip(roles, lengths, strict=True)) == [(role, len(ids)) for role, ids in record]
     negatives = [[role for role, _ in record].count(N) for record in records]
     assert (meta.min_negatives, meta.max_negatives) == (min(negatives), max(negatives))
-    segments = [segment_lengths(*read.spans(index)) for index in range(len(read))]
+    segments = []
+    for roles, lengths in map(read.spans, range(len(read))):
+        segments.append([sum(lengths[start:stop]) for start, stop in split_segments(roles)])
     assert meta.longest_segment_tokens == max(map(max, segments))
     assert max(segments[meta.longest_segment_record]) == meta.longest_segment_tokens
     read.verify()
@@ -131,9 +135,10 @@ def test_a_crash_between_the_files_leaves_no_mixture(
     replace, calls = os.replace, []
 
     def crash(source: Path, target: Path) -> None:
-        if len(calls) == completed:
-            raise OSError("power failure")
-        calls.append(target)
+        if Path(target).parent == tmp_path:
+            if len(calls) == completed:
+                raise OSError("power failure")
+            calls.append(target)
         replace(source, target)
 
     monkeypatch.setattr("os.replace", crash)
@@ -157,27 +162,58 @@ def damage(tmp_path: Path, extension: str, change) -> None:
     path.write_bytes(change(path.read_bytes()))
 
 
+def rewrite_json(content: bytes, **changes: object) -> bytes:
+    """The metadata with other values and a checksum that fits them."""
+    values = {**json.loads(content), **changes}
+    values.pop("sha256")
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**values, "sha256": digest}).encode()
+
+
 @pytest.mark.parametrize(
     ("extension", "change", "message"),
     [
-        ("bin", lambda b: b[:-3], r"gen.bin \(byte 19\): is 19 bytes long, its index says 22"),
+        ("bin", lambda b: b[:-3], r"gen.bin \(byte 19\): is 19 bytes long, its .json says 22"),
         ("bin", lambda b: b + b"..", r"gen.bin \(byte 22\): is 24 bytes long"),
-        ("idx", lambda b: b[:20], r"gen.idx \(byte 20\): ends after 20 bytes, within its header"),
-        ("idx", lambda b: b[:-1], r"gen.idx \(byte 135\): is 135 bytes long, its header says 136"),
+        ("bin", lambda b: b"", r"gen.bin \(byte 0\): is 0 bytes long"),
+        ("idx", lambda b: b[:20], r"gen.idx \(byte 20\): is 20 bytes long, its .json says 136"),
+        ("idx", lambda b: b[:-1], r"gen.idx \(byte 135\): is 135 bytes long"),
         ("idx", lambda b: b"PK" + b[2:], r"gen.idx \(byte 0\): not a Megatron index"),
+        ("idx", lambda b: b[:9] + b"\x02" + b[10:], r"gen.idx \(byte 9\): index version 2"),
         ("idx", lambda b: b[:17] + b"\x07" + b[18:], r"gen.idx \(byte 17\): token type 7"),
-        ("json", lambda b: b.replace(b'"num_records": 2', b'"num_records": 3'), r"holds 2 records, its .json says 3"),
-        ("json", lambda b: b[:-9], "gen.json: not JSON"),
-        ("json", lambda b: b.replace(b'"version": 1', b'"version": 2'), "format version 2, this is 1"),
+        ("idx", lambda b: b[:17] + b"\x04" + b[18:], r"gen.bin \(byte 22\): is 22 bytes long, its index says"),
+        ("idx", lambda b: b[:18] + b"\x05" + b[19:], r"gen.idx .*: is 136 bytes long, its header says 118, or 123"),
+        ("json", lambda b: rewrite_json(b, num_records=3), r"gen.idx \(byte 26\): holds 2 records, its .json says 3"),
+        ("json", lambda b: rewrite_json(b, num_tokens=12), r"gen.idx \(byte 17\): holds 22 bytes of tokens"),
+        ("json", lambda b: rewrite_json(b, kind="documents"), r"gen.idx \(byte 18\): holds True mode bytes"),
+        ("json", lambda b: b[:-9], r"gen.json( \(byte \d+\))?: not JSON"),
+        ("json", lambda b: b.replace(b'"num_records": 2', b'"num_records": 3'), "gen.json: was changed or damaged"),
+        ("json", lambda b: b.replace(b'"version": 2', b'"version": 1'), "format version 1, this is 2"),
         ("json", lambda b: b.replace(b"megatron_grit.indexed", b"other"), "not the metadata of an indexed file"),
-        ("json", lambda b: b.replace(b'"kind"', b'"sort"'), "incomplete metadata"),
-        ("json", lambda b: b.replace(b"generative", b"images"), "incomplete metadata"),
+        ("json", lambda b: rewrite_json(b, sort="x"), "incomplete metadata"),
+        ("json", lambda b: rewrite_json(b, kind="images"), "incomplete metadata"),
     ],
 )
 def test_damage_is_found_on_opening(tmp_path: Path, extension: str, change, message: str) -> None:
     damage(tmp_path, extension, change)
     with pytest.raises(DataError, match=message):
-        IndexedRecords(tmp_path / "gen")
+        IndexedRecords(tmp_path / "gen").get(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b[:-1], r"gen.idx \(byte 130\): is 135 bytes long, its header says 130, or 136 with modes"),
+        (lambda b: b[:33], r"gen.idx \(byte 33\): ends after 33 bytes, within its header"),
+        (lambda b: b[:106] + b"\x01" + b[107:], r"gen.idx \(byte 106\): the first document does not start at 0"),
+        (lambda b: b[:122] + b"\x05" + b[123:], r"gen.idx \(byte 122\): the last document does not end at sequence 6"),
+    ],
+)
+def test_damage_without_metadata(tmp_path: Path, change, message: str) -> None:
+    """What Megatron wrote has no .json: its header and sizes are all there is to compare."""
+    damage(tmp_path, "idx", change)
+    with pytest.raises(DataError, match=message):
+        IndexedFile(tmp_path / "gen")
 
 
 @pytest.mark.parametrize("extension", ["bin", "idx", "json"])
@@ -190,37 +226,101 @@ def test_missing_file_is_named(tmp_path: Path, extension: str) -> None:
 
 def test_damage_that_only_reading_finds(tmp_path: Path) -> None:
     damage(tmp_path, "bin", lambda b: b[:4] + b"\x63\x00" + b[6:])
-    records = IndexedRecords(tmp_path / "gen")
-    with pytest.raises(DataError, match="gen.bin: its SHA-256 is"):
-        records.verify()
+    with pytest.raises(DataError, match=r"gen.bin \(byte 0\): its SHA-256 is"):
+        IndexedRecords(tmp_path / "gen").verify()
+    (tmp_path / "gen.bin").write_bytes(b"\xff" * 22)
+    with pytest.raises(DataError, match=r"gen.bin \(byte 8\): record 1 holds an id outside the vocabulary of 100"):
+        IndexedRecords(tmp_path / "gen").get(1)
+
     write(tmp_path / "gen", CHATS, overwrite=True)
-    damage_roles = (tmp_path / "gen.idx").read_bytes()[:-6] + bytes([1, 2, 1, 2, 1, 1])
-    (tmp_path / "gen.idx").write_bytes(damage_roles)
+    index = (tmp_path / "gen.idx").read_bytes()
+    (tmp_path / "gen.idx").write_bytes(index[:-6] + bytes([1, 2, 1, 2, 1, 1]))
     records = IndexedRecords(tmp_path / "gen")
     assert len(records.get(0)) == 2
-    with pytest.raises(DataError, match="gen#1 is not a record of kind generative"):
-        records.get(1)
-    with pytest.raises(DataError, match="gen#1 is not a record"):
+    for read in (partial(records.get, 1), records.verify):
+        with pytest.raises(DataError, match="gen#1 is not a record of kind generative"):
+            read()
+    for byte, message in (
+        (34 + 4, r"gen.idx \(byte 66\): sequence 1 is said to be 3 tokens from byte 4"),
+        (34 + 24 + 8, r"gen.idx \(byte 58\): sequence 0 is said to be 2 tokens from byte 0 of the .bin, the next"),
+    ):
+        (tmp_path / "gen.idx").write_bytes(index[:byte] + bytes([index[byte] + 1]) + index[byte + 1 :])
+        records = IndexedRecords(tmp_path / "gen")
+        assert len(records.get(1)) == 4
+        for read in (partial(records.get, 0), records.verify):
+            with pytest.raises(DataError, match=message):
+                read()
+    (tmp_path / "gen.idx").write_bytes(index[:114] + b"\x07" + index[115:])
+    with pytest.raises(DataError, match=r"gen.idx \(byte 106\): document 0 holds sequences 0 to 7"):
+        IndexedRecords(tmp_path / "gen").get(0)
+    # Boundaries that make other records out of the same spans: only the checksum knows.
+    (tmp_path / "gen.idx").write_bytes(index[:114] + b"\x04" + index[115:])
+    records = IndexedRecords(tmp_path / "gen")
+    assert len(records.get(0)) == 4
+    with pytest.raises(DataError, match=r"gen.idx \(byte 0\): its SHA-256 is"):
         records.verify()
-    write(tmp_path / "gen", CHATS, overwrite=True)
-    content = bytearray((tmp_path / "gen.idx").read_bytes())
-    content[34 + 24 + 8] += 2  # the second sequence's offset
-    (tmp_path / "gen.idx").write_bytes(bytes(content))
-    with pytest.raises(DataError, match=r"gen.idx \(byte 66\): sequence 1 does not start where"):
+
+
+def test_where_a_large_file_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_grit.data.indexed.CHECKED_BLOCK_BYTES", 8)
+    damage(tmp_path, "bin", lambda b: b[:17] + b"\x01" + b[18:])
+    with pytest.raises(DataError, match=r"gen.bin \(byte 16\): its SHA-256"):
         IndexedRecords(tmp_path / "gen").verify()
 
 
-def test_megatron_reads_it(tmp_path: Path) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
+def test_a_file_cut_short_while_it_is_open(tmp_path: Path) -> None:
     write(tmp_path / "gen", CHATS)
-    dataset = IndexedDataset(str(tmp_path / "gen"), multimodal=True)
-    assert [(tokens.tolist(), int(mode)) for tokens, mode in (dataset[i] for i in range(len(dataset)))] == [
-        (ids, role) for record in CHATS for role, ids in record
-    ]
+    records = IndexedRecords(tmp_path / "gen")
+    records.get(0)
+    os.truncate(tmp_path / "gen.bin", 9)
+    assert records.get(0)[1][1].tolist() == [6, 2]
+    with pytest.raises(DataError, match=r"gen.bin \(byte 9\): ends here"):
+        records.get(1)
+
+
+def test_parts_of_a_record(tmp_path: Path) -> None:
+    write(tmp_path / "gen", CHATS)
+    records = IndexedRecords(tmp_path / "gen")
+    whole = [1, 7, 2, 8, 9, 10, 2]
+    for skip in range(8):
+        for count in range(8 - skip):
+            assert records.tokens(1, skip, count).tolist() == whole[skip : skip + count]
+    for skip, count in ((0, 8), (7, 1), (-1, 2), (0, -1)):
+        with pytest.raises(IndexError):
+            records.tokens(1, skip, count)
+
+
+def test_closed_files_are_opened_again(tmp_path: Path) -> None:
+    write(tmp_path / "gen", CHATS)
+    records = IndexedRecords(tmp_path / "gen")
+    descriptors = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    for _ in range(3):
+        assert len(records.get(1)) == 4
+        records.close()
+    if descriptors:
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_documents_are_plain_text_to_train_on(tmp_path: Path) -> None:
+    stream = IndexedStream(tmp_path / "work", "text", np.uint16, with_modes=False)
+    stream.append(
+        TokenBlock(
+            tokens=np.arange(9, dtype=np.uint16),
+            lengths=np.array([2, 3, 4], dtype=np.int32),
+            documents=np.array([2, 1], dtype=np.int32),
+        )
+    )
+    facts = IndexedFacts(kind="documents", tokenizer_fingerprint="f" * 64, vocab_size=100)
+    meta = stream.finalize(tmp_path / "text", lambda: facts)
+    assert meta is not None and (meta.num_records, meta.num_supervised_tokens, meta.longest_segment_tokens) == (2, 7, 5)
+    records = IndexedRecords(tmp_path / "text")
+    assert records.kind is RowKind.GENERATIVE
+    assert [(role, ids.tolist()) for role, ids in records.get(0)] == [(Role.TEXT, [0, 1, 2, 3, 4])]
+    records.verify()
 
 
 def test_metadata_is_plain_json(tmp_path: Path) -> None:
     write(tmp_path / "gen", CHATS)
     values = json.loads((tmp_path / "gen.json").read_text())
-    assert (values["format"], values["version"], values["kind"]) == ("megatron_grit.indexed", 1, "generative")
+    assert (values["format"], values["version"], values["kind"]) == ("megatron_grit.indexed", 2, "generative")
+    assert values["bin_sha256"] == hashlib.sha256((tmp_path / "gen.bin").read_bytes()).hexdigest()

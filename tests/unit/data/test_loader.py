@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from megatron_grit.data import loader as loader_module
-from megatron_grit.data.batch import PackedRow, RowKind, StepBatch
+from megatron_grit.data import streams
+from megatron_grit.data.batch import PackedRow, StepBatch
 from megatron_grit.data.indexed import IndexedRecords
 from megatron_grit.data.loader import GritDataLoader
-from megatron_grit.data.roles import Role, pooled, split_segments, supervised
+from megatron_grit.data.roles import Role, RowKind, pooled, split_segments, supervised
 from megatron_grit.data.sampler import passage_draws, pick_passages
 from megatron_grit.data.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError
@@ -321,6 +321,7 @@ def test_too_few_negatives_are_repeated(indexed_prefixes: dict[str, str], tokeni
             r"record .*#\d+ has a segment of \d+ tokens, more than data.tokens_per_row 64",
         ),
         ({"max_position_embeddings": 50}, DataError, "more than model.max_position_embeddings 50"),
+        ({"packing": "window", "generative_rows": 3, "dp_size": 2}, ConfigError, "generative_rows 3 is not a multiple"),
         ({"seed": -1}, ConfigError, "training.seed -1 is negative"),
         ({"embedding_batch_size": 41}, ConfigError, r"emb_a has 40 records, fewer than .*embedding_batch_size 41"),
     ],
@@ -331,7 +332,7 @@ def test_impossible_runs(indexed_prefixes, tokenizer: Tokenizer, change: dict, e
         if isinstance(data.get(key), str):
             data[key] = [indexed_prefixes[data[key]]]
     config = make_config(indexed_prefixes, **data)
-    for key in ("seed", "embedding_batch_size"):
+    for key in ("seed", "embedding_batch_size", "generative_rows"):
         setattr(config.training, key, change.get(key, getattr(config.training, key)))
     if "max_position_embeddings" in change:
         config.model = ModelConfig(max_position_embeddings=change["max_position_embeddings"])
@@ -353,19 +354,19 @@ def test_more_rows_than_texts(indexed_prefixes: dict[str, str], tokenizer: Token
 def test_long_record_is_named_where_the_metadata_hides_it(
     indexed_prefixes: dict[str, str], tokenizer: Tokenizer
 ) -> None:
-    config = make_config(indexed_prefixes)
-    loader = GritDataLoader(config, tokenizer)
-    config.data.tokens_per_row = 48
-    with pytest.raises(
-        DataError, match=r"record .*emb_.#\d+ has a segment of \d+ tokens, more than data.tokens_per_row"
-    ):
-        loader.batch(0)
+    for kind, name in (("embedding", "emb_."), ("generative", "gen")):
+        loader = GritDataLoader(make_config(indexed_prefixes, objective=kind), tokenizer)
+        getattr(loader, f"_{kind}").sources.longest_segment = 20
+        with pytest.raises(
+            DataError, match=rf"record .*{name}#\d+ has a segment of \d+ tokens, more than data.tokens_pe"
+        ):
+            loader.batch(0)
 
 
 def test_record_without_labels_is_refused(
     indexed_prefixes: dict[str, str], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_module, "num_labels", lambda roles, lengths: 0)
+    monkeypatch.setattr(streams, "labels_between", lambda *arguments: 0)
     loader = GritDataLoader(make_config(indexed_prefixes, objective="generative"), tokenizer)
     with pytest.raises(DataError, match=r"gen#\d+ has no token to predict"):
         loader.batch(0)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_grit.data.batch import RowKind
-from megatron_grit.data.records import BadLine, Record, TextPair, read_records
+from megatron_grit.data.records import BadLine, Message, Record, TextPair, alternate, read_records
+from megatron_grit.data.roles import RowKind
 from megatron_grit.errors import DataError
 
 
@@ -40,8 +40,9 @@ def test_formats_are_found_for_each_line(write_jsonl: Callable[..., Path]) -> No
     assert instructed.query == TextPair("i", "q")
     assert instructed.positives == [TextPair("", "p"), TextPair(None, "plain")]
     assert instructed.negatives == []
-    assert (text.kind, text.line, text.text, text.turns) == (RowKind.GENERATIVE, 4, "plain", [])
-    assert (chat.line, chat.text, chat.turns) == (5, None, ["u", "a", "v", "b"])
+    assert (text.kind, text.line, text.text, text.messages) == (RowKind.GENERATIVE, 4, "plain", [])
+    assert (chat.line, chat.text, chat.messages) == (5, None, alternate(["u", "a", "v", "b"]))
+    assert [(message.role, message.content) for message in chat.messages][:2] == [("user", "u"), ("assistant", "a")]
 
 
 def message(role: str, content: object) -> dict:
@@ -59,7 +60,15 @@ def test_messages(write_jsonl: Callable[..., Path]) -> None:
         message("assistant", "b"),
         message("user", "nobody answers"),
     ]
-    assert only(write_jsonl([{"messages": messages}])).turns == ["be brief\nu", "a", "s\nt\nv", "b"]
+    record = only(write_jsonl([{"messages": messages}]))
+    assert record.messages == [Message(item["role"], item["content"]) for item in messages[:-1]]
+
+
+def test_prompt_and_completion(write_jsonl: Callable[..., Path]) -> None:
+    record = only(write_jsonl([{"prompt": "p", "completion": "c", "messages": "the pair comes first"}]))
+    assert (record.kind, record.prompt, record.completion) == (RowKind.GENERATIVE, "p", "c")
+    record = only(write_jsonl([{"prompt": "a column of its own", "text": "plain"}]))
+    assert (record.text, record.prompt) == ("plain", None)
 
 
 def test_gzip_and_progress(tmp_path: Path) -> None:
@@ -69,8 +78,15 @@ def test_gzip_and_progress(tmp_path: Path) -> None:
     assert [(item.line, item.text) for item in read_records(path, steps.append)] == [(1, "one"), (3, "two")]
     assert sum(steps) == path.stat().st_size
     path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(DataError, match=r"input.jsonl.gz:\d: cannot be read to its end"):
+    with pytest.raises(DataError, match=r"input.jsonl.gz .byte \d+.: not a whole gzip file"):
         list(read_records(path))
+
+
+def test_several_files_of_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "b.jsonl").write_text('\n{"text": "three"}')
+    found = [(item.path.name, item.line, item.text) for item in read_records(tmp_path / "*.jsonl")]
+    assert found == [("a.jsonl", 1, "one"), ("a.jsonl", 2, "two"), ("b.jsonl", 2, "three")]
 
 
 def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
@@ -85,7 +101,9 @@ def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
         ('{"text": "a"', "malformed JSON: Expecting ',' delimiter at column 13"),
         ("[1, 2]", "expected a JSON object, found a list of 2"),
         ("null", "expected a JSON object, found null"),
-        ("{}", 'no "query", "text" or "messages"'),
+        ("{}", 'no "query", "text", "messages", or "prompt" with "completion"'),
+        ('{"prompt": "p"}', 'no "query", "text", "messages", or "prompt" with "completion"'),
+        ('{"prompt": "p", "completion": 3}', '"prompt" and "completion" must be strings'),
         ('{"query": 3, "pos": ["p"]}', '"query" must hold a string or [instruction, text], found a number'),
         ('{"query": ["a", "b", "c"], "pos": ["p"]}', "found a list of 3"),
         ('{"query": "q"}', '"pos" is missing'),
@@ -101,6 +119,10 @@ def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
         ('{"messages": [{"role": "user", "content": null}]}', "message 0 must have a string content"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 0 is of role assistant where user was"),
         ('{"messages": [{"role": "user", "content": "u"}]}', "no user turn with an answer"),
+        (
+            '{"messages": [{"role": "user", "content": "u"}, {"role": "system", "content": "s"}]}',
+            "message 1 is of role system where assistant was",
+        ),
         ('{"text": "half \\ud83d"}', "half of a surrogate pair"),
         ("[" * 100_000, "nested too deeply"),
     ],

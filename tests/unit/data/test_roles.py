@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data.batch import RowKind
-from megatron_grit.data.roles import Role, check_grammar, pooled, split_segments, supervised
+from megatron_grit.data.roles import Role, RowKind, check_grammar, pooled, split_segments, supervised
 from megatron_grit.errors import DataError
 
-TEXT, CONTEXT, ANSWER = Role.TEXT, Role.CONTEXT, Role.ANSWER
+TEXT, TEMPLATE, ANSWER = Role.TEXT, Role.TEMPLATE, Role.ANSWER
 TEXTS = {
     Role.QUERY: Role.QUERY_INSTRUCTION,
     Role.POSITIVE: Role.POSITIVE_INSTRUCTION,
@@ -21,7 +20,7 @@ TEXTS = {
 def test_values_on_disk_never_change() -> None:
     assert [(role.name, int(role)) for role in Role] == [
         ("TEXT", 0),
-        ("CONTEXT", 1),
+        ("TEMPLATE", 1),
         ("ANSWER", 2),
         ("QUERY_INSTRUCTION", 3),
         ("QUERY", 4),
@@ -29,6 +28,8 @@ def test_values_on_disk_never_change() -> None:
         ("POSITIVE", 6),
         ("NEGATIVE_INSTRUCTION", 7),
         ("NEGATIVE", 8),
+        ("SYSTEM", 9),
+        ("USER", 10),
     ]
 
 
@@ -54,9 +55,9 @@ def test_every_embedding_record_passes_and_splits(roles: list[Role]) -> None:
     assert all(pooled(roles[stop - 1]) and not any(map(pooled, roles[start : stop - 1])) for start, stop in segments)
 
 
-@given(num_turns=st.integers(1, 6))
-def test_every_conversation_passes(num_turns: int) -> None:
-    check_grammar([CONTEXT, ANSWER] * num_turns, RowKind.GENERATIVE, "r")
+@given(turns=st.lists(st.lists(st.sampled_from([TEMPLATE, Role.SYSTEM, Role.USER]), min_size=1), min_size=1))
+def test_every_conversation_passes(turns: list[list[Role]]) -> None:
+    check_grammar([role for prompt in turns for role in [*prompt, ANSWER]], RowKind.GENERATIVE, "r")
 
 
 @pytest.mark.parametrize(
@@ -64,9 +65,9 @@ def test_every_conversation_passes(num_turns: int) -> None:
     [
         (RowKind.GENERATIVE, []),
         (RowKind.GENERATIVE, [TEXT, TEXT]),
-        (RowKind.GENERATIVE, [CONTEXT]),
-        (RowKind.GENERATIVE, [ANSWER, CONTEXT]),
-        (RowKind.GENERATIVE, [CONTEXT, ANSWER, CONTEXT]),
+        (RowKind.GENERATIVE, [TEMPLATE]),
+        (RowKind.GENERATIVE, [ANSWER, TEMPLATE]),
+        (RowKind.GENERATIVE, [TEMPLATE, ANSWER, TEMPLATE]),
         (RowKind.GENERATIVE, [Role.QUERY, Role.POSITIVE]),
         (RowKind.EMBEDDING, [TEXT]),
         (RowKind.EMBEDDING, [Role.QUERY]),
@@ -83,5 +84,5 @@ def test_other_orders_are_refused(kind: RowKind, roles: list[Role]) -> None:
 
 
 def test_unknown_role_is_named() -> None:
-    with pytest.raises(DataError, match="record file#3 holds role 9"):
-        check_grammar([CONTEXT, 9], RowKind.GENERATIVE, "file#3")
+    with pytest.raises(DataError, match="record file#3 holds role 99"):
+        check_grammar([TEMPLATE, 99], RowKind.GENERATIVE, "file#3")

@@ -12,18 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data.batch import RowKind
 from megatron_grit.data.records import parse_record
-from megatron_grit.data.roles import Role, check_grammar
+from megatron_grit.data.roles import Role, RowKind, check_grammar
 from megatron_grit.data.templates import (
     embedding_prefix,
     encode_chat,
     encode_embedding,
     encode_prompt,
-    encode_split,
     encode_text,
     render,
-    truncate_chat,
 )
 from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import DataError
@@ -66,16 +63,27 @@ def test_golden_plain_text(mistral: Tokenizer) -> None:
 
 
 def test_golden_one_turn(mistral: Tokenizer) -> None:
-    assert encode_chat(mistral, TURNS[:2]) == [(Role.CONTEXT, FIRST_TURN), (Role.ANSWER, FIRST_ANSWER)]
+    assert encode_chat(mistral, TURNS[:2]) == [
+        (Role.TEMPLATE, FIRST_TURN[:7]),
+        (Role.USER, FIRST_TURN[7:8]),
+        (Role.TEMPLATE, FIRST_TURN[8:]),
+        (Role.ANSWER, FIRST_ANSWER),
+    ]
 
 
 def test_golden_three_turns(mistral: Tokenizer) -> None:
     assert encode_chat(mistral, TURNS) == [
-        (Role.CONTEXT, FIRST_TURN),
+        (Role.TEMPLATE, FIRST_TURN[:7]),
+        (Role.USER, FIRST_TURN[7:8]),
+        (Role.TEMPLATE, FIRST_TURN[8:]),
         (Role.ANSWER, FIRST_ANSWER),
-        (Role.CONTEXT, SECOND_TURN),
+        (Role.TEMPLATE, SECOND_TURN[:8]),
+        (Role.USER, SECOND_TURN[8:12]),
+        (Role.TEMPLATE, SECOND_TURN[12:]),
         (Role.ANSWER, SECOND_ANSWER),
-        (Role.CONTEXT, THIRD_TURN),
+        (Role.TEMPLATE, THIRD_TURN[:8]),
+        (Role.USER, THIRD_TURN[8:11]),
+        (Role.TEMPLATE, THIRD_TURN[11:]),
         (Role.ANSWER, THIRD_ANSWER),
     ]
 
@@ -116,12 +124,13 @@ def test_split_keeps_the_ids_of_the_whole(tokenizer: Tokenizer, instruction: str
 def test_truncation_keeps_the_beginning(mistral: Tokenizer, max_length: int) -> None:
     full = [index for _, ids in encode_chat(mistral, TURNS) for index in ids]
     spans = encode_chat(mistral, TURNS, max_length)
-    assert spans == truncate_chat(encode_chat(mistral, TURNS), max_length)
     kept = [index for _, ids in spans for index in ids]
     assert kept == full[: len(kept)]
     assert len(kept) <= max_length
     if spans:
         check_grammar([role for role, _ in spans], RowKind.GENERATIVE, "chat")
+    dropped = encode_chat(mistral, TURNS)[len(spans) :]
+    assert len(kept) == min(max_length, len(full)) or dropped[0][0] is not Role.ANSWER
     head, tail = encode_embedding(mistral, "BERT is  bidirectional.", "Retrieve the answer", max_length)
     assert [*head, *tail] == (INSTRUCTION + INSTRUCTED_TEXT)[:max_length]
 
@@ -129,8 +138,8 @@ def test_truncation_keeps_the_beginning(mistral: Tokenizer, max_length: int) -> 
 def test_token_across_the_boundary_goes_to_where_it_begins(tmp_path: Path) -> None:
     merging = load_tokenizer(byte_level_json(tmp_path))
     assert len(merging.encode(">\nYes")) == 1
-    head, tail = encode_split(merging, "a>\n", "Yes sir")
-    assert merging.decode(head) == "a>\nYes"
+    head, tail = encode_embedding(merging, "Yes sir", "a")
+    assert merging.decode(head) == "<|user|>\na\n<|embed|>\nYes"
     assert merging.decode(tail) == " sir"
 
 
@@ -138,12 +147,13 @@ def test_answer_that_loses_its_beginning_is_refused(tmp_path: Path) -> None:
     merging = load_tokenizer(byte_level_json(tmp_path))
     with pytest.raises(DataError, match="merges the template's end with the start of the answer 'Yes sir'"):
         encode_chat(merging, ["Is it?", "Yes sir"])
-    assert [role for role, _ in encode_chat(merging, ["Is it?", "No sir"])] == [Role.CONTEXT, Role.ANSWER]
+    roles = [role for role, _ in encode_chat(merging, ["Is it?", "No sir"])]
+    assert roles == [Role.TEMPLATE, Role.USER, Role.TEMPLATE, Role.ANSWER]
 
 
-def test_render_is_what_the_model_sees(tmp_path: Path) -> None:
-    pair = parse_record({"query": ["find: ", "q"], "pos": ["p"], "neg": [["", "n"]]}, tmp_path, 1)
+def test_render_is_what_the_model_sees() -> None:
+    pair = parse_record({"query": ["find: ", "q"], "pos": ["p"], "neg": [["", "n"]]})
     assert render(pair) == ["<|user|>\nfind\n<|embed|>\nq", "p", "<|embed|>\nn"]
-    chat = parse_record({"text": ["u", " a ", "v", "b"]}, tmp_path, 1)
+    chat = parse_record({"text": ["u", " a ", "v", "b"]})
     assert render(chat) == ["<|user|>\nu\n<|assistant|>\na", "<|user|>\nv\n<|assistant|>\nb"]
-    assert render(parse_record({"text": "t"}, tmp_path, 1)) == ["t"]
+    assert render(parse_record({"text": "t"})) == ["t"]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.evaluation.checkpoint import evaluate_checkpoint, format_figures, write_json
+from megatron_grit.evaluation.checkpoint import evaluate_checkpoint, format_figures
+from megatron_grit.files import write_json
 from megatron_grit.inference.model import GritModel
 
 
@@ -80,5 +81,5 @@ def test_bad_task_is_found_before_the_model_is_loaded(checkpoint: Path, tmp_path
 
 def test_a_figure_that_is_not_a_number_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
-        write_json({"loss": float("nan")}, tmp_path / "a.json")
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert not list(tmp_path.iterdir())

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_grit.data.batch import PackedRow, RowKind
+from megatron_grit.data.batch import PackedRow
+from megatron_grit.data.roles import RowKind
 from megatron_grit.models import attention
 from megatron_grit.models.attention import AttentionMode, PackedSegments
 from megatron_grit.models.gpt import GritGPTModel, Output, build_model
@@ -90,8 +92,8 @@ def test_embedding_can_be_causal(context: ParallelContext) -> None:
 def broken(change: Callable[[PackedSegments], None]) -> Callable[..., PackedSegments]:
     original = PackedSegments.of_row
 
-    def of_row(cu_seqlens: Tensor, max_seqlen: int, mode: AttentionMode) -> PackedSegments:
-        segments = original(cu_seqlens, max_seqlen, mode)
+    def of_row(*row: Any) -> PackedSegments:
+        segments = original(*row)
         change(segments)
         return segments
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_grit.data.batch import RowKind
+from megatron_grit.data.roles import RowKind
 from megatron_grit.models.gpt import Output, build_model
 from megatron_grit.models.pooling import METHODS, pool
 from megatron_grit.parallel.context import ParallelContext
@@ -20,7 +20,7 @@ MASK = torch.tensor([0, 0, 1, 1, 1, 1] + [1, 1, 1] + [0] * 7 + [1] + [0] * 3).fl
 def by_loop(method: str) -> Tensor:
     pooled = []
     for segment in range(3):
-        inside = SEGMENTS == segment
+        inside = segment == SEGMENTS
         states, mask = STATES[inside], MASK[inside]
         text = states[mask > 0]
         weights = torch.arange(1, len(text) + 1).float()[:, None]

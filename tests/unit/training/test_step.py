@@ -12,7 +12,7 @@ from megatron_grit.errors import ConfigError, NumericsError
 from megatron_grit.models.gpt import build_model
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.training.optimizer import build_optimizer, wrap_model
-from megatron_grit.training.step import TrainStep
+from megatron_grit.training.step import TrainStep, rows_in_turn
 from tests.rows import VOCAB, make_batch, tiny_config
 
 
@@ -95,3 +95,18 @@ def test_a_loss_that_is_not_finite_names_the_records_and_changes_nothing(context
         TrainStep(config, context, wrapped, optimizer)(batch)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_rows_in_turn() -> None:
+    """The fewest that the engine's interleaved schedule takes: no fewer than stages, also in what is left over."""
+    for num_stages in (2, 3, 4, 8):
+        for num_rows in range(num_stages, 40):
+            chosen = rows_in_turn(num_rows, num_stages)
+            possible = [n for n in range(num_stages, num_rows + 1) if not 0 < num_rows % n < num_stages]
+            assert chosen == min(possible)
+    assert rows_in_turn(5, 2) == 3
+
+
+def test_fewer_rows_than_stages_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"3 rows on a data parallel rank, fewer than the 4 stages"):
+        rows_in_turn(3, 4)

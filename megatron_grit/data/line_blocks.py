@@ -1,0 +1,313 @@
+"""Text files cut into blocks of whole lines: what the workers of a build are given.
+
+Plain files are cut by looking for one newline a block; the worker reads the block itself. ``.gz`` and ``.zst`` files
+are decompressed here, in a stream, and their blocks carry the bytes. Nothing holds more than a block.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_grit.errors import ConfigError, DataError
+
+BLOCK_BYTES = 1 << 20
+"""Size of a block. The last line of a block is never cut, so a long line makes a longer block."""
+
+_BOM = b"\xef\xbb\xbf"
+_SEARCH_BYTES = 1 << 16  # read at a time when looking for the end of a line
+_COMPRESSED_BYTES = 1 << 14  # fed to a decompressor at a time: bounds what comes out at a time
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One input as it was when the build began."""
+
+    path: Path
+    size: int
+    """Bytes on disk."""
+    mtime_ns: int
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the file is decompressed in a stream: it cannot be entered in the middle."""
+        return self.path.suffix in _OPENERS
+
+    def check_unchanged(self) -> None:
+        """Raise unless the file still has the size and time it had.
+
+        Raises:
+            DataError: it changed or is gone.
+        """
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise DataError(f"cannot be read any more: {error.strerror}", path=self.path) from error
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise DataError("changed while it was being read; start again when it is complete", path=self.path)
+
+
+@dataclass(frozen=True)
+class LineBlock:
+    """Whole lines of a file."""
+
+    path: Path
+    data: bytes
+
+    def lines(self) -> list[bytes]:
+        """The lines without their newlines. Blank ones are included; ``\\r`` before the newline stays."""
+        lines = self.data.split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        return lines
+
+
+@dataclass(frozen=True)
+class BlockRef:
+    """A block before its bytes are read. Small for a plain file."""
+
+    file: int
+    """Number of the file among the inputs."""
+    path: Path
+    start: int
+    """Offset of the first byte; within the decompressed text where the file is compressed."""
+    stop: int
+    num_disk_bytes: int
+    """Bytes of the file on disk that were passed: progress."""
+    data: bytes | None = None
+    """The bytes of a compressed file."""
+
+    def read(self) -> LineBlock:
+        """The block's lines, without a byte-order mark at the begin of the file.
+
+        Raises:
+            DataError: the file became shorter.
+        """
+        data = self.data
+        if data is None:
+            data = _read_exactly(self.path, self.start, self.stop - self.start)
+        return LineBlock(self.path, data.removeprefix(_BOM) if self.start == 0 else data)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of a file that belongs to one partition: lines that start within ``[start, stop)``."""
+
+    file: int
+    start: int
+    stop: int | None
+    """None: to the end of a compressed file."""
+
+
+def find_inputs(patterns: Sequence[str | os.PathLike[str]]) -> list[InputFile]:
+    """The files that names and glob patterns stand for: in the order given, the matches of a pattern sorted.
+
+    Raises:
+        DataError: no such file, a pattern without a match, something that is not a plain file, or a file given twice.
+    """
+    paths: list[Path] = []
+    for given in patterns:
+        pattern = os.fspath(given)
+        if os.path.exists(pattern) or not glob.has_magic(pattern):
+            paths.append(Path(pattern))
+            continue
+        matches = sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise DataError("no file matches this pattern", path=pattern)
+        paths += map(Path, matches)
+    if not paths:
+        raise DataError("no input files")
+    inputs = []
+    seen = set()
+    for path in paths:
+        if not path.is_file():
+            raise DataError("not a regular file" if path.exists() else "no such input file", path=path)
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            raise DataError("is given twice; to see data more than once, set its epochs in the blend", path=path)
+        if not status.st_size and path.suffix in _OPENERS:
+            raise DataError("is empty: not a compressed file", path=path)
+        seen.add((status.st_dev, status.st_ino))
+        inputs.append(InputFile(path, status.st_size, status.st_mtime_ns))
+        if inputs[-1].compressed and not status.st_size:
+            raise DataError("is empty; even an empty text is compressed to some bytes", path=path, byte=0)
+    return inputs
+
+
+def partition_segments(inputs: Sequence[InputFile], partitions: int) -> list[list[Segment]]:
+    """Cut the inputs into ranges of about equal size on disk, at the begin of a line.
+
+    A line belongs to the partition in which it starts; a compressed file to the one in which the file starts.
+    """
+    total = sum(file.size for file in inputs)
+    cuts = [total * index // partitions for index in range(partitions + 1)]
+    ranges: list[list[Segment]] = [[] for _ in range(partitions)]
+    begin = 0  # of the file, in the concatenation of all
+    for number, file in enumerate(inputs):
+        for index, (low, high) in enumerate(zip(cuts, cuts[1:], strict=False)):
+            if file.compressed:
+                if low <= begin < high:
+                    ranges[index].append(Segment(number, 0, None))
+                continue
+            if low >= begin + file.size or high <= begin:
+                continue
+            start, stop = (_next_line_start(file, cut - begin) for cut in (low, high))
+            if start < stop:
+                ranges[index].append(Segment(number, start, stop))
+        begin += file.size
+    return ranges
+
+
+def iterate_blocks(
+    inputs: Sequence[InputFile],
+    segments: Sequence[Segment],
+    *,
+    skip_to: tuple[int, int] | None = None,
+    block_bytes: int = BLOCK_BYTES,
+) -> Iterator[BlockRef]:
+    """Blocks of the segments in order.
+
+    Args:
+        inputs: all inputs.
+        segments: what to read.
+        skip_to: number of a file and offset at which an earlier iteration stopped: everything before is left out.
+        block_bytes: approximate size of a block.
+
+    Raises:
+        DataError: a file that cannot be read or decompressed.
+    """
+    for segment in segments:
+        start = segment.start
+        if skip_to is not None:
+            if segment.file < skip_to[0]:
+                continue
+            if segment.file == skip_to[0]:
+                start = max(start, skip_to[1])
+        file = inputs[segment.file]
+        if segment.stop is None:
+            yield from _compressed_blocks(file, segment.file, start, block_bytes)
+        else:
+            yield from _plain_blocks(file, segment.file, start, segment.stop, block_bytes)
+
+
+def count_lines(path: Path, stop: int) -> int:
+    """Newlines among the first ``stop`` bytes of a plain file."""
+    count = 0
+    with path.open("rb") as file:
+        while stop > 0:
+            piece = file.read(min(stop, 1 << 22))
+            if not piece:
+                break
+            count += piece.count(b"\n")
+            stop -= len(piece)
+    return count
+
+
+def _plain_blocks(file: InputFile, number: int, start: int, stop: int, block_bytes: int) -> Iterator[BlockRef]:
+    while start < stop:
+        end = min(_next_line_start(file, start + block_bytes), stop)
+        yield BlockRef(number, file.path, start, end, end - start)
+        start = end
+
+
+def _compressed_blocks(file: InputFile, number: int, skip: int, block_bytes: int) -> Iterator[BlockRef]:
+    """Blocks from the offset ``skip`` of the decompressed text on. What comes before is decompressed and dropped."""
+    pending: list[bytes] = []
+    offset = size = 0  # of ``pending`` in the text; of its bytes
+    reported = 0
+    with file.path.open("rb") as raw:
+        for piece in _OPENERS[file.path.suffix](raw, file.path):
+            if offset < skip:
+                dropped = min(skip - offset, len(piece))
+                offset += dropped
+                piece = piece[dropped:]
+                if not piece:
+                    continue
+            # The newline is looked for in the new piece only: a long line does not cost its square.
+            end = piece.rfind(b"\n") + 1 if size + len(piece) >= block_bytes else 0
+            if end:
+                data = b"".join([*pending, piece[:end]])
+                position = raw.tell()
+                yield BlockRef(number, file.path, offset, offset + len(data), position - reported, data)
+                reported = position
+                offset += len(data)
+                pending, size = [], 0
+                piece = piece[end:]
+            if piece:
+                pending.append(piece)
+                size += len(piece)
+    if offset < skip:
+        raise DataError(f"holds {offset} bytes of text, {skip} were read from it before", path=file.path)
+    if size:
+        data = b"".join(pending)
+        yield BlockRef(number, file.path, offset, offset + size, file.size - reported, data)
+
+
+def _next_line_start(file: InputFile, offset: int) -> int:
+    """Offset of the first line that starts at ``offset`` or after it; the size of the file where there is none."""
+    if offset <= 0:
+        return 0
+    if offset >= file.size:
+        return file.size
+    position = offset - 1
+    with file.path.open("rb", buffering=0) as raw:
+        raw.seek(position)
+        while piece := raw.read(_SEARCH_BYTES):
+            found = piece.find(b"\n")
+            if found >= 0:
+                return min(position + found + 1, file.size)
+            position += len(piece)
+    return file.size
+
+
+def _read_exactly(path: Path, start: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read(size)
+    if len(data) != size:
+        raise DataError("became shorter while it was being read", path=path, byte=start + len(data))
+    return data
+
+
+def _gunzip(raw: IO[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        with gzip.GzipFile(fileobj=raw, mode="rb") as stream:
+            while piece := stream.read(_SEARCH_BYTES):
+                yield piece
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"not a whole gzip file: {error}", path=path, byte=raw.tell()) from error
+
+
+def _unzstd(raw: IO[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ConfigError(
+            f"{path}: .zst files need the zstandard package; install it with: pip install 'megatron-grit[data]'"
+        ) from error
+    # One object a frame, because only that tells a file that ends within a frame from one that ends after it.
+    frame: Any = None
+    try:
+        while piece := raw.read(_COMPRESSED_BYTES):
+            while piece:
+                if frame is None:
+                    frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+                text = frame.decompress(piece)
+                if text:
+                    yield text
+                piece = b""
+                if frame.eof:
+                    piece, frame = frame.unused_data, None
+    except zstandard.ZstdError as error:
+        raise DataError(f"not a zstd file: {error}", path=path, byte=raw.tell()) from error
+    if frame is not None:
+        raise DataError("not a whole zstd file: it ends within a frame", path=path, byte=raw.tell())
+
+
+_OPENERS: dict[str, Callable[[IO[bytes], Path], Iterator[bytes]]] = {".gz": _gunzip, ".zst": _unzstd}

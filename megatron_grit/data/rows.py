@@ -1,0 +1,85 @@
+"""Segments to packed rows: tokens, positions, labels and masks.
+
+Shape suffix legend: T = tokens of a row, S = segments of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_grit.data.batch import PackedRow
+from megatron_grit.data.roles import Role, RowKind, pooled, supervised
+from megatron_grit.data.segments import Segment
+
+_PADDING_ROLE = len(Role)
+_SUPERVISED = np.array([*(supervised(role) for role in Role), False], dtype=np.float32)
+_POOLED = np.array([*(pooled(role) for role in Role), False], dtype=np.float32)
+
+
+def embedding_row(texts: Sequence[Segment], slots: np.ndarray, row_length: int, pad_id: int) -> PackedRow:
+    """A row of queries and passages.
+
+    Args:
+        texts: the segments of the row.
+        slots: int64 [S], place of each in the global list of texts.
+        row_length: T.
+        pad_id: token of the padding.
+
+    Raises:
+        DataError: a damaged source.
+    """
+    roles_T, row = _row(RowKind.EMBEDDING, texts, row_length, pad_id)
+    sizes = np.diff(row.cu_seqlens.numpy())
+    segment_ids_T = np.repeat(np.arange(len(sizes)), sizes)  # padding comes last: its number is S
+    row.segment_ids_T = torch.from_numpy(segment_ids_T)
+    row.pool_mask_T = torch.from_numpy(_POOLED[roles_T])
+    row.slots_S = torch.from_numpy(slots)
+    return row
+
+
+def generative_row(sequences: Sequence[Segment], row_length: int, pad_id: int) -> PackedRow:
+    """A row of texts and conversations; arguments and errors as for :func:`embedding_row`."""
+    roles_T, row = _row(RowKind.GENERATIVE, sequences, row_length, pad_id)
+    tokens_T, positions_T = row.tokens_1T[0].numpy(), row.positions_1T[0].numpy()
+    # Position t predicts token t + 1 of its own segment, if that one has a supervised role.
+    follows = (positions_T[1:] > 0) & (roles_T[1:] != _PADDING_ROLE)
+    mask_1T = np.zeros((1, row_length), dtype=np.float32)
+    mask_1T[0, :-1] = _SUPERVISED[roles_T[1:]] * follows
+    labels_1T = np.zeros((1, row_length), dtype=np.int64)
+    labels_1T[0, :-1] = tokens_T[1:] * follows
+    row.labels_1T, row.loss_mask_1T = torch.from_numpy(labels_1T), torch.from_numpy(mask_1T)
+    return row
+
+
+def _row(kind: RowKind, segments: Sequence[Segment], row_length: int, pad_id: int) -> tuple[np.ndarray, PackedRow]:
+    """Role of each token of a row (int8 [T], _PADDING_ROLE on padding), and the row without its masks."""
+    tokens_T = np.full(row_length, pad_id, dtype=np.int64)
+    roles: list[int] = []
+    lengths: list[int] = []
+    bounds = [0]
+    for segment in segments:
+        end = bounds[-1] + segment.length
+        source = segment.sources[segment.source]
+        tokens_T[bounds[-1] : end] = source.tokens(segment.record, segment.start, segment.length)
+        roles += segment.roles
+        lengths += segment.lengths
+        bounds.append(end)
+    num_tokens = bounds[-1]
+    if num_tokens < row_length:
+        roles.append(_PADDING_ROLE)
+        lengths.append(row_length - num_tokens)
+        bounds.append(row_length)
+    starts, sizes = np.array(bounds[:-1]), np.diff(bounds)
+    every = np.arange(row_length)
+    return np.repeat(np.array(roles, dtype=np.int8), lengths), PackedRow(
+        kind=kind,
+        tokens_1T=torch.from_numpy(tokens_T)[None],
+        positions_1T=torch.from_numpy(every - np.repeat(starts, sizes))[None],
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        max_seqlen=int(sizes.max()),
+        padding_mask_1T=torch.from_numpy(every >= num_tokens)[None],
+        record_ids=[segment.name for segment in segments],
+    )

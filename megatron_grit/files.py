@@ -1,0 +1,41 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """A file to write; it takes the place of ``path`` when the block ends, and vanishes when the block fails.
+
+    Args:
+        path: the file to write; its folder is made where it is not there.
+        mode: "w" for UTF-8 text, "wb" for bytes.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: object) -> None:
+    """Write a value as indented JSON, atomically.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
