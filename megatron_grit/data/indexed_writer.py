@@ -1,8 +1,8 @@
 """Writing indexed files: streams that grow block by block in constant memory, and go on after a kill.
 
-The bytes are those that ``megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder`` writes for the same tokens
-(tests/unit/data/test_indexed.py compares). That builder keeps the whole index in Python lists and cannot go on where it
-stopped, which is why it is not used.
+The bytes are those that ``megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder`` writes for the same tokens;
+tests/unit/data/test_indexed_writer.py compares. That builder keeps the whole index in Python lists and cannot go on
+where it stopped, which is why it is not used.
 """
 
 from __future__ import annotations
@@ -391,7 +391,7 @@ def refuse_existing(prefix: str | Path, overwrite: bool) -> None:
 class IndexedWriter:
     """Writes records one at a time. They appear under ``prefix`` when :meth:`finalize` is through, or never.
 
-    For jobs of one process; large ones go through :mod:`megatron_grit.data.block_build`.
+    For jobs of one process; large ones go through :mod:`megatron_grit.data.build.block_build`.
 
     Args:
         prefix: path without extension.

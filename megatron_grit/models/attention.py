@@ -15,14 +15,17 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_grit import compat
 from megatron_grit.errors import ConfigError
+from megatron_grit.models.row_share import RowShare
 
 
 class AttentionMode(StrEnum):
@@ -50,21 +53,45 @@ class PackedSegments(PackedSeqParams):
 
     mode: AttentionMode | None = None
     cache: KeyValueCache | None = None
+    key_index_K: Tensor | None = None
+    """Under context parallelism: which of the gathered keys the queries see, piece by piece (see RowShare)."""
+    key_group: dist.ProcessGroup | None = None
+    """The ranks to gather keys and values over."""
 
     @functools.cached_property
     def lengths(self) -> list[int]:
         """Length of each segment, padding included. Only SDPA reads it: on a GPU that waits for the row."""
         return self.cu_seqlens_q.diff().tolist()
 
+    @functools.cached_property
+    def key_lengths(self) -> list[int]:
+        """Keys of each segment."""
+        return self.lengths if self.key_index_K is None else self.cu_seqlens_kv.diff().tolist()
+
     @staticmethod
-    def of_row(cu_seqlens: Tensor, max_seqlen: int, mode: AttentionMode) -> PackedSegments:
+    def of_row(
+        cu_seqlens: Tensor, max_seqlen: int, mode: AttentionMode, share: RowShare | None = None
+    ) -> PackedSegments:
         """Segments of a training row.
 
         Args:
             cu_seqlens: int32 [S + 1], from 0 to T.
             max_seqlen: longest segment.
             mode: attention mode of the whole row.
+            share: the part of the row that this rank holds. None: all of it.
         """
+        if share is not None:
+            pieces = share.pieces(cu_seqlens, mode is AttentionMode.CAUSAL)
+            return PackedSegments(
+                qkv_format="sbhd",
+                cu_seqlens_q=pieces.cu_queries,
+                cu_seqlens_kv=pieces.cu_keys,
+                max_seqlen_q=max(pieces.query_lengths),
+                max_seqlen_kv=max(pieces.key_lengths),
+                mode=mode,
+                key_index_K=pieces.key_index_K,
+                key_group=share.group,
+            )
         return PackedSegments(
             qkv_format="sbhd",
             cu_seqlens_q=cu_seqlens,
@@ -100,6 +127,8 @@ class PackedAttention(MegatronModule):
         self.sliding_window = sliding_window
         self.backend = backend
         if backend == "te":
+            # Under context parallelism the engine's wrapper would exchange keys itself, and cut rows otherwise.
+            assert config.context_parallel_size == 1, "select_backend refuses this"
             te_attention = compat.te_core_attention_class()
             self.te_attention = te_attention(
                 config, layer_number, attn_mask_type, attention_type, attention_dropout, softmax_scale
@@ -125,6 +154,8 @@ class PackedAttention(MegatronModule):
         assert isinstance(segments, PackedSegments) and segments.mode is not None, "a row carries no attention mode"
         assert attention_mask is None and attention_bias is None, "masks come from segments, not from tensors"
         query, key, value = query_T1NH.squeeze(1), key_T1GH.squeeze(1), value_T1GH.squeeze(1)
+        if segments.key_index_K is not None:
+            key, value = gather_keys(key, value, segments)
         causal = segments.mode is AttentionMode.CAUSAL
         # A window in the bidirectional pass would cut off what the pass is there to see.
         window = self.sliding_window if causal else None
@@ -141,7 +172,8 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         outputs = []
-        parts = zip(*(tensor.split(segments.lengths) for tensor in (query, key, value)), strict=True)
+        split_keys = (tensor.split(segments.key_lengths) for tensor in (key, value))
+        parts = zip(query.split(segments.lengths), *split_keys, strict=True)
         for segment, (query_LNH, key_LGH, value_LGH) in enumerate(parts):
             if segments.cache is not None:
                 key_LGH, value_LGH = segments.cache.extend(self.layer_number, segment, key_LGH, value_LGH)
@@ -192,6 +224,19 @@ class PackedAttention(MegatronModule):
         return output.reshape(query.shape)
 
 
+def gather_keys(key_LGH: Tensor, value_LGH: Tensor, segments: PackedSegments) -> tuple[Tensor, Tensor]:
+    """All ranks' keys and values, picked piece by piece; the backward pass sums each key's gradient over ranks.
+
+    Returns:
+        Keys and values, [K, G, H] each.
+    """
+    assert segments.key_index_K is not None
+    both = torch.cat([key_LGH, value_LGH], dim=1)  # one exchange, not two
+    gathered = gather_from_sequence_parallel_region(both, group=segments.key_group)[segments.key_index_K]
+    num_groups = key_LGH.shape[1]
+    return gathered[:, :num_groups], gathered[:, num_groups:]
+
+
 def attend(
     query_LNH: Tensor,
     key_KGH: Tensor,
@@ -239,8 +284,14 @@ def attend(
     return output.squeeze(0).transpose(0, 1)
 
 
-def select_backend(wanted: str, device: torch.device) -> str:
+def select_backend(wanted: str, device: torch.device, context_size: int = 1) -> str:
     """The backend of ``model.attention_backend`` on a device.
+
+    Args:
+        wanted: as configured.
+        device: where the model computes.
+        context_size: context parallel size. Above 1 TransformerEngine is left out: it would exchange keys by itself and
+            expects rows that are cut segment by segment.
 
     Raises:
         ConfigError: the wanted backend is not there.
@@ -248,11 +299,13 @@ def select_backend(wanted: str, device: torch.device) -> str:
     if wanted == "auto":
         if device.type != "cuda":
             return "sdpa"
-        if compat.have_transformer_engine():
+        if compat.have_transformer_engine() and context_size == 1:
             return "te"
         return "varlen" if compat.have_varlen_attention() else "sdpa"
     if wanted != "sdpa" and device.type != "cuda":
         raise ConfigError(f"model.attention_backend {wanted} needs a GPU; use auto or sdpa")
+    if wanted == "te" and context_size > 1:
+        raise ConfigError("model.attention_backend te does not go with parallel.context above 1; use auto or varlen")
     if wanted == "te" and not compat.have_transformer_engine():
         raise ConfigError("model.attention_backend is te, but TransformerEngine does not import; use auto or varlen")
     if wanted == "varlen" and not compat.have_varlen_attention():

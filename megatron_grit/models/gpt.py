@@ -14,10 +14,12 @@ from torch import Tensor
 
 from megatron_grit import compat
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.batch import PackedRow, RowKind
+from megatron_grit.data.batch import PackedRow
+from megatron_grit.data.roles import RowKind
 from megatron_grit.models.attention import AttentionMode, KeyValueCache, PackedSegments
 from megatron_grit.models.layer_specs import block_spec, transformer_config
 from megatron_grit.models.pooling import normalize, pool
+from megatron_grit.models.row_share import RowShare
 from megatron_grit.parallel.context import ParallelContext
 
 
@@ -27,15 +29,17 @@ class Output(StrEnum):
     EMBEDDINGS = "embeddings"
     """fp32 [S, D or projection_dim], one for each segment of an embedding row."""
     TOKEN_LOSSES = "token_losses"
-    """fp32 [T]: negative log-likelihood of each label, 0 where the loss mask is 0."""
+    """fp32 [T]: negative log-likelihood of each label, 0 where the loss mask is 0 and where another context parallel
+    rank holds the token."""
     LOGITS = "logits"
-    """[T, V], gathered over tensor parallel ranks, padding of the vocabulary cut off."""
+    """[T, V], gathered over tensor parallel ranks, padding of the vocabulary cut off. Under context parallelism the
+    tokens that this rank holds."""
     HIDDEN = "hidden"
-    """[T, 1, D] after the final norm."""
+    """[T, 1, D] after the final norm; of this rank's tokens."""
 
 
 class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
-    """One pipeline stage of a decoder that generates and embeds.
+    """One pipeline stage, or one chunk of an interleaved one, of a decoder that generates and embeds.
 
     State-dict names are those of the engine's GPTModel, plus ``embedding_head`` where a projection is configured.
     """
@@ -46,19 +50,22 @@ class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
         engine_config: TransformerConfig,
         vocab_size: int,
         context: ParallelContext,
+        virtual_stage: int | None = None,
     ) -> None:
         model = config.model
+        last_virtual_stage = None if context.virtual_size is None else context.virtual_size - 1
         super().__init__(
             config=engine_config,
-            transformer_layer_spec=block_spec(config, engine_config, context.device),
+            transformer_layer_spec=block_spec(config, engine_config, context.device, virtual_stage),
             vocab_size=padded_vocab_size(vocab_size, model.vocab_multiple, context.tensor_size),
             max_sequence_length=model.max_position_embeddings,
-            pre_process=context.is_first_stage,
-            post_process=context.is_last_stage,
+            pre_process=context.is_first_stage and not virtual_stage,
+            post_process=context.is_last_stage and virtual_stage == last_virtual_stage,
             position_embedding_type=model.position_embedding,
             rotary_percent=model.rotary_percent,
             rotary_base=model.rotary_base,
             share_embeddings_and_output_weights=model.tie_embeddings,
+            vp_stage=virtual_stage,
         )
         self.num_tokens_in_vocab = vocab_size
         self.embedding_config = config.embedding
@@ -74,7 +81,8 @@ class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
         """One row through this stage.
 
         Args:
-            row: the micro-batch, on this process's device; every stage gets the same one.
+            row: the micro-batch, whole, on this process's device; every stage and context parallel rank gets the same
+                one.
             output: what the last stage returns; other stages return their hidden states.
             cache: keys and values of earlier tokens, for generation.
 
@@ -82,24 +90,30 @@ class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
             See :class:`Output`.
         """
         mode = attention_mode(row.kind, self.embedding_config.causal)
-        segments = PackedSegments.of_row(row.cu_seqlens, row.max_seqlen, mode)
+        share = RowShare.of_row(row, self.context)
+        segments = PackedSegments.of_row(row.cu_seqlens, row.max_seqlen, mode, share)
         segments.cache = cache
+        held = row if share is None else share.take(row)
         hidden = None
         if self.pre_process:
-            hidden = self.embedding(input_ids=row.tokens_1T, position_ids=row.positions_1T)
+            hidden = self.embedding(input_ids=held.tokens_1T, position_ids=held.positions_1T)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=self._rotary_of(row),
+            rotary_pos_emb=self._rotary_of(held),
             packed_seq_params=segments,
-            padding_mask=self._router_padding(row),
+            padding_mask=self._router_padding(held),
         )
         if not self.post_process or output is Output.HIDDEN:
             return hidden
         if output is Output.EMBEDDINGS:
-            return self._embed(hidden, row)
+            return self._embed(hidden, row, share)
         if output is Output.TOKEN_LOSSES:
-            return self._token_losses(hidden, row)
+            losses = self._token_losses(hidden, held)
+            if self.embedding_head is not None:
+                # A gradient of zero: gradients are reduced when the last row has reached every parameter.
+                losses = losses + 0.0 * sum(parameter.sum() for parameter in self.embedding_head.parameters())
+            return losses if share is None else losses.new_zeros(share.row_length).index_put((share.index_L,), losses)
         return self._logits(hidden)
 
     def _rotary_of(self, row: PackedRow) -> Tensor | None:
@@ -117,15 +131,16 @@ class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
             mask = mask.chunk(self.context.tensor_size, dim=1)[self.context.tensor_rank]
         return mask
 
-    def _embed(self, hidden: Tensor, row: PackedRow) -> Tensor:
+    def _embed(self, hidden: Tensor, row: PackedRow, share: RowShare | None) -> Tensor:
         assert row.pool_mask_T is not None and row.segment_ids_T is not None and row.slots_S is not None
         if self.config.sequence_parallel:
             # Every tensor parallel rank pools the whole row, so a gathered gradient is split, not summed.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        states_TD = hidden.squeeze(1)
+        states_LD = hidden.squeeze(1)
         if self.embedding_head is not None:
-            states_TD = self.embedding_head(states_TD)
-        pooled = pool(states_TD, row.pool_mask_T, row.segment_ids_T, len(row.slots_S), self.embedding_config.pooling)
+            states_LD = self.embedding_head(states_LD)
+        method, num_segments = self.embedding_config.pooling, len(row.slots_S)
+        pooled = pool(states_LD, row.pool_mask_T, row.segment_ids_T, num_segments, method, share)
         return normalize(pooled) if self.embedding_config.normalize else pooled
 
     def _token_losses(self, hidden: Tensor, row: PackedRow) -> Tensor:
@@ -171,6 +186,17 @@ def padded_vocab_size(vocab_size: int, multiple: int, tensor_size: int) -> int:
 
 
 def build_model(config: RunConfig, vocab_size: int, context: ParallelContext) -> GritGPTModel:
-    """This process's pipeline stage, on its device, with fresh weights from ``training.seed``."""
-    model = GritGPTModel(config, transformer_config(config), vocab_size, context)
-    return model.to(context.device)
+    """This process's pipeline stage, on its device, with fresh weights from ``training.seed``.
+
+    An interleaved pipeline has several models a process: :func:`build_chunks`.
+    """
+    (model,) = build_chunks(config, vocab_size, context)
+    return model
+
+
+def build_chunks(config: RunConfig, vocab_size: int, context: ParallelContext) -> list[GritGPTModel]:
+    """The chunks of layers that this process holds, first layers first; one without an interleaved pipeline."""
+    engine_config = transformer_config(config)
+    stages = [None] if context.virtual_size is None else range(context.virtual_size)
+    chunks = [GritGPTModel(config, engine_config, vocab_size, context, stage) for stage in stages]
+    return [chunk.to(context.device) for chunk in chunks]

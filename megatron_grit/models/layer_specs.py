@@ -63,8 +63,13 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         init_method_std=model.init_std,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        # Batched exchanges between the two stages of an interleaved pipeline mix up their tensors on gloo, silently.
+        overlap_p2p_comm=parallel.virtual_pipeline is not None,
+        batch_p2p_comm=parallel.virtual_pipeline is None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -82,8 +87,11 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     )
 
 
-def block_spec(config: RunConfig, engine_config: TransformerConfig, device: torch.device) -> TransformerBlockSubmodules:
-    """Layers of this pipeline stage: the engine's local specification with our norms and core attention."""
+def block_spec(
+    config: RunConfig, engine_config: TransformerConfig, device: torch.device, virtual_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Layers of this pipeline stage, or of one chunk of it: the engine's local specification with our norms and core
+    attention."""
     layer = get_gpt_layer_local_spec(
         num_experts=config.model.num_experts,
         moe_grouped_gemm=False,
@@ -95,9 +103,9 @@ def block_spec(config: RunConfig, engine_config: TransformerConfig, device: torc
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=PackedAttention,
         params={
-            "backend": select_backend(config.model.attention_backend, device),
+            "backend": select_backend(config.model.attention_backend, device, config.parallel.context),
             "sliding_window": config.model.sliding_window,
         },
     )
-    num_layers = get_num_layers_to_build(engine_config)
+    num_layers = get_num_layers_to_build(engine_config, virtual_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,10 +37,33 @@ def all_gather_rows(local_ND: Tensor, counts: list[int], group: dist.ProcessGrou
     return torch.cat(parts)
 
 
-def sum_over_data(values: Tensor, context: ParallelContext) -> Tensor:
-    """Sum over data parallel ranks, in place."""
-    if context.data_size > 1:
-        dist.all_reduce(values, group=context.data_group)
+class _SumOverGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def sum_over_group(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over ranks that each go on to compute the same loss from it.
+
+    Each rank's own terms then have the gradient that they have in the sum. It is not summed over ranks: every one of
+    them holds all of it already.
+    """
+    total = _SumOverGroup.apply(values, group)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def sum_over_replicas(values: Tensor, context: ParallelContext) -> Tensor:
+    """Sum over data and context parallel ranks, in place."""
+    if context.data_size * context.context_size > 1:
+        dist.all_reduce(values, group=context.replica_group)
     return values
 
 

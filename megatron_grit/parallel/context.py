@@ -19,13 +19,21 @@ class ParallelContext:
     tensor_size: int
     pipeline_rank: int
     pipeline_size: int
+    virtual_size: int | None
+    """Chunks of layers on each stage under an interleaved pipeline."""
+    context_rank: int
+    context_size: int
     data_rank: int
     data_size: int
     expert_size: int
     sequence_parallel: bool
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
+    """Ranks that hold the same weights and the same part of other rows."""
+    replica_group: dist.ProcessGroup
+    """Data x context parallel: all ranks that hold the same weights."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -44,12 +52,14 @@ class ParallelContext:
 
     @property
     def row_multiple(self) -> int:
-        """Packed rows must be a multiple of this long, so that sequence parallel ranks get equal shares."""
-        return 8 * self.tensor_size
+        """Packed rows must be a multiple of this long, so that context and sequence parallel ranks get equal shares."""
+        return 8 * self.tensor_size * self.context_size
 
     def describe(self) -> str:
         """This process's place, for messages: "rank 3 (tensor 1, pipeline 0, data 1)"."""
         place = f"tensor {self.tensor_rank}, pipeline {self.pipeline_rank}, data {self.data_rank}"
+        if self.context_size > 1:
+            place += f", context {self.context_rank}"
         return f"rank {self.rank} ({place})"
 
 
@@ -65,25 +75,40 @@ def read_context(device: torch.device, sequence_parallel: bool) -> ParallelConte
         tensor_size=state.get_tensor_model_parallel_world_size(),
         pipeline_rank=state.get_pipeline_model_parallel_rank(),
         pipeline_size=state.get_pipeline_model_parallel_world_size(),
+        virtual_size=state.get_virtual_pipeline_model_parallel_world_size(),
+        context_rank=state.get_context_parallel_rank(),
+        context_size=state.get_context_parallel_world_size(),
         data_rank=state.get_data_parallel_rank(),
         data_size=state.get_data_parallel_world_size(),
         expert_size=state.get_expert_model_parallel_world_size(),
         sequence_parallel=sequence_parallel,
         tensor_group=state.get_tensor_model_parallel_group(),
         pipeline_group=state.get_pipeline_model_parallel_group(),
+        context_group=state.get_context_parallel_group(),
         data_group=state.get_data_parallel_group(),
+        replica_group=state.get_data_parallel_group(with_context_parallel=True),
     )
 
 
-def build_mesh(tensor: int, pipeline: int, context: int, expert: int, timeout_minutes: float) -> None:
+def build_mesh(
+    tensor: int,
+    pipeline: int,
+    virtual_pipeline: int | None,
+    context: int,
+    expert: int,
+    expert_tensor: int | None,
+    timeout_minutes: float,
+) -> None:
     """Create the engine's process groups."""
     from megatron.core import parallel_state as state
 
     state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline,
         context_parallel_size=context,
         expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=expert_tensor,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=True,
     )

@@ -162,3 +162,32 @@ def _replace_engine_functions() -> None:
         return tensor.cpu().numpy() if as_numpy else tensor.cpu()
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+    _replace_uneven_exchanges()
+
+
+def _replace_uneven_exchanges() -> None:
+    """Tokens of experts that are split over ranks come in different numbers from each: gloo takes equal ones only."""
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    gather_evenly = mappings._gather_along_first_dim
+    scatter_evenly = mappings._reduce_scatter_along_first_dim
+
+    def gather(values: Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
+        if output_split_sizes is None:
+            return gather_evenly(values, group, output_split_sizes, use_global_buffer)
+        sizes = [int(size) for size in output_split_sizes]
+        padded = values.new_zeros(max(sizes), *values.shape[1:])
+        padded[: values.shape[0]] = values
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def scatter(values: Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
+        if input_split_sizes is None:
+            return scatter_evenly(values, group, input_split_sizes, use_global_buffer)
+        total = values.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split([int(size) for size in input_split_sizes])[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim = gather
+    mappings._reduce_scatter_along_first_dim = scatter

@@ -41,7 +41,15 @@ def initialize(config: ParallelConfig, seed: int) -> ParallelContext:
         )
     if mesh_is_built():
         destroy_mesh()
-    build_mesh(config.tensor, config.pipeline, config.context, config.expert, config.timeout_minutes)
+    build_mesh(
+        config.tensor,
+        config.pipeline,
+        config.virtual_pipeline,
+        config.context,
+        config.expert,
+        config.expert_tensor,
+        config.timeout_minutes,
+    )
     _seed_all(seed)
     return read_context(device, config.sequence_parallel)
 

@@ -8,14 +8,18 @@ A checkpoint is a directory ``step_00000500`` under ``<output_dir>/checkpoints``
     config.yaml       the resolved configuration
     tokenizer.*       the tokenizer's file
     state.json        step, layout, versions, vocabulary
+    manifest.json     size and SHA-256 of all the others
 
-It is written under a temporary name and renamed when complete.
+It is written under a temporary name, flushed to disk and renamed when complete. Loading compares what it is about to
+read with the manifest.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +39,14 @@ from megatron_grit.errors import CheckpointError
 from megatron_grit.models.gpt import GritGPTModel
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState
+from megatron_grit.training.manifest import verify_manifest, write_manifest
 
 FORMAT_VERSION = 1
+_NAME = re.compile(r"step_\d{8,}")
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+Stage = GritGPTModel | Sequence[GritGPTModel]
+"""A process's pipeline stage: one model, or its chunks of layers under an interleaved pipeline."""
 
 
 def checkpoint_path(output_dir: str | Path, step: int) -> Path:
@@ -47,7 +56,8 @@ def checkpoint_path(output_dir: str | Path, step: int) -> Path:
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (Path(output_dir) / "checkpoints").glob("step_*") if (path / "state.json").is_file())
+    found = (Path(output_dir) / "checkpoints").glob("step_*")
+    return sorted(path for path in found if _NAME.fullmatch(path.name) and (path / "state.json").is_file())
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -93,7 +103,7 @@ def tokenizer_path(path: Path) -> Path | None:
 def save_checkpoint(
     config: RunConfig,
     context: ParallelContext,
-    model: GritGPTModel,
+    model: Stage,
     optimizer: Any | None,
     tokenizer: Tokenizer,
     step: int,
@@ -103,7 +113,7 @@ def save_checkpoint(
     Args:
         config: the resolved configuration.
         context: this process's place in the mesh.
-        model: this process's stage, unwrapped.
+        model: this process's stage, or its chunks, unwrapped.
         optimizer: the engine's optimizer. None: save weights only.
         tokenizer: copied beside the weights.
         step: steps that were trained.
@@ -124,11 +134,17 @@ def save_checkpoint(
         dist_checkpointing.save({"optimizer": state}, str(partial / "optimizer"))
         random = RandomState.capture().as_tensors()
         safetensors.torch.save_file(random, str(partial / "random" / f"rank_{context.rank:05d}.safetensors"))
-    dist.barrier()
     if context.rank == 0:
         (partial / "state.json").write_text(json.dumps(_state(config, context, tokenizer, step), indent=1) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
+    dist.barrier()
+    write_manifest(partial, context)
+    if context.rank == 0:
+        replaced = final.with_name(final.name + ".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():  # a step that was saved before: two renames, so that one of the two is always there
+            final.rename(replaced)
         partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
         _remove_old(config)
     dist.barrier()
     return final
@@ -142,6 +158,7 @@ def _state(config: RunConfig, context: ParallelContext, tokenizer: Tokenizer, st
         "parallel": {
             "tensor": context.tensor_size,
             "pipeline": context.pipeline_size,
+            "context": context.context_size,
             "data": context.data_size,
             "expert": context.expert_size,
         },
@@ -159,15 +176,23 @@ def _remove_old(config: RunConfig) -> None:
 
 
 def _groups(context: ParallelContext) -> dict[str, Any]:
-    return {"dp_cp_group": context.data_group}
+    return {"dp_cp_group": context.replica_group}
 
 
-def model_state(model: GritGPTModel, context: ParallelContext) -> dict[str, Any]:
-    """The model's sharded state dict."""
-    return model.sharded_state_dict(metadata=_groups(context))
+def model_state(model: Stage, context: ParallelContext) -> dict[str, Any]:
+    """The model's sharded state dict; with several chunks one for each, under "chunk0" and so on.
+
+    Names on disk hold the number of a layer in the whole model, so they do not depend on the chunks.
+    """
+    states = [chunk.sharded_state_dict(metadata=_groups(context)) for chunk in _chunks(model)]
+    return states[0] if len(states) == 1 else {f"chunk{number}": state for number, state in enumerate(states)}
 
 
-def save_weights(model: GritGPTModel, context: ParallelContext, path: Path) -> None:
+def _chunks(model: Stage) -> list[GritGPTModel]:
+    return list(model) if isinstance(model, Sequence) else [model]
+
+
+def save_weights(model: Stage, context: ParallelContext, path: Path) -> None:
     """Write the weights alone under ``path/weights``. Collective over all ranks."""
     if context.rank == 0:
         (path / "weights").mkdir(parents=True, exist_ok=True)
@@ -176,12 +201,13 @@ def save_weights(model: GritGPTModel, context: ParallelContext, path: Path) -> N
     dist.barrier()
 
 
-def load_weights(path: Path, model: GritGPTModel, context: ParallelContext) -> None:
+def load_weights(path: Path, model: Stage, context: ParallelContext) -> None:
     """Load a checkpoint's weights, whatever layout it was saved from. Collective over all ranks.
 
     Raises:
         CheckpointError: a tensor is missing, is not in the model, or has another shape.
     """
+    verify_manifest(path, context, "weights")
     state = model_state(model, context)
     try:
         loaded, missing, unexpected = dist_checkpointing.load(
@@ -200,7 +226,9 @@ def load_weights(path: Path, model: GritGPTModel, context: ParallelContext) -> N
             f"{path}: is of another model; {len(missing)} of its tensors are not in this one and {len(unexpected)} are "
             f"missing from it, such as {named}"
         )
-    model.load_state_dict(loaded, strict=False)
+    chunks = _chunks(model)
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded if len(chunks) == 1 else loaded[f"chunk{number}"], strict=False)
 
 
 def _reason(error: BaseException) -> str:
@@ -228,12 +256,14 @@ def check_same_model(path: Path, config: RunConfig) -> None:
                 )
 
 
-def load_training_state(path: Path, model: GritGPTModel, optimizer: Any, context: ParallelContext) -> int:
+def load_training_state(path: Path, model: Stage, optimizer: Any, context: ParallelContext) -> int:
     """Load weights, optimizer and, where the number of processes is the same, random states. Collective.
 
     Returns:
         Steps that were trained.
     """
+    for folder in ("optimizer", "random"):
+        verify_manifest(path, context, folder)
     load_weights(path, model, context)
     state = read_state(path)
     if state["step"] == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,15 +18,40 @@ from megatron_grit.models.gpt import GritGPTModel
 
 def wrap_model(model: GritGPTModel) -> DistributedDataParallel:
     """The model with fp32 gradient buffers that are reduced once a step."""
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
-    )
-    wrapped = DistributedDataParallel(model.config, ddp_config, model)
-    model.config.finalize_model_grads_func = finalize_model_grads
+    (wrapped,) = wrap_chunks([model])
     return wrapped
 
 
-def build_optimizer(config: RunConfig, model: DistributedDataParallel) -> Any:
+def wrap_chunks(chunks: Sequence[GritGPTModel], overlap: bool = False) -> list[DistributedDataParallel]:
+    """:func:`wrap_model` for each chunk of an interleaved pipeline stage.
+
+    Args:
+        chunks: they share one engine configuration.
+        overlap: as ``parallel.overlap``. Weights are then whole only after :func:`gather_weights` or a forward pass.
+    """
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+    )
+    wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
+    engine_config = chunks[0].config
+    engine_config.finalize_model_grads_func = finalize_model_grads
+    if overlap:
+        # Without it every row would count towards "all gradients are there", which is told by the first step's count:
+        # a step with more rows would be reduced before its last.
+        engine_config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    return wrapped
+
+
+def gather_weights(wrapped: Sequence[DistributedDataParallel]) -> None:
+    """Have every rank's updated weights on all of them, now and not at the next forward pass. Collective."""
+    for chunk in wrapped:
+        chunk.start_param_sync(force_sync=True)
+
+
+def build_optimizer(config: RunConfig, model: DistributedDataParallel | Sequence[DistributedDataParallel]) -> Any:
     """AdamW with fp32 main weights, sharded over data parallel ranks. Biases and norms have no weight decay."""
     optimizer = config.optimizer
     bf16 = config.training.precision == "bf16"
@@ -40,9 +66,10 @@ def build_optimizer(config: RunConfig, model: DistributedDataParallel) -> Any:
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
+        overlap_param_gather=config.parallel.overlap,
         clip_grad=optimizer.clip_grad,
     )
-    return get_megatron_optimizer(engine_config, [model])
+    return get_megatron_optimizer(engine_config, list(model) if isinstance(model, Sequence) else [model])
 
 
 def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:

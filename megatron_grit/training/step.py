@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 from megatron_grit import compat
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.batch import PackedRow, StepBatch
-from megatron_grit.errors import NumericsError
+from megatron_grit.errors import ConfigError, NumericsError
 from megatron_grit.models.gpt import Output
-from megatron_grit.parallel.collectives import from_last_stage, sum_over_data
+from megatron_grit.parallel.collectives import from_last_stage, sum_over_replicas
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState, replay
 from megatron_grit.training.objectives import embedding, generative
@@ -30,15 +30,20 @@ class TrainStep:
     Args:
         config: the run.
         context: this process's place in the mesh.
-        model: this process's pipeline stage, wrapped for data parallelism.
+        model: this process's pipeline stage, or its chunks, wrapped for data parallelism.
         optimizer: the engine's optimizer over it.
     """
 
     def __init__(
-        self, config: RunConfig, context: ParallelContext, model: DistributedDataParallel, optimizer: Any
+        self,
+        config: RunConfig,
+        context: ParallelContext,
+        model: DistributedDataParallel | Sequence[DistributedDataParallel],
+        optimizer: Any,
     ) -> None:
         self.config, self.context = config, context
-        self.model, self.optimizer = model, optimizer
+        self.chunks = list(model) if isinstance(model, Sequence) else [model]
+        self.optimizer = optimizer
         compat.take_balancing_loss()  # an earlier model's
         self.objectives = [kind.Objective(config, context) for kind in (embedding, generative)]
 
@@ -52,8 +57,9 @@ class TrainStep:
             NumericsError: a loss or the gradient is not finite. Weights are as before the step where a loss was at
                 fault.
         """
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         metrics = self.accumulate_gradients(batch)
         self._check_finite(metrics, batch, "loss")
@@ -72,12 +78,12 @@ class TrainStep:
                 objective.prepare(batch, rows, self._forward_all_for(batch))
                 work += [(objective, index, row) for index, row in enumerate(rows)]
         # The engine divides each loss by the number of micro-batches and averages over data parallel ranks; these
-        # losses are shares of a sum already.
+        # losses are shares of a sum already. It multiplies by the context parallel size, over which it averages too.
         scale = len(work) * self.context.data_size
 
         def forward_step(iterator: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             objective, index, row = next(iterator)
-            with replay(objective.random_state(index)):
+            with replay(objective.random_state(self.chunks.index(model), index)):
                 output = model(row, objective.output)
 
             def loss_function(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -90,15 +96,23 @@ class TrainStep:
         return self._reduce_metrics(reported, len(work))
 
     def _forward_all_for(self, batch: StepBatch) -> Callable[..., list[Tensor]]:
-        def forward_all(rows: list[PackedRow], output: Output, random_states: list[RandomState]) -> list[Tensor]:
-            def forward_step(iterator: Iterator[PackedRow], model: torch.nn.Module) -> tuple[Tensor, Callable]:
-                random_states.append(RandomState.capture())
-                states = model(next(iterator), output)
+        def forward_all(
+            rows: list[PackedRow], output: Output, random_states: dict[tuple[int, int], RandomState]
+        ) -> list[Tensor]:
+            def forward_step(
+                iterator: Iterator[tuple[int, PackedRow]], model: torch.nn.Module
+            ) -> tuple[Tensor, Callable]:
+                index, row = next(iterator)
+                random_states[self.chunks.index(model), index] = RandomState.capture()
+                states = model(row, output)
                 return states, lambda states: (states.new_zeros(()), {"output": states})
 
+            # An interleaved pipeline takes no fewer rows than it has stages.
+            missing = self.context.pipeline_size - len(rows) if len(self.chunks) > 1 else 0
+            items = list(enumerate(rows)) + [(len(rows) + extra, rows[-1]) for extra in range(missing)]
             with torch.no_grad():
-                reported = self._run_schedule(forward_step, rows, batch.row_length, forward_only=True)
-            return [entry["output"] for entry in reported]
+                reported = self._run_schedule(forward_step, items, batch.row_length, forward_only=True)
+            return [entry["output"] for entry in reported[: len(rows)]]
 
         return forward_all
 
@@ -106,10 +120,14 @@ class TrainStep:
         self, forward_step: Callable[..., Any], items: list[Any], row_length: int, *, forward_only: bool
     ) -> list[dict[str, Tensor]]:
         """Run the engine's schedule; returns what the loss functions reported, on the last stage."""
+        interleaved = len(self.chunks) > 1
+        if interleaved:
+            group_size = rows_in_turn(len(items), self.context.pipeline_size)
+            self.chunks[0].config.microbatch_group_size_per_vp_stage = group_size
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(items),
-            model=self.model,
+            data_iterator=[iter(items) for _ in self.chunks] if interleaved else iter(items),
+            model=self.chunks if interleaved else self.chunks[0],
             num_microbatches=len(items),
             seq_length=row_length,
             micro_batch_size=1,
@@ -123,7 +141,7 @@ class TrainStep:
             for place, kind in enumerate(present):
                 if kind in entry:
                     values[place] += entry[kind]
-        values = from_last_stage(sum_over_data(values, self.context), self.context)
+        values = from_last_stage(sum_over_replicas(values, self.context), self.context)
         metrics = dict(zip(present, values.tolist(), strict=True))
         factors = {"loss_emb": self.config.loss.loss_emb_factor, "loss_gen": self.config.loss.loss_gen_factor}
         metrics["loss"] = sum(factor * metrics[kind] for kind, factor in factors.items() if kind in metrics)
@@ -146,7 +164,7 @@ class TrainStep:
             torch.distributed.all_reduce(total, group=self.context.pipeline_group)
         if self.context.sequence_parallel:  # each tensor parallel rank logged the part of its tokens
             torch.distributed.all_reduce(total, group=self.context.tensor_group)
-        return float(sum_over_data(total, self.context)) / self.context.data_size
+        return float(sum_over_replicas(total, self.context)) / self.context.data_size
 
     def _check_finite(self, metrics: dict[str, float], batch: StepBatch, name: str) -> None:
         if math.isfinite(metrics[name]):
@@ -158,3 +176,22 @@ class TrainStep:
             f"step {batch.step}: {name} is {metrics[name]}; records of {self.context.describe()}: {shown}. "
             f"Lower optimizer.lr or check these records; the newest checkpoint is from before"
         )
+
+
+def rows_in_turn(num_rows: int, num_stages: int) -> int:
+    """Rows that an interleaved pipeline takes through one chunk before it turns to the next.
+
+    The engine wants at least as many as there are stages, and as many left over at the end, or none. The fewest that
+    do keep the fewest activations.
+
+    Raises:
+        ConfigError: fewer rows than stages.
+    """
+    for group_size in range(num_stages, num_rows + 1):
+        if num_rows % group_size == 0 or num_rows % group_size >= num_stages:
+            return group_size
+    raise ConfigError(
+        f"a step has {num_rows} rows on a data parallel rank, fewer than the {num_stages} stages of an interleaved "
+        f"pipeline; set data.num_rows_multiple to {num_stages} x the data parallel size, or parallel.virtual_pipeline "
+        "to null"
+    )

@@ -11,7 +11,8 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.loader import GritDataLoader
 from megatron_grit.data.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError
-from megatron_grit.models.gpt import build_model
+from megatron_grit.files import write_json
+from megatron_grit.models.gpt import build_chunks
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.parallel.logs import configure_logging, get_logger
@@ -24,7 +25,14 @@ from megatron_grit.training.checkpoint import (
     resolve_checkpoint,
     save_checkpoint,
 )
-from megatron_grit.training.optimizer import build_optimizer, build_schedule, set_learning_rate, wrap_model
+from megatron_grit.training.estimate_report import EstimateReport, MemoryMeter
+from megatron_grit.training.optimizer import (
+    build_optimizer,
+    build_schedule,
+    gather_weights,
+    set_learning_rate,
+    wrap_chunks,
+)
 from megatron_grit.training.step import TrainStep
 from megatron_grit.training.stop import StopRequest
 
@@ -71,8 +79,10 @@ class Trainer:
             context.row_multiple,
             equal_rows=context.pipeline_size > 1,
         )
-        self.model = build_model(config, config.model.vocab_size or self.tokenizer.vocab_size, context)
-        self.wrapped = wrap_model(self.model)
+        vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
+        self.report = EstimateReport(config, context, vocab_size, MemoryMeter(context.device))
+        self.chunks = build_chunks(config, vocab_size, context)
+        self.wrapped = wrap_chunks(self.chunks, config.parallel.overlap)
         self.optimizer = build_optimizer(config, self.wrapped)
         self.schedule = build_schedule(config, self.optimizer)
         self.step = TrainStep(config, context, self.wrapped, self.optimizer)
@@ -88,7 +98,8 @@ class Trainer:
         log.info(f"{self.num_parameters():,} parameters on rank 0; steps {start} to {config.training.steps}")
         callbacks = build_callbacks(config, self.context, start)
         try:
-            with StopRequest(self.context) as stop:
+            minutes = config.training.max_minutes
+            with StopRequest(self.context, None if minutes is None else 60 * minutes) as stop:
                 self._loop(start, callbacks, stop)
         finally:
             for callback in callbacks:
@@ -99,12 +110,12 @@ class Trainer:
         checkpoints = list_checkpoints(self.config.output_dir) if self.config.checkpoint.resume else []
         if checkpoints:
             check_same_model(checkpoints[-1], self.config)
-            step = load_training_state(checkpoints[-1], self.model, self.optimizer, self.context)
+            step = load_training_state(checkpoints[-1], self.chunks, self.optimizer, self.context)
             log.info(f"resumed from {checkpoints[-1]}")
             return step
         if self.config.checkpoint.load is not None:
             path = resolve_checkpoint(self.config.checkpoint.load)
-            load_weights(path, self.model, self.context)
+            load_weights(path, self.chunks, self.context)
             self.optimizer.reload_model_params()
             log.info(f"started from the weights of {path}")
         return 0
@@ -118,6 +129,8 @@ class Trainer:
             learning_rate = set_learning_rate(self.schedule, batch.step)
             metrics = self.step(batch)
             seconds = time.perf_counter() - began
+            if self.context.rank == 0:
+                self.report.after_step(batch, seconds)
             trained = batch.step + 1
             record = (
                 {"step": trained}
@@ -142,10 +155,14 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Write a checkpoint."""
+        if self.config.parallel.overlap:
+            gather_weights(self.wrapped)
         optimizer = self.optimizer if step else None  # before the first step it has no states
-        path = save_checkpoint(self.config, self.context, self.model, optimizer, self.tokenizer, step)
+        path = save_checkpoint(self.config, self.context, self.chunks, optimizer, self.tokenizer, step)
         log.info(f"saved {path}")
+        if self.context.rank == 0:
+            write_json(Path(self.config.output_dir) / "blend_counts.json", self.loader.source_counts(step))
 
     def num_parameters(self) -> int:
         """Parameters on this rank."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return sum(parameter.numel() for chunk in self.chunks for parameter in chunk.parameters())

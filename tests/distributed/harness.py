@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing.connection
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as multiprocessing
+import torch.multiprocessing as torch_multiprocessing
 
 MAX_SECONDS = 600
+GRACE_SECONDS = 5
 
 
 def free_port() -> int:
@@ -36,21 +39,29 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, directory: Path,
         What each rank returned. Fails with the first rank's traceback where one raises.
     """
     port = free_port()
-    context = multiprocessing.get_context("spawn")
+    # Ranks are forked from a process that has imported the engine and done nothing else: imports are paid for once.
+    context = torch_multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_grit.training.trainer"])
     workers = [
         context.Process(target=_worker, args=(function, rank, world_size, port, str(directory), args))
         for rank in range(world_size)
     ]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join(MAX_SECONDS)
+    deadline = time.monotonic() + MAX_SECONDS
+    while any(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
+        multiprocessing.connection.wait([worker.sentinel for worker in workers if worker.is_alive()], timeout=1)
+        if any(worker.exitcode for worker in workers):
+            # The others wait for the one that failed; let those that fail as well write why.
+            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
     hung = [rank for rank, worker in enumerate(workers) if worker.is_alive()]
     for worker in workers:
         worker.kill()
     failures = [path.read_text() for path in sorted(directory.glob("error_*.txt"))]
     assert not failures, "\n".join(failures)
     assert not hung, f"ranks {hung} still ran after {MAX_SECONDS} s"
+    crashed = {rank: worker.exitcode for rank, worker in enumerate(workers) if worker.exitcode}
+    assert not crashed, f"ranks ended without a word, with these exit statuses: {crashed}"
     return [json.loads((directory / f"result_{rank}.json").read_text()) for rank in range(world_size)]
 
 

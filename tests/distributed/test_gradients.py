@@ -58,6 +58,8 @@ def write_gradients(layout: dict[str, Any], objective: str, directory: str, refe
     config.training.grad_cache = options.get("grad_cache", "auto")
     config.model.hidden_dropout = config.model.attention_dropout = options.get("dropout", 0.0)
     config.loss.emb_grad_scale = options.get("emb_grad_scale", "exact")
+    for name, value in options.get("loss", {}).items():
+        setattr(config.loss, name, value)
     for name, value in layout.items():
         setattr(config.parallel, name, value)
     with parallel_job(config.parallel, seed=1) as context:
@@ -66,7 +68,8 @@ def write_gradients(layout: dict[str, Any], objective: str, directory: str, refe
         if not weights.exists():
             save_weights(model, context, weights)
         load_weights(weights, model, context)
-        batch = make_batch(context.data_rank, context.data_size, objective=objective, rows=options.get("rows", 4))
+        shape = {"objective": objective, "rows": options.get("rows", 4), "repeated": options.get("repeated", False)}
+        batch = make_batch(context.data_rank, context.data_size, **shape)
         if reference:
             loss = one_graph(model, batch, config.loss.temperature)
             loss.backward()
@@ -117,6 +120,19 @@ def assert_equal_gradients(ours: dict[str, np.ndarray], theirs: dict[str, np.nda
         assert error < 1e-5, f"{name}: relative error {error:.2e}"
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "masked": {"mask_equal_texts": True},
+    "all": {"mask_equal_texts": True, "symmetric": True, "same_side_negatives": True, "matryoshka_dims": [8, 32]},
+    "margin": {"false_negative_margin": 0.02},
+    "hard": {"negatives": "hard"},
+}
+
+
+def variants(layout: str) -> list[dict[str, Any]]:
+    return [{"name": f"{layout}-{name}", "loss": loss, "repeated": True} for name, loss in VARIANTS.items()]
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All gradients of this file: the references and single-process cases on one rank, the layouts on two."""
@@ -127,11 +143,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for cache in ("on", "off"):
             options = {"name": f"cache-{cache}-{dropout}", "grad_cache": cache, "dropout": dropout, "rows": 1}
             single.append(({}, "unified", False, options))
+    single += [({}, "embedding", False, options) for options in variants("one")]
     run_on_ranks(compute, 1, tmp_path_factory.mktemp("one"), str(directory), single)
     double: list[Any] = [
         (layout, kind, False, {"name": f"{name}-{kind}"}) for name, layout in LAYOUTS.items() for kind in OBJECTIVES
     ]
     double.append(({}, "embedding", False, {"name": "grit-embedding", "emb_grad_scale": "grit"}))
+    double += [(layout, "embedding", False, options) for name, layout in LAYOUTS.items() for options in variants(name)]
     run_on_ranks(compute, 2, tmp_path_factory.mktemp("two"), str(directory), double)
     return directory
 
@@ -159,3 +177,14 @@ def test_grit_scale_divides_by_the_data_parallel_size(directory: Path) -> None:
     exact = read_gradients(directory, "graph-embedding")
     halved = {name: gradient / 2 for name, gradient in exact.items()}
     assert_equal_gradients(read_gradients(directory, "grit-embedding"), halved)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_variants_of_the_loss_do_not_depend_on_the_layout(directory: Path, layout: str, variant: str) -> None:
+    """Texts that are equal on different ranks included."""
+    one = read_gradients(directory, f"one-{variant}")
+    assert_equal_gradients(read_gradients(directory, f"{layout}-{variant}"), one)
+    for other in VARIANTS.keys() - {variant}:
+        with pytest.raises(AssertionError):
+            assert_equal_gradients(read_gradients(directory, f"one-{other}"), one)

@@ -19,26 +19,38 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor": 2},
     "tp2_sp": {"tensor": 2, "sequence_parallel": True},
     "pp2": {"pipeline": 2},
+    "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "cp2": {"context": 2},
     "dp2": {},
+    "dp2_overlap": {"overlap": True},
     "ep2": {"expert": 2},
+    "ep2_overlap_moe": {"expert": 2, "overlap": True},
+    "cp2_moe": {"context": 2},
     "tp2_sp_moe": {"tensor": 2, "sequence_parallel": True},
     "pp2_moe": {"pipeline": 2},
     "dp2_moe": {},
 }
-STEPS = 3
+ROWS = (4, 2, 6)  # of each kind in each step
+STEPS = len(ROWS)
 TOLERANCE = 1e-5
+ROUNDING = 1e-6  # a small loss is the difference of numbers of the order of 10 in fp32
 
 
 def is_moe(layout: str) -> bool:
     return layout.endswith("_moe") or layout == "ep2"
 
 
+def is_possible(layout: str, objective: str) -> bool:
+    """Overlap needs a gradient for every weight; an embedding step has none for the language-model head."""
+    return objective != "embedding" or "overlap" not in LAYOUTS.get(layout, {})
+
+
 def train_steps(layout: dict[str, Any], experts: int | None, weights: str, objective: str) -> list[dict[str, float]]:
     """Three steps from the weights at ``weights``, which the first caller writes."""
-    from megatron_grit.models.gpt import build_model
+    from megatron_grit.models.gpt import build_chunks
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import load_weights, save_weights
-    from megatron_grit.training.optimizer import build_optimizer, build_schedule, set_learning_rate, wrap_model
+    from megatron_grit.training.optimizer import build_optimizer, build_schedule, set_learning_rate, wrap_chunks
     from megatron_grit.training.step import TrainStep
 
     config = tiny_config(experts=experts)
@@ -46,17 +58,17 @@ def train_steps(layout: dict[str, Any], experts: int | None, weights: str, objec
     for name, value in layout.items():
         setattr(config.parallel, name, value)
     with parallel_job(config.parallel, seed=1) as context:
-        model = build_model(config, VOCAB, context)
+        chunks = build_chunks(config, VOCAB, context)
         if not Path(weights).exists():
-            save_weights(model, context, Path(weights))
-        load_weights(Path(weights), model, context)
-        wrapped = wrap_model(model)
+            save_weights(chunks, context, Path(weights))
+        load_weights(Path(weights), chunks, context)
+        wrapped = wrap_chunks(chunks, config.parallel.overlap)
         optimizer = build_optimizer(config, wrapped)
         schedule = build_schedule(config, optimizer)
         step = TrainStep(config, context, wrapped, optimizer)
         records = []
         for number in range(STEPS):
-            batch = make_batch(context.data_rank, context.data_size, objective=objective)
+            batch = make_batch(context.data_rank, context.data_size, objective=objective, rows=ROWS[number])
             set_learning_rate(schedule, number)
             records.append(step(batch))
         return records
@@ -68,7 +80,7 @@ def run_all(weights_directory: str, layouts: dict[str, dict[str, Any]]) -> dict[
     for name, layout in layouts.items():
         experts = 4 if is_moe(name) else None
         weights = str(Path(weights_directory) / ("moe" if experts else "dense"))
-        for objective in OBJECTIVES:
+        for objective in (kind for kind in OBJECTIVES if is_possible(name, kind)):
             results[f"{name}/{objective}"] = train_steps(layout, experts, weights, objective)
     return results
 
@@ -83,17 +95,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     return reference | by_rank[0]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "objective"), [(name, kind) for name in LAYOUTS for kind in OBJECTIVES if is_possible(name, kind)]
+)
 def test_layout_equals_one_process(results: dict[str, list[dict[str, float]]], layout: str, objective: str) -> None:
     reference = results[f"{'one_moe' if is_moe(layout) else 'one'}/{objective}"]
     for step, (ours, theirs) in enumerate(zip(results[f"{layout}/{objective}"], reference, strict=True)):
         assert ours.keys() == theirs.keys()
         for name in theirs:
-            assert ours[name] == pytest.approx(theirs[name], rel=TOLERANCE), f"step {step} {name}"
+            assert ours[name] == pytest.approx(theirs[name], rel=TOLERANCE, abs=ROUNDING), f"step {step} {name}"
 
 
 def test_training_moves_the_loss(results: dict[str, list[dict[str, float]]]) -> None:
     for name in ("one/unified", "one_moe/unified"):
-        losses = [record["loss"] for record in results[name]]
-        assert losses[0] > losses[1] > losses[2]
+        losses = [record["loss_gen"] for record in results[name]]
+        assert losses[0] > losses[-1]

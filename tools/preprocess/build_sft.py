@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_grit.data.build_flags import add_build_flags, build_from_flags
+from megatron_grit.data.build.build_flags import add_build_flags, build_from_flags
 from megatron_grit.errors import EXIT_STATUS, GritError
 from megatron_grit.parallel.logs import configure_logging
 

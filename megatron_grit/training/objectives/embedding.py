@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.batch import PackedRow, StepBatch
 from megatron_grit.errors import ConfigError
-from megatron_grit.losses.contrastive import contrastive_accuracy, contrastive_loss
+from megatron_grit.losses.contrastive import ContrastiveOptions, contrastive_accuracy, contrastive_loss
 from megatron_grit.models.gpt import Output
 from megatron_grit.parallel.collectives import all_gather_rows
 from megatron_grit.parallel.context import ParallelContext
@@ -33,7 +33,7 @@ class Objective:
     def __init__(self, config: RunConfig, context: ParallelContext) -> None:
         self.config, self.context = config, context
         self.cached_gradients: list[Tensor] = []
-        self.random_states: list[RandomState] = []
+        self.random_states: dict[tuple[int, int], RandomState] = {}
         self.metrics: dict[str, Tensor] = {}
 
     def rows(self, batch: StepBatch) -> list[PackedRow]:
@@ -47,10 +47,11 @@ class Objective:
             batch: the step.
             rows: its embedding rows, on the device.
             forward_all: runs rows through all stages without a graph; returns the outputs on the last stage, and
-                notes each row's random state in the list it is given.
+                notes the random state of each chunk of layers and row in the dictionary it is given.
         """
         self.batch = batch
-        self.cached_gradients, self.random_states = [], []
+        self._text_ids = self._gather_text_ids(rows) if self.config.loss.mask_equal_texts else None
+        self.cached_gradients, self.random_states = [], {}
         if not self._caches_gradients(len(rows)):
             return
         outputs = forward_all(rows, self.output, self.random_states)
@@ -70,9 +71,9 @@ class Objective:
             )
         return wanted == "on" or num_rows > 1
 
-    def random_state(self, index: int) -> RandomState | None:
-        """Random state of a row's first pass. None: there was none."""
-        return self.random_states[index] if self.random_states else None
+    def random_state(self, chunk: int, index: int) -> RandomState | None:
+        """Random state of a row's first pass through a chunk of layers. None: there was none."""
+        return self.random_states[chunk, index] if self.random_states else None
 
     def row_loss(self, index: int, row: PackedRow, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """A row's loss to train on, and metrics, which are summed over rows and ranks."""
@@ -89,16 +90,32 @@ class Objective:
         return 1.0 / (self.config.loss.grit_world_size or self.context.data_size)
 
     def _global_loss(self, local_LD: Tensor) -> Tensor:
-        batch = self.batch
-        counts = [len(slots) for slots in batch.slots_by_rank]
-        gathered_ND = all_gather_rows(local_LD, counts, self.context.data_group)
-        order = torch.argsort(torch.cat(batch.slots_by_rank)).to(gathered_ND.device)
-        texts_ND = gathered_ND[order]
+        batch, knobs = self.batch, self.config.loss
+        texts_ND = self._gather(local_LD)
         queries, passages = texts_ND[: batch.num_queries], texts_ND[batch.num_queries :]
-        loss = contrastive_loss(queries, passages, self.config.loss.temperature, batch.group_size)
+        options = ContrastiveOptions(
+            temperature=knobs.temperature,
+            group_size=batch.group_size,
+            symmetric=knobs.symmetric,
+            negatives=knobs.negatives,
+            same_side_negatives=knobs.same_side_negatives,
+            false_negative_margin=knobs.false_negative_margin,
+            matryoshka_dims=tuple(knobs.matryoshka_dims),
+        )
+        loss = contrastive_loss(queries, passages, options, self._text_ids)
         with torch.no_grad():
             accuracy = contrastive_accuracy(queries, passages, batch.group_size)
         # Every rank knows the global loss; the metrics are summed over ranks.
-        share = 1.0 / self.context.data_size
+        share = 1.0 / (self.context.data_size * self.context.context_size)
         self.metrics = {"loss_emb": loss.detach() * share, "accuracy_emb": accuracy * share}
         return loss
+
+    def _gather(self, local_LD: Tensor) -> Tensor:
+        """Texts of all data parallel ranks, in the order of the global list."""
+        counts = [len(slots) for slots in self.batch.slots_by_rank]
+        gathered_ND = all_gather_rows(local_LD, counts, self.context.data_group)
+        order = torch.argsort(torch.cat(self.batch.slots_by_rank)).to(gathered_ND.device)
+        return gathered_ND[order]
+
+    def _gather_text_ids(self, rows: list[PackedRow]) -> Tensor:
+        return self._gather(torch.cat([row.text_ids() for row in rows])[:, None])[:, 0]

@@ -30,7 +30,7 @@ class Objective:
         """Take note of the step's counts, by which every row's loss is divided."""
         self.batch = batch
 
-    def random_state(self, index: int) -> RandomState | None:
+    def random_state(self, chunk: int, index: int) -> RandomState | None:
         """Random state to run a row's forward pass from. None: go on from the present one."""
         return None
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 
-from megatron_grit.data.build_report import BuildReport
+from megatron_grit.data.build.build_report import BuildReport
 from megatron_grit.data.chat_templates import TEMPLATES, TOKENIZER
-from megatron_grit.data.grit_builder import build_grit
-from megatron_grit.data.record_encoder import Limits
+from megatron_grit.data.build.grit_builder import build_grit
+from megatron_grit.data.build.record_encoder import Limits
 from megatron_grit.data.roles import RowKind
 
 
@@ -57,7 +57,7 @@ def build_from_flags(arguments: argparse.Namespace, *, description: str) -> Buil
         description: name on the progress bar.
 
     Raises:
-        GritError: see :func:`~megatron_grit.data.grit_builder.build_grit`.
+        GritError: see :func:`~megatron_grit.data.build.grit_builder.build_grit`.
     """
     embeds = hasattr(arguments, "query_max_len")
     sizes = {"query": arguments.query_max_len, "passage": arguments.passage_max_len} if embeds else {}

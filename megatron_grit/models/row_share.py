@@ -1,0 +1,116 @@
+"""Context parallelism over packed rows: which tokens of a row a rank holds, and which keys they attend to.
+
+A row of T tokens is cut into 2C equal parts, C being the context parallel size, and rank r holds parts r and
+2C - 1 - r: in a causal pass late tokens see more keys than early ones, and so every rank gets both (Llama 3,
+arXiv 2407.21783, section 3.3.2). Keys and values are gathered over the ranks, and what a rank's queries see is picked
+out of them, a run of keys for each piece: a piece is what a part holds of a segment. In a causal pass the keys of a
+piece end where its queries end, so that queries and keys are aligned at their ends.
+
+Shape suffix legend: T = tokens of a row, L = tokens that a rank holds, P = pieces, K = keys of all pieces, S = segments
+of the row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_grit.data.batch import PackedRow
+from megatron_grit.parallel.context import ParallelContext
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The attention of one rank: each piece's queries see its keys."""
+
+    cu_queries: Tensor
+    """int32 [P + 1]: ends of the pieces among the rank's tokens."""
+    cu_keys: Tensor
+    """int32 [P + 1]: ends of the pieces' keys."""
+    key_index_K: Tensor
+    """int64 [K]: where each key is among the gathered ones, which come rank by rank."""
+    query_lengths: list[int]
+    key_lengths: list[int]
+
+
+@dataclass(frozen=True)
+class RowShare:
+    """The part of a row that this context parallel rank holds."""
+
+    index_L: Tensor
+    """int64 [L]: positions in the row, in the order in which the rank holds them."""
+    row_length: int
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+    @staticmethod
+    def of_row(row: PackedRow, context: ParallelContext) -> RowShare | None:
+        """This rank's share of a row. None without context parallelism."""
+        if context.context_size == 1:
+            return None
+        length = row.tokens_1T.shape[1]
+        index = held_positions(length, context.context_rank, context.context_size).to(row.tokens_1T.device)
+        return RowShare(index, length, context.context_rank, context.context_size, context.context_group)
+
+    def take(self, row: PackedRow) -> PackedRow:
+        """The tokens that this rank holds, with what stands beside each of them. Segments stay the whole row's."""
+        index = self.index_L
+        return replace(
+            row,
+            tokens_1T=row.tokens_1T[:, index],
+            positions_1T=row.positions_1T[:, index],
+            padding_mask_1T=row.padding_mask_1T[:, index],
+            labels_1T=None if row.labels_1T is None else row.labels_1T[:, index],
+            loss_mask_1T=None if row.loss_mask_1T is None else row.loss_mask_1T[:, index],
+        )
+
+    def pieces(self, cu_seqlens: Tensor, causal: bool) -> Pieces:
+        """What the rank's tokens attend to. On a GPU this waits for ``cu_seqlens``.
+
+        Args:
+            cu_seqlens: int32 [S + 1], of the whole row.
+            causal: whether keys after a query are left out.
+        """
+        bounds = cu_seqlens.tolist()
+        part = self.row_length // (2 * self.size)
+        query_lengths, key_lengths, keys = [], [], []
+        for number in (self.rank, 2 * self.size - 1 - self.rank):
+            begin, end = number * part, (number + 1) * part
+            for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+                if max(begin, first) >= min(end, last):
+                    continue
+                stop = min(end, last) if causal else last
+                query_lengths.append(min(end, last) - max(begin, first))
+                key_lengths.append(stop - first)
+                keys.append(torch.arange(first, stop))
+        device = cu_seqlens.device
+        places = gathered_places(self.row_length, self.size)
+        return Pieces(
+            cu_queries=_ends(query_lengths).to(device),
+            cu_keys=_ends(key_lengths).to(device),
+            key_index_K=places[torch.cat(keys)].to(device),
+            query_lengths=query_lengths,
+            key_lengths=key_lengths,
+        )
+
+
+def held_positions(row_length: int, rank: int, size: int) -> Tensor:
+    """Positions in the row of the tokens that a context parallel rank holds: int64 [row_length / size]."""
+    if row_length % (2 * size):
+        raise ValueError(f"a row of {row_length} tokens does not divide into {2 * size} equal parts")
+    parts = torch.arange(row_length).view(2 * size, -1)
+    return torch.cat([parts[rank], parts[2 * size - 1 - rank]])
+
+
+def gathered_places(row_length: int, size: int) -> Tensor:
+    """Where each position of the row is when all ranks' tokens stand one after another: int64 [T]."""
+    order = torch.cat([held_positions(row_length, rank, size) for rank in range(size)])
+    return torch.argsort(order)
+
+
+def _ends(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
