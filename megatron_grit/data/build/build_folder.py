@@ -7,6 +7,7 @@ is cut off and the build goes on from there.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import numpy as np
 from megatron_grit.data.indexed import IndexedFile, IndexedMeta, file_paths, read_meta
 from megatron_grit.data.indexed_writer import IndexedFacts, IndexedStream, TokenBlock
 from megatron_grit.errors import DataError
+from megatron_grit.files import write_json
 from megatron_grit.parallel.logs import get_logger
 
 LOG = get_logger(__name__)
@@ -113,7 +115,7 @@ class BuildFolder:
         path = self.folder / JOURNAL_NAME
         try:
             journal = json.loads(path.read_bytes())
-            intact = journal["version"] == _JOURNAL_VERSION
+            intact = journal["version"] == _JOURNAL_VERSION and journal.pop("sha256") == _digest(journal)
         except FileNotFoundError:
             journal, intact = None, False
         except (ValueError, TypeError, KeyError):
@@ -183,7 +185,7 @@ class BuildFolder:
             self._journal["num_documents"] = {name: stream.num_documents() for name, stream in self._streams.items()}
         self._journal["stage"] = stage
         journal = {"version": _JOURNAL_VERSION, "signature": self._signature, **self._journal, "state": self.state}
-        write_atomically(self.folder / JOURNAL_NAME, json.dumps(journal).encode())
+        write_json(self.folder / JOURNAL_NAME, {**journal, "sha256": _digest(journal)})
 
     def complete(self) -> None:
         """Nothing is appended any more. From here on a kill repeats nothing but the index."""
@@ -267,11 +269,6 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by another, or leave it as it is."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _digest(journal: Mapping[str, Any]) -> str:
+    """SHA-256 of what a journal says: sizes that were damaged would cut streams at wrong places."""
+    return hashlib.sha256(json.dumps(journal, sort_keys=True).encode()).hexdigest()

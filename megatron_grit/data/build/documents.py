@@ -19,13 +19,13 @@ import numpy as np
 
 from megatron_grit.data.build.block_build import BuildTotals, OutputSpec, build_blocks
 from megatron_grit.data.build.block_encoder import EncodedBlock, Rejection
-from megatron_grit.data.build.build_folder import write_atomically
 from megatron_grit.data.indexed import DOCUMENTS, token_dtype
 from megatron_grit.data.indexed_writer import IndexedFacts, TokenBlock
 from megatron_grit.data.line_blocks import LineBlock, find_inputs, iterate_blocks, partition_segments
 from megatron_grit.data.build.sentences import SentenceSplitter, find_language, load_punkt, train_punkt
 from megatron_grit.data.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.files import replacing
 from megatron_grit.parallel.logs import get_logger
 
 LOG = get_logger(__name__)
@@ -271,7 +271,8 @@ def _train_on_corpus(
     LOG.info("training the sentence splitter on up to %.0f MB of text: %s", PUNKT_TRAINING_BYTES / 1e6, path)
     model = train_punkt(_corpus_texts(inputs, keys, progress), trained_on)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, model.to_json().encode())
+    with replacing(path) as file:
+        file.write(model.to_json())
     return path
 
 

@@ -193,11 +193,16 @@ def test_damaged_working_folders_are_built_afresh(tmp_path):
     paths = write_inputs(tmp_path, 100)
     options: dict[str, Any] = {"block_bytes": 100, "journal_seconds": 0.0}
     build_lines(paths, tmp_path / "whole", **options)
-    for name, damage in [("journal.json", b"{"), ("journal.json", b"[]"), ("lines.bin", b""), ("places.bin", None)]:
+    damages = [("journal.json", b"{"), ("journal.json", b"[]"), ("journal.json", "digit"), ("lines.bin", b"")]
+    for name, damage in [*damages, ("places.bin", None)]:
         folder = tmp_path / ".out.build" / "piece-00000-of-00001"
         assert run_killed(lambda: build_lines(paths, tmp_path / "out", overwrite=True, **options), 60)
         if damage is None:
             (folder / name).unlink()
+        elif damage == "digit":  # a size that is a little too small would cut documents in two
+            journal = json.loads((folder / name).read_bytes())
+            journal["sizes"]["lines"]["bin"] -= 2
+            (folder / name).write_text(json.dumps(journal))
         else:
             (folder / name).write_bytes(damage)
         build_lines(paths, tmp_path / "out", overwrite=True, **options)
