@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import logging
 import random
 import sys
 import tempfile
@@ -36,6 +37,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_grit.data import index_cache
 from megatron_grit.data.indexed import IndexedFile, IndexedRecords
 from megatron_grit.data.indexed_writer import IndexedFacts, IndexedStream, IndexedWriter, TokenBlock
 from megatron_grit.data.line_blocks import find_inputs, iterate_blocks, partition_segments
@@ -373,6 +375,31 @@ def text_subjects(seed: int) -> list[Subject]:
     return [*subjects, Subject(name="zstd", files={zstd: frame}, read=partial(read_lines, zstd))]
 
 
+def all_subjects(seed: int) -> list[Subject]:
+    """Every kind of file."""
+    return indexed_subjects(seed) + text_subjects(seed) + cache_subjects(seed)
+
+
+CACHE_KEY = {"source": "f" * 64, "window": 7}
+
+
+def cache_subjects(seed: int) -> list[Subject]:
+    """An index cache. One that is damaged is built again, so that the right arrays come out in every case."""
+    rng = np.random.default_rng(seed)
+    arrays = {"records": rng.integers(0, 99, 50), "starts": np.empty(0, dtype=np.int32), "bytes": rng.bytes(33)}
+    arrays["bytes"] = np.frombuffer(arrays["bytes"], dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = index_cache.cache_path(folder, "rows", CACHE_KEY)
+        index_cache.store(path, CACHE_KEY, arrays)
+        files = {path.name: path.read_bytes()}
+
+    def read(folder: Path) -> Content:
+        found = index_cache.cached(folder, "rows", CACHE_KEY, lambda: arrays)
+        return {name: (array.dtype.str, array.tolist()) for name, array in found.items()}
+
+    return [Subject(name="index cache", files=files, read=read)]
+
+
 def main() -> int:
     """Parse the command line, run and print a table. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -383,7 +410,8 @@ def main() -> int:
     arguments = parser.parse_args()
     from tqdm import tqdm
 
-    subjects = indexed_subjects(arguments.seed) + text_subjects(arguments.seed)
+    logging.disable(logging.WARNING)  # one for each damaged cache
+    subjects = all_subjects(arguments.seed)
     counts: Counter[tuple[str, str, str]] = Counter()
     started = time.perf_counter()
     try:

@@ -10,23 +10,32 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import pytest
 
-from benchmarks.fault_injection import FAULTS, UnsafeError, indexed_subjects, run_cases, text_subjects
-from megatron_grit.data import line_blocks
+from benchmarks.fault_injection import (
+    FAULTS,
+    UnsafeError,
+    all_subjects,
+    cache_subjects,
+    indexed_subjects,
+    run_cases,
+    text_subjects,
+)
+from megatron_grit.data import index_cache, line_blocks
 from megatron_grit.data.indexed import IndexedFile, IndexedRecords
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_unsafe_case(seed: int) -> None:
-    subjects = indexed_subjects(seed) + text_subjects(seed)
+    subjects = all_subjects(seed)
     counts = Counter(run_cases(subjects, 5000, seed, limit=60))
     assert sum(counts.values()) == 5000
     assert {fault for _, fault, _ in counts} == set(FAULTS)
     refused = {name for name, _, outcome in counts if outcome == "refused"}
-    assert refused == {subject.name for subject in subjects}
+    assert refused == {subject.name for subject in subjects} - {"index cache"}  # which is built again
 
 
 def _unchecked_extent(self: IndexedFile, start: int, stop: int) -> tuple[int, int]:
@@ -48,6 +57,25 @@ def test_a_missing_check_is_seen(
     monkeypatch.setattr(owner, name, broken)
     with pytest.raises(UnsafeError, match=message):
         for _ in run_cases(indexed_subjects(0), 5000, seed=0):
+            pass
+
+
+def test_a_cache_that_is_trusted_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every digest is the same, in the header and of the file."""
+    same, header = b"?" * 32, index_cache._HEADER
+
+    def digest_of(file: IO[bytes], name: str) -> SimpleNamespace:
+        file.seek(0, 2)
+        return SimpleNamespace(digest=lambda: same)
+
+    def unpack(content: bytes) -> tuple[bytes, bytes, int]:
+        magic, _, length = header.unpack(content)
+        return magic, same, length
+
+    monkeypatch.setattr(index_cache.hashlib, "file_digest", digest_of)
+    monkeypatch.setattr(index_cache, "_HEADER", SimpleNamespace(size=header.size, pack=header.pack, unpack=unpack))
+    with pytest.raises(UnsafeError, match="index cache, "):
+        for _ in run_cases(cache_subjects(0), 500, seed=0):
             pass
 
 
