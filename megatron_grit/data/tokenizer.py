@@ -204,7 +204,7 @@ class JsonTokenizer(Tokenizer):
 
     def encode_batch_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         words = self._words
-        return super().encode_batch_arrays(texts) if words is None else words.encode(texts)
+        return super().encode_batch_arrays(texts) if words is None or not words.pays() else words.encode(texts)
 
     def _find(self, key: str, settings: dict[str, Any], names: Sequence[str]) -> int:
         named = token_name(settings.get(key))

@@ -26,6 +26,12 @@ _CUT = re.compile(" (?<=[^\\s\u180e\u200b] )")
 _UNCUT = re.compile(" (?<=[\\s\u180e\u200b] )")
 """A space at which must not be cut."""
 
+_WARM_CHARS = 1 << 20  # seen before the cache is judged
+_MOST_NEW = (
+    0.4  # share of a call's characters in parts that were not known: above it the cache costs more than it saves
+)
+_PAUSE = 15  # calls without the cache before it is tried again
+
 _JOINED_CHARS = 1 << 15  # what is tokenised in one call
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -103,6 +109,15 @@ class WordCache:
         self._separator, self._separator_id = separator, separator_id
         self._capacity = capacity
         self._known: dict[str, bytes] = {}  # ids as int32; keys without the space in front
+        self._num_chars = self._pause = 0
+
+    def pays(self) -> bool:
+        """Whether the next texts should go this way: not for a while after texts that were mostly new, as program
+        code is."""
+        if not self._pause:
+            return True
+        self._pause -= 1
+        return False
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts in one array, int32 [num_tokens], and the tokens of each text, int64 [num_texts]."""
@@ -116,6 +131,10 @@ class WordCache:
             unknown.update(pieces[1:])
         unknown.difference_update(self._known)
         new = list(unknown)
+        num_chars = sum(map(len, texts))
+        self._num_chars += num_chars
+        if self._num_chars > _WARM_CHARS and sum(map(len, new)) > _MOST_NEW * num_chars:
+            self._pause = _PAUSE
         known = self._known
         known.update(zip(new, self._tokenise([f" {part}" for part in new]), strict=True))
         for pieces, ids in zip(parts, encoded, strict=True):

@@ -163,3 +163,23 @@ def test_a_tokenizer_without_cache_gives_the_same_arrays(tokenizer, tmp_path: Pa
     ids, lengths = tokenizer.encode_batch_arrays(texts)
     assert ids.tolist() == [index for text in texts for index in tokenizer.encode(text)]
     assert lengths.tolist() == [len(tokenizer.encode(text)) for text in texts]
+
+
+def test_text_without_repetition_goes_past_the_cache(tokenizers_by_name, monkeypatch):
+    """For a while; ids stay the same, and text that repeats finds the cache again."""
+    monkeypatch.setattr(word_cache, "_WARM_CHARS", 100)
+    tokenizer = load_tokenizer(tokenizers_by_name[GPT2].path)
+    words = tokenizer._words
+    calls: list[int] = []
+    monkeypatch.setattr(words, "encode", lambda texts, encode=words.encode: (calls.append(1), encode(texts))[1])
+    num_calls = 0
+    for number in range(40):
+        texts = [f"a{number}b{place} c{number}d{place}" for place in range(20)]
+        ids, lengths = tokenizer.encode_batch_arrays(texts)
+        assert np.split(ids, np.cumsum(lengths)[:-1])[3].tolist() == tokenizer.encode(texts[3])
+        num_calls += 1
+    assert 2 <= len(calls) <= num_calls // 8
+    calls.clear()
+    for _ in range(40):
+        tokenizer.encode_batch_arrays([sentence(number, 12) for number in range(20)])
+    assert len(calls) > 20
