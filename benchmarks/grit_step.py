@@ -37,7 +37,7 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.convert.families import mistral
 from megatron_grit.convert.hf_to_megatron import hf_state_dict_to_megatron
 from megatron_grit.data.batch import PackedRow, StepBatch
-from megatron_grit.data.build.grit_builder import build_grit, read_texts
+from megatron_grit.data.builders.grit_builder import build_grit, read_texts
 from megatron_grit.data.loader import GritDataLoader
 from megatron_grit.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_grit.errors import EXIT_STATUS, ConfigError, DataError, GritError

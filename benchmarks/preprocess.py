@@ -42,7 +42,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_grit.data.build.documents import DocumentOptions, preprocess
+from megatron_grit.data.builders.documents import DocumentOptions, preprocess
 from megatron_grit.errors import EXIT_STATUS, DataError, GritError
 
 WIKI = "wikitext2_valid.txt"

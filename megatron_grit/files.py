@@ -19,7 +19,8 @@ def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]
         mode: "w" for UTF-8 text, "wb" for bytes.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Two hosts that share a file system may have processes of one number.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.build.grit_builder import build_grit
+from megatron_grit.data.builders.grit_builder import build_grit
 from megatron_grit.data.tokenizer import train_sentencepiece
 from tests.rows import tiny_config
 

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from megatron_grit.errors import DataError
+from megatron_grit.files import replacing
 from megatron_grit.parallel.logs import get_logger
 
 log = get_logger(__name__)
@@ -109,21 +110,14 @@ def store(path: Path, key: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) 
     description = json.dumps({"key": json.loads(_canonical(key)), "arrays": described}).encode()
     description += b" " * (-(_HEADER.size + len(description)) % _ALIGNMENT)
     digest = hashlib.sha256(struct.pack("<Q", len(description)) + description)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(b"\0" * _HEADER.size + description)
-            for padding, array in parts:
-                for piece in (b"\0" * padding, array.reshape(-1).view(np.uint8).data if array.size else b""):
-                    file.write(piece)
-                    digest.update(piece)
-            file.seek(0)
-            file.write(_HEADER.pack(_MAGIC, digest.digest(), len(description)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, "wb") as file:
+        file.write(b"\0" * _HEADER.size + description)
+        for padding, array in parts:
+            for piece in (b"\0" * padding, array.reshape(-1).view(np.uint8).data if array.size else b""):
+                file.write(piece)
+                digest.update(piece)
+        file.seek(0)
+        file.write(_HEADER.pack(_MAGIC, digest.digest(), len(description)))
 
 
 class _BadCacheError(Exception):

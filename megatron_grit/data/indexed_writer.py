@@ -31,6 +31,7 @@ from megatron_grit.data.indexed import (
 )
 from megatron_grit.data.roles import POOLED, SUPERVISED, Role, RowKind, check_grammar
 from megatron_grit.errors import DataError
+from megatron_grit.files import replacing, write_json
 
 _CODE_OF_DTYPE = {np.dtype(name): code for code, name in DTYPE_OF_CODE.items()}
 _CHUNK = 1 << 20
@@ -207,8 +208,9 @@ class IndexedStream:
             self._write_index()
             if facts is not None:
                 meta = self._describe(facts(), checksum)
-                _write_synced(self._staged["json"], meta.to_json().encode())
-            _write_synced(self._ready, b"{}")
+                with replacing(self._staged["json"]) as file:
+                    file.write(meta.to_json())
+            write_json(self._ready, {})
         self.close()
         # From here on a second call does the same, until the last of the three has its name.
         final_bin, final_idx, final_json = file_paths(prefix)
@@ -368,15 +370,6 @@ def _chunks(path: Path, dtype: str) -> Iterator[np.ndarray]:
             yield np.frombuffer(content, dtype=dtype)
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def refuse_existing(prefix: str | Path, overwrite: bool) -> None:
     """Raise where files of this prefix exist and may not be replaced.
 
@@ -391,7 +384,7 @@ def refuse_existing(prefix: str | Path, overwrite: bool) -> None:
 class IndexedWriter:
     """Writes records one at a time. They appear under ``prefix`` when :meth:`finalize` is through, or never.
 
-    For jobs of one process; large ones go through :mod:`megatron_grit.data.build.block_build`.
+    For jobs of one process; large ones go through :mod:`megatron_grit.data.builders.block_build`.
 
     Args:
         prefix: path without extension.

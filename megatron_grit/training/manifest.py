@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_grit.errors import CheckpointError
+from megatron_grit.files import write_json
 from megatron_grit.parallel.collectives import any_rank
 from megatron_grit.parallel.context import ParallelContext
 
@@ -29,7 +30,7 @@ def write_manifest(folder: Path, context: ParallelContext) -> None:
     if context.rank == 0:
         parts = [folder / f".{NAME}.{rank}" for rank in range(context.world_size)]
         entries = {name: entry for path in parts for name, entry in json.loads(path.read_text()).items()}
-        _write_synced(folder / NAME, json.dumps({"files": dict(sorted(entries.items()))}, indent=1) + "\n")
+        write_json(folder / NAME, {"files": dict(sorted(entries.items()))})
         for path in parts:
             path.unlink()
         for directory in {path.parent for path in files} | {folder}:
@@ -84,13 +85,6 @@ def _describe(path: Path) -> dict[str, int | str]:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
         return {"bytes": file.tell(), "sha256": digest}
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(directory: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_grit.data.build.grit_builder import Limits, build_grit
+from megatron_grit.data.builders.grit_builder import Limits, build_grit
 from megatron_grit.data.indexed import IndexedRecords
 from megatron_grit.data.roles import Role
 from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece

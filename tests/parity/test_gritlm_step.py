@@ -277,7 +277,7 @@ def test_from_text(reference_model: Any, job: Any, tmp_path: Path) -> None:
     """
     import sentencepiece
 
-    from megatron_grit.data.build.grit_builder import build_grit, read_texts
+    from megatron_grit.data.builders.grit_builder import build_grit, read_texts
     from megatron_grit.data.loader import GritDataLoader
     from megatron_grit.data.tokenizer import load_tokenizer, train_sentencepiece
 

@@ -11,10 +11,10 @@ import pytest
 LIGHT = {
     "a configuration": ["megatron_grit.config.parse", "megatron_grit.config.checks", "megatron_grit.config.plan"],
     "a worker of a build": [
-        "megatron_grit.data.build.block_build",
-        "megatron_grit.data.build.documents",
-        "megatron_grit.data.build.grit_builder",
-        "megatron_grit.data.build.record_encoder",
+        "megatron_grit.data.builders.block_build",
+        "megatron_grit.data.builders.documents",
+        "megatron_grit.data.builders.grit_builder",
+        "megatron_grit.data.builders.record_encoder",
         "megatron_grit.data.tokenizer",
     ],
     "inspection": ["megatron_grit.data.indexed_merge", "megatron_grit.data.inspection"],

@@ -19,30 +19,14 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from megatron_grit.data.build.build_flags import add_build_flags, build_from_flags
-from megatron_grit.errors import EXIT_STATUS, GritError
-from megatron_grit.parallel.logs import configure_logging
+from megatron_grit.data.builders.build_flags import run_build
 
 
 def main() -> int:
     """Parse the command line and build. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_build_flags(parser, template="gritlm", embeds=True)
-    arguments = parser.parse_args()
-    configure_logging()
-    try:
-        report = build_from_flags(arguments, description="build_grit")
-    except (GritError, OSError) as error:
-        print(f"build_grit: error: {error}", file=sys.stderr)
-        return EXIT_STATUS
-    except KeyboardInterrupt:
-        print("build_grit: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    print("\n".join(report.lines()))
-    return 0
+    return run_build("build_grit", __doc__, template="gritlm", embeds=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_grit.data.build.documents import TOKENIZER_FILES, DocumentOptions, describe, find_tokenizer, preprocess
+from megatron_grit.data.builders.documents import TOKENIZER_FILES, DocumentOptions, describe, find_tokenizer, preprocess
 from megatron_grit.errors import EXIT_STATUS, GritError
 from megatron_grit.parallel.logs import configure_logging
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_grit.data.build.grit_builder import read_texts
+from megatron_grit.data.builders.grit_builder import read_texts
 from megatron_grit.data.tokenizer import train_sentencepiece
 from megatron_grit.errors import EXIT_STATUS, GritError
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_grit.data.build.block_build import BuildTotals, OutputSpec, build_blocks
-from megatron_grit.data.build.block_encoder import EncodedBlock, Rejection
+from megatron_grit.data.builders.block_build import BuildTotals, OutputSpec, build_blocks
+from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
 from megatron_grit.data.indexed_writer import IndexedFacts, TokenBlock
 from megatron_grit.data.line_blocks import LineBlock
 from megatron_grit.errors import ConfigError

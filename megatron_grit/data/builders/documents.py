@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_grit.data.build.block_build import BuildTotals, OutputSpec, build_blocks
-from megatron_grit.data.build.block_encoder import EncodedBlock, Rejection
+from megatron_grit.data.builders.block_build import BuildTotals, OutputSpec, build_blocks
+from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
+from megatron_grit.data.builders.sentences import SentenceSplitter, find_language, load_punkt, train_punkt
 from megatron_grit.data.indexed import DOCUMENTS, token_dtype
 from megatron_grit.data.indexed_writer import IndexedFacts, TokenBlock
 from megatron_grit.data.line_blocks import LineBlock, find_inputs, iterate_blocks, partition_segments
-from megatron_grit.data.build.sentences import SentenceSplitter, find_language, load_punkt, train_punkt
 from megatron_grit.data.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.files import replacing
@@ -177,13 +177,13 @@ def preprocess(
         lang: language of NLTK's parameters.
         on_error: what to do with a line that is not a document.
         workers, partitions, partition, overwrite, checksum, progress, log_interval, engine: see
-            :func:`~megatron_grit.data.build.block_build.build_blocks`.
+            :func:`~megatron_grit.data.builders.block_build.build_blocks`.
 
     Returns:
         Counts, and the metadata of each key's file.
 
     Raises:
-        DataError: see :func:`~megatron_grit.data.build.block_build.build_blocks`.
+        DataError: see :func:`~megatron_grit.data.builders.block_build.build_blocks`.
         ConfigError: options that exclude each other, or a package that is missing.
     """
     if len(set(options.json_keys)) != len(options.json_keys) or not options.json_keys:

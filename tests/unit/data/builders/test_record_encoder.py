@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_grit.data.build.block_encoder import EncodedBlock
-from megatron_grit.data.build.grit_builder import BuildReport, Limits, build_grit
+from megatron_grit.data.builders.block_encoder import EncodedBlock
+from megatron_grit.data.builders.grit_builder import BuildReport, Limits, build_grit
+from megatron_grit.data.builders.record_encoder import OUTPUT, EncoderOptions, RecordEncoder
 from megatron_grit.data.indexed import IndexedRecords
 from megatron_grit.data.indexed_writer import TokenBlock
 from megatron_grit.data.line_blocks import LineBlock
-from megatron_grit.data.build.record_encoder import OUTPUT, EncoderOptions, RecordEncoder
 from megatron_grit.data.records import Message
 from megatron_grit.data.roles import Role, RowKind
 from megatron_grit.data.templates import encode_chat
@@ -108,7 +108,7 @@ def test_report_after_an_interruption(
     build: Build, tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A build that stops in the middle and goes on gives the report of one that did not."""
-    from megatron_grit.data.build import block_build
+    from megatron_grit.data.builders import block_build
 
     monkeypatch.setitem(block_build.build_blocks.__kwdefaults__, "block_bytes", 400)
     monkeypatch.setitem(block_build.build_blocks.__kwdefaults__, "journal_seconds", 0.0)

@@ -10,9 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_grit.data.build.block_encoder import EncodedBlock, Rejection
+from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
+from megatron_grit.data.builders.filters import FINGERPRINT_BYTES, HeldOut, contents, fingerprint
 from megatron_grit.data.chat_templates import Piece, load_chat_format
-from megatron_grit.data.build.filters import FINGERPRINT_BYTES, HeldOut, contents, fingerprint
 from megatron_grit.data.indexed import token_dtype
 from megatron_grit.data.indexed_writer import TokenBlock
 from megatron_grit.data.line_blocks import LineBlock
@@ -75,7 +75,7 @@ class EncoderOptions:
     max_tokens: int | None = None
     """Records with a text of more tokens before any cut are dropped."""
     held_out: tuple[str, ...] = ()
-    """Files; see :class:`~megatron_grit.data.build.filters.HeldOut`."""
+    """Files; see :class:`~megatron_grit.data.builders.filters.HeldOut`."""
     ngram: int = 13
     deduplicate: bool = False
 
@@ -115,7 +115,7 @@ class _Batch:
 
 
 class RecordEncoder:
-    """Encodes blocks of JSONL lines; see :class:`~megatron_grit.data.build.block_build.BlockEncoder`."""
+    """Encodes blocks of JSONL lines; see :class:`~megatron_grit.data.builders.block_build.BlockEncoder`."""
 
     def __init__(self, options: EncoderOptions) -> None:
         self.options = options

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data.build.sentences import PunktModel, SentenceSplitter, find_language, load_punkt, train_punkt
+from megatron_grit.data.builders.sentences import PunktModel, SentenceSplitter, find_language, load_punkt, train_punkt
 from megatron_grit.errors import ConfigError, DataError
 
 pytest.importorskip("nltk")
@@ -50,7 +50,7 @@ def test_splitting_does_not_collect_words():
 
 def test_training_learns_abbreviations_whatever_the_order_of_sets(tmp_path):
     script = (
-        "from megatron_grit.data.build.sentences import train_punkt\n"
+        "from megatron_grit.data.builders.sentences import train_punkt\n"
         "text = 'The firm Acme Inc. makes nails. It sold Acme Inc. shares to Bolt Inc. last May. We sold none. '\n"
         "print(train_punkt([text * 20, 'See p. 5 and p. 7 of it. ' * 20], {'source': 1}).to_json(), end='')\n"
     )

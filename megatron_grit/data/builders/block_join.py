@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_grit.data.build.build_folder import PLACE_DTYPE, BuildFolder
+from megatron_grit.data.builders.build_folder import PLACE_DTYPE, BuildFolder
 from megatron_grit.data.indexed import IndexedFile
 from megatron_grit.data.indexed_writer import TokenBlock
 from megatron_grit.errors import DataError

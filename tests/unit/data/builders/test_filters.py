@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data.build.filters import HeldOut, contents, fingerprint, words
+from megatron_grit.data.builders.filters import HeldOut, contents, fingerprint, words
 from megatron_grit.data.records import parse_record
 from megatron_grit.errors import ConfigError, DataError
 

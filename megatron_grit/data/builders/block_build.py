@@ -21,10 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron_grit.data.build.block_encoder import BlockEncoder, EncodedBlock, Rejection
-from megatron_grit.data.build.block_join import DUPLICATE, find_duplicates, join_pieces, merge_rejected, write_rejected
-from megatron_grit.data.build.block_progress import Progress
-from megatron_grit.data.build.build_folder import (
+from megatron_grit.data.builders.block_encoder import BlockEncoder, EncodedBlock, Rejection
+from megatron_grit.data.builders.block_join import (
+    DUPLICATE,
+    find_duplicates,
+    join_pieces,
+    merge_rejected,
+    write_rejected,
+)
+from megatron_grit.data.builders.block_progress import Progress
+from megatron_grit.data.builders.build_folder import (
     JOURNAL_NAME,
     PLACE_DTYPE,
     BuildFolder,
@@ -32,6 +38,7 @@ from megatron_grit.data.build.build_folder import (
     folder_lock,
     remove_folder,
 )
+from megatron_grit.data.builders.work_pool import map_ordered
 from megatron_grit.data.indexed import IndexedMeta
 from megatron_grit.data.indexed_writer import IndexedFacts, refuse_existing
 from megatron_grit.data.line_blocks import (
@@ -44,7 +51,6 @@ from megatron_grit.data.line_blocks import (
     iterate_blocks,
     partition_segments,
 )
-from megatron_grit.data.build.work_pool import map_ordered
 from megatron_grit.errors import ConfigError, DataError, GritError
 
 JOURNAL_SECONDS = 5.0

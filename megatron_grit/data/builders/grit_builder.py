@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_grit.data.build.block_build import BuildTotals, OutputSpec, build_blocks
-from megatron_grit.data.build.build_report import BuildReport, make_report, write_report
+from megatron_grit.data.builders.block_build import BuildTotals, OutputSpec, build_blocks
+from megatron_grit.data.builders.build_report import BuildReport, make_report, write_report
+from megatron_grit.data.builders.filters import HeldOut
+from megatron_grit.data.builders.record_encoder import BAD_LINE, OUTPUT, UNFIT, EncoderOptions, Limits, RecordEncoder
 from megatron_grit.data.chat_templates import load_chat_format
-from megatron_grit.data.build.filters import HeldOut
 from megatron_grit.data.indexed import token_dtype
 from megatron_grit.data.indexed_writer import IndexedFacts
 from megatron_grit.data.line_blocks import find_inputs
-from megatron_grit.data.build.record_encoder import BAD_LINE, OUTPUT, UNFIT, EncoderOptions, Limits, RecordEncoder
 from megatron_grit.data.records import BadLine, read_records
 from megatron_grit.data.roles import RowKind
 from megatron_grit.data.templates import EMBEDDING_TEMPLATE, render
@@ -75,8 +75,8 @@ def build_grit(
         checksum: write checksums into the ``.json``.
         progress: show a bar on stderr.
         description: name on the bar.
-        options: fields of :class:`~megatron_grit.data.build.record_encoder.EncoderOptions`: template, over_long, min_tokens,
-            max_tokens, held_out, ngram, deduplicate.
+        options: fields of :class:`~megatron_grit.data.builders.record_encoder.EncoderOptions`: template, over_long,
+            min_tokens, max_tokens, held_out, ngram, deduplicate.
 
     Returns:
         The report; of a single partition its counts only, and nothing is written about it.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_grit.data.build.grit_builder import BuildReport, Limits, build_grit, read_texts
+from megatron_grit.data.builders.grit_builder import BuildReport, Limits, build_grit, read_texts
 from megatron_grit.data.indexed import IndexedRecords
 from megatron_grit.data.roles import Role
 from megatron_grit.data.templates import encode_chat, encode_embedding

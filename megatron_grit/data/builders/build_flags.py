@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
-from megatron_grit.data.build.build_report import BuildReport
+from megatron_grit.data.builders.build_report import BuildReport
+from megatron_grit.data.builders.grit_builder import build_grit
+from megatron_grit.data.builders.record_encoder import Limits
 from megatron_grit.data.chat_templates import TEMPLATES, TOKENIZER
-from megatron_grit.data.build.grit_builder import build_grit
-from megatron_grit.data.build.record_encoder import Limits
 from megatron_grit.data.roles import RowKind
+from megatron_grit.errors import EXIT_STATUS, GritError
+from megatron_grit.parallel.logs import configure_logging
 
 
 def add_build_flags(parser: argparse.ArgumentParser, *, template: str, embeds: bool) -> None:
@@ -57,7 +60,7 @@ def build_from_flags(arguments: argparse.Namespace, *, description: str) -> Buil
         description: name on the progress bar.
 
     Raises:
-        GritError: see :func:`~megatron_grit.data.build.grit_builder.build_grit`.
+        GritError: see :func:`~megatron_grit.data.builders.grit_builder.build_grit`.
     """
     embeds = hasattr(arguments, "query_max_len")
     sizes = {"query": arguments.query_max_len, "passage": arguments.passage_max_len} if embeds else {}
@@ -84,3 +87,28 @@ def build_from_flags(arguments: argparse.Namespace, *, description: str) -> Buil
         ngram=arguments.ngram,
         deduplicate=arguments.deduplicate,
     )
+
+
+def run_build(name: str, description: str | None, *, template: str, embeds: bool) -> int:
+    """Parse the command line of a tool, build, and print the report. Returns the exit status.
+
+    Args:
+        name: of the tool, on the bar and in messages.
+        description: of the tool, for ``--help``.
+        template: default of ``--template``.
+        embeds: whether embedding records are taken as well.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_build_flags(parser, template=template, embeds=embeds)
+    arguments = parser.parse_args()
+    configure_logging()
+    try:
+        report = build_from_flags(arguments, description=name)
+    except (GritError, OSError) as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return EXIT_STATUS
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    print("\n".join(report.lines()))
+    return 0
