@@ -5,6 +5,8 @@
 #
 #   --engine newest   Python 3.12 with the newest megatron-core, in an environment under ~/.cache; tests only
 #   --fast            leave out the tests marked slow
+#
+# TEST_WORKERS (2) processes run the tests; 0 runs them in this one, as a debugger wants.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/common.sh"
 cd "$ROOT"
@@ -48,4 +50,6 @@ import sys
 from importlib.metadata import version
 print(f"== Python {sys.version.split()[0]}, torch {version('torch')}, megatron-core {version('megatron-core')}", flush=True)
 EOF
-"$PYTHON" -m pytest --durations=15 ${arguments[@]+"${arguments[@]}"}
+# Files are shared out over the workers in their order, which is that of the folders: those that start processes, and
+# so take long, come first.
+"$PYTHON" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations=15 ${arguments[@]+"${arguments[@]}"}

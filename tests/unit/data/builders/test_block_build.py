@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ from tests.unit.data.line_encoder import FACTS, build_lines, contents
 def no_syncing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes are killed here, not machines: what was written is there, and thousands of syncs take minutes."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def no_worker_left() -> Iterator[None]:
+    """The test ends the processes it starts. Those of earlier tests are not its own: the engine's writer of checkpoints
+    keeps one for as long as the process lives."""
+    before = set(multiprocessing.active_children())
+    yield
+    assert set(multiprocessing.active_children()) <= before
 
 
 def write_inputs(folder: Path, num_lines: int = 600) -> list[Path]:
@@ -323,12 +332,12 @@ def test_two_builds_of_one_output_exclude_each_other(tmp_path):
         ("raise", RuntimeError, r"ValueError: as told[\s\S]*while encoding .*a\.txt, bytes 0 to"),
     ],
 )
+@pytest.mark.usefixtures("no_worker_left")
 def test_a_worker_that_fails_is_an_error(tmp_path, line, error, message):
     path = tmp_path / "a.txt"
     path.write_text(f"{line}\n")
     with pytest.raises(error, match=message):
         build_lines([path], tmp_path / "out", workers=2)
-    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(
@@ -370,6 +379,7 @@ def test_duplicates_are_found_across_pieces():
     assert find_duplicates(pieces[1:2]).shape == (0, 2)
 
 
+@pytest.mark.usefixtures("no_worker_left")
 def test_results_come_in_order_and_few_tasks_are_read_ahead():
     read = []
 
@@ -383,7 +393,6 @@ def test_results_come_in_order_and_few_tasks_are_read_ahead():
         assert (task, result) == (expected, 2 * expected)
         assert len(read) <= expected + 8
     assert len(read) == 30
-    assert not multiprocessing.active_children()
 
 
 class _Double:
