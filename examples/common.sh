@@ -151,6 +151,8 @@ environment_key() { { requirements "$1" "$2" && cat "$(constraints_for "$1")"; }
 # --- Launching -------------------------------------------------------------------------------------------------------
 #
 #   DRY_RUN=1    print the resolved configuration and end; paths need not be set and need not exist
+#   MAX_RESTARTS start all processes anew so many times when one fails, from the newest checkpoint (docs/recovery.md);
+#                default: 0
 #   SCALE=tiny   the same recipe in miniature: two processes on the CPU, a few steps, text that this machine has
 
 # required NAME MEANING: end, unless the environment variable is set.
@@ -178,7 +180,7 @@ run_training() {
     fi
     # A mistake is one line here; from a job of many processes it would be a page from each.
     WORLD_SIZE="$world" "$PYTHON" -m megatron_grit.cli.train --dry-run "$@" >/dev/null || exit $?
-    local command=("$PYTHON" -m torch.distributed.run --nproc-per-node "$processes")
+    local command=("$PYTHON" -m torch.distributed.run --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-0}")
     # One thread a process. The engine's sequence parallel overlap relies on the order of one connection to the GPU.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
     if ((nodes == 1)); then

@@ -13,6 +13,7 @@
 #   CHECKPOINT        base weights: megatron-grit convert --from Mistral-7B-v0.1 --to CHECKPOINT
 #   OUTPUT_DIR        default: runs/gritlm_7b
 #   GPUS_PER_NODE     default: 8
+#   MAX_RESTARTS      default: 0; see docs/recovery.md
 #   DRY_RUN=1         print the resolved configuration and end
 #   SCALE=tiny        the same in miniature on two CPU processes, with text that every machine has
 set -euo pipefail

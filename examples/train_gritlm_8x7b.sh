@@ -15,6 +15,7 @@
 #   GPUS_PER_NODE     default: 8
 #   NNODES            default: the nodes of the SLURM job, else 32
 #   RDZV_ENDPOINT     HOST:PORT of one node, to start without SLURM: run this script on every node
+#   MAX_RESTARTS      default: 0; see docs/recovery.md
 #   DRY_RUN=1         print the resolved configuration and end
 #   SCALE=tiny        the same in miniature on two CPU processes, with text that every machine has
 set -euo pipefail

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import logging
+import queue
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 
@@ -37,10 +40,30 @@ def have_transformer_engine() -> bool:
     return True
 
 
+def transformer_engine_version() -> str | None:
+    """None where it does not import."""
+    if not have_transformer_engine():
+        return None
+    import transformer_engine
+
+    return str(transformer_engine.__version__)
+
+
 @functools.cache
 def have_varlen_attention() -> bool:
-    """Whether torch carries variable-length flash attention (2.10 and newer)."""
-    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    """Whether torch's variable-length flash attention does what is needed here, and the GPU runs it.
+
+    torch 2.10 has it without windows, a scale and fewer key than query heads; 2.12 with all three. Its kernels are for
+    compute capability 8.0 (A100) and newer.
+    """
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    import torch
+    from torch.nn.attention.varlen import varlen_attn
+
+    if not {"window_size", "scale", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+        return False
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def gpt_model_class() -> type:
@@ -67,21 +90,84 @@ def te_core_attention_class() -> type:
     return TEDotProductAttention
 
 
+def set_router(mlp_spec: Any, router: type) -> None:
+    """Have the specification of a mixture layer build ``router``. It is a ModuleSpec, and a partial from 0.19 on."""
+    arguments = mlp_spec.keywords if isinstance(mlp_spec, functools.partial) else vars(mlp_spec)
+    arguments["submodules"].router = router
+
+
+def let_routers_run_without_transformer_engine() -> None:
+    """On every device: the router of 0.16 asks whether a name is None that it never set (moe_utils.py:1192)."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def take_balancing_loss() -> Any | None:
     """The expert balancing loss that the routers of this process logged since the last call, and forget it.
 
-    The engine keeps it for the life of the process in a tensor of as many layers as the first model had.
+    The engine keeps what routers log for the life of the process in tensors of as many layers as the first model had;
+    the z-loss, which is logged there as well, is dropped.
 
     Returns:
         One value a layer, summed over micro-batches and without its coefficient; None where no router logged any.
     """
-    name = "load_balancing_loss"
     if engine_version() >= (0, 19):
         from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-        entry = get_moe_metrics_tracker().metrics.pop(name, None)
-        return None if entry is None else entry.values
-    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+        logged: dict[str, Any] = get_moe_metrics_tracker().metrics
+        balance = logged.get("load_balancing_loss")
+        values = None if balance is None else balance.values
+    else:
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
-    entry = get_moe_layer_wise_logging_tracker().pop(name, None)
-    return None if entry is None else entry["values"]
+        logged = get_moe_layer_wise_logging_tracker()
+        values = logged.get("load_balancing_loss", {}).get("values")
+    logged.clear()
+    return values
+
+
+def plan_sharded_save(state: dict[str, Any], folder: Path) -> Any:
+    """The engine's request to write a sharded state dict, with nothing written yet but its common part. Collective.
+
+    The engine hands the results of a forked writer back through a manager process, which it starts at the first save by
+    running the main module again and which outlives a killed run. Here a thread writes, so a plain queue takes its
+    place.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if not isinstance(filesystem_async._results_queue, queue.Queue):
+        filesystem_async._results_queue = queue.Queue()
+    options: dict[str, Any] = {}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        options["async_strategy"] = "mcore"  # the default needs nvidia-resiliency-ext
+    return dist_checkpointing.save(state, str(folder), async_sharded_save=True, **options)
+
+
+def write_sharded_file(request: Any, bucket: Any, number: int) -> list[Any]:
+    """Write one file of a planned save and flush it to disk; any thread may.
+
+    Args:
+        request: of :func:`plan_sharded_save`.
+        bucket: one of its write buckets, with tensors on the CPU.
+        number: the bucket's place among them.
+
+    Returns:
+        What the request's finalize functions want to know of the file.
+
+    Raises:
+        Exception: whatever went wrong, an OSError most likely.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    results: queue.Queue[Any] = queue.Queue()
+    pending: queue.Queue[int] = queue.Queue()
+    pending.put(number)
+    transforms = request.async_fn.args[0]
+    FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, results, pending, True)
+    _, written = results.get()
+    if isinstance(written, BaseException):
+        raise written
+    return list(written)

@@ -14,6 +14,9 @@ EXIT_STATUS = 2
 class GritError(Exception):
     """Base of every error that the caller, not the code, has to repair."""
 
+    is_first: bool | None = None
+    """In a job of several processes: whether no other rank failed before. None: not known."""
+
 
 class ConfigError(GritError):
     """A configuration that cannot be run: an unknown key, a wrong value, options that exclude each other."""
@@ -49,5 +52,13 @@ class CheckpointError(GritError):
     """A checkpoint that is missing, incomplete, or of another model."""
 
 
+class AuditError(GritError):
+    """The start-up audit found that the run would train something else than its configuration says."""
+
+
 class NumericsError(GritError):
     """A loss or gradient that is not a number, or a start-up check that found wrong numbers."""
+
+
+class JobError(GritError):
+    """This rank ends because of another one, or because none of them moves. It is never the reason itself."""

@@ -5,17 +5,14 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_grit import __version__
-from megatron_grit.errors import EXIT_STATUS, GritError
+from megatron_grit.errors import EXIT_STATUS
+from megatron_grit.parallel.failures import tell
 from megatron_grit.parallel.logs import configure_logging
-
-_SECONDS_FOR_RANK_0 = 5.0
 
 
 def verbs() -> dict[str, str]:
@@ -48,22 +45,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def guarded(command: Callable[[], object], prog: str = "megatron-grit") -> int:
-    """Run ``command`` and turn an error of the user's into one line. Returns the exit status.
-
-    In a job of several processes rank 0 speaks at once. Another rank waits: if the error is everybody's, the launcher
-    ends it meanwhile, after rank 0 spoke; if the error is its own, it speaks.
-    """
+    """Run ``command`` and turn an error of the user's into one line. Returns the exit status."""
     configure_logging()
     try:
         command()
-    except GritError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank:
-            time.sleep(_SECONDS_FOR_RANK_0)
-        print(f"{prog}: error: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
-        return EXIT_STATUS
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        return tell(error, prog)
     return 0
 
 

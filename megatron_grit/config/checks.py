@@ -116,7 +116,9 @@ _MINIMA: dict[str, tuple[float, bool]] = {
     "data.packing_window": (1, True),
     "data.prefetch_steps": (0, True),
     "training.max_minutes": (0, False),
+    "training.max_skipped_steps": (1, True),
     "loss.temperature": (0, False),
+    "loss.num_blocks": (1, True),
     "loss.false_negative_margin": (-2, True),
     "loss.loss_emb_factor": (0, True),
     "loss.loss_gen_factor": (0, True),
@@ -392,6 +394,14 @@ def _contrast(config: RunConfig) -> Iterator[Problem]:
         for name in ("symmetric", "same_side_negatives"):
             if getattr(knobs, name):
                 yield Problem(f"loss.{name}", f"loss.{name} compares texts of the batch, but loss.negatives is hard")
+        if knobs.num_blocks > 1:
+            yield Problem("loss.num_blocks", "loss.num_blocks has no effect with loss.negatives hard")
+    if config.training.objective != "generative" and config.training.embedding_batch_size % knobs.num_blocks:
+        yield Problem(
+            "loss.num_blocks",
+            f"training.embedding_batch_size {config.training.embedding_batch_size} cannot be cut into "
+            f"{knobs.num_blocks} blocks of equal size (loss.num_blocks)",
+        )
     if any(not 0 < size <= width for size in knobs.matryoshka_dims):
         yield Problem("loss.matryoshka_dims", f"loss.matryoshka_dims must be from 1 to the embedding's width {width}")
 

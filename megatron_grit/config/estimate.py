@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_grit.config.checks import data_parallel_size
+from megatron_grit.config.gathered_keys import gathered_keys
 from megatron_grit.config.schema import ModelConfig, RunConfig
 
 FP32 = 4
@@ -241,6 +242,14 @@ def estimate_memory(
     return max(every, key=lambda memory: memory.peak)
 
 
+class _Row(NamedTuple):
+    """A row of one kind, all segments of the mean length."""
+
+    tokens: int
+    segment_tokens: float
+    causal: bool
+
+
 class _StageMemory:
     """The memory of one process."""
 
@@ -277,13 +286,12 @@ class _StageMemory:
         grad_cache = local_texts * self.projected * FP32 if cached and self.last else 0
         rows = self._row_bytes()
         contrastive = self._contrastive(local_texts) if workload.num_texts and self.last else 0
-        embedding = self._activations(workload.embedding_row_tokens)
-        generative = self._activations(workload.generative_row_tokens)
+        texts = _Row(workload.embedding_row_tokens, workload.text_tokens, self.config.embedding.causal)
+        sequences = _Row(workload.generative_row_tokens, workload.sequence_tokens, True)
+        embedding, generative = self._activations(texts), self._activations(sequences)
         logits = self._logits() if workload.generative_rows and self.last else 0
         pooling = self._pooling() if workload.embedding_rows and self.last else 0
-        layer = max(
-            self._layer_backward(workload.embedding_row_tokens), self._layer_backward(workload.generative_row_tokens)
-        )
+        layer = max(self._layer_backward(texts), self._layer_backward(sequences))
         base = static + rows
         held = max(embedding, generative)
         moments = {
@@ -322,21 +330,22 @@ class _StageMemory:
         per_rank += workload.generative_rows * workload.generative_row_tokens * (8 + 8 + 1 + 8 + 4)
         return per_rank // self.data_size
 
-    def _activations(self, row_tokens: int) -> int:
+    def _activations(self, row: _Row) -> int:
         """Kept for the backward pass of the rows in flight, logits left out."""
-        if not row_tokens:
+        if not row.tokens:
             return 0
-        tokens = ceil(row_tokens / self.parallel.context)
+        tokens = ceil(row.tokens / self.parallel.context)
         shared = tokens // self.tensor if self.parallel.sequence_parallel else tokens
         width = self.model.hidden_size
         if self.config.training.recompute == "full":
             kept = self.layers * shared * width * self.size
         else:
-            kept = self.layers * self._layer_kept(tokens)
+            kept = self.layers * self._layer_kept(row)
         if self.stage == 0 and self.model.hidden_dropout:
             kept += shared * width * (self.size if self.device == "cpu" else 1)
         if self.model.position_embedding == "rope":
             kept += 2 * tokens * self._channels() * FP32  # angles, which all layers share
+        kept += 8 * self._gathered_keys(row)  # which keys were picked, likewise
         kept = int(kept * self._rows_in_flight())
         if self.last:
             kept += self._norm_kept(shared)
@@ -351,14 +360,15 @@ class _StageMemory:
         # Interleaved: a warm-up of 2 (stages behind - 1) + (chunks - 1) stages chunks, and the one at work.
         return max(1.0, min(rows * chunks, 2 * (behind - 1) + (chunks - 1) * self.parallel.pipeline + 1) / chunks)
 
-    def _layer_kept(self, tokens: int) -> int:
+    def _layer_kept(self, row: _Row) -> int:
         """What one layer keeps without full recompute."""
         model, size = self.model, self.size
+        tokens = ceil(row.tokens / self.parallel.context)
         shared = tokens // self.tensor if self.parallel.sequence_parallel else tokens
         kept = 2 * self._norm_kept(shared)
         if model.hidden_dropout:
             kept += 2 * shared * model.hidden_size * (size if self.device == "cpu" else 1)
-        kept += tokens * self._attention_kept()
+        kept += self._attention_kept(tokens, self._gathered_keys(row))
         inner = model.ffn_hidden_size // self.mlp_tensor * size
         gated = model.activation == "swiglu"
         if model.num_experts is None:
@@ -382,19 +392,24 @@ class _StageMemory:
     def _channels(self) -> int:
         return self.model.kv_channels or self.model.hidden_size // self.model.num_attention_heads
 
-    def _attention_kept(self) -> int:
-        """Bytes a token from the query-key-value projection to the output projection."""
+    def _attention_kept(self, tokens: int, gathered: int) -> int:
+        """Bytes from the query-key-value projection to the output projection."""
         queries, keys = (width // self.tensor for width in attention_widths(self.model))
-        kept = queries + 2 * keys + queries  # the projection, whose values attention keeps; the context
-        if self.model.position_embedding == "rope":
-            kept += queries + keys + 4 * self._channels()  # turned queries and keys, sines and cosines of both
-        else:
-            kept += queries
-        if self.config.training.recompute == "none":
-            kept += self._attention_output()
+        rope = self.model.position_embedding == "rope"
+        kept = tokens * 2 * queries  # queries, turned where they are; the context
+        if rope:
+            kept += tokens * 4 * self._channels()  # sines and cosines of queries and of keys
         if self.parallel.context > 1:
-            kept += 2 * keys * self.parallel.context  # keys and values of the whole row, gathered
+            kept += gathered * 2 * keys  # in place of this rank's own
+        else:
+            # The projection, whose values attention keeps, and turned keys.
+            kept += tokens * (queries + 2 * keys + (keys if rope else 0))
+        if self.config.training.recompute == "none":
+            kept += tokens * self._attention_output()
         return kept * self.size
+
+    def _gathered_keys(self, row: _Row) -> int:
+        return gathered_keys(row.tokens, row.segment_tokens, self.parallel.context, row.causal)
 
     def _attention_output(self) -> int:
         """SDPA goes segment by segment and its outputs are joined to one tensor, so both are kept."""
@@ -402,11 +417,11 @@ class _StageMemory:
         segmentwise = backend == "sdpa" or (backend == "auto" and self.device == "cpu")
         return attention_widths(self.model)[0] // self.tensor if segmentwise else 0
 
-    def _layer_backward(self, row_tokens: int) -> int:
+    def _layer_backward(self, row: _Row) -> int:
         """Most that the backward pass of a layer adds to what the forward pass kept."""
-        if not row_tokens:
+        if not row.tokens:
             return 0
-        model, tokens = self.model, ceil(row_tokens / self.parallel.context)
+        model, tokens = self.model, ceil(row.tokens / self.parallel.context)
         width, inner = model.hidden_size, model.ffn_hidden_size // self.mlp_tensor
         gated = 2 if model.activation == "swiglu" else 1
         routed = tokens if model.num_experts is None else tokens * model.moe_top_k
@@ -418,13 +433,14 @@ class _StageMemory:
             gated * width * inner - hidden * (gated - 1),  # of the first matrix, when most of the layer is gone
         )
         adds += states * (1 if model.num_experts is None else 2)
-        return adds * self.size + self._recomputed(tokens)
+        return adds * self.size + self._recomputed(row)
 
-    def _recomputed(self, tokens: int) -> int:
+    def _recomputed(self, row: _Row) -> int:
         """What is computed again for the backward pass of a layer."""
         recompute = self.config.training.recompute
         if recompute == "full":
-            return self._layer_kept(tokens)
+            return self._layer_kept(row)
+        tokens = ceil(row.tokens / self.parallel.context)
         return tokens * self._attention_output() * self.size if recompute == "selective" else 0
 
     def _logits(self) -> int:

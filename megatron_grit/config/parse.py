@@ -189,7 +189,16 @@ def _read_config_file(path: str | Path, located: Located) -> None:
         if section in new.values and new.values[section] is None:
             del new.values[section], new.origins[section]
     _check_keys(new)
+    _restore_switches(new)
     located.update(new)
+
+
+def _restore_switches(located: Located) -> None:
+    """YAML reads a bare on or off as a boolean; a key that takes these words gets the word."""
+    keys = known_keys()
+    for key, value in located.values.items():
+        if isinstance(value, bool) and {"on", "off"} <= set(typing.get_args(keys[key])):
+            located.values[key] = "on" if value else "off"
 
 
 def _check_keys(located: Located) -> None:

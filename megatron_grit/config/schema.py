@@ -57,7 +57,7 @@ class ModelConfig:
     num_experts: int | None = None
     """Experts of a mixture layer. null: a dense model."""
     moe_top_k: int = 2
-    """Experts that each token visits."""
+    """Experts that each token visits, weighed by a softmax over these; 1: by its share of a softmax over all."""
     moe_aux_loss_coeff: float = 0.0
     """Weight of the load-balancing loss, counted on embedding and generative micro-batches."""
     moe_z_loss_coeff: float = 0.0
@@ -171,6 +171,9 @@ class LossConfig:
     """Also find the query of each positive among all queries; the loss is the mean of both directions."""
     negatives: Literal["batch", "hard"] = "batch"
     """batch: every passage of the global batch. hard: only the train_group_size - 1 of the query's own record."""
+    num_blocks: int = 1
+    """The global batch is cut into so many blocks of consecutive queries, and negatives come from the query's own
+    block. For GritLM without --negatives_cross_device: its GPUs x gradient accumulation steps. 1: all of the batch."""
     same_side_negatives: bool = False
     """Other queries are negatives of a query too."""
     mask_equal_texts: bool = False
@@ -180,6 +183,8 @@ class LossConfig:
     compared where embedding.normalize is set. null: none are."""
     matryoshka_dims: list[int] = field(default_factory=list)
     """Also train the first so many channels of the embedding, normalised anew."""
+    gradient_sides: Literal["both", "queries", "passages"] = "both"
+    """queries or passages: the embeddings of the other side count as constants (GritLM's emb_q_only, emb_p_only)."""
     loss_emb_factor: float = 1.0
     """Weight of the contrastive loss."""
     loss_gen_factor: float = 1.0
@@ -243,6 +248,15 @@ class TrainingConfig:
     """Activation recompute: none, core attention, or whole layers."""
     seed: int = 42
     """Seed of the initial weights, the data order and dropout."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: end the run, or leave the step out, note it in output_dir/skipped.jsonl
+    and go on with the next batch. Either way weights and optimizer stay as before the step."""
+    max_skipped_steps: int = 5
+    """With on_nan skip, so many steps in a row that are not finite end the run."""
+    audit: Literal["on", "off"] = "on"
+    """Before the first step, prove on this run's model and data that no token sees another segment, padding, or the
+    future in a causal pass, that the bidirectional pass sees all of a text, that pooling and labels follow the roles,
+    that ranks with the same weights hold the same, and that weights are finite (docs/audit.md)."""
     max_minutes: float | None = None
     """Save and end after the step during which so many minutes have passed since the start; the same command goes on.
     null: no limit."""
@@ -253,13 +267,21 @@ class CheckpointConfig:
     """Saving and loading."""
 
     load: str | None = None
-    """Checkpoint to start from: weights only, optimizer and step start afresh."""
+    """Checkpoint to start from: weights only, optimizer and step start afresh. One of ours, the output_dir of a run, or
+    what Megatron-LM wrote with --ckpt-format torch_dist."""
     resume: bool = True
     """Go on from the newest checkpoint under output_dir, if there is one."""
+    same_data: bool = True
+    """Refuse to go on where the next step's records are not those that the checkpoint announced: data files, blend,
+    batch sizes or seed are others. false: they were changed on purpose."""
     save_interval: int = 500
     """Steps between checkpoints; one is always written at the end. 0: none but the last."""
     keep: int = 2
     """Newest checkpoints that are kept. 0: all."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written; training waits only for a copy of the state, which takes as much of the
+    host's memory as the checkpoint does on disk. The last checkpoint of a run is always waited for. false: write, then
+    train on."""
 
 
 @dataclass(kw_only=True)

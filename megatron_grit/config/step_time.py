@@ -21,12 +21,31 @@ from megatron_grit.config.estimate import (
 )
 from megatron_grit.config.schema import RunConfig
 
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H200 NVL": 835.0,
+    "GH200": 989.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+    "B200": 2250.0,
+}
+"""Peak of a card in bf16, without sparsity, in 10^12 operations a second, by a part of its name; the first that fits
+counts. From NVIDIA's data sheets of the A100, H100, H200 and GH200 and of HGX B200, which give twice as much for sparse
+matrices."""
+
+
+def peak_tflops(card: str) -> float | None:
+    """Peak of a card in bf16 by its name, such as "NVIDIA H100 80GB HBM3". None: not in the table."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in card), None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """What step times are computed from. The defaults are those of one H100 node on its data sheet."""
 
-    peak_tflops: float = 989.0
+    peak_tflops: float = PEAK_TFLOPS["H100"]
     """Peak of a device at the run's precision, in 10^12 operations a second."""
     efficiency: float = 0.4
     """Share of the peak that matrix products and attention reach."""
@@ -44,6 +63,8 @@ class Flops:
 
     embedding: float
     """Both passes of GradCache where there are two."""
+    first_pass: float
+    """Of ``embedding``: the pass without a graph, where gradients are cached."""
     generative: float
     """Forward and backward, the head included."""
     head: float
@@ -55,13 +76,14 @@ class Flops:
 
     @property
     def model(self) -> float:
-        """Without what is computed twice to save memory of activations."""
-        return self.embedding + self.generative + self.contrastive
+        """What the losses and their gradients take, nothing computed twice to save memory: what a share of the peak is
+        stated of (model FLOPs utilisation; PaLM, arXiv 2204.02311, appendix B)."""
+        return self.embedding - self.first_pass + self.generative + self.contrastive
 
     @property
     def total(self) -> float:
         """All that is executed."""
-        return self.model + self.recompute
+        return self.embedding + self.generative + self.contrastive + self.recompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +131,7 @@ def count_flops(config: RunConfig, world_size: int, vocab_size: int, workload: W
     again = {"none": 0.0, "full": embedding + generative, "selective": _core_attention(config, workload)}
     return Flops(
         embedding=float(passes * embedding),
+        first_pass=float((passes - 3) * embedding),
         generative=float(3 * (generative + head)),
         head=float(3 * head),
         contrastive=similarities * data_parallel_size(config, world_size) * config.parallel.tensor,

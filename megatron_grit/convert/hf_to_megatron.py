@@ -90,7 +90,8 @@ def convert_checkpoint(source: str | Path, target: str | Path, tokenizer: str | 
     from megatron_grit.data.tokenizer import load_tokenizer
     from megatron_grit.models.gpt import build_model
     from megatron_grit.parallel.launch import parallel_job
-    from megatron_grit.training.checkpoint import list_checkpoints, save_checkpoint
+    from megatron_grit.training.checkpoint import list_checkpoints
+    from megatron_grit.training.checkpoint_save import save_checkpoint
 
     if list_checkpoints(target):
         raise CheckpointError(f"{target}: there are checkpoints here already; give another directory")

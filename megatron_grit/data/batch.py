@@ -1,6 +1,7 @@
 """What a training step receives: packed rows, and the counts that its losses are divided by.
 
-Shape suffix legend: T = tokens of a row, S = segments of a row (one document, query or passage each).
+Shape suffix legend: T = tokens of a row, S = segments of a row (one document, query or passage each), L = labels of
+a row.
 """
 
 from __future__ import annotations
@@ -36,12 +37,17 @@ class PackedRow:
     """bool [1, T]; True on padding."""
     record_ids: list[str] = field(default_factory=list)
     """Name of each segment's record, for messages: "prefix#index"."""
+    segment_lengths: list[int] | None = None
+    """Length of each segment, padding's included, known to the host; :meth:`to` fills it in. Kernels are launched by it
+    without waiting for a GPU to hand ``cu_seqlens`` back."""
 
     # Generative rows
     labels_1T: Tensor | None = None
     """int64 [1, T]; the token that position t predicts (the next one of its segment), 0 where none is."""
     loss_mask_1T: Tensor | None = None
     """float32 [1, T]; 1 where the label is supervised."""
+    label_index_L: Tensor | None = None
+    """int64 [L]; the positions where it is, found by :meth:`to` while the mask is still on the host."""
 
     # Embedding rows
     segment_ids_T: Tensor | None = None
@@ -73,11 +79,21 @@ class PackedRow:
         return tokens.new_zeros(count).index_add_(0, segments, terms)
 
     def to(self, device: torch.device) -> PackedRow:
-        """Copy with every tensor on ``device``."""
+        """Copy with every tensor on ``device``, and with what the host has to know of it."""
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: to_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        if self.loss_mask_1T is not None and self.label_index_L is None:
+            moved["label_index_L"] = to_device(self.loss_mask_1T[0].nonzero().squeeze(1), device)
+        return replace(self, segment_lengths=self.segment_lengths or self.cu_seqlens.diff().tolist(), **moved)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``. A copy from the host to a GPU is queued behind the work that the GPU has, not waited
+    for: that takes pinned memory, which torch keeps until the copy is done."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 @dataclass(kw_only=True)

@@ -6,9 +6,11 @@ each then reads the tokens of its own rows only. Row r goes to data parallel ran
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -132,6 +134,25 @@ class GritDataLoader:
             num_padded_tokens=sum(padded),
             embedding_source=source_name,
         )
+
+    def fingerprint(self, step: int) -> str:
+        """Which records ``step`` is made of, and where they are cut: the same on every rank and at every layout.
+
+        Folders do not count, so that a run may go on where its data was moved.
+
+        Raises:
+            DataError, ConfigError: as :meth:`batch`.
+        """
+        with self._lock:
+            segments = list(self._embedding.texts(step)[1]) if self._embedding else []
+            if self._generative is not None and self._fixed_rows:
+                segments += [segment for row in self._generative.rows(step) for segment in row]
+            elif self._generative is not None:
+                segments += self._generative.sequences(step)
+        digest = hashlib.sha256()
+        for segment in segments:
+            digest.update(f"{Path(segment.name).name}:{segment.start}:{segment.stop}\n".encode())
+        return digest.hexdigest()
 
     def source_counts(self, num_steps: int) -> dict[str, dict[str, int]]:
         """Queries and generative sequences that each source gives to the first steps, by kind and prefix."""

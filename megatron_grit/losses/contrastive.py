@@ -8,12 +8,12 @@ i * G + 1 to i * G + G - 1 are its negatives.
 
 Similarities are computed for a chunk of anchors at a time, and the gradient with them, so that the matrix of all
 similarities is never in memory: 65,536 queries with as many passages would take 16 GiB, and as much again for its
-gradient.
+gradient. The anchors may be shared out: the losses of all shares add up to the whole, and so do their gradients.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -36,16 +36,24 @@ class ContrastiveOptions:
     """Also find the query of each positive, and take the mean of both directions."""
     negatives: Literal["batch", "hard"] = "batch"
     """batch: every passage of the batch; hard: those of the query's own group only."""
+    num_blocks: int = 1
+    """The batch is cut into so many blocks of consecutive queries, each with a loss of its own; the mean over them."""
     same_side_negatives: bool = False
     """Other queries are negatives of a query too (and, in a symmetric loss, other positives of a positive)."""
     false_negative_margin: float | None = None
     """Leave out a negative that is more similar to its anchor than the positive is by more than this."""
     matryoshka_dims: tuple[int, ...] = ()
     """Also train the first so many channels, normalised anew: the mean over all sizes (arXiv 2205.13147)."""
+    gradient_sides: Literal["both", "queries", "passages"] = "both"
+    """The embeddings of the other side count as constants."""
 
 
 def contrastive_loss(
-    queries_QD: Tensor, passages_PD: Tensor, options: ContrastiveOptions, text_ids: Tensor | None = None
+    queries_QD: Tensor,
+    passages_PD: Tensor,
+    options: ContrastiveOptions,
+    text_ids: Tensor | None = None,
+    anchors: slice | None = None,
 ) -> Tensor:
     """Mean over queries of the cross-entropy of finding the positive among the candidates.
 
@@ -62,112 +70,177 @@ def contrastive_loss(
         options: which texts an anchor is compared with.
         text_ids: int64 [Q + P], equal for equal texts, queries first. A candidate with the text of the positive, or of
             the anchor itself, is left out of the negatives. None: nothing is.
+        anchors: the terms of these queries only (and, in a symmetric loss, of their positives), from start to stop,
+            still divided by Q. None: all.
 
     Returns:
         Scalar in nats. Similarities and softmax are computed in fp32, or in fp64 for embeddings in fp64.
 
     Raises:
-        ValueError: the shapes do not fit the layout, or there are not so many channels.
+        ValueError: the shapes do not fit the layout or the blocks, or there are not so many channels.
     """
-    _check_shapes(queries_QD, passages_PD, options.group_size)
-    width = queries_QD.shape[1]
-    if any(not 0 < size <= width for size in options.matryoshka_dims):
-        raise ValueError(f"embeddings have {width} channels; matryoshka_dims are {options.matryoshka_dims}")
+    return contrastive_loss_and_accuracy(queries_QD, passages_PD, options, text_ids, anchors)[0]
+
+
+def contrastive_loss_and_accuracy(
+    queries_QD: Tensor,
+    passages_PD: Tensor,
+    options: ContrastiveOptions,
+    text_ids: Tensor | None = None,
+    anchors: slice | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`contrastive_loss` and :func:`contrastive_accuracy`, where possible from the same similarities.
+
+    Args and Raises: see there.
+
+    Returns:
+        Loss, and the number of ``anchors`` that are hits divided by Q.
+    """
+    _check_shapes(queries_QD, passages_PD, options)
+    width, anchors = queries_QD.shape[1], anchors or slice(0, len(queries_QD))
     queries_QD, passages_PD = _full_precision(queries_QD), _full_precision(passages_PD)
-    losses = [_loss(queries_QD, passages_PD, options, text_ids)]
+    if options.gradient_sides == "queries":
+        passages_PD = passages_PD.detach()
+    if options.gradient_sides == "passages":
+        queries_QD = queries_QD.detach()
+    whole, accuracy = _loss(queries_QD, passages_PD, options, text_ids, anchors)
+    losses = [whole]
     for size in options.matryoshka_dims:
         if size < width:
             queries, passages = (F.normalize(texts[:, :size], dim=-1) for texts in (queries_QD, passages_PD))
-            losses.append(_loss(queries, passages, options, text_ids))
-    return torch.stack(losses).mean()
+            losses.append(_loss(queries, passages, options, text_ids, anchors)[0])
+    if accuracy is None:
+        accuracy = contrastive_accuracy(queries_QD, passages_PD, options.group_size, anchors)
+    return torch.stack(losses).mean() if len(losses) > 1 else whole, accuracy
 
 
-def _loss(queries_QD: Tensor, passages_PD: Tensor, options: ContrastiveOptions, text_ids: Tensor | None) -> Tensor:
+def _loss(
+    queries_QD: Tensor, passages_PD: Tensor, options: ContrastiveOptions, text_ids: Tensor | None, anchors: slice
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of the anchors, and their share of hits where every passage of the batch was looked at."""
     num_queries, group_size = len(queries_QD), options.group_size
-    first_Q = torch.arange(num_queries, device=queries_QD.device) * group_size
     ids_Q, ids_P = (None, None) if text_ids is None else text_ids.split((num_queries, len(passages_PD)))
+    if options.num_blocks > 1:
+        return _blocks(queries_QD, passages_PD, options, ids_Q, ids_P, anchors), None
     if options.negatives == "hard":
-        return _hard_loss(queries_QD, passages_PD.view(num_queries, group_size, -1), ids_Q, ids_P, options)
-    directions = [_direction(queries_QD, passages_PD, first_Q, queries_QD, ids_Q, ids_P, ids_Q, options)]
+        groups_QGD = passages_PD.view(num_queries, group_size, -1)
+        return _hard_loss(queries_QD, groups_QGD, ids_Q, ids_P, options, anchors), None
+    first_Q = torch.arange(num_queries, device=queries_QD.device) * group_size
+    loss, hits = _direction(queries_QD, passages_PD, first_Q, ids_Q, ids_P, options, anchors)
     if options.symmetric:
         positives_QD = passages_PD[first_Q]
         ids = None if ids_P is None else ids_P[first_Q]
         every = torch.arange(num_queries, device=queries_QD.device)
-        directions.append(_direction(positives_QD, queries_QD, every, positives_QD, ids, ids_Q, ids, options))
-    return torch.stack(directions).mean()
+        loss = (loss + _direction(positives_QD, queries_QD, every, ids, ids_Q, options, anchors)[0]) / 2
+    return loss, hits
+
+
+def _blocks(
+    queries_QD: Tensor,
+    passages_PD: Tensor,
+    options: ContrastiveOptions,
+    ids_Q: Tensor | None,
+    ids_P: Tensor | None,
+    anchors: slice,
+) -> Tensor:
+    """Mean over blocks, each as if it were the batch."""
+    size = len(queries_QD) // options.num_blocks
+    inner, total = replace(options, num_blocks=1), queries_QD.new_zeros(())
+    blocks = zip(queries_QD.split(size), passages_PD.split(size * options.group_size), strict=True)
+    for block, (queries, passages) in enumerate(blocks):
+        start = block * size
+        own = slice(max(anchors.start - start, 0), min(anchors.stop - start, size))
+        ids = None
+        if ids_Q is not None and ids_P is not None:
+            ids = torch.cat((ids_Q[start:][:size], ids_P[start * options.group_size :][: len(passages)]))
+        total = total + _loss(queries, passages, inner, ids, own)[0]
+    return total / options.num_blocks
 
 
 def _direction(
     anchors_AD: Tensor,
     candidates_KD: Tensor,
     targets_A: Tensor,
-    same_side_AD: Tensor,
     anchor_ids: Tensor | None,
     candidate_ids: Tensor | None,
-    same_side_ids: Tensor | None,
     options: ContrastiveOptions,
-) -> Tensor:
+    anchors: slice,
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of finding candidate ``targets_A`` among all, and among the other anchors where they count too."""
     num_others = 0
     if options.same_side_negatives:
-        num_others = len(same_side_AD)
-        candidates_KD = torch.cat((candidates_KD, same_side_AD))
-        if candidate_ids is not None and same_side_ids is not None:
-            candidate_ids = torch.cat((candidate_ids, same_side_ids))
+        num_others = len(anchors_AD)
+        candidates_KD = torch.cat((candidates_KD, anchors_AD))
+        if candidate_ids is not None and anchor_ids is not None:
+            candidate_ids = torch.cat((candidate_ids, anchor_ids))
     arguments = (targets_A, anchor_ids, candidate_ids, num_others, options.temperature, options.false_negative_margin)
-    loss: Tensor = _ChunkedCrossEntropy.apply(anchors_AD, candidates_KD, *arguments)
-    return loss
+    loss, hits = _ChunkedCrossEntropy.apply(anchors_AD, candidates_KD, anchors, *arguments)
+    return loss, hits
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy over anchors; the gradient is computed with the loss, a chunk of anchors at a time."""
+    """Cross-entropy summed over anchors; the gradient is computed with the loss, a chunk of anchors at a time.
+
+    With m the largest logit of the negatives, S = sum over them of exp(logit - m) and x = log S + m - logit of the
+    positive, an anchor's loss is softplus(x), and its gradient with respect to the logits sigmoid(x) times -1 at the
+    positive and exp(logit - m) / S elsewhere. Nothing cancels, so that small losses keep their relative precision.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         anchors_AD: Tensor,
         candidates_KD: Tensor,
+        anchors: slice,
         targets_A: Tensor,
         anchor_ids: Tensor | None,
         candidate_ids: Tensor | None,
         num_others: int,
         temperature: float,
         margin: float | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """``num_others``: that many candidates at the end are the anchors themselves."""
-        needs_gradient = any(ctx.needs_input_grad[:2])
         num_anchors, num_candidates = len(anchors_AD), len(candidates_KD)
-        total = anchors_AD.new_zeros(())
-        gradient_AD = torch.empty_like(anchors_AD) if needs_gradient else None
-        gradient_KD = torch.zeros_like(candidates_KD) if needs_gradient else None
+        loss, hits = anchors_AD.new_zeros(()), anchors_AD.new_zeros(())
+        gradient_AD = torch.zeros_like(anchors_AD) if ctx.needs_input_grad[0] else None
+        gradient_KD = torch.zeros_like(candidates_KD) if ctx.needs_input_grad[1] else None
         step = max(1, CHUNK_ELEMENTS // num_candidates)
+        buffer_CK = anchors_AD.new_empty(min(step, max(0, anchors.stop - anchors.start)), num_candidates)
+        lowest, smallest = torch.finfo(anchors_AD.dtype).min, torch.finfo(anchors_AD.dtype).tiny
         # Autocast would put these products back into bf16, where cosines near 1 differ by no less than 0.004.
         with torch.autocast(anchors_AD.device.type, enabled=False):
-            for start in range(0, num_anchors, step):
-                chunk = slice(start, min(start + step, num_anchors))
+            for start in range(anchors.start, anchors.stop, step):
+                chunk = slice(start, min(start + step, anchors.stop))
                 targets_C1 = targets_A[chunk, None]
-                logits_CK = anchors_AD[chunk] @ candidates_KD.T
-                left_out_CK = _left_out(logits_CK, chunk, targets_C1, anchor_ids, candidate_ids, num_others, margin)
-                logits_CK /= temperature
-                if left_out_CK is not None:
-                    logits_CK.masked_fill_(left_out_CK, -torch.inf)
-                log_sums_C1 = logits_CK.logsumexp(dim=1, keepdim=True)
-                total += (log_sums_C1 - logits_CK.gather(1, targets_C1)).sum()
-                if gradient_AD is not None and gradient_KD is not None:
-                    residual_CK = logits_CK.sub_(log_sums_C1).exp_()
-                    residual_CK.scatter_add_(1, targets_C1, -torch.ones_like(log_sums_C1))
-                    residual_CK /= temperature * num_anchors
-                    gradient_AD[chunk] = residual_CK @ candidates_KD
-                    gradient_KD.addmm_(residual_CK.T, anchors_AD[chunk])
-        if gradient_AD is not None and gradient_KD is not None:
-            ctx.save_for_backward(gradient_AD, gradient_KD)
-        return total / num_anchors
+                anchors_CD = anchors_AD[chunk] / temperature
+                logits_CK = torch.mm(anchors_CD, candidates_KD.T, out=buffer_CK[: len(anchors_CD)])
+                positives_C1 = logits_CK.gather(1, targets_C1)
+                scaled_margin = None if margin is None else margin / temperature
+                left_out = _left_out(logits_CK, chunk, targets_C1, anchor_ids, candidate_ids, num_others, scaled_margin)
+                logits_CK.scatter_(1, targets_C1, -torch.inf)
+                largest_C1 = logits_CK[:, : num_candidates - num_others].amax(1, keepdim=True)
+                hits += (positives_C1 > largest_C1).sum()
+                if left_out is not None:
+                    largest_C1 = logits_CK.masked_fill_(left_out, -torch.inf).amax(1, keepdim=True)
+                largest_C1.clamp_(min=lowest)  # an anchor without negatives
+                weights_CK = logits_CK.sub_(largest_C1).exp_()
+                sums_C1 = weights_CK.sum(1, keepdim=True)
+                excess_C1 = sums_C1.log() + largest_C1 - positives_C1
+                loss += torch.logaddexp(excess_C1, torch.zeros_like(excess_C1)).sum()
+                weights_CK.scatter_(1, targets_C1, -sums_C1)
+                scale_C1 = excess_C1.sigmoid_() / (sums_C1.clamp(min=smallest) * num_anchors)
+                if gradient_AD is not None:
+                    gradient_AD[chunk] = weights_CK @ candidates_KD * (scale_C1 / temperature)
+                if gradient_KD is not None:
+                    gradient_KD.addmm_(weights_CK.T, anchors_CD * scale_C1)
+        ctx.save_for_backward(gradient_AD, gradient_KD)
+        ctx.mark_non_differentiable(hits)
+        return loss / num_anchors, hits / num_anchors
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        gradient_AD, gradient_KD = ctx.saved_tensors
-        return gradient_AD * gradient, gradient_KD * gradient, None, None, None, None, None, None
+        saved = (None if tensor is None else tensor * gradients[0] for tensor in ctx.saved_tensors)
+        return *saved, None, None, None, None, None, None, None
 
 
 def _left_out(
@@ -200,22 +273,25 @@ def _hard_loss(
     ids_Q: Tensor | None,
     ids_P: Tensor | None,
     options: ContrastiveOptions,
+    anchors: slice,
 ) -> Tensor:
     with torch.autocast(queries_QD.device.type, enabled=False):
-        similarities_QG = torch.einsum("qd,qgd->qg", queries_QD, groups_QGD)
-    left_out_QG = torch.zeros_like(similarities_QG, dtype=torch.bool)
+        similarities_AG = torch.einsum("ad,agd->ag", queries_QD[anchors], groups_QGD[anchors])
+    left_out_AG = torch.zeros_like(similarities_AG, dtype=torch.bool)
     if options.false_negative_margin is not None:
-        left_out_QG |= similarities_QG > similarities_QG[:, :1] + options.false_negative_margin
+        left_out_AG |= similarities_AG > similarities_AG[:, :1] + options.false_negative_margin
     if ids_Q is not None and ids_P is not None:
-        ids_QG = ids_P.view_as(similarities_QG)
-        left_out_QG |= (ids_QG == ids_QG[:, :1]) | (ids_QG == ids_Q[:, None])
-    left_out_QG[:, 0] = False
-    logits_QG = (similarities_QG / options.temperature).masked_fill(left_out_QG, -torch.inf)
-    return -logits_QG.log_softmax(dim=1)[:, 0].mean()
+        ids_AG = ids_P.view(len(queries_QD), -1)[anchors]
+        left_out_AG |= (ids_AG == ids_AG[:, :1]) | (ids_AG == ids_Q[anchors, None])
+    left_out_AG[:, 0] = False
+    logits_AG = (similarities_AG / options.temperature).masked_fill(left_out_AG, -torch.inf)
+    return -logits_AG.log_softmax(dim=1)[:, 0].sum() / len(queries_QD)
 
 
 @torch.no_grad()
-def contrastive_accuracy(queries_QD: Tensor, passages_PD: Tensor, group_size: int) -> Tensor:
+def contrastive_accuracy(
+    queries_QD: Tensor, passages_PD: Tensor, group_size: int, anchors: slice | None = None
+) -> Tensor:
     """Share of the queries whose positive is more similar than every other passage of the batch.
 
     A tie counts as a miss, so that embeddings that are all alike score 0 and not 1.
@@ -224,24 +300,27 @@ def contrastive_accuracy(queries_QD: Tensor, passages_PD: Tensor, group_size: in
         queries_QD: as in :func:`contrastive_loss`.
         passages_PD: as in :func:`contrastive_loss`.
         group_size: G.
+        anchors: count hits of these queries only, still divided by Q. None: all.
 
     Returns:
-        fp32 scalar in [0, 1].
+        Scalar in [0, 1].
 
     Raises:
         ValueError: the shapes do not fit the layout.
     """
-    _check_shapes(queries_QD, passages_PD, group_size)
-    hits = torch.zeros((), device=queries_QD.device)
+    _check_shapes(queries_QD, passages_PD, ContrastiveOptions(temperature=1.0, group_size=group_size))
+    queries_QD, passages_PD = _full_precision(queries_QD), _full_precision(passages_PD)
+    hits = queries_QD.new_zeros(())
+    anchors = anchors or slice(0, len(queries_QD))
     step = max(1, CHUNK_ELEMENTS // len(passages_PD))
-    passages_PD = passages_PD.float()
     with torch.autocast(queries_QD.device.type, enabled=False):
-        for start in range(0, len(queries_QD), step):
-            similarities_CP = queries_QD[start : start + step].float() @ passages_PD.T
-            targets_C1 = (torch.arange(len(similarities_CP), device=hits.device) + start)[:, None] * group_size
+        for start in range(anchors.start, anchors.stop, step):
+            stop = min(start + step, anchors.stop)
+            similarities_CP = queries_QD[start:stop] @ passages_PD.T
+            targets_C1 = torch.arange(start, stop, device=hits.device)[:, None] * group_size
             positives_C1 = similarities_CP.gather(1, targets_C1)
             others_CP = similarities_CP.scatter_(1, targets_C1, -torch.inf)
-            hits += (positives_C1 > others_CP).all(dim=1).sum()
+            hits += (positives_C1 > others_CP.amax(1, keepdim=True)).sum()
     return hits / len(queries_QD)
 
 
@@ -249,10 +328,14 @@ def _full_precision(texts_ND: Tensor) -> Tensor:
     return texts_ND if texts_ND.dtype is torch.float64 else texts_ND.float()
 
 
-def _check_shapes(queries_QD: Tensor, passages_PD: Tensor, group_size: int) -> None:
-    num_queries, num_passages = len(queries_QD), len(passages_PD)
+def _check_shapes(queries_QD: Tensor, passages_PD: Tensor, options: ContrastiveOptions) -> None:
+    (num_queries, width), num_passages, group_size = queries_QD.shape, len(passages_PD), options.group_size
     if group_size < 1 or num_queries == 0 or num_passages != num_queries * group_size:
         raise ValueError(
             f"{num_queries} queries with {group_size} passages each need {num_queries * group_size} passages, "
             f"not {num_passages}"
         )
+    if num_queries % options.num_blocks:
+        raise ValueError(f"{num_queries} queries cannot be cut into {options.num_blocks} blocks")
+    if any(not 0 < size <= width for size in options.matryoshka_dims):
+        raise ValueError(f"embeddings have {width} channels; matryoshka_dims are {options.matryoshka_dims}")

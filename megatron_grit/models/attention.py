@@ -9,8 +9,7 @@ Shape suffix legend: T = tokens of a row, N = query heads, G = key-value heads, 
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -26,6 +25,9 @@ from torch import Tensor
 from megatron_grit import compat
 from megatron_grit.errors import ConfigError
 from megatron_grit.models.row_share import RowShare
+
+_MOST_CHANNELS = 256
+"""Of a head in FlashAttention-2's kernels, which torch and TransformerEngine call."""
 
 
 class AttentionMode(StrEnum):
@@ -53,24 +55,22 @@ class PackedSegments(PackedSeqParams):
 
     mode: AttentionMode | None = None
     cache: KeyValueCache | None = None
+    lengths: list[int] = field(default_factory=list)
+    """Queries of each segment, padding included. SDPA goes by it."""
+    key_lengths: list[int] | None = None
+    """Keys of each segment. None: as many as queries."""
     key_index_K: Tensor | None = None
     """Under context parallelism: which of the gathered keys the queries see, piece by piece (see RowShare)."""
     key_group: dist.ProcessGroup | None = None
     """The ranks to gather keys and values over."""
 
-    @functools.cached_property
-    def lengths(self) -> list[int]:
-        """Length of each segment, padding included. Only SDPA reads it: on a GPU that waits for the row."""
-        return self.cu_seqlens_q.diff().tolist()
-
-    @functools.cached_property
-    def key_lengths(self) -> list[int]:
-        """Keys of each segment."""
-        return self.lengths if self.key_index_K is None else self.cu_seqlens_kv.diff().tolist()
-
     @staticmethod
     def of_row(
-        cu_seqlens: Tensor, max_seqlen: int, mode: AttentionMode, share: RowShare | None = None
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        mode: AttentionMode,
+        share: RowShare | None = None,
+        lengths: list[int] | None = None,
     ) -> PackedSegments:
         """Segments of a training row.
 
@@ -79,9 +79,12 @@ class PackedSegments(PackedSeqParams):
             max_seqlen: longest segment.
             mode: attention mode of the whole row.
             share: the part of the row that this rank holds. None: all of it.
+            lengths: of the segments. None: read from ``cu_seqlens``, for which the host waits where that is on a GPU.
         """
+        if lengths is None:
+            lengths = cu_seqlens.diff().tolist()
         if share is not None:
-            pieces = share.pieces(cu_seqlens, mode is AttentionMode.CAUSAL)
+            pieces = share.pieces(lengths, mode is AttentionMode.CAUSAL)
             return PackedSegments(
                 qkv_format="sbhd",
                 cu_seqlens_q=pieces.cu_queries,
@@ -89,6 +92,8 @@ class PackedSegments(PackedSeqParams):
                 max_seqlen_q=max(pieces.query_lengths),
                 max_seqlen_kv=max(pieces.key_lengths),
                 mode=mode,
+                lengths=pieces.query_lengths,
+                key_lengths=pieces.key_lengths,
                 key_index_K=pieces.key_index_K,
                 key_group=share.group,
             )
@@ -99,6 +104,7 @@ class PackedSegments(PackedSeqParams):
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
             mode=mode,
+            lengths=lengths,
         )
 
 
@@ -127,11 +133,13 @@ class PackedAttention(MegatronModule):
         self.sliding_window = sliding_window
         self.backend = backend
         if backend == "te":
+            from megatron.core.transformer.enums import AttnMaskType
+
             # Under context parallelism the engine's wrapper would exchange keys itself, and cut rows otherwise.
             assert config.context_parallel_size == 1, "select_backend refuses this"
             te_attention = compat.te_core_attention_class()
             self.te_attention = te_attention(
-                config, layer_number, attn_mask_type, attention_type, attention_dropout, softmax_scale
+                config, layer_number, AttnMaskType.padding_causal, attention_type, attention_dropout, softmax_scale
             )
 
     def forward(
@@ -159,12 +167,15 @@ class PackedAttention(MegatronModule):
         causal = segments.mode is AttentionMode.CAUSAL
         # A window in the bidirectional pass would cut off what the pass is there to see.
         window = self.sliding_window if causal else None
-        if segments.cache is not None or self.backend == "sdpa":
+        # The engine's wrapper fixes a window when it is built, so it is built without one, and rows that reach beyond
+        # a window take the exact path.
+        beyond = window is not None and segments.max_seqlen_q > window
+        if segments.cache is not None or self.backend == "sdpa" or (self.backend == "te" and beyond):
             context_TNH = self._sdpa(query, key, value, segments, causal, window)
         elif self.backend == "varlen":
             context_TNH = self._varlen(query, key, value, segments, causal, window)
         else:
-            context_TNH = self._transformer_engine(query, key, value, segments, causal, window)
+            context_TNH = self._transformer_engine(query, key, value, segments, causal)
         return context_TNH.reshape(context_TNH.shape[0], 1, -1)
 
     def _sdpa(
@@ -172,7 +183,8 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         outputs = []
-        split_keys = (tensor.split(segments.key_lengths) for tensor in (key, value))
+        key_lengths = segments.lengths if segments.key_lengths is None else segments.key_lengths
+        split_keys = (tensor.split(key_lengths) for tensor in (key, value))
         parts = zip(query.split(segments.lengths), *split_keys, strict=True)
         for segment, (query_LNH, key_LGH, value_LGH) in enumerate(parts):
             if segments.cache is not None:
@@ -185,8 +197,6 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        if self.dropout and self.training:
-            raise ConfigError("the varlen attention backend has no dropout; set model.attention_dropout to 0")
         left = -1 if window is None else window - 1
         context = varlen_attn(
             query,
@@ -204,14 +214,10 @@ class PackedAttention(MegatronModule):
         return context
 
     def _transformer_engine(
-        self, query: Tensor, key: Tensor, value: Tensor, segments: PackedSegments, causal: bool, window: int | None
+        self, query: Tensor, key: Tensor, value: Tensor, segments: PackedSegments, causal: bool
     ) -> Tensor:
         from megatron.core.transformer.enums import AttnMaskType
 
-        # The engine's wrapper fixes a window when it is built, so it is built without one, and rows that reach
-        # beyond a window take the exact path.
-        if window is not None and segments.max_seqlen_q > window:
-            return self._sdpa(query, key, value, segments, causal, window)
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=segments.cu_seqlens_q,
@@ -284,30 +290,39 @@ def attend(
     return output.squeeze(0).transpose(0, 1)
 
 
-def select_backend(wanted: str, device: torch.device, context_size: int = 1) -> str:
-    """The backend of ``model.attention_backend`` on a device.
+def select_backend(wanted: str, device: torch.device, config: TransformerConfig) -> str:
+    """The backend of ``model.attention_backend``.
 
     Args:
-        wanted: as configured.
+        wanted: as configured. auto: the first of te, varlen and sdpa that can do what the run needs.
         device: where the model computes.
-        context_size: context parallel size. Above 1 TransformerEngine is left out: it would exchange keys by itself and
-            expects rows that are cut segment by segment.
+        config: the engine's configuration of the run.
 
     Raises:
-        ConfigError: the wanted backend is not there.
+        ConfigError: the wanted backend cannot.
     """
     if wanted == "auto":
-        if device.type != "cuda":
-            return "sdpa"
-        if compat.have_transformer_engine() and context_size == 1:
-            return "te"
-        return "varlen" if compat.have_varlen_attention() else "sdpa"
-    if wanted != "sdpa" and device.type != "cuda":
-        raise ConfigError(f"model.attention_backend {wanted} needs a GPU; use auto or sdpa")
-    if wanted == "te" and context_size > 1:
-        raise ConfigError("model.attention_backend te does not go with parallel.context above 1; use auto or varlen")
-    if wanted == "te" and not compat.have_transformer_engine():
-        raise ConfigError("model.attention_backend is te, but TransformerEngine does not import; use auto or varlen")
-    if wanted == "varlen" and not compat.have_varlen_attention():
-        raise ConfigError("model.attention_backend is varlen, but this torch has none; use auto or sdpa")
+        return next((name for name in ("te", "varlen") if _obstacle(name, device, config) is None), "sdpa")
+    obstacle = None if wanted == "sdpa" else _obstacle(wanted, device, config)
+    if obstacle is not None:
+        raise ConfigError(f"model.attention_backend is {wanted}, but {obstacle}; use auto or sdpa")
     return wanted
+
+
+def _obstacle(backend: str, device: torch.device, config: TransformerConfig) -> str | None:
+    """Why a fused backend cannot be used. None: it can."""
+    channels = config.kv_channels or 0
+    if device.type != "cuda":
+        return "it needs a GPU"
+    if config.params_dtype is not torch.bfloat16:
+        return "its kernels have no fp32, which training.precision asks for"
+    if channels % 8 or channels > _MOST_CHANNELS:
+        return f"heads have {channels} channels, and its kernels take multiples of 8 up to {_MOST_CHANNELS}"
+    if backend == "varlen":
+        if not compat.have_varlen_attention():
+            return "this torch or this GPU has none"
+        return "it has no dropout, and model.attention_dropout is not 0" if config.attention_dropout else None
+    if not compat.have_transformer_engine():
+        return "TransformerEngine does not import"
+    # It would exchange keys by itself, and expects rows that are cut segment by segment.
+    return "it does not go with parallel.context above 1" if config.context_parallel_size > 1 else None

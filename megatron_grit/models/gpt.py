@@ -91,7 +91,7 @@ class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
         """
         mode = attention_mode(row.kind, self.embedding_config.causal)
         share = RowShare.of_row(row, self.context)
-        segments = PackedSegments.of_row(row.cu_seqlens, row.max_seqlen, mode, share)
+        segments = PackedSegments.of_row(row.cu_seqlens, row.max_seqlen, mode, share, row.segment_lengths)
         segments.cache = cache
         held = row if share is None else share.take(row)
         hidden = None
@@ -120,7 +120,9 @@ class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
         """Angles of each token's own position, [T, 1, 1, H]; positions restart in each segment."""
         if self.position_embedding_type != "rope":
             return None
-        return self.rotary_pos_emb(row.max_seqlen, packed_seq=True)[row.positions_1T[0]]
+        # The engine keeps a table for each of the last 32 lengths that it was asked for, and rows differ in theirs.
+        table = self.rotary_pos_emb(1 << (row.max_seqlen - 1).bit_length(), packed_seq=True)
+        return table[row.positions_1T[0]]
 
     def _router_padding(self, row: PackedRow) -> Tensor | None:
         """Padding that the router's balancing loss leaves out; this rank's share under sequence parallelism."""
@@ -145,13 +147,15 @@ class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
 
     def _token_losses(self, hidden: Tensor, row: PackedRow) -> Tensor:
         assert row.labels_1T is not None and row.loss_mask_1T is not None
-        supervised = row.loss_mask_1T[0].nonzero().squeeze(1)
-        losses = row.loss_mask_1T.new_zeros(row.tokens_1T.shape[1])
         if self.config.sequence_parallel:
             logits = self._shard_logits(hidden)
             token_losses = self.compute_language_model_loss(row.labels_1T, logits)[0]
             return token_losses.float() * row.loss_mask_1T[0]
         # Logits are computed where a label is supervised and nowhere else.
+        supervised = row.label_index_L
+        if supervised is None:  # a GPU's mask is waited for here
+            supervised = row.loss_mask_1T[0].nonzero().squeeze(1)
+        losses = row.loss_mask_1T.new_zeros(row.tokens_1T.shape[1])
         logits = self._shard_logits(hidden[supervised])
         token_losses = self.compute_language_model_loss(row.labels_1T[:, supervised], logits)[0]
         return losses.index_put((supervised,), token_losses.float())
@@ -199,4 +203,20 @@ def build_chunks(config: RunConfig, vocab_size: int, context: ParallelContext) -
     engine_config = transformer_config(config)
     stages = [None] if context.virtual_size is None else range(context.virtual_size)
     chunks = [GritGPTModel(config, engine_config, vocab_size, context, stage) for stage in stages]
+    expert_tensor = config.parallel.expert_tensor or context.tensor_size
+    if expert_tensor != context.tensor_size:
+        for chunk in chunks:
+            _reduce_experts_apart(chunk)
     return [chunk.to(context.device) for chunk in chunks]
+
+
+def _reduce_experts_apart(model: GritGPTModel) -> None:
+    """Have gradients of experts reduced over the ranks that hold the same ones.
+
+    megatron-core 0.16 does so for an expert parallel size above 1 only (layers.py:886). With experts that are split
+    over more tensor parallel ranks than the rest, it would add up gradients of different parts of them; over fewer, it
+    would leave out those of other ranks' tokens.
+    """
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False

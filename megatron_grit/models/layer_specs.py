@@ -11,9 +11,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_grit import compat
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.models.attention import PackedAttention, select_backend
 from megatron_grit.models.norms import norm_class
+from megatron_grit.models.router import PackedRouter
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -42,8 +44,9 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
             "moe_router_load_balancing_type": "aux_loss",
             "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
             "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
-            # Mixtral normalises the chosen experts' weights to 1: softmax over the chosen ones.
-            "moe_router_pre_softmax": False,
+            # Mixtral normalises the chosen experts' weights to 1: softmax over the chosen ones. The weight of one alone
+            # would always be 1, and the router would learn nothing: then it is its share among all (Switch).
+            "moe_router_pre_softmax": model.moe_top_k == 1,
         }
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -92,18 +95,22 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """Layers of this pipeline stage, or of one chunk of it: the engine's local specification with our norms and core
     attention."""
+    if config.model.num_experts is not None:
+        compat.let_routers_run_without_transformer_engine()
     layer = get_gpt_layer_local_spec(
         num_experts=config.model.num_experts,
         moe_grouped_gemm=False,
         normalization=engine_config.normalization,
     )
+    if config.model.num_experts is not None:
+        compat.set_router(layer.submodules.mlp, PackedRouter)
     norm = norm_class(config.model.normalization)
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = norm
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=PackedAttention,
         params={
-            "backend": select_backend(config.model.attention_backend, device, config.parallel.context),
+            "backend": select_backend(config.model.attention_backend, device, engine_config),
             "sliding_window": config.model.sliding_window,
         },
     )

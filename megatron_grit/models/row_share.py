@@ -12,13 +12,14 @@ of the row.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_grit.data.batch import PackedRow
+from megatron_grit.data.batch import PackedRow, to_device
 from megatron_grit.parallel.context import ParallelContext
 
 
@@ -53,7 +54,8 @@ class RowShare:
         if context.context_size == 1:
             return None
         length = row.tokens_1T.shape[1]
-        index = held_positions(length, context.context_rank, context.context_size).to(row.tokens_1T.device)
+        held = held_positions(length, context.context_rank, context.context_size)
+        index = to_device(held, row.tokens_1T.device)
         return RowShare(index, length, context.context_rank, context.context_size, context.context_group)
 
     def take(self, row: PackedRow) -> PackedRow:
@@ -66,16 +68,17 @@ class RowShare:
             padding_mask_1T=row.padding_mask_1T[:, index],
             labels_1T=None if row.labels_1T is None else row.labels_1T[:, index],
             loss_mask_1T=None if row.loss_mask_1T is None else row.loss_mask_1T[:, index],
+            label_index_L=None,
         )
 
-    def pieces(self, cu_seqlens: Tensor, causal: bool) -> Pieces:
-        """What the rank's tokens attend to. On a GPU this waits for ``cu_seqlens``.
+    def pieces(self, lengths: list[int], causal: bool) -> Pieces:
+        """What the rank's tokens attend to.
 
         Args:
-            cu_seqlens: int32 [S + 1], of the whole row.
+            lengths: of the segments of the whole row.
             causal: whether keys after a query are left out.
         """
-        bounds = cu_seqlens.tolist()
+        bounds = list(itertools.accumulate(lengths, initial=0))
         part = self.row_length // (2 * self.size)
         query_lengths, key_lengths, keys = [], [], []
         for number in (self.rank, 2 * self.size - 1 - self.rank):
@@ -87,12 +90,12 @@ class RowShare:
                 query_lengths.append(min(end, last) - max(begin, first))
                 key_lengths.append(stop - first)
                 keys.append(torch.arange(first, stop))
-        device = cu_seqlens.device
+        device = self.index_L.device
         places = gathered_places(self.row_length, self.size)
         return Pieces(
-            cu_queries=_ends(query_lengths).to(device),
-            cu_keys=_ends(key_lengths).to(device),
-            key_index_K=places[torch.cat(keys)].to(device),
+            cu_queries=to_device(_ends(query_lengths), device),
+            cu_keys=to_device(_ends(key_lengths), device),
+            key_index_K=to_device(places[torch.cat(keys)], device),
             query_lengths=query_lengths,
             key_lengths=key_lengths,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,30 +13,30 @@ from torch import Tensor
 from megatron_grit.parallel.context import ParallelContext
 
 
-def all_gather_rows(local_ND: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Concatenate tensors with different numbers of rows over a group.
-
-    The own rows keep their graph and the others' have none: each rank then computes the whole loss, takes its
-    gradient with respect to what it owns, and a sum over ranks is the gradient of the whole.
+def gather_in_order(local_LD: Tensor, places_by_rank: list[Tensor], group: dist.ProcessGroup) -> Tensor:
+    """All ranks' rows in one tensor, each at its place, without a graph.
 
     Args:
-        local_ND: this rank's rows, [counts[rank], D].
-        counts: rows of each rank, known to all.
+        local_LD: this rank's rows; ranks may have different numbers of them.
+        places_by_rank: for each rank the places of its rows, known to all: int64, together 0..N-1.
         group: ranks to gather over.
 
     Returns:
-        [sum(counts), D], rank 0's rows first.
+        [N, D], a new tensor.
     """
-    if len(counts) == 1:
-        return local_ND
-    rank, longest = dist.get_rank(group), max(counts)
-    padded = local_ND.new_zeros(longest, local_ND.shape[1])
-    padded[: counts[rank]] = local_ND.detach()
-    gathered = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(gathered, padded, group=group)
-    parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
-    parts[rank] = local_ND
-    return torch.cat(parts)
+    ordered_ND = local_LD.new_empty(sum(map(len, places_by_rank)), local_LD.shape[1])
+    places_by_rank = [places.to(local_LD.device) for places in places_by_rank]
+    if len(places_by_rank) == 1:
+        ordered_ND[places_by_rank[0]] = local_LD.detach()
+        return ordered_ND
+    longest = max(map(len, places_by_rank))
+    padded = local_LD.new_zeros(longest, local_LD.shape[1])
+    padded[: len(local_LD)] = local_LD.detach()
+    gathered = local_LD.new_empty(len(places_by_rank) * longest, local_LD.shape[1])
+    dist.all_gather_into_tensor(gathered, padded, group=group)
+    for places, part in zip(places_by_rank, gathered.split(longest), strict=True):
+        ordered_ND[places] = part[: len(places)]
+    return ordered_ND
 
 
 class _SumOverGroup(torch.autograd.Function):
@@ -79,3 +81,35 @@ def any_rank(flag: bool, context: ParallelContext) -> bool:
     value = torch.tensor([float(flag)], device=context.device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item() > 0)
+
+
+def all_ranks_arrive(name: str, context: ParallelContext, seconds: float) -> bool:
+    """Whether every process of the job comes to this place within a time; false where one is stuck or gone.
+
+    It is asked of the job's key-value store, not by a collective, which a missing rank would leave hanging.
+
+    Args:
+        name: of the place, used once in a job.
+        context: this process's place in the mesh.
+        seconds: to wait for the others.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"{name}/{context.rank}", "here")
+    try:
+        store.wait([f"{name}/{rank}" for rank in range(context.world_size)], timedelta(seconds=seconds))
+    except RuntimeError:  # DistStoreError is one
+        return False
+    return True
+
+
+def gather_json(value: Any, context: ParallelContext) -> list[Any]:
+    """Every process's value, on every process, in the order of ranks. For values of any length that JSON can hold."""
+    encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(context.device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=context.device) for _ in range(context.world_size)]
+    dist.all_gather(lengths, torch.tensor([len(encoded)], device=context.device))
+    longest = int(max(lengths))
+    padded = torch.zeros(longest, dtype=torch.uint8, device=context.device)
+    padded[: len(encoded)] = encoded
+    parts = [torch.empty_like(padded) for _ in range(context.world_size)]
+    dist.all_gather(parts, padded)
+    return [json.loads(bytes(part[: int(length)].tolist())) for part, length in zip(parts, lengths, strict=True)]

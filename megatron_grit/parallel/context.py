@@ -109,7 +109,7 @@ def build_mesh(
         context_parallel_size=context,
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=expert_tensor,
-        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        distributed_timeout_minutes=timeout_minutes,  # the engine makes a timedelta of it, fractions and all
         create_gloo_process_groups=True,
     )
 

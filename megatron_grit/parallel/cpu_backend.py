@@ -147,13 +147,10 @@ def _replace_tensor_type() -> None:
 
 def _replace_engine_functions() -> None:
     import megatron.core.tensor_parallel.random as random
-    import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    if not hasattr(moe_utils, "te_general_gemm"):  # moe_utils.py:1192 raises NameError without TransformerEngine
-        moe_utils.te_general_gemm = None
 
     def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         # The engine's own returns CPU tensors unchanged, so all_to_all gets tensors as split sizes (mappings.py:444).

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,9 @@ import torch.distributed as dist
 from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.errors import ConfigError, MeshError
 from megatron_grit.parallel.context import ParallelContext, build_mesh, destroy_mesh, mesh_is_built, read_context
+from megatron_grit.parallel.rendezvous import join_job
+
+_MINUTES_TO_START = 10.0
 
 
 def initialize(config: ParallelConfig, seed: int) -> ParallelContext:
@@ -70,12 +72,17 @@ def select_device(wanted: str) -> torch.device:
 
 
 def _init_process_group(device: torch.device, timeout_minutes: float) -> None:
-    alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    store: dist.Store = dist.HashStore()
+    rank, world_size = 0, 1
+    if "RANK" in os.environ:
+        store, rank, world_size = join_job(timedelta(minutes=max(timeout_minutes, _MINUTES_TO_START)))
     dist.init_process_group(
         backend="gloo" if device.type == "cpu" else "nccl",
         timeout=timedelta(minutes=timeout_minutes),
         device_id=device if device.type == "cuda" else None,
-        **alone,
+        store=store,
+        rank=rank,
+        world_size=world_size,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,9 +56,10 @@ class MetricsFile:
         self.file = path.open("a")
 
     def after_step(self, record: dict[str, Any]) -> None:
-        """Append the record at every interval."""
-        if record["step"] % self.interval == 0:
-            self.file.write(json.dumps(record) + "\n")
+        """Append the record at every interval, and of a step whose numbers are not finite, which JSON has as null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        if record["step"] % self.interval == 0 or None in finite.values():
+            self.file.write(json.dumps(finite) + "\n")
             self.file.flush()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: sharded, resharded on load to any layout, and either whole or not there.
+"""Checkpoints: what is in one, where it is, and how it is loaded at any layout. :mod:`checkpoint_save` writes them.
 
 A checkpoint is a directory ``step_00000500`` under ``<output_dir>/checkpoints``:
 
@@ -7,19 +7,18 @@ A checkpoint is a directory ``step_00000500`` under ``<output_dir>/checkpoints``
     random/           random states of each rank (safetensors)
     config.yaml       the resolved configuration
     tokenizer.*       the tokenizer's file
-    state.json        step, layout, versions, vocabulary
+    state.json        step, layout, versions, vocabulary, and what a restored run is compared with
     manifest.json     size and SHA-256 of all the others
 
-It is written under a temporary name, flushed to disk and renamed when complete. Loading compares what it is about to
-read with the manifest.
+Loading compares what it is about to read with the manifest.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +30,29 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_grit import compat
-from megatron_grit.config.parse import load_config, save_config
+from megatron_grit.config.parse import load_config
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.tokenizer import Tokenizer
 from megatron_grit.errors import CheckpointError
 from megatron_grit.models.gpt import GritGPTModel
+from megatron_grit.parallel.collectives import any_rank
 from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.parallel.logs import get_logger
 from megatron_grit.parallel.random import RandomState
-from megatron_grit.training.manifest import verify_manifest, write_manifest
+from megatron_grit.training.manifest import verify_manifest
+from megatron_grit.training.megatron_checkpoint import MegatronNames, is_other_state
+from megatron_grit.training.restore_checks import check_optimizer_step, optimizer_parts
+from megatron_grit.training.sharded_write import ShardedWrite
+
+log = get_logger(__name__)
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step_\d{8,}")
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_REPLACED = ".replaced"
+_SHARDING = "fully_reshardable"
+# Without the second, experts that are split over ranks give the dense and the expert optimizer names of their own.
+_METADATA = {"distrib_optim_sharding_type": _SHARDING, "chained_optim_avoid_prefix": True}
+_HEAD = "embedding_head."
+_LOAD_ERRORS = (CheckpointException, CheckpointingException, RuntimeError, ValueError, KeyError, OSError)
 
 Stage = GritGPTModel | Sequence[GritGPTModel]
 """A process's pipeline stage: one model, or its chunks of layers under an interleaved pipeline."""
@@ -56,8 +65,13 @@ def checkpoint_path(output_dir: str | Path, step: int) -> Path:
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = (Path(output_dir) / "checkpoints").glob("step_*")
-    return sorted(path for path in found if _NAME.fullmatch(path.name) and (path / "state.json").is_file())
+    found: dict[str, Path] = {}
+    for path in sorted((Path(output_dir) / "checkpoints").glob("step_*")):
+        # One that was being replaced when the run was killed stands under its other name: the later of the two.
+        name = path.name.removesuffix(_REPLACED)
+        if _NAME.fullmatch(name) and (path / "state.json").is_file():
+            found.setdefault(name, path)
+    return [found[name] for name in sorted(found)]
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -100,92 +114,32 @@ def tokenizer_path(path: Path) -> Path | None:
     return next((path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()), None)
 
 
-def save_checkpoint(
-    config: RunConfig,
-    context: ParallelContext,
-    model: Stage,
-    optimizer: Any | None,
-    tokenizer: Tokenizer,
-    step: int,
-) -> Path:
-    """Write a checkpoint; on return it is complete. Collective over all ranks.
-
-    Args:
-        config: the resolved configuration.
-        context: this process's place in the mesh.
-        model: this process's stage, or its chunks, unwrapped.
-        optimizer: the engine's optimizer. None: save weights only.
-        tokenizer: copied beside the weights.
-        step: steps that were trained.
-    """
-    final = checkpoint_path(config.output_dir, step)
-    partial = final.with_name(final.name + ".partial")
-    if context.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name in ("random", "optimizer") if optimizer is not None else ():
-            (partial / name).mkdir()
-        save_config(config, partial / "config.yaml")
-        shutil.copyfile(tokenizer.path, partial / f"tokenizer{Path(tokenizer.path).suffix}")
-    dist.barrier()
-    save_weights(model, context, partial)
-    if optimizer is not None:
-        state = optimizer.sharded_state_dict(model_state(model, context), metadata=_METADATA | _groups(context))
-        dist_checkpointing.save({"optimizer": state}, str(partial / "optimizer"))
-        random = RandomState.capture().as_tensors()
-        safetensors.torch.save_file(random, str(partial / "random" / f"rank_{context.rank:05d}.safetensors"))
-    if context.rank == 0:
-        (partial / "state.json").write_text(json.dumps(_state(config, context, tokenizer, step), indent=1) + "\n")
-    dist.barrier()
-    write_manifest(partial, context)
-    if context.rank == 0:
-        replaced = final.with_name(final.name + ".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():  # a step that was saved before: two renames, so that one of the two is always there
-            final.rename(replaced)
-        partial.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        _remove_old(config)
-    dist.barrier()
-    return final
-
-
-def _state(config: RunConfig, context: ParallelContext, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "world_size": context.world_size,
-        "parallel": {
-            "tensor": context.tensor_size,
-            "pipeline": context.pipeline_size,
-            "context": context.context_size,
-            "data": context.data_size,
-            "expert": context.expert_size,
-        },
-        "vocab_size": config.model.vocab_size or tokenizer.vocab_size,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "seed": config.training.seed,
-        "versions": compat.installed_versions(),
-    }
-
-
-def _remove_old(config: RunConfig) -> None:
-    if config.checkpoint.keep:
-        for path in list_checkpoints(config.output_dir)[: -config.checkpoint.keep]:
-            shutil.rmtree(path)
-
-
-def _groups(context: ParallelContext) -> dict[str, Any]:
-    return {"dp_cp_group": context.replica_group}
-
-
-def model_state(model: Stage, context: ParallelContext) -> dict[str, Any]:
+def model_state(model: Stage, context: ParallelContext, **metadata: Any) -> dict[str, Any]:
     """The model's sharded state dict; with several chunks one for each, under "chunk0" and so on.
 
     Names on disk hold the number of a layer in the whole model, so they do not depend on the chunks.
     """
-    states = [chunk.sharded_state_dict(metadata=_groups(context)) for chunk in _chunks(model)]
+    metadata |= {"dp_cp_group": context.replica_group}
+    states = [chunk.sharded_state_dict(metadata=metadata) for chunk in _chunks(model)]
     return states[0] if len(states) == 1 else {f"chunk{number}": state for number, state in enumerate(states)}
+
+
+def optimizer_state(optimizer: Any, model: Stage, context: ParallelContext, *, is_loading: bool) -> dict[str, Any]:
+    """The optimizer's sharded state dict, as ``optimizer/`` holds it."""
+    metadata = _METADATA | {"dp_cp_group": context.replica_group}
+    state = optimizer.sharded_state_dict(model_state(model, context), is_loading=is_loading, metadata=metadata)
+    return {"optimizer": state}
+
+
+def layout_of(context: ParallelContext) -> dict[str, int]:
+    """What state.json says of the mesh."""
+    return {
+        "tensor": context.tensor_size,
+        "pipeline": context.pipeline_size,
+        "context": context.context_size,
+        "data": context.data_size,
+        "expert": context.expert_size,
+    }
 
 
 def _chunks(model: Stage) -> list[GritGPTModel]:
@@ -197,29 +151,60 @@ def save_weights(model: Stage, context: ParallelContext, path: Path) -> None:
     if context.rank == 0:
         (path / "weights").mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    dist_checkpointing.save(model_state(model, context), str(path / "weights"))
-    dist.barrier()
+    write = ShardedWrite(model_state(model, context), path / "weights")
+    write.write()
+    write.close()
 
 
 def load_weights(path: Path, model: Stage, context: ParallelContext) -> None:
     """Load a checkpoint's weights, whatever layout it was saved from. Collective over all ranks.
 
+    Args:
+        path: a checkpoint of ours, or an iteration's directory of Megatron-LM's.
+        model: this process's stage, or its chunks, unwrapped.
+        context: this process's place in the mesh.
+
     Raises:
         CheckpointError: a tensor is missing, is not in the model, or has another shape.
     """
-    verify_manifest(path, context, "weights")
-    state = model_state(model, context)
+    if (path / "weights").is_dir():
+        verify_manifest(path, context, "weights")
+        _load_model(path, path / "weights", model_state(model, context), model)
+    else:
+        _load_megatron(path, model, context)
+
+
+def _load_megatron(path: Path, model: Stage, context: ParallelContext) -> None:
+    chunks, problem = _chunks(model), None
+    state: dict[str, Any] = {}
     try:
-        loaded, missing, unexpected = dist_checkpointing.load(
-            state, str(path / "weights"), strict=StrictHandling.RETURN_ALL
-        )
-    except (CheckpointException, CheckpointingException, RuntimeError, ValueError, KeyError, OSError) as error:
+        names = MegatronNames(path)
+        state = model_state(model, context, **names.metadata())
+        names.rename(state)
+        names.check(state, chunks[0].config.num_layers, chunks[0].num_tokens_in_vocab)
+    except CheckpointError as error:
+        problem = error
+    if any_rank(problem is not None, context):
+        raise problem or CheckpointError(f"{path}: does not fit this model; another rank says why")
+    _load_model(path, path, state, model, is_megatron=True)
+
+
+def _load_model(path: Path, folder: Path, state: dict[str, Any], model: Stage, *, is_megatron: bool = False) -> None:
+    try:
+        loaded, missing, unexpected = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
+    except _LOAD_ERRORS as error:
         raise CheckpointError(
             f"{path}: does not fit this model or is damaged ({_reason(error)}); compare its config.yaml with the model "
             "section in use"
         ) from error
-    missing = {name for name in missing if not name.endswith("_extra_state")}
-    unexpected = {name for name in unexpected if not name.endswith("_extra_state")}
+    missing = {name for name in missing if "_extra_state" not in name}
+    unexpected = {name for name in unexpected if "_extra_state" not in name}
+    if is_megatron:
+        missing = {name for name in missing if not is_other_state(name)}
+        fresh = {name for name in unexpected if name.startswith(_HEAD)}
+        if fresh:
+            log.info(f"{path} has no embedding head: it starts from its initial weights")
+        unexpected -= fresh
     if missing or unexpected:
         named = ", ".join(sorted(missing | unexpected)[:4])
         raise CheckpointError(
@@ -256,41 +241,81 @@ def check_same_model(path: Path, config: RunConfig) -> None:
                 )
 
 
-def load_training_state(path: Path, model: Stage, optimizer: Any, context: ParallelContext) -> int:
-    """Load weights, optimizer and, where the number of processes is the same, random states. Collective.
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """Where a run goes on from, and what its first step is compared with."""
 
-    Returns:
-        Steps that were trained.
+    path: Path
+    step: int
+    """Steps that were trained."""
+    random: dict[str, torch.Tensor] | None
+    """Random states that were put back. None: the layout is another one, the generators are those of a fresh start."""
+    next_records: str | None
+    """Fingerprint of the records of the next step. None: not known."""
+
+
+def load_training_state(path: Path, model: Stage, optimizer: Any, context: ParallelContext) -> Restored:
+    """Load weights, optimizer and, where the layout is the same, random states. Collective.
+
+    Raises:
+        CheckpointError: it is damaged, holds weights only, or the optimizer did not come out as it was saved.
     """
-    for folder in ("optimizer", "random"):
-        verify_manifest(path, context, folder)
-    load_weights(path, model, context)
+    verify_manifest(path, context)
     state = read_state(path)
+    _load_model(path, path / "weights", model_state(model, context), model)
+    next_records = state.get("next_records")
     if state["step"] == 0:
         optimizer.reload_model_params()
-        return 0
+        return Restored(path=path, step=0, random=None, next_records=next_records)
     if not (path / "optimizer").is_dir():
         raise CheckpointError(f"{path}: holds weights only; start from it with checkpoint.load")
-    for part in _parts(optimizer):
+    _load_optimizer(path, optimizer, model, context, state.get("optimizer_step"))
+    check_optimizer_step(path, optimizer, state.get("optimizer_step"))
+    random = None
+    if state["world_size"] == context.world_size and state["parallel"] == layout_of(context):
+        random = safetensors.torch.load_file(str(random_file(path, context.rank)))
+        RandomState.from_tensors(random).restore()
+    return Restored(path=path, step=int(state["step"]), random=random, next_records=next_records)
+
+
+def _load_optimizer(path: Path, optimizer: Any, model: Stage, context: ParallelContext, step: int | None) -> None:
+    parts = optimizer_parts(optimizer)
+    for part in parts:
         part._init_optimizer_states_with_dummy_values()
-    wanted = optimizer.sharded_state_dict(
-        model_state(model, context), is_loading=True, metadata=_METADATA | _groups(context)
-    )
-    loaded = dist_checkpointing.load({"optimizer": wanted}, str(path / "optimizer"))
-    for part in _parts(optimizer):
+    wanted = optimizer_state(optimizer, model, context, is_loading=True)
+    groups = [part.state_dict()["optimizer"] for part in parts]
+    try:
+        loaded = dist_checkpointing.load(wanted, str(path / "optimizer"))["optimizer"]
+    except _LOAD_ERRORS as error:
+        raise CheckpointError(
+            f"{path}: its optimizer does not fit this run or is damaged ({_reason(error)}); start from its weights "
+            "with checkpoint.load"
+        ) from error
+    # Settings of parameter groups are the configuration's; of the saved ones only the step matters. How many groups
+    # and optimizers there are depends on the layout.
+    step = _saved_step(loaded) if step is None else step
+    states = []
+    for number, group in enumerate(groups):
+        for entry in group["param_groups"]:
+            entry["step"] = float(step)
+        own = loaded[number] if len(parts) > 1 else loaded
+        states.append({"optimizer": group, "param_state": own["param_state"], "param_state_sharding_type": _SHARDING})
+    for part in parts:
         _tolerate_missing_step(part)
-    optimizer.load_state_dict(loaded["optimizer"])
-    for part in _parts(optimizer):
+    optimizer.load_state_dict(states[0] if len(states) == 1 else dict(enumerate(states)))
+    for part in parts:
         _separate_adam_steps(part)
-    if state["world_size"] == context.world_size:
-        file = path / "random" / f"rank_{context.rank:05d}.safetensors"
-        RandomState.from_tensors(safetensors.torch.load_file(str(file))).restore()
-    return int(state["step"])
 
 
-def _parts(optimizer: Any) -> list[Any]:
-    """The optimizers that the engine chained: dense and expert parameters."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+def _saved_step(loaded: dict[Any, Any]) -> int:
+    """Adam's step in a checkpoint whose state.json does not tell it."""
+    first = loaded if "optimizer" in loaded else loaded[0]
+    return int(first["optimizer"]["param_groups"][0]["step"])
+
+
+def random_file(path: Path, rank: int) -> Path:
+    """Where a checkpoint holds the random states of a rank."""
+    return path / "random" / f"rank_{rank:05d}.safetensors"
 
 
 def _tolerate_missing_step(optimizer: Any) -> None:

@@ -1,6 +1,7 @@
 """Size and SHA-256 of every file of a checkpoint: written with it, compared before anything of it is used.
 
-The work is shared over ranks: each hashes some of the files.
+The work is shared over ranks: each describes the files that it wrote, where and when it wrote them, and rank 0 puts the
+parts together.
 """
 
 from __future__ import annotations
@@ -8,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megatron_grit.errors import CheckpointError
 from megatron_grit.files import write_json
@@ -20,22 +20,31 @@ from megatron_grit.parallel.context import ParallelContext
 NAME = "manifest.json"
 
 
-def write_manifest(folder: Path, context: ParallelContext) -> None:
-    """Flush a folder's files to disk and write its manifest. Collective over all ranks; all files are there."""
-    files = _files_of(folder)
-    mine = {str(path.relative_to(folder)): _describe(path) for path in files[context.rank :: context.world_size]}
-    part = folder / f".{NAME}.{context.rank}"
-    part.write_text(json.dumps(mine))
-    dist.barrier()
-    if context.rank == 0:
-        parts = [folder / f".{NAME}.{rank}" for rank in range(context.world_size)]
-        entries = {name: entry for path in parts for name, entry in json.loads(path.read_text()).items()}
-        write_json(folder / NAME, {"files": dict(sorted(entries.items()))})
-        for path in parts:
-            path.unlink()
-        for directory in {path.parent for path in files} | {folder}:
-            _sync(directory)
-    dist.barrier()
+def write_part(folder: Path, paths: Iterable[Path], rank: int) -> None:
+    """Flush a rank's files to disk and write what the manifest will say of them. Not collective; any thread."""
+    entries = {str(path.relative_to(folder)): _describe(path) for path in paths}
+    _part(folder, rank).write_text(json.dumps(entries))
+
+
+def write_manifest(folder: Path, world_size: int) -> None:
+    """Make the manifest of all ranks' parts and of whatever other files there are. One rank, when all have written."""
+    entries: dict[str, dict[str, int | str]] = {}
+    for rank in range(world_size):
+        part = _part(folder, rank)
+        entries |= json.loads(part.read_text())
+        part.unlink()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        name = str(path.relative_to(folder))
+        if name not in entries:
+            entries[name] = _describe(path)
+    write_json(folder / NAME, {"files": dict(sorted(entries.items()))})
+    for directory in {path.parent for path in files} | {folder}:
+        sync_folder(directory)
+
+
+def _part(folder: Path, rank: int) -> Path:
+    return folder / f".{NAME}.{rank}"
 
 
 def verify_manifest(folder: Path, context: ParallelContext, within: str = "") -> None:
@@ -76,10 +85,6 @@ def _first_problem(folder: Path, within: str, context: ParallelContext) -> Check
     return None
 
 
-def _files_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(f".{NAME}"))
-
-
 def _describe(path: Path) -> dict[str, int | str]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -87,7 +92,8 @@ def _describe(path: Path) -> dict[str, int | str]:
         return {"bytes": file.tell(), "sha256": digest}
 
 
-def _sync(directory: Path) -> None:
+def sync_folder(directory: Path) -> None:
+    """Flush a directory's list of names to disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

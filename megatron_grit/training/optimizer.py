@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.models.gpt import GritGPTModel
+from megatron_grit.parallel import positions
 
 
 def wrap_model(model: GritGPTModel) -> DistributedDataParallel:
@@ -37,12 +38,17 @@ def wrap_chunks(chunks: Sequence[GritGPTModel], overlap: bool = False) -> list[D
     )
     wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
     engine_config = chunks[0].config
-    engine_config.finalize_model_grads_func = finalize_model_grads
+    engine_config.finalize_model_grads_func = _reduce_gradients
     if overlap:
         # Without it every row would count towards "all gradients are there", which is told by the first step's count:
         # a step with more rows would be reduced before its last.
         engine_config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped
+
+
+def _reduce_gradients(*args: Any, **kwargs: Any) -> None:
+    positions.at("gradient reduction")
+    finalize_model_grads(*args, **kwargs)
 
 
 def gather_weights(wrapped: Sequence[DistributedDataParallel]) -> None:

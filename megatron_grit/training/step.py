@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,11 +13,13 @@ from torch import Tensor
 from megatron_grit import compat
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.batch import PackedRow, StepBatch
-from megatron_grit.errors import ConfigError, NumericsError
+from megatron_grit.errors import ConfigError
 from megatron_grit.models.gpt import Output
+from megatron_grit.parallel import positions
 from megatron_grit.parallel.collectives import from_last_stage, sum_over_replicas
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState, replay
+from megatron_grit.training.nonfinite import NonFiniteGuard, RowOutcomes
 from megatron_grit.training.objectives import embedding, generative
 
 METRICS = ("loss_emb", "loss_gen", "accuracy_emb")
@@ -44,6 +45,8 @@ class TrainStep:
         self.config, self.context = config, context
         self.chunks = list(model) if isinstance(model, Sequence) else [model]
         self.optimizer = optimizer
+        self.guard = NonFiniteGuard(config, context)
+        self.outcomes = RowOutcomes()
         compat.take_balancing_loss()  # an earlier model's
         self.objectives = [kind.Objective(config, context) for kind in (embedding, generative)]
 
@@ -52,26 +55,34 @@ class TrainStep:
 
         Returns:
             loss, loss_emb, loss_gen, accuracy_emb, grad_norm and, for a mixture, loss_balance; the same on all ranks.
+            With ``training.on_nan`` skip also skipped_steps, the number of steps of the run that were not taken.
 
         Raises:
-            NumericsError: a loss or the gradient is not finite. Weights are as before the step where a loss was at
-                fault.
+            NumericsError: a loss or the gradient is not finite. Weights and optimizer are as before the step.
         """
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        positions.enter("starting", batch.step + 1)
         metrics = self.accumulate_gradients(batch)
-        self._check_finite(metrics, batch, "loss")
-        succeeded, grad_norm, _ = self.optimizer.step()
-        assert succeeded, "the engine skips steps in fp16 only"
-        metrics["grad_norm"] = float(grad_norm)
-        self._check_finite(metrics, batch, "grad_norm")
+        # The optimizer's own step computes the norm, clips by it and updates without a look at it, so it is asked for
+        # the norm first. Both calls may be repeated.
+        positions.at("gradient norm")
+        self.optimizer.prepare_grads()
+        metrics["grad_norm"] = float(self.optimizer.get_grad_norm())
+        if self.guard.takes_step(batch, metrics, self.outcomes, self.chunks):
+            positions.at("optimizer")
+            succeeded, _, _ = self.optimizer.step()
+            assert succeeded, "the engine skips steps in fp16 only"
+        if self.config.training.on_nan == "skip":
+            metrics["skipped_steps"] = self.guard.num_skipped
         return metrics
 
     def accumulate_gradients(self, batch: StepBatch) -> dict[str, float]:
         """Add the batch's gradients, reduced over ranks, to the gradient buffers."""
         work: list[tuple[Any, int, PackedRow]] = []
+        self.outcomes = RowOutcomes()
         for objective in self.objectives:
             rows = [row.to(self.context.device) for row in objective.rows(batch)]
             if rows:
@@ -83,16 +94,19 @@ class TrainStep:
 
         def forward_step(iterator: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             objective, index, row = next(iterator)
+            positions.at(f"{row.kind.value} forward and backward", index, len(objective.rows(batch)))
             with replay(objective.random_state(self.chunks.index(model), index)):
                 output = model(row, objective.output)
 
             def loss_function(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                self.outcomes.add(row, index, output)
                 loss, row_metrics = objective.row_loss(index, row, output)
                 return loss * scale, row_metrics
 
             return output, loss_function
 
         reported = self._run_schedule(forward_step, work, batch.row_length, forward_only=False)
+        positions.at("sum of losses")
         return self._reduce_metrics(reported, len(work))
 
     def _forward_all_for(self, batch: StepBatch) -> Callable[..., list[Tensor]]:
@@ -103,6 +117,7 @@ class TrainStep:
                 iterator: Iterator[tuple[int, PackedRow]], model: torch.nn.Module
             ) -> tuple[Tensor, Callable]:
                 index, row = next(iterator)
+                positions.at("first pass", index, len(items))
                 random_states[self.chunks.index(model), index] = RandomState.capture()
                 states = model(row, output)
                 return states, lambda states: (states.new_zeros(()), {"output": states})
@@ -112,6 +127,7 @@ class TrainStep:
             items = list(enumerate(rows)) + [(len(rows) + extra, rows[-1]) for extra in range(missing)]
             with torch.no_grad():
                 reported = self._run_schedule(forward_step, items, batch.row_length, forward_only=True)
+            positions.at("loss of the global batch")
             return [entry["output"] for entry in reported[: len(rows)]]
 
         return forward_all
@@ -165,17 +181,6 @@ class TrainStep:
         if self.context.sequence_parallel:  # each tensor parallel rank logged the part of its tokens
             torch.distributed.all_reduce(total, group=self.context.tensor_group)
         return float(sum_over_replicas(total, self.context)) / self.context.data_size
-
-    def _check_finite(self, metrics: dict[str, float], batch: StepBatch, name: str) -> None:
-        if math.isfinite(metrics[name]):
-            return
-        rows = batch.embedding_rows + batch.generative_rows
-        records = [record for row in rows for record in row.record_ids]
-        shown = ", ".join(records[:8]) + (f" and {len(records) - 8} more" if len(records) > 8 else "")
-        raise NumericsError(
-            f"step {batch.step}: {name} is {metrics[name]}; records of {self.context.describe()}: {shown}. "
-            f"Lower optimizer.lr or check these records; the newest checkpoint is from before"
-        )
 
 
 def rows_in_turn(num_rows: int, num_stages: int) -> int:

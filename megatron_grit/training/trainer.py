@@ -13,19 +13,24 @@ from megatron_grit.data.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError
 from megatron_grit.files import write_json
 from megatron_grit.models.gpt import build_chunks
+from megatron_grit.parallel import positions
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.parallel.logs import configure_logging, get_logger
+from megatron_grit.parallel.watch import JobWatch, is_broken_connection
+from megatron_grit.training.audit.run import audit
 from megatron_grit.training.callbacks import Callback, build_callbacks
 from megatron_grit.training.checkpoint import (
+    Restored,
     check_same_model,
     list_checkpoints,
     load_training_state,
     load_weights,
     resolve_checkpoint,
-    save_checkpoint,
 )
+from megatron_grit.training.checkpoint_save import CheckpointSaver, clear_leftovers
 from megatron_grit.training.estimate_report import EstimateReport, MemoryMeter
+from megatron_grit.training.megatron_checkpoint import find_megatron_checkpoint
 from megatron_grit.training.optimizer import (
     build_optimizer,
     build_schedule,
@@ -33,10 +38,14 @@ from megatron_grit.training.optimizer import (
     set_learning_rate,
     wrap_chunks,
 )
+from megatron_grit.training.restore_checks import check_next_records, check_random_states
 from megatron_grit.training.step import TrainStep
 from megatron_grit.training.stop import StopRequest
 
 log = get_logger(__name__)
+
+AUDITED_STEPS = 2
+"""First steps whose data the start-up audit looks at."""
 
 
 def train(config: RunConfig) -> None:
@@ -46,7 +55,8 @@ def train(config: RunConfig) -> None:
         GritError: whatever the user can repair: configuration, mesh, data, checkpoint, numerics.
     """
     configure_logging()
-    with parallel_job(config.parallel, config.training.seed) as context:
+    minutes = config.parallel.timeout_minutes
+    with parallel_job(config.parallel, config.training.seed) as context, JobWatch(context, minutes):
         check(config, context.world_size)
         Trainer(config, context).run()
 
@@ -71,6 +81,7 @@ class Trainer:
             raise ConfigError("data.tokenizer is not set; give a SentencePiece model or a tokenizer.json")
         self.config, self.context = config, context
         self.tokenizer = load_tokenizer(config.data.tokenizer)
+        positions.enter("opening data")
         self.loader = GritDataLoader(
             config,
             self.tokenizer,
@@ -81,26 +92,38 @@ class Trainer:
         )
         vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
         self.report = EstimateReport(config, context, vocab_size, MemoryMeter(context.device))
+        positions.enter("building the model")
         self.chunks = build_chunks(config, vocab_size, context)
         self.wrapped = wrap_chunks(self.chunks, config.parallel.overlap)
         self.optimizer = build_optimizer(config, self.wrapped)
         self.schedule = build_schedule(config, self.optimizer)
         self.step = TrainStep(config, context, self.wrapped, self.optimizer)
+        self.saver = CheckpointSaver(config, context, self.tokenizer, self.loader.fingerprint, self._saved)
+        self.restored: Restored | None = None
 
     def run(self) -> None:
         """Train from where the run stands to the last step."""
         config = self.config
-        start = self._restore()
         if self.context.rank == 0:
             make_output_directory(config.output_dir)
+        clear_leftovers(config.output_dir, self.context)
+        positions.enter("restoring")
+        start = self._restore()
+        if self.context.rank == 0:
             save_config(config, Path(config.output_dir) / "config.yaml")
         log.info(mesh_summary(config, self.context.world_size))
         log.info(f"{self.num_parameters():,} parameters on rank 0; steps {start} to {config.training.steps}")
+        self.step.guard.resume(start)
         callbacks = build_callbacks(config, self.context, start)
         try:
             minutes = config.training.max_minutes
             with StopRequest(self.context, None if minutes is None else 60 * minutes) as stop:
                 self._loop(start, callbacks, stop)
+                self.saver.finish()
+        except Exception as error:
+            if not is_broken_connection(error):  # without the other ranks there is nothing to finish
+                self.saver.finish_after_error()
+            raise
         finally:
             for callback in callbacks:
                 callback.close()
@@ -110,20 +133,37 @@ class Trainer:
         checkpoints = list_checkpoints(self.config.output_dir) if self.config.checkpoint.resume else []
         if checkpoints:
             check_same_model(checkpoints[-1], self.config)
-            step = load_training_state(checkpoints[-1], self.chunks, self.optimizer, self.context)
+            self.restored = load_training_state(checkpoints[-1], self.chunks, self.optimizer, self.context)
             log.info(f"resumed from {checkpoints[-1]}")
-            return step
+            return self.restored.step
         if self.config.checkpoint.load is not None:
-            path = resolve_checkpoint(self.config.checkpoint.load)
+            given = self.config.checkpoint.load
+            path = find_megatron_checkpoint(Path(given)) or resolve_checkpoint(given)
             load_weights(path, self.chunks, self.context)
             self.optimizer.reload_model_params()
             log.info(f"started from the weights of {path}")
         return 0
 
+    def _check_restored(self, start: int) -> None:
+        """Just before the first step: whatever was built since the restore may have drawn random numbers."""
+        restored = self.restored
+        if restored is None:
+            return
+        if restored.random is not None:
+            check_random_states(restored.path, restored.random)
+        if restored.next_records is not None and self.config.checkpoint.same_data:
+            check_next_records(restored.path, restored.next_records, self.loader.fingerprint(start), start)
+
     def _loop(self, start: int, callbacks: list[Callback], stop: StopRequest) -> None:
         config, last = self.config, self.config.training.steps
         if start == last == 0:
-            self.save(0)
+            self.save(0, wait=True)
+        if start < last and config.training.audit == "on":
+            first = (self.loader.batch(step) for step in range(start, min(start + AUDITED_STEPS, last)))
+            audit(config, self.context, self.wrapped, self.tokenizer, first)
+        if start < last:
+            self._check_restored(start)
+        positions.enter("loading data", start + 1)
         for batch in self.loader.iterate(start, last):
             began = time.perf_counter()
             learning_rate = set_learning_rate(self.schedule, batch.step)
@@ -146,19 +186,25 @@ class Trainer:
             for callback in callbacks:
                 callback.after_step(record)
             interval = config.checkpoint.save_interval
+            positions.at("agreeing on a stop")
             stopping = stop.on_any_rank()
+            positions.at("saving")
             if trained == last or stopping or (interval and trained % interval == 0):
-                self.save(trained)
+                self.save(trained, wait=trained == last or stopping)
+            self.saver.poll()
             if stopping and trained < last:
                 log.info(f"stopped after step {trained}; the same command goes on from there")
                 raise SystemExit(stop.exit_status)
+            positions.enter("loading data", trained + 1)
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint."""
+    def save(self, step: int, *, wait: bool) -> None:
+        """Write a checkpoint, or begin to. ``wait``: it is whole on return."""
         if self.config.parallel.overlap:
             gather_weights(self.wrapped)
         optimizer = self.optimizer if step else None  # before the first step it has no states
-        path = save_checkpoint(self.config, self.context, self.chunks, optimizer, self.tokenizer, step)
+        self.saver.save(self.chunks, optimizer, step, wait=wait)
+
+    def _saved(self, step: int, path: Path) -> None:
         log.info(f"saved {path}")
         if self.context.rank == 0:
             write_json(Path(self.config.output_dir) / "blend_counts.json", self.loader.source_counts(step))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing.connection
 import os
-import socket
 import time
 import traceback
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,6 @@ import torch.multiprocessing as torch_multiprocessing
 
 MAX_SECONDS = 600
 GRACE_SECONDS = 5
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, directory: Path, *args: Any) -> list[Any]:
@@ -38,12 +31,13 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, directory: Path,
     Returns:
         What each rank returned. Fails with the first rank's traceback where one raises.
     """
-    port = free_port()
+    # Ranks meet in a file: a free port may be somebody else's by the time it is used.
+    meeting = directory / f"meeting_{uuid.uuid4().hex}"
     # Ranks are forked from a process that has imported the engine and done nothing else: imports are paid for once.
     context = torch_multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_grit.training.trainer"])
     workers = [
-        context.Process(target=_worker, args=(function, rank, world_size, port, str(directory), args))
+        context.Process(target=_worker, args=(function, rank, world_size, meeting, str(directory), args))
         for rank in range(world_size)
     ]
     for worker in workers:
@@ -65,20 +59,14 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, directory: Path,
     return [json.loads((directory / f"result_{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def _worker(function: Callable[..., Any], rank: int, world_size: int, port: int, directory: str, args: Any) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+def _worker(function: Callable[..., Any], rank: int, world_size: int, meeting: Path, directory: str, args: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
         result = function(*args)
         Path(directory, f"result_{rank}.json").write_text(json.dumps(result))
         dist.barrier()
@@ -86,4 +74,5 @@ def _worker(function: Callable[..., Any], rank: int, world_size: int, port: int,
         Path(directory, f"error_{rank}.txt").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -29,6 +29,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp_moe": {"tensor": 2, "sequence_parallel": True},
     "pp2_moe": {"pipeline": 2},
     "dp2_moe": {},
+    "etp2_moe": {"expert_tensor": 2},
+    "tp2_sp_etp1_moe": {"tensor": 2, "sequence_parallel": True, "expert_tensor": 1},
 }
 ROWS = (4, 2, 6)  # of each kind in each step
 STEPS = len(ROWS)

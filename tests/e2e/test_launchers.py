@@ -139,7 +139,7 @@ def test_slurm_starts_one_torchrun_on_each_node(repository: Path, tmp_path: Path
         (commands / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "11", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "node[7-10]"}
     path = f"{commands}{os.pathsep}{os.environ['PATH']}"
-    result = launch(repository, tmp_path, "train_gritlm_8x7b.sh", PATH=path, **slurm, **PATHS)
+    result = launch(repository, tmp_path, "train_gritlm_8x7b.sh", PATH=path, MAX_RESTARTS="3", **slurm, **PATHS)
     assert result.returncode == 0, result.stderr
     words = result.stdout.split()
     for option, value in {
@@ -147,6 +147,8 @@ def test_slurm_starts_one_torchrun_on_each_node(repository: Path, tmp_path: Path
         "--nnodes": "4",
         "--ntasks-per-node": "1",
         "--nproc-per-node": "8",
+        "--max-restarts": "3",
+        "--kill-on-bad-exit": "1",
         "--rdzv-endpoint": "node7:29400",
         "--rdzv-id": "11",
         "-m": "torch.distributed.run",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,10 @@ class PaddedTexts:
     attention_mask_NL: Tensor
     pool_mask_NL: Tensor
 
+    def to(self, device: torch.device) -> PaddedTexts:
+        """Copy on ``device``."""
+        return PaddedTexts(*(tensor.to(device) for tensor in vars(self).values()))
+
     def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Arguments of :func:`embed`, ``size`` texts at a time."""
         yield from zip(
@@ -69,6 +73,17 @@ class GritBatch:
     generative_ids_BL: Tensor
     generative_mask_BL: Tensor
     labels_BL: Tensor
+
+    def to(self, device: torch.device) -> GritBatch:
+        """Copy on ``device``."""
+        return replace(
+            self,
+            queries=self.queries.to(device),
+            passages=self.passages.to(device),
+            generative_ids_BL=self.generative_ids_BL.to(device),
+            generative_mask_BL=self.generative_mask_BL.to(device),
+            labels_BL=self.labels_BL.to(device),
+        )
 
     @property
     def num_padded_tokens(self) -> int:
@@ -128,7 +143,7 @@ def embed(model: Any, ids_BL: Tensor, attention_mask_BL: Tensor, pool_mask_BL: T
 def contrastive(queries_ND: Tensor, passages_ND: Tensor, temperature: float, group_size: int) -> Tensor:
     """Cross-entropy of each query's positive, passage i * group_size, among all passages."""
     scores = queries_ND @ passages_ND.T / temperature
-    return F.cross_entropy(scores, torch.arange(len(queries_ND)) * group_size)
+    return F.cross_entropy(scores, torch.arange(len(queries_ND), device=scores.device) * group_size)
 
 
 def generative(model: Any, ids_BL: Tensor, attention_mask_BL: Tensor, labels_BL: Tensor, kind: str) -> Tensor:
@@ -136,7 +151,7 @@ def generative(model: Any, ids_BL: Tensor, attention_mask_BL: Tensor, labels_BL:
     logits = model(input_ids=ids_BL, attention_mask=attention_mask_BL.long(), use_cache=False).logits
     reduction = {"mixed": "mean", "token": "sum"}[kind]
     loss = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels_BL[:, 1:].flatten(), ignore_index=IGNORED, reduction=reduction
+        logits[:, :-1].flatten(0, 1).float(), labels_BL[:, 1:].flatten(), ignore_index=IGNORED, reduction=reduction
     )
     return loss if kind == "mixed" else loss / len(ids_BL)
 
@@ -147,6 +162,7 @@ def accumulate_gradients(
     *,
     temperature: float,
     chunk_size: int | None,
+    parts: tuple[str, ...] = ("generative", "embedding"),
     generative_chunk_size: int | None = None,
     loss_gen_kind: str = "mixed",
     loss_gen_factor: float = 1.0,
@@ -159,6 +175,7 @@ def accumulate_gradients(
         batch: the global batch.
         temperature: of the contrastive loss.
         chunk_size: texts of a GradCache chunk. None: one graph over the whole batch.
+        parts: the losses to train on; one that is left out is 0.
         generative_chunk_size: sequences of a generative micro-batch; their losses are averaged, as in the published
             code. None: one.
         loss_gen_kind: of :func:`generative`.
@@ -168,15 +185,18 @@ def accumulate_gradients(
     Returns:
         loss_emb, loss_gen (without its factor).
     """
-    with phase("generative"):
-        size = generative_chunk_size or len(batch.labels_BL)
-        parts = (batch.generative_ids_BL, batch.generative_mask_BL, batch.labels_BL)
-        chunks = list(zip(*(part.split(size) for part in parts), strict=True))
-        loss_gen = 0.0
-        for ids, mask, labels in chunks:
-            loss = generative(model, ids, mask, labels, loss_gen_kind) / len(chunks)
-            (loss * loss_gen_factor).backward()
-            loss_gen += loss.item()
+    loss_gen = 0.0
+    if "generative" in parts:
+        with phase("generative"):
+            size = generative_chunk_size or len(batch.labels_BL)
+            tensors = (batch.generative_ids_BL, batch.generative_mask_BL, batch.labels_BL)
+            chunks = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+            for ids, mask, labels in chunks:
+                loss = generative(model, ids, mask, labels, loss_gen_kind) / len(chunks)
+                (loss * loss_gen_factor).backward()
+                loss_gen += loss.item()
+    if "embedding" not in parts:
+        return 0.0, loss_gen
     sides = (batch.queries, batch.passages)
     if chunk_size is None:
         with phase("embedding, one graph"):

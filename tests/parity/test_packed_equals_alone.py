@@ -169,8 +169,10 @@ def test_a_leak_between_records_would_be_seen(
     """With the rows' segments joined into one, packed records see each other."""
     of_row = attention.PackedSegments.of_row
 
-    def joined(cu_seqlens: torch.Tensor, max_seqlen: int, *rest: object) -> attention.PackedSegments:
-        return of_row(cu_seqlens[[0, -1]], int(cu_seqlens[-1]), *rest)
+    def joined(
+        cu_seqlens: torch.Tensor, max_seqlen: int, mode: attention.AttentionMode, *_: object
+    ) -> attention.PackedSegments:
+        return of_row(cu_seqlens[[0, -1]], int(cu_seqlens[-1]), mode)
 
     monkeypatch.setattr(attention.PackedSegments, "of_row", staticmethod(joined))
     packed, alone = packed_and_alone(loader, model, kind)

@@ -1,9 +1,12 @@
 """Contrastive loss on embedding rows, over the global batch, under any layout.
 
-Where a data parallel rank's texts fit in one row, that row's loss is computed with the other ranks' embeddings
-gathered into it. Otherwise gradients are cached (GradCache, arXiv 2101.06983): a first pass embeds every row without
-a graph, the loss of the whole batch is differentiated with respect to the embeddings, and each row is embedded again
-in the step's own schedule with the loss (embedding * cached gradient), from the random state of its first pass.
+Embeddings are gathered over data parallel ranks. Each replica of the last stage takes a share of the queries,
+differentiates their part of the loss with respect to all embeddings, and the gradients are summed over replicas. A
+row is then trained with the loss (embedding * its gradient).
+
+Where a data parallel rank's texts fit in one row, this happens in the step's own schedule, between that row's forward
+and backward pass. Otherwise gradients are cached (GradCache, arXiv 2101.06983): a first pass embeds every row without a
+graph, the gradient is taken, and each row is embedded again in the schedule, from the random state of its first pass.
 
 Shape suffix legend: N = texts of the global batch, L = texts of this rank, D = width.
 """
@@ -18,9 +21,9 @@ from torch import Tensor
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.batch import PackedRow, StepBatch
 from megatron_grit.errors import ConfigError
-from megatron_grit.losses.contrastive import ContrastiveOptions, contrastive_accuracy, contrastive_loss
+from megatron_grit.losses.contrastive import ContrastiveOptions, contrastive_loss_and_accuracy
 from megatron_grit.models.gpt import Output
-from megatron_grit.parallel.collectives import all_gather_rows
+from megatron_grit.parallel.collectives import gather_in_order, sum_over_replicas
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState
 
@@ -33,6 +36,7 @@ class Objective:
     def __init__(self, config: RunConfig, context: ParallelContext) -> None:
         self.config, self.context = config, context
         self.cached_gradients: list[Tensor] = []
+        """Of each row's embeddings: the gradient of the global loss. On the last stage, before any factor."""
         self.random_states: dict[tuple[int, int], RandomState] = {}
         self.metrics: dict[str, Tensor] = {}
 
@@ -57,9 +61,7 @@ class Objective:
         outputs = forward_all(rows, self.output, self.random_states)
         if not self.context.is_last_stage:
             return
-        local_LD = torch.cat(outputs).requires_grad_()
-        loss = self._global_loss(local_LD)
-        (gradient_LD,) = torch.autograd.grad(loss, local_LD)
+        gradient_LD = self._gradient(torch.cat(outputs))
         self.cached_gradients = list(gradient_LD.split([len(output) for output in outputs]))
 
     def _caches_gradients(self, num_rows: int) -> bool:
@@ -77,45 +79,45 @@ class Objective:
 
     def row_loss(self, index: int, row: PackedRow, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """A row's loss to train on, and metrics, which are summed over rows and ranks."""
-        scale = self.config.loss.loss_emb_factor * self._gradient_scale()
-        if self.cached_gradients:
-            surrogate = (output * self.cached_gradients[index]).sum()
-            metrics = self.metrics if index == 0 else {}
-            return surrogate * scale, metrics
-        return self._global_loss(output) * scale, self.metrics
+        if not self.cached_gradients:
+            self.cached_gradients = [self._gradient(output.detach())]
+        surrogate = (output * self.cached_gradients[index]).sum()
+        metrics = self.metrics if index == 0 else {}
+        return surrogate * (self.config.loss.loss_emb_factor * self._gradient_scale()), metrics
 
     def _gradient_scale(self) -> float:
         if self.config.loss.emb_grad_scale == "exact":
             return 1.0
         return 1.0 / (self.config.loss.grit_world_size or self.context.data_size)
 
-    def _global_loss(self, local_LD: Tensor) -> Tensor:
-        batch, knobs = self.batch, self.config.loss
-        texts_ND = self._gather(local_LD)
-        queries, passages = texts_ND[: batch.num_queries], texts_ND[batch.num_queries :]
+    def _gradient(self, local_LD: Tensor) -> Tensor:
+        """Gradient of the global loss with respect to this rank's embeddings. All replicas call this together."""
+        batch, context, knobs = self.batch, self.context, self.config.loss
+        texts_ND = self._gather(local_LD).requires_grad_()
         options = ContrastiveOptions(
             temperature=knobs.temperature,
             group_size=batch.group_size,
             symmetric=knobs.symmetric,
             negatives=knobs.negatives,
+            num_blocks=knobs.num_blocks,
             same_side_negatives=knobs.same_side_negatives,
             false_negative_margin=knobs.false_negative_margin,
             matryoshka_dims=tuple(knobs.matryoshka_dims),
+            gradient_sides=knobs.gradient_sides,
         )
-        loss = contrastive_loss(queries, passages, options, self._text_ids)
-        with torch.no_grad():
-            accuracy = contrastive_accuracy(queries, passages, batch.group_size)
-        # Every rank knows the global loss; the metrics are summed over ranks.
-        share = 1.0 / (self.context.data_size * self.context.context_size)
-        self.metrics = {"loss_emb": loss.detach() * share, "accuracy_emb": accuracy * share}
-        return loss
+        rank = context.data_rank * context.context_size + context.context_rank
+        size = context.data_size * context.context_size
+        anchors = slice(batch.num_queries * rank // size, batch.num_queries * (rank + 1) // size)
+        queries, passages = texts_ND.split((batch.num_queries, len(texts_ND) - batch.num_queries))
+        loss, accuracy = contrastive_loss_and_accuracy(queries, passages, options, self._text_ids, anchors)
+        (gradient_ND,) = torch.autograd.grad(loss, texts_ND)
+        # Shares of the global loss; metrics are summed over ranks.
+        self.metrics = {"loss_emb": loss.detach(), "accuracy_emb": accuracy}
+        return sum_over_replicas(gradient_ND, context)[batch.slots_by_rank[context.data_rank].to(gradient_ND.device)]
 
     def _gather(self, local_LD: Tensor) -> Tensor:
         """Texts of all data parallel ranks, in the order of the global list."""
-        counts = [len(slots) for slots in self.batch.slots_by_rank]
-        gathered_ND = all_gather_rows(local_LD, counts, self.context.data_group)
-        order = torch.argsort(torch.cat(self.batch.slots_by_rank)).to(gathered_ND.device)
-        return gathered_ND[order]
+        return gather_in_order(local_LD, self.batch.slots_by_rank, self.context.data_group)
 
     def _gather_text_ids(self, rows: list[PackedRow]) -> Tensor:
         return self._gather(torch.cat([row.text_ids() for row in rows])[:, None])[:, 0]

@@ -92,6 +92,8 @@ CONTRADICTIONS = [
     (["model.num_experts=2", "model.moe_top_k=3"], "above model.num_experts 2"),
     (["model.attention_backend=te", "parallel.device=cpu"], "needs a GPU"),
     (["loss.grit_world_size=8"], "only with loss.emb_grad_scale grit"),
+    (["loss.num_blocks=3", "training.embedding_batch_size=8"], "cannot be cut into 3 blocks of equal size"),
+    (["loss.num_blocks=2", "loss.negatives=hard"], "no effect with loss.negatives hard"),
     (["optimizer.min_lr=1"], "is above optimizer.lr"),
     (["training.steps=3", "optimizer.warmup_steps=4"], "is above training.steps 3"),
     (["data.embedding=[]"], "needs data.embedding"),

@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
+from unittest import mock
 
 import pytest
 
@@ -16,6 +21,7 @@ from megatron_grit.config.estimate import (
     estimate_memory,
     padded_vocabulary,
 )
+from megatron_grit.config.gathered_keys import gathered_keys
 from megatron_grit.config.parse import parse_run_config
 from megatron_grit.config.plan import TextLengths, make_plan, meshes, problems_of
 from megatron_grit.config.plan_text import format_plan
@@ -312,6 +318,7 @@ def test_planning_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+SEGMENT = 128
 KEPT = {
     "dense": {},
     "mixture": {"experts": 4},
@@ -321,7 +328,27 @@ KEPT = {
     "bf16": {},
     "selective": {},
     "full": {},
+    "context": {},
+    "context, causal": {},
+    "context, no rope": {"position_embedding": "none"},
 }
+
+
+@contextmanager
+def one_of_two_context_ranks() -> Iterator[None]:
+    """Collectives of two context parallel ranks answered by this process alone, with its own tensors."""
+    import torch
+
+    from megatron_grit.models import attention, pooling
+
+    def gather(values: torch.Tensor, group: object) -> torch.Tensor:
+        return torch.cat([values, values])
+
+    with (
+        mock.patch.object(attention, "gather_from_sequence_parallel_region", gather),
+        mock.patch.object(pooling, "sum_over_group", lambda values, group: values),
+    ):
+        yield
 
 
 @pytest.mark.parametrize("case", KEPT)
@@ -329,7 +356,7 @@ def test_activations_are_what_autograd_keeps(case: str) -> None:
     """Every tensor that a forward pass saves, weights left out, against the count."""
     import torch
 
-    from megatron_grit.config.estimate import _StageMemory
+    from megatron_grit.config.estimate import _Row, _StageMemory
     from megatron_grit.data.roles import RowKind
     from megatron_grit.models.gpt import Output, build_model
     from megatron_grit.parallel.launch import parallel_job
@@ -338,9 +365,11 @@ def test_activations_are_what_autograd_keeps(case: str) -> None:
     config, tokens = tiny_config(**KEPT[case]), 512  # type: ignore[arg-type]
     config.training.precision = "bf16" if case == "bf16" else "fp32"
     config.training.recompute = case if case in ("selective", "full") else "none"  # type: ignore[assignment]
+    config.embedding.causal = "causal" in case
     kept: dict[int, int] = {}
-    with parallel_job(config.parallel, 0) as context:
-        model = build_model(config, VOCAB, context).train()
+    size = 2 if case.startswith("context") else 1
+    with parallel_job(config.parallel, 0) as context, one_of_two_context_ranks():
+        model = build_model(config, VOCAB, replace(context, context_size=size)).train()
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -350,8 +379,24 @@ def test_activations_are_what_autograd_keeps(case: str) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            states = model(make_row(RowKind.EMBEDDING, [128] * 4, tokens), Output.EMBEDDINGS)
+            states = model(make_row(RowKind.EMBEDDING, [SEGMENT] * (tokens // SEGMENT), tokens), Output.EMBEDDINGS)
     assert states.requires_grad
+    config.parallel.context = size
     workload = Workload(embedding_rows=1, embedding_row_tokens=tokens)
-    counted = _StageMemory(config, 1, VOCAB, workload, "cpu", 0)._activations(tokens)
+    stage = _StageMemory(config, size, VOCAB, workload, "cpu", 0)
+    counted = stage._activations(_Row(tokens, SEGMENT, config.embedding.causal))
     assert counted == pytest.approx(sum(kept.values()), rel=0.02)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("segment", [8, 48, 192])
+@pytest.mark.parametrize("size", [2, 4])
+def test_gathered_keys_are_those_of_the_busiest_rank(size: int, segment: int, causal: bool) -> None:
+    from megatron_grit.models.row_share import RowShare, held_positions
+
+    tokens = 192
+    keys = []
+    for rank in range(size):
+        share = RowShare(held_positions(tokens, rank, size), tokens, rank, size, cast(Any, None))
+        keys.append(len(share.pieces([segment] * (tokens // segment), causal).key_index_K))
+    assert gathered_keys(tokens, segment, size, causal) == max(keys)

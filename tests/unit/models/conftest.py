@@ -1,4 +1,4 @@
-"""One process's mesh for all tests here."""
+"""One process's mesh for the tests of a file, and with it the same weights whatever other files ran before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def context() -> Iterator[ParallelContext]:
     with parallel_job(ParallelConfig(device="cpu"), seed=1) as context:
         yield context

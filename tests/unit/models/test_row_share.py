@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.errors import ConfigError
-from megatron_grit.models.attention import attend, select_backend
+from megatron_grit.models.attention import attend
 from megatron_grit.models.row_share import RowShare, gathered_places, held_positions
 
 GROUP: Any = None  # nothing is exchanged here
@@ -32,13 +31,13 @@ def rows(draw: st.DrawFn) -> tuple[list[int], int]:
 @given(rows(), st.booleans())
 def test_ranks_see_what_the_row_allows(row: tuple[list[int], int], causal: bool) -> None:
     lengths, size = row
-    total, ends = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
+    total = sum(lengths)
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     position_of_place = torch.argsort(gathered_places(total, size))
     held = []
     for rank in range(size):
         share = share_of(total, rank, size)
-        pieces = share.pieces(ends, causal)
+        pieces = share.pieces(lengths, causal)
         keys = position_of_place[pieces.key_index_K].split(pieces.key_lengths)
         queries = share.index_L.split(pieces.query_lengths)
         for queries_of_piece, keys_of_piece in zip(queries, keys, strict=True):
@@ -60,11 +59,10 @@ def test_attention_by_pieces(causal: bool, window: int | None) -> None:
     query, key, value = torch.randn(3, sum(lengths), heads, 8, generator=generator)
     parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
     whole = torch.cat([attend(*part, causal, window) for part in parts])
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
     order = torch.cat([held_positions(24, rank, size) for rank in range(size)])
     for rank in range(size):
         share = share_of(24, rank, size)
-        pieces = share.pieces(ends, causal)
+        pieces = share.pieces(lengths, causal)
         keys, values = (tensor[order][pieces.key_index_K].split(pieces.key_lengths) for tensor in (key, value))
         queries = query[share.index_L].split(pieces.query_lengths)
         ours = torch.cat([attend(*part, causal, window) for part in zip(queries, keys, values, strict=True)])
@@ -73,10 +71,9 @@ def test_attention_by_pieces(causal: bool, window: int | None) -> None:
 
 def test_a_causal_pass_is_shared_evenly() -> None:
     """Pairs of query and key differ by less than 2 % between ranks; consecutive quarters would have 1 : 7."""
-    ends = torch.tensor([0, 1024]).int()
     work = []
     for rank in range(4):
-        pieces = share_of(1024, rank, 4).pieces(ends, causal=True)
+        pieces = share_of(1024, rank, 4).pieces([1024], causal=True)
         lengths = zip(pieces.query_lengths, pieces.key_lengths, strict=True)
         work.append(sum(queries * keys - queries * (queries - 1) // 2 for queries, keys in lengths))
     assert sum(work) == 1024 * 1025 // 2
@@ -86,13 +83,3 @@ def test_a_causal_pass_is_shared_evenly() -> None:
 def test_a_row_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="30 tokens does not divide into 4"):
         held_positions(30, 0, 2)
-
-
-def test_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_grit.compat.have_transformer_engine", lambda: True)
-    monkeypatch.setattr("megatron_grit.compat.have_varlen_attention", lambda: True)
-    cuda = torch.device("cuda")
-    assert select_backend("auto", cuda) == "te"
-    assert select_backend("auto", cuda, context_size=2) == "varlen"
-    with pytest.raises(ConfigError, match=r"parallel\.context above 1"):
-        select_backend("te", cuda, context_size=2)

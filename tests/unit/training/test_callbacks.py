@@ -49,6 +49,15 @@ def test_interval(tmp_path: Path) -> None:
     assert steps_in(tmp_path / "metrics.jsonl") == [2, 4]
 
 
+def test_a_step_that_is_not_finite_has_a_line_that_any_json_reader_takes(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", interval=10, start_step=0)
+    for step in (1, 2):
+        file.after_step(record(step) | ({"loss_emb": float("nan"), "grad_norm": float("inf")} if step == 2 else {}))
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    read = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert read["step"] == 2 and read["loss_emb"] is None and read["grad_norm"] is None and read["loss"] == 2.5
+
+
 def test_tensorboard(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     board = TensorBoard(tmp_path)

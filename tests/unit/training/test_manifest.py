@@ -11,32 +11,36 @@ import pytest
 
 from megatron_grit.errors import CheckpointError
 from megatron_grit.training import manifest
-from megatron_grit.training.manifest import verify_manifest, write_manifest
+from megatron_grit.training.manifest import verify_manifest, write_manifest, write_part
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks take turns in one process: rank 0 last, since it collects."""
-    monkeypatch.setattr(manifest.dist, "barrier", lambda: None)
+    """Ranks take turns in one process."""
     monkeypatch.setattr(manifest, "any_rank", lambda flag, context: flag)
 
 
 def ranks(world_size: int) -> list[Any]:
-    return [SimpleNamespace(rank=rank, world_size=world_size) for rank in reversed(range(world_size))]
+    return [SimpleNamespace(rank=rank, world_size=world_size) for rank in range(world_size)]
 
 
 def make(folder: Path, world_size: int = 2) -> Path:
-    for name, content in {"state.json": b"{}", "weights/a": b"x" * 999, "weights/b": b"", "optimizer/a": b"yy"}.items():
+    """Files that ranks wrote in turn, and one that none of them speaks of."""
+    contents = {"state.json": b"{}", "weights/a": b"x" * 999, "weights/b": b"", "optimizer/a": b"yy"}
+    contents["config.yaml"] = b"c"
+    for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    for context in ranks(world_size):
-        write_manifest(folder, context)
+    written = [folder / name for name in contents if name != "config.yaml"]
+    for rank in range(world_size):
+        write_part(folder, written[rank::world_size], rank)
+    write_manifest(folder, world_size)
     return folder
 
 
 def test_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
     contents = [(make(tmp_path / str(size), size) / "manifest.json").read_bytes() for size in (1, 2, 7)]
-    assert len(set(contents)) == 1 and b"weights/b" in contents[0]
+    assert len(set(contents)) == 1 and b"weights/b" in contents[0] and b"config.yaml" in contents[0]
     assert not list((tmp_path / "7").glob(".*"))
     for context in ranks(3):
         verify_manifest(tmp_path / "1", context)

@@ -91,7 +91,7 @@ def test_a_loss_that_is_not_finite_names_the_records_and_changes_nothing(context
         model.decoder.layers[1].mlp.linear_fc2.weight[0, 0] = torch.nan
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     batch = dataclasses.replace(make_batch(), step=17)
-    with pytest.raises(NumericsError, match=r"step 17: loss is nan; records of rank 0 .*row0#0"):
+    with pytest.raises(NumericsError, match=r"step 18: loss_emb is nan.*loss_emb of row 0 on rank 0 .*row0#0"):
         TrainStep(config, context, wrapped, optimizer)(batch)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, before[name], rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,120 @@
+"""A batch of both kinds of random tokens, with lengths as instruction tuning has them, packed as the loader packs.
+
+Lengths are log-normal and cut at the longest: queries with a median of 40 tokens and passages of 180, after an
+instruction of 12; conversations with a median of 149 and, before they are cut, a mean of 671 tokens, which is what
+GritLM's generative data has (arXiv 2402.09906); the second half of a conversation is supervised.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_grit.data.batch import PackedRow, StepBatch
+from megatron_grit.data.packing import pack
+from megatron_grit.data.roles import Role
+from megatron_grit.data.rows import embedding_row, generative_row
+from megatron_grit.data.segments import Segment, labels_between
+
+GROUP_SIZE = 2
+_INSTRUCTION = 12
+_QUERY, _PASSAGE, _CHAT = (40, 0.6), (180, 0.8), (149, 1.73)
+
+
+class _RandomTokens:
+    """In place of the sources of a run: every record is drawn from a generator of its own."""
+
+    names = ["random"]
+
+    def __init__(self, vocab_size: int, seed: int) -> None:
+        self._vocab_size, self._seed = vocab_size, seed
+
+    def __getitem__(self, source: int) -> _RandomTokens:
+        return self
+
+    def tokens(self, record: int, start: int, length: int) -> np.ndarray:
+        draw = np.random.default_rng([self._seed, record])
+        return draw.integers(0, self._vocab_size, start + length, dtype=np.int64)[start:]
+
+
+def random_batch(
+    step: int,
+    *,
+    num_queries: int,
+    num_sequences: int,
+    longest: int,
+    tokens_per_row: int,
+    vocab_size: int,
+    row_multiple: int = 8,
+    seed: int = 1,
+) -> StepBatch:
+    """The batch of a step of one process, on the host.
+
+    Args:
+        step: batches of different steps differ.
+        num_queries: each with :data:`GROUP_SIZE` passages.
+        num_sequences: conversations.
+        longest: no text is longer; at most ``tokens_per_row``.
+        tokens_per_row: token budget of a row.
+        vocab_size: tokens are below this.
+        row_multiple: rows are padded to a multiple of this.
+        seed: of lengths and tokens.
+    """
+    sources: Any = _RandomTokens(vocab_size, seed * 1_000_003 + step)
+    draw = np.random.default_rng([seed, step])
+
+    def lengths(count: int, shape: tuple[int, float]) -> list[int]:
+        drawn = draw.lognormal(np.log(shape[0]), shape[1], count)
+        return np.clip(drawn, min(16, longest), longest).astype(int).tolist()
+
+    def segment(record: int, length: int, roles: tuple[Role, Role], first: int) -> Segment:
+        first = min(first, length // 2)
+        spans, sizes = [int(role) for role in roles], [first, length - first]
+        labels = labels_between(spans, sizes, 0, length)
+        return Segment(
+            sources=sources,
+            source=0,
+            record=record,
+            start=0,
+            stop=length,
+            roles=spans,
+            lengths=sizes,
+            num_labels=labels,
+        )
+
+    query, passage = (Role.QUERY_INSTRUCTION, Role.QUERY), (Role.POSITIVE_INSTRUCTION, Role.POSITIVE)
+    texts = [segment(i, length, query, _INSTRUCTION) for i, length in enumerate(lengths(num_queries, _QUERY))]
+    for length in lengths(num_queries * GROUP_SIZE, _PASSAGE):
+        texts.append(segment(len(texts), length, passage, _INSTRUCTION))
+    chats = [
+        segment(len(texts) + i, length, (Role.USER, Role.ANSWER), length // 2)
+        for i, length in enumerate(lengths(num_sequences, _CHAT))
+    ]
+    embedding: list[PackedRow] = []
+    slots = pack(np.array([text.length for text in texts]), tokens_per_row)
+    for row in slots:
+        embedding.append(embedding_row([texts[slot] for slot in row], row, _padded(texts, row, row_multiple), 0))
+    places = pack(np.array([chat.length for chat in chats]), tokens_per_row)
+    generative = [generative_row([chats[i] for i in row], _padded(chats, row, row_multiple), 0) for row in places]
+    rows = embedding + generative
+    return StepBatch(
+        step=step,
+        embedding_rows=embedding,
+        generative_rows=generative,
+        row_length=max(row.tokens_1T.shape[1] for row in rows),
+        num_queries=num_queries,
+        group_size=GROUP_SIZE,
+        slots_by_rank=[torch.from_numpy(np.concatenate(slots))],
+        num_loss_tokens=sum(chat.num_labels for chat in chats),
+        num_sequences=num_sequences,
+        num_generative_rows=len(generative),
+        num_tokens=sum(row.num_tokens for row in rows),
+        num_padded_tokens=sum(row.tokens_1T.shape[1] for row in rows),
+    )
+
+
+def _padded(segments: list[Segment], row: np.ndarray, multiple: int) -> int:
+    used = sum(segments[index].length for index in row)
+    return -(-used // multiple) * multiple

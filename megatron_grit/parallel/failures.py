@@ -1,0 +1,53 @@
+"""How a command that fails says so: one line for what a user can repair, one traceback for the rest, in a whole job."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+
+from megatron_grit.errors import EXIT_STATUS, GritError, JobError
+
+_SECONDS_FOR_THE_FIRST = 5.0
+_SECONDS_FOR_LAUNCHER = 2.0
+
+
+def tell(error: Exception, prog: str) -> int:
+    """Print an exception that ends this process. Returns the exit status.
+
+    In a job of several processes one rank speaks where all have the same to say: the rank that failed first where that
+    is known, else rank 0. The others wait; the launcher ends them meanwhile. Ranks that end because of another one say
+    so in a line, and give the launcher time to see that one's end first.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    mark = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    if isinstance(error, JobError):
+        print(f"{prog}: {mark}ends: {error}", file=sys.stderr, flush=True)
+        time.sleep(_SECONDS_FOR_LAUNCHER)
+        write_error_file(error)  # the launcher takes the oldest for the root cause
+        return 1
+    write_error_file(error)
+    if isinstance(error, GritError):
+        if not error.is_first and (rank or error.is_first is not None):
+            time.sleep(_SECONDS_FOR_THE_FIRST)
+        print(f"{prog}: error: {mark if rank else ''}{error}", file=sys.stderr, flush=True)
+        return EXIT_STATUS
+    text = "".join(traceback.format_exception(error))
+    print("".join(f"{mark}{line}" for line in text.splitlines(keepends=True)), file=sys.stderr, end="", flush=True)
+    return 1
+
+
+def write_error_file(error: Exception) -> None:
+    """Give torchrun the line that its summary shows for this rank, where it asks for one."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    line = f"{type(error).__name__}: {error}"
+    extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": line, "extraInfo": extra}}, file)
+    except OSError:  # the launcher is gone, and with it whoever would read this
+        return

@@ -1,0 +1,71 @@
+"""A key-value store for the processes of this attempt alone.
+
+torchrun keeps one store over its restarts, in jobs of one node at least. There the addresses of processes that are
+gone answer for the new ones: gloo then fails with "connection refused", and NCCL waits for its time limit. A name made
+of the restart count would not do, for the launchers of several nodes count differently.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from megatron_grit.errors import JobError
+
+_SECONDS_BETWEEN_LOOKS = 0.02
+
+
+def join_job(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Meet the other processes that the launcher started together with this one.
+
+    Args:
+        timeout: to wait for them.
+
+    Returns:
+        A store that no earlier attempt wrote to, this process's rank, the number of processes.
+
+    Raises:
+        JobError: not all processes came.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    name = agree_on_name(store, rank, world_size, timeout.total_seconds())
+    return dist.PrefixStore(name, store), rank, world_size
+
+
+def agree_on_name(store: dist.Store, rank: int, world_size: int, seconds: float) -> str:
+    """A name that is new and the same on all ranks, from a store that may hold what earlier attempts left in it.
+
+    Every rank shows a token of its own. Rank 0 answers each token that it sees, and goes on until all ranks have said
+    under the new name that they got their answer; answers to tokens of the dead are read by nobody.
+
+    Raises:
+        JobError: not all ranks came within ``seconds``.
+    """
+    token, deadline = uuid.uuid4().hex, time.monotonic() + seconds
+    if rank == 0:
+        answered: set[bytes] = set()
+        others = range(1, world_size)
+        while others and not store.check([f"{token}/{other}" for other in others]):
+            for other in others:
+                shown = store.get(f"token/{other}") if store.check([f"token/{other}"]) else b""
+                if shown and shown not in answered:
+                    store.set(f"name_for/{shown.decode()}", token)
+                    answered.add(shown)
+            _wait(deadline, seconds, "for the other ranks")
+        return token
+    store.set(f"token/{rank}", token)
+    while not store.check([f"name_for/{token}"]):
+        _wait(deadline, seconds, "for rank 0")
+    name = store.get(f"name_for/{token}").decode()
+    store.set(f"{name}/{rank}", "")
+    return name
+
+
+def _wait(deadline: float, seconds: float, whom: str) -> None:
+    if time.monotonic() > deadline:
+        raise JobError(f"waited {seconds:.0f} s {whom} to start; see what the launcher printed on the other nodes")
+    time.sleep(_SECONDS_BETWEEN_LOOKS)

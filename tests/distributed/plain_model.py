@@ -1,0 +1,345 @@
+"""The whole of a training step once more, in plain torch: the reference that layouts are compared with.
+
+Nothing here is shared with the code under test: no engine, no packing, no kernels, no chunks. One process, one autograd
+graph, fp64. Attention is a mask of [T, T], experts are a loop, a contrastive loss is a loop over anchors. What it takes
+from the product is the configuration and the rows.
+
+Weights have the names, and the shapes over the whole model, that checkpoints have: layers (and experts) are stacked.
+
+Shape suffix legend: T = tokens of a row, S = segments, D = width, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_grit.config.schema import LossConfig, ModelConfig, RunConfig
+from megatron_grit.data.batch import PackedRow
+from megatron_grit.data.roles import RowKind
+
+INPUT_NORM = "decoder.layers.self_attention.linear_qkv.layer_norm_"
+QKV = "decoder.layers.self_attention.linear_qkv."
+OUTPUT = "decoder.layers.self_attention.linear_proj."
+MLP_NORM = "decoder.layers.mlp.linear_fc1.layer_norm_"
+FINAL_NORM = "decoder.final_layernorm."
+ROUTER = "decoder.layers.mlp.router.weight"
+WORDS, POSITIONS = "embedding.word_embeddings.weight", "embedding.position_embeddings.weight"
+HEAD, PROJECTION = "output_layer.weight", "embedding_head."
+
+
+def weight_shapes(config: RunConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the model, without padding of the vocabulary."""
+    model = config.model
+    layers, width = (model.num_layers,), model.hidden_size
+    heads, groups, channels = _heads(model)
+    stack = layers if model.num_experts is None else (*layers, model.num_experts)
+    prefix = _mlp_prefix(model)
+    inner, fan = model.ffn_hidden_size, 2 if model.activation == "swiglu" else 1
+    shapes: dict[str, tuple[int, ...]] = {
+        WORDS: (vocab_size, width),
+        QKV + "weight": (*layers, (heads + 2 * groups) * channels, width),
+        OUTPUT + "weight": (*layers, width, heads * channels),
+        f"{prefix}linear_fc1.weight": (*stack, fan * inner, width),
+        f"{prefix}linear_fc2.weight": (*stack, width, inner),
+    }
+    for name, leading in ((INPUT_NORM, layers), (MLP_NORM, layers), (FINAL_NORM, ())):
+        shapes[name + "weight"] = (*leading, width)
+        if model.normalization == "layernorm":
+            shapes[name + "bias"] = (*leading, width)
+    if model.add_bias_linear or model.add_qkv_bias:
+        shapes[QKV + "bias"] = (*layers, (heads + 2 * groups) * channels)
+    if model.add_bias_linear:
+        shapes[OUTPUT + "bias"] = (*layers, width)
+        shapes[f"{prefix}linear_fc1.bias"] = (*stack, fan * inner)
+        shapes[f"{prefix}linear_fc2.bias"] = (*stack, width)
+    if model.num_experts is not None:
+        shapes[ROUTER] = (*layers, model.num_experts, width)
+    if model.position_embedding == "learned_absolute":
+        shapes[POSITIONS] = (model.max_position_embeddings, width)
+    if not model.tie_embeddings:
+        shapes[HEAD] = (vocab_size, width)
+    if config.embedding.projection_dim is not None:
+        shapes[PROJECTION + "weight"] = (config.embedding.projection_dim, width)
+        shapes[PROJECTION + "bias"] = (config.embedding.projection_dim,)
+    return shapes
+
+
+def draw_weights(config: RunConfig, vocab_size: int, seed: int) -> dict[str, Tensor]:
+    """fp32 weights. Biases and norms are no zeros and ones, so that one that is lost is missed."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in weight_shapes(config, vocab_size).items():
+        noise = torch.randn(shape, generator=generator)
+        is_norm = "norm" in name and name.endswith("weight")
+        weights[name] = 1 + 0.1 * noise if is_norm else config.model.init_std * noise
+    return weights
+
+
+@dataclass
+class Reference:
+    """What a step over the global batch gives, in fp64."""
+
+    metrics: dict[str, float]
+    """As TrainStep names them."""
+    gradients: dict[str, Tensor]
+    text_gradients: Tensor | None
+    """[texts, width]: gradient of the loss that is trained with respect to each embedding. None without texts."""
+    narrowest: float
+    """Smallest distance from a decision that fp32 could take otherwise: which experts a token visits, whether a
+    negative is left out."""
+
+
+def reference_step(
+    config: RunConfig, weights: dict[str, Tensor], rows: Sequence[PackedRow], num_queries: int, group_size: int
+) -> Reference:
+    """Loss and gradient of every row of the global batch in one graph.
+
+    Args:
+        config: the run; its layout is not looked at.
+        weights: as :func:`draw_weights` gives them.
+        rows: all rows of both kinds.
+        num_queries: Q of the global batch.
+        group_size: passages of a query.
+    """
+    model = _Decoder(config, {name: weight.double().requires_grad_() for name, weight in weights.items()})
+    knobs = config.loss
+    embedding = [row for row in rows if row.kind is RowKind.EMBEDDING]
+    generative = [row for row in rows if row.kind is RowKind.GENERATIVE]
+    metrics: dict[str, float] = {}
+    reported, trained = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    texts = None
+    if embedding:
+        texts, tokens = _texts(model, embedding)
+        texts.retain_grad()
+        loss = _contrastive(texts, tokens, num_queries, group_size, knobs, model.distances)
+        metrics["loss_emb"] = float(loss.detach())
+        reported = reported + knobs.loss_emb_factor * loss
+        scale = 1 if knobs.emb_grad_scale == "exact" else knobs.grit_world_size or 1
+        trained = trained + knobs.loss_emb_factor * loss / scale
+    if generative:
+        loss = _next_token(model, generative, knobs.loss_gen_type)
+        metrics["loss_gen"] = float(loss.detach())
+        reported, trained = reported + knobs.loss_gen_factor * loss, trained + knobs.loss_gen_factor * loss
+    metrics["loss"] = float(reported.detach())
+    if model.balance:
+        balance = torch.stack(model.balance).sum() / len(rows)
+        trained = trained + config.model.moe_aux_loss_coeff * balance
+        trained = trained + config.model.moe_z_loss_coeff * torch.stack(model.router_norms).sum() / len(rows)
+        if config.model.moe_aux_loss_coeff:
+            metrics["loss_balance"] = float(balance.detach()) / config.model.num_layers
+    trained.backward()
+    gradients = {
+        name: torch.zeros_like(weight) if weight.grad is None else weight.grad for name, weight in model.weights.items()
+    }
+    text_gradients = None if texts is None else texts.grad
+    return Reference(metrics, gradients, text_gradients, min(model.distances, default=math.inf))
+
+
+def _heads(model: ModelConfig) -> tuple[int, int, int]:
+    """Query heads, key heads, channels of a head."""
+    heads = model.num_attention_heads
+    return heads, model.num_query_groups or heads, model.kv_channels or model.hidden_size // heads
+
+
+def _mlp_prefix(model: ModelConfig) -> str:
+    return "decoder.layers.mlp." if model.num_experts is None else "decoder.layers.mlp.experts.experts."
+
+
+@dataclass
+class _Decoder:
+    config: RunConfig
+    weights: dict[str, Tensor]
+    balance: list[Tensor] = field(default_factory=list)
+    """Balancing loss of each layer and row (arXiv 2101.03961, equation 4, times top-k)."""
+    router_norms: list[Tensor] = field(default_factory=list)
+    """Router z-loss of each layer and row (arXiv 2202.08906, equation 5)."""
+    distances: list[float] = field(default_factory=list)
+
+    def states(self, row: PackedRow) -> Tensor:
+        """[T, D] after the final norm."""
+        model = self.config.model
+        states = self.weights[WORDS][row.tokens_1T[0]]
+        if model.position_embedding == "learned_absolute":
+            states = states + self.weights[POSITIONS][row.positions_1T[0]]
+        seen_TT = self._seen(row)
+        for layer in range(model.num_layers):
+            states = states + self._attention(self._norm(states, INPUT_NORM, layer), row, seen_TT, layer)
+            inputs = self._norm(states, MLP_NORM, layer)
+            states = states + (self._mlp(inputs, layer) if model.num_experts is None else self._mix(inputs, row, layer))
+        return self._norm(states, FINAL_NORM)
+
+    def _seen(self, row: PackedRow) -> Tensor:
+        """bool [T, T]: which tokens each token attends to."""
+        length = row.tokens_1T.shape[1]
+        segment = torch.zeros(length, dtype=torch.long)
+        segment[row.cu_seqlens[1:-1].long()] = 1
+        segment = segment.cumsum(0)
+        seen = segment[:, None] == segment[None, :]
+        if row.kind is RowKind.GENERATIVE or self.config.embedding.causal:
+            back = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+            seen &= back >= 0
+            if self.config.model.sliding_window is not None:
+                seen &= back < self.config.model.sliding_window
+        return seen
+
+    def _at(self, name: str, *place: int) -> Tensor | None:
+        weight = self.weights.get(name)
+        return None if weight is None else weight[place] if place else weight
+
+    def _norm(self, states: Tensor, name: str, *layer: int) -> Tensor:
+        model, scale = self.config.model, self._at(name + "weight", *layer)
+        assert scale is not None
+        if model.normalization == "layernorm":
+            return F.layer_norm(states, states.shape[-1:], scale, self._at(name + "bias", *layer), model.norm_epsilon)
+        return states * (states.square().mean(-1, keepdim=True) + model.norm_epsilon).rsqrt() * scale
+
+    def _linear(self, inputs: Tensor, name: str, *place: int) -> Tensor:
+        weight = self._at(name + "weight", *place)
+        assert weight is not None
+        return F.linear(inputs, weight, self._at(name + "bias", *place))
+
+    def _attention(self, inputs: Tensor, row: PackedRow, seen_TT: Tensor, layer: int) -> Tensor:
+        heads, groups, channels = _heads(self.config.model)
+        # Group by group: its queries, its key, its value.
+        mixed = self._linear(inputs, QKV, layer).view(len(inputs), groups, heads // groups + 2, channels)
+        queries, keys, values = mixed[:, :, :-2].flatten(1, 2), mixed[:, :, -2], mixed[:, :, -1]
+        if self.config.model.position_embedding == "rope":
+            queries, keys = (self._rotate(each, row.positions_1T[0]) for each in (queries, keys))
+        keys, values = (each.repeat_interleave(heads // groups, 1) for each in (keys, values))
+        scores = torch.einsum("qhc,khc->hqk", queries, keys) / math.sqrt(channels)
+        weights = scores.masked_fill(~seen_TT, -torch.inf).softmax(-1)
+        return self._linear(torch.einsum("hqk,khc->qhc", weights, values).flatten(1), OUTPUT, layer)
+
+    def _rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """RoPE (arXiv 2104.09864) on the first channels, pairs half of them apart."""
+        model = self.config.model
+        size = int(heads.shape[-1] * model.rotary_percent)
+        rates = model.rotary_base ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+        angles = (positions[:, None] * rates)[:, None]
+        first, second, rest = heads.split([size // 2, size // 2, heads.shape[-1] - size], dim=-1)
+        turned = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
+        return torch.cat([*turned, rest], dim=-1)
+
+    def _mlp(self, inputs: Tensor, *place: int) -> Tensor:
+        prefix = _mlp_prefix(self.config.model)
+        hidden = self._linear(inputs, f"{prefix}linear_fc1.", *place)
+        if self.config.model.activation == "swiglu":
+            gate, linear = hidden.chunk(2, dim=-1)
+            hidden = F.silu(gate) * linear
+        else:
+            hidden = F.gelu(hidden)
+        return self._linear(hidden, f"{prefix}linear_fc2.", *place)
+
+    def _mix(self, inputs: Tensor, row: PackedRow, layer: int) -> Tensor:
+        num_experts, top_k = self.config.model.num_experts, self.config.model.moe_top_k
+        assert num_experts is not None
+        logits = inputs @ self.weights[ROUTER][layer].T
+        ranked = logits.sort(dim=-1, descending=True)
+        if top_k < num_experts:
+            self.distances.append(float((ranked.values[:, top_k - 1] - ranked.values[:, top_k]).detach().min()))
+        chosen = ranked.indices[:, :top_k]
+        # Mixtral's weights are normalised over the chosen experts, Switch's, of one expert, over all.
+        among = logits if top_k == 1 else logits.gather(1, chosen)
+        weights = among.softmax(-1)
+        shares = torch.zeros_like(logits).scatter(1, chosen, weights.gather(1, chosen) if top_k == 1 else weights)
+        outputs = sum(shares[:, [expert]] * self._mlp(inputs, layer, expert) for expert in range(num_experts))
+        real = ~row.padding_mask_1T[0]
+        visits = torch.zeros_like(logits).scatter(1, chosen, 1.0)[real].mean(0) / top_k
+        self.balance.append(num_experts * (visits * logits.softmax(-1)[real].mean(0)).sum())
+        self.router_norms.append(logits.logsumexp(-1)[real].square().mean())
+        return torch.as_tensor(outputs)
+
+
+def _texts(model: _Decoder, rows: list[PackedRow]) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """Embeddings of all texts in their global order, and the tokens that each of them pools."""
+    config = model.config.embedding
+    found: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
+    for row in rows:
+        assert row.pool_mask_T is not None and row.slots_S is not None
+        states = model.states(row)
+        if config.projection_dim is not None:
+            states = F.linear(states, model.weights[PROJECTION + "weight"], model.weights[PROJECTION + "bias"])
+        bounds = row.cu_seqlens.tolist()
+        for segment, slot in enumerate(row.slots_S.tolist()):
+            begin, end = bounds[segment], bounds[segment + 1]
+            text = [place for place in range(begin, end) if row.pool_mask_T[place] > 0]
+            pooled = _pooled(states, begin, text, config.pooling)
+            embedding = pooled / pooled.norm() if config.normalize else pooled
+            found[slot] = embedding, tuple(row.tokens_1T[0, text].tolist())
+    return torch.stack([found[slot][0] for slot in range(len(found))]), [found[slot][1] for slot in range(len(found))]
+
+
+def _pooled(states: Tensor, begin: int, text: list[int], method: str) -> Tensor:
+    """One embedding of the text at these places of a segment that begins at ``begin``."""
+    if method == "cls":
+        return states[begin]
+    if method == "lasttoken":
+        return states[text[-1]]
+    if method == "mean":
+        return states[text].mean(0)
+    weights = torch.arange(1.0, len(text) + 1, dtype=torch.float64)[:, None]
+    return (states[text] * weights).sum(0) / weights.sum()
+
+
+def _contrastive(
+    texts: Tensor,
+    tokens: list[tuple[int, ...]],
+    num_queries: int,
+    group_size: int,
+    knobs: LossConfig,
+    distances: list[float],
+) -> Tensor:
+    sizes = [size for size in knobs.matryoshka_dims if size < texts.shape[1]]
+    every = [texts] + [texts[:, :size] / texts[:, :size].norm(dim=1, keepdim=True) for size in sizes]
+    queries = list(range(num_queries))
+    passages = list(range(num_queries, len(texts)))
+    positives = passages[::group_size]
+
+    def direction(embeddings: Tensor, anchors: list[int], targets: list[int], candidates: list[int]) -> Tensor:
+        losses = []
+        for anchor, target in zip(anchors, targets, strict=True):
+            own = passages[(target - num_queries) // group_size * group_size :][:group_size]
+            among = own if knobs.negatives == "hard" else candidates
+            others = [other for other in anchors if other != anchor] if knobs.same_side_negatives else []
+            similarity = embeddings @ embeddings[anchor]
+            kept = [target]
+            for other in [each for each in among if each != target] + others:
+                if knobs.mask_equal_texts and tokens[other] in (tokens[target], tokens[anchor]):
+                    continue
+                if knobs.false_negative_margin is not None:
+                    above = float((similarity[other] - similarity[target]).detach()) - knobs.false_negative_margin
+                    distances.append(abs(above))
+                    if above > 0:
+                        continue
+                kept.append(other)
+            scores = similarity[kept] / knobs.temperature
+            losses.append(scores.logsumexp(0) - scores[0])
+        return torch.stack(losses).mean()
+
+    losses = []
+    for embeddings in every:
+        loss = direction(embeddings, queries, positives, passages)
+        if knobs.symmetric:
+            loss = (loss + direction(embeddings, positives, queries, queries)) / 2
+        losses.append(loss)
+    return torch.stack(losses).mean()
+
+
+def _next_token(model: _Decoder, rows: list[PackedRow], kind: str) -> Tensor:
+    head = model.weights[WORDS if model.config.model.tie_embeddings else HEAD]
+    sums, counts, num_sequences = [], [], 0
+    for row in rows:
+        assert row.labels_1T is not None and row.loss_mask_1T is not None
+        losses = F.cross_entropy(model.states(row) @ head.T, row.labels_1T[0], reduction="none")
+        sums.append((losses * row.loss_mask_1T[0]).sum())
+        counts.append(float(row.loss_mask_1T.sum()))
+        num_sequences += len(row.record_ids)
+    if kind == "mixed":
+        return torch.stack([total / max(count, 1) for total, count in zip(sums, counts, strict=True)]).mean()
+    return torch.stack(sums).sum() / (sum(counts) if kind == "token" else num_sequences)
