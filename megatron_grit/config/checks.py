@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_grit.config.blend import BlendEntry, read_blend
-from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.errors import ConfigError, MeshError
 
 INDEXED_SUFFIXES = (".idx", ".bin", ".json")
@@ -91,6 +91,16 @@ _MINIMA: dict[str, tuple[float, bool]] = {
     "model.vocab_multiple": (1, True),
     "model.max_position_embeddings": (1, True),
     "model.norm_epsilon": (0, False),
+    "model.rope_factor": (0, False),
+    "model.rope_original_length": (1, True),
+    "model.rope_low_freq_factor": (0, False),
+    "model.rope_high_freq_factor": (0, False),
+    "model.rope_beta_fast": (0, False),
+    "model.rope_beta_slow": (0, False),
+    "model.rope_attention_factor": (0, False),
+    "model.attention_scale": (0, False),
+    "model.moe_ffn_hidden_size": (1, True),
+    "model.moe_shared_ffn_hidden_size": (1, True),
     "model.rotary_base": (0, False),
     "model.rotary_percent": (0, False),
     "model.sliding_window": (1, True),
@@ -200,10 +210,48 @@ def _model(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "model.moe_top_k", f"model.moe_top_k {model.moe_top_k} is above model.num_experts {model.num_experts}"
         )
+    yield from _rope(model)
+    yield from _layers(model)
     if model.attention_backend in ("varlen", "te") and config.parallel.device == "cpu":
         yield Problem(
             "model.attention_backend",
             f"model.attention_backend {model.attention_backend} needs a GPU, but parallel.device is cpu; use auto",
+        )
+
+
+def _rope(model: ModelConfig) -> Iterator[Problem]:
+    kind = model.rope_type
+    if kind in ("llama3", "yarn") and model.rope_original_length is None:
+        yield Problem("model.rope_original_length", f"model.rope_type {kind} needs model.rope_original_length")
+    if kind == "llama3" and model.rope_low_freq_factor >= model.rope_high_freq_factor:
+        yield Problem(
+            "model.rope_high_freq_factor",
+            f"model.rope_high_freq_factor {model.rope_high_freq_factor} is not above model.rope_low_freq_factor "
+            f"{model.rope_low_freq_factor}",
+        )
+    if kind == "yarn" and model.rotary_percent != 1:
+        yield Problem(
+            "model.rotary_percent",
+            f"model.rope_type yarn with model.rotary_percent {model.rotary_percent} is not supported; only 1 is",
+        )
+
+
+def _layers(model: ModelConfig) -> Iterator[Problem]:
+    for name in ("window_layers", "moe_dense_layers"):
+        outside = [layer for layer in getattr(model, name) or () if not 0 <= layer < model.num_layers]
+        if outside:
+            yield Problem(
+                f"model.{name}", f"model.{name} has layer {outside[0]}, but layers are 0 to {model.num_layers - 1}"
+            )
+    if model.num_experts is None:
+        return
+    if model.parallel_residual != "none":
+        yield Problem(
+            "model.parallel_residual", "model.parallel_residual does not go with model.num_experts; set it to none"
+        )
+    if model.moe_shared_ffn_hidden_size and (model.add_bias_linear or model.add_mlp_bias):
+        yield Problem(
+            "model.moe_shared_ffn_hidden_size", "a shared expert does not go with biases in feed-forward layers"
         )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -14,11 +16,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_grit.config.schema import ModelConfig, RunConfig
-from megatron_grit.convert.families import mistral, mixtral
-from megatron_grit.convert.param_map import Family
+from megatron_grit.convert.families import gpt_neo, gpt_neox, gptj, llama, mistral, mixtral, qwen
+from megatron_grit.convert.param_map import Family, expert_width, head_channels, num_query_groups
 from megatron_grit.errors import CheckpointError
 
-FAMILIES: tuple[Family, ...] = (mistral.FAMILY, mixtral.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    mistral.FAMILY,
+    mixtral.FAMILY,
+    llama.FAMILY,
+    qwen.QWEN2,
+    qwen.QWEN2_MOE,
+    qwen.QWEN3,
+    qwen.QWEN3_MOE,
+    gpt_neox.FAMILY,
+    gptj.FAMILY,
+    gpt_neo.FAMILY,
+)
 
 
 def load_hf_config(path: str | Path) -> ModelConfig:
@@ -31,7 +44,11 @@ def load_hf_config(path: str | Path) -> ModelConfig:
         CheckpointError: no config.json, or a model that is not supported.
     """
     settings = _read_config(Path(path))
-    return family_of_config(settings, Path(path)).model_config(settings)
+    family = family_of_config(settings, Path(path))
+    try:
+        return family.model_config(settings)
+    except KeyError as error:
+        raise CheckpointError(f"{Path(path) / 'config.json'}: key {error.args[0]} is missing") from None
 
 
 def family_of_config(settings: dict[str, Any], path: Path) -> Family:
@@ -45,8 +62,52 @@ def family_of_config(settings: dict[str, Any], path: Path) -> Family:
 
 
 def family_of_model(model: ModelConfig) -> Family:
-    """The family whose table fits one of our models: with experts Mixtral, else Mistral."""
-    return mistral.FAMILY if model.num_experts is None else mixtral.FAMILY
+    """The family of one of our models: its ``architecture``, or the first whose config.json can say its shape.
+
+    Raises:
+        CheckpointError: none can, or not the one that it names.
+    """
+    named = [family for family in FAMILIES if model.architecture in (None, family.architecture)]
+    for family in named:
+        if describes(family, model):
+            return family
+    supported = ", ".join(family.architecture for family in FAMILIES)
+    if model.architecture is None:
+        raise CheckpointError(f"no architecture of transformers has such a shape; those known here: {supported}")
+    if not named:
+        raise CheckpointError(f"model.architecture is {model.architecture}; supported: {supported}")
+    raise CheckpointError(f"model.architecture is {model.architecture}, whose config.json cannot say the model's shape")
+
+
+def describes(family: Family, model: ModelConfig) -> bool:
+    """Whether a model's shape survives being written to a family's config.json and read again."""
+    model = replace(model, architecture=family.architecture, vocab_size=model.vocab_size or 1)
+    try:
+        read = family.model_config(family.hf_config(model))
+    except (KeyError, CheckpointError):
+        return False
+    ours, theirs = _resolved(model), _resolved(read)
+    return ours.keys() == theirs.keys() and all(_same(value, theirs[name]) for name, value in ours.items())
+
+
+def _resolved(model: ModelConfig) -> dict[str, Any]:
+    """What counts of a shape, with nothing left to a default."""
+    shape = vars(model) | {"kv_channels": head_channels(model), "num_query_groups": num_query_groups(model)}
+    experts = {name for name in shape if name.startswith("moe_")}
+    if model.num_experts is not None:
+        shape["moe_ffn_hidden_size"] = expert_width(model)
+        experts = set()
+    return {name: value for name, value in shape.items() if name not in _NOT_IN_FILES | experts}
+
+
+_NOT_IN_FILES = {"vocab_multiple", "attention_backend", "moe_z_loss_coeff", "hidden_dropout", "init_std"}
+"""Fields that config.json does not hold, or that change nothing once a model is trained."""
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-9)
+    return bool(ours == theirs)
 
 
 def hf_state_dict_to_megatron(tensors: Mapping[str, Tensor], model_config: ModelConfig) -> dict[str, Tensor]:

@@ -39,6 +39,26 @@ def num_query_groups(model: ModelConfig) -> int:
     return model.num_query_groups or model.num_attention_heads
 
 
+def expert_width(model: ModelConfig) -> int:
+    """Feed-forward width of an expert."""
+    return model.moe_ffn_hidden_size or model.ffn_hidden_size
+
+
+def dense_layers(model: ModelConfig) -> Collection[int]:
+    """Layers with one feed-forward layer rather than experts."""
+    return range(model.num_layers) if model.num_experts is None else model.moe_dense_layers or ()
+
+
+def mixture_layers(model: ModelConfig) -> Collection[int]:
+    """Layers with experts."""
+    return sorted(set(range(model.num_layers)).difference(dense_layers(model)))
+
+
+def all_layers(model: ModelConfig) -> Collection[int]:
+    """All of them."""
+    return range(model.num_layers)
+
+
 def dimensions(model: ModelConfig) -> dict[str, int]:
     """Sizes that the tables' shapes are written in."""
     return {
@@ -46,9 +66,15 @@ def dimensions(model: ModelConfig) -> dict[str, int]:
         "hidden": model.hidden_size,
         "query": model.num_attention_heads * head_channels(model),
         "key_value": num_query_groups(model) * head_channels(model),
+        "qkv": (model.num_attention_heads + 2 * num_query_groups(model)) * head_channels(model),
+        "head": head_channels(model),
+        "positions": model.max_position_embeddings,
         "ffn": model.ffn_hidden_size,
-        "gate_up": 2 * model.ffn_hidden_size,
         "experts": model.num_experts or 0,
+        "expert_ffn": expert_width(model),
+        "expert_gate_up": 2 * expert_width(model),
+        "shared_ffn": model.moe_shared_ffn_hidden_size or 0,
+        "one": 1,
     }
 
 
@@ -75,10 +101,10 @@ class Copy:
 
 
 class VocabularyRows:
-    """[V, D], padded with zero rows for megatron-core."""
+    """[V, D] or [V], padded with zero rows for megatron-core."""
 
     def hf_to_megatron(self, tensors: Sequence[Tensor], model: ModelConfig, expert: int) -> Tensor:
-        padded = tensors[0].new_zeros(padded_vocab_size(model), model.hidden_size)
+        padded = tensors[0].new_zeros(padded_vocab_size(model), *tensors[0].shape[1:])
         padded[: len(tensors[0])] = tensors[0]
         return padded
 
@@ -87,7 +113,8 @@ class VocabularyRows:
 
 
 class GroupedQKV:
-    """q [N x H, D], k and v [G x H, D]; megatron-core stacks them by query group: its queries, its key, its value."""
+    """q [N x H, D], k and v [G x H, D]; megatron-core stacks them by query group: its queries, its key, its value.
+    Biases likewise, without D."""
 
     def hf_to_megatron(self, tensors: Sequence[Tensor], model: ModelConfig, expert: int) -> Tensor:
         groups = num_query_groups(model)
@@ -102,7 +129,7 @@ class GroupedQKV:
 
 
 class GatedFC1:
-    """gate [F, D] and up [F, D], one on the other."""
+    """gate [F, D] and up [F, D], one on the other; biases likewise."""
 
     def hf_to_megatron(self, tensors: Sequence[Tensor], model: ModelConfig, expert: int) -> Tensor:
         return torch.cat(list(tensors))
@@ -139,10 +166,11 @@ class Entry:
     megatron: str
     forms: tuple[Form, ...]
     only_if: Callable[[ModelConfig], bool] = field(default=lambda model: True)
+    layers: Callable[[ModelConfig], Collection[int]] = all_layers
 
     def instances(self, model: ModelConfig) -> Iterator[tuple[str, int, int]]:
         """(megatron-core name, layer, expert) of every tensor that this line stands for."""
-        for layer in range(model.num_layers if "{layer}" in self.megatron else 1):
+        for layer in self.layers(model) if "{layer}" in self.megatron else (0,):
             for expert in range((model.num_experts or 0) if "{expert}" in self.megatron else 1):
                 yield self.megatron.format(layer=layer, expert=expert), layer, expert
 

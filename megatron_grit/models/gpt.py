@@ -17,8 +17,10 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.batch import PackedRow
 from megatron_grit.data.roles import RowKind
 from megatron_grit.models.attention import AttentionMode, KeyValueCache, PackedSegments
+from megatron_grit.models.biases import add_output_bias, drop_biases
 from megatron_grit.models.layer_specs import block_spec, transformer_config
 from megatron_grit.models.pooling import normalize, pool
+from megatron_grit.models.rope import stretched_frequencies
 from megatron_grit.models.row_share import RowShare
 from megatron_grit.parallel.context import ParallelContext
 
@@ -67,6 +69,11 @@ class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
             share_embeddings_and_output_weights=model.tie_embeddings,
             vp_stage=virtual_stage,
         )
+        drop_biases(self.decoder, model)
+        if model.add_output_bias and self.post_process:
+            add_output_bias(self.output_layer, self.output_layer.output_size_per_partition, engine_config.params_dtype)
+        if model.position_embedding == "rope":
+            self.rotary_pos_emb.inv_freq = stretched_frequencies(model, self.rotary_pos_emb.inv_freq)
         self.num_tokens_in_vocab = vocab_size
         self.embedding_config = config.embedding
         self.context = context

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_grit import compat
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.models.attention import PackedAttention, select_backend
 from megatron_grit.models.norms import norm_class
+from megatron_grit.models.parallel_residual import ParallelResidualLayer
+from megatron_grit.models.rope import attention_scale
 from megatron_grit.models.router import PackedRouter
 
+_ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective"},
@@ -39,15 +45,20 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         moe = {
             "num_moe_experts": model.num_experts,
             "moe_router_topk": model.moe_top_k,
-            "moe_ffn_hidden_size": model.ffn_hidden_size,
+            "moe_ffn_hidden_size": model.moe_ffn_hidden_size or model.ffn_hidden_size,
+            "moe_shared_expert_intermediate_size": model.moe_shared_ffn_hidden_size,
+            "moe_shared_expert_gate": model.moe_shared_expert_gate,
             "moe_token_dispatcher_type": "alltoall",
             "moe_router_load_balancing_type": "aux_loss",
             "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
             "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
-            # Mixtral normalises the chosen experts' weights to 1: softmax over the chosen ones. The weight of one alone
-            # would always be 1, and the router would learn nothing: then it is its share among all (Switch).
-            "moe_router_pre_softmax": model.moe_top_k == 1,
+            # A softmax over the chosen experts gives weights that add up to 1, as Mixtral's do. That of one alone would
+            # always be 1, and the router would learn nothing: then it is its share among all (Switch).
+            "moe_router_pre_softmax": not model.moe_normalize_top_k or model.moe_top_k == 1,
         }
+    if model.moe_dense_layers:
+        # Only then: the engine names the weights of such a model by layer.
+        moe["moe_layer_freq"] = [int(layer not in model.moe_dense_layers) for layer in range(model.num_layers)]
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -58,9 +69,13 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         normalization="RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm",
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.activation == "swiglu",
-        activation_func=F.silu if model.activation == "swiglu" else F.gelu,
-        add_bias_linear=model.add_bias_linear,
+        activation_func=_ACTIVATIONS[model.activation],
+        # Either all linear layers of the engine have a bias or none; models/biases.py takes away what is too much.
+        add_bias_linear=model.add_bias_linear or model.add_attention_output_bias or model.add_mlp_bias,
         add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_norm,
+        softmax_scale=attention_scale(model),
+        rotary_interleaved=model.rotary_interleaved,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_std,
@@ -97,22 +112,51 @@ def block_spec(
     attention."""
     if config.model.num_experts is not None:
         compat.let_routers_run_without_transformer_engine()
-    layer = get_gpt_layer_local_spec(
-        num_experts=config.model.num_experts,
+    num_layers = get_num_layers_to_build(engine_config, virtual_stage)
+    first = get_transformer_layer_offset(engine_config, virtual_stage)
+    dense_layers = range(config.model.num_layers) if config.model.num_experts is None else config.model.moe_dense_layers
+    layers = [
+        layer_spec(config, engine_config, device, layer, layer in (dense_layers or ()))
+        for layer in range(first, first + num_layers)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_class(config.model.normalization))
+
+
+def layer_spec(
+    config: RunConfig, engine_config: TransformerConfig, device: torch.device, layer: int, is_dense: bool
+) -> ModuleSpec:
+    """One layer.
+
+    Args:
+        config: the run.
+        engine_config: the engine's configuration of it.
+        device: where the model computes.
+        layer: number of the layer in the whole model, from 0.
+        is_dense: whether it has a feed-forward layer rather than experts.
+    """
+    model = config.model
+    spec = get_gpt_layer_local_spec(
+        num_experts=None if is_dense else model.num_experts,
         moe_grouped_gemm=False,
+        qk_layernorm=model.qk_norm,
         normalization=engine_config.normalization,
     )
-    if config.model.num_experts is not None:
-        compat.set_router(layer.submodules.mlp, PackedRouter)
-    norm = norm_class(config.model.normalization)
-    layer.submodules.input_layernorm = norm
-    layer.submodules.pre_mlp_layernorm = norm
-    layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
+    if model.num_experts is not None and not is_dense:
+        compat.set_router(spec.submodules.mlp, PackedRouter)
+    norm = norm_class(model.normalization)
+    spec.submodules.input_layernorm = norm
+    spec.submodules.pre_mlp_layernorm = IdentityOp if model.parallel_residual == "one_norm" else norm
+    attention = spec.submodules.self_attention.submodules
+    if model.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    has_window = model.window_layers is None or layer in model.window_layers
+    attention.core_attention = ModuleSpec(
         module=PackedAttention,
         params={
-            "backend": select_backend(config.model.attention_backend, device, engine_config),
-            "sliding_window": config.model.sliding_window,
+            "backend": select_backend(model.attention_backend, device, engine_config),
+            "sliding_window": model.sliding_window if has_window else None,
         },
     )
-    num_layers = get_num_layers_to_build(engine_config, virtual_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+    if model.parallel_residual != "none":
+        spec.module = ParallelResidualLayer
+    return spec

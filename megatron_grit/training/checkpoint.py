@@ -234,7 +234,7 @@ def check_same_model(path: Path, config: RunConfig) -> None:
     for section in ("model", "embedding"):
         before, now = vars(getattr(saved, section)), vars(getattr(config, section))
         for key in before:
-            if before[key] != now[key] and key != "attention_backend":
+            if before[key] != now[key] and key not in ("attention_backend", "architecture"):
                 raise CheckpointError(
                     f"{path}: was trained with {section}.{key} {before[key]}, and this run has {now[key]}; choose "
                     "another output_dir, or set checkpoint.resume to false to start afresh in this one"

@@ -11,11 +11,15 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_grit.config.schema import ModelConfig
-from megatron_grit.convert.families import mistral
-from megatron_grit.convert.param_map import Copy, Entry, ExpertOf, Family, Form, GatedFC1
+from megatron_grit.convert.families.llama_like import DECODER, HF_LAYER, IGNORED, MLP, read_shape, write_shape
+from megatron_grit.convert.families.mixture import (
+    balancing_coefficient,
+    from_balancing_coefficient,
+    refuse_normalized_top_1,
+    stacked_experts,
+)
+from megatron_grit.convert.param_map import Copy, Entry, Family, Form, GatedFC1
 from megatron_grit.errors import CheckpointError
-
-HF_LAYER, LAYER = mistral.HF_LAYER, mistral.LAYER
 
 HF_DEFAULTS: dict[str, Any] = {
     "sliding_window": None,
@@ -27,33 +31,33 @@ HF_DEFAULTS: dict[str, Any] = {
 }
 """What transformers takes for a key that is absent from config.json and that changes the arithmetic."""
 
+EXPERT, HF_EXPERT = MLP + "experts.local_experts.{expert}.", HF_LAYER + "block_sparse_moe.experts.{expert}."
+STACKED_FC1, STACKED_FC2 = stacked_experts(HF_LAYER + "mlp.experts.")
+
 EXPERTS: tuple[Entry, ...] = (
     Entry(
-        LAYER + "mlp.router.weight",
+        MLP + "router.weight",
         (
             Form(Copy(), {HF_LAYER + "block_sparse_moe.gate.weight": ("experts", "hidden")}),
             Form(Copy(), {HF_LAYER + "mlp.gate.weight": ("experts", "hidden")}),
         ),
     ),
     Entry(
-        LAYER + "mlp.experts.local_experts.{expert}.linear_fc1.weight",
+        EXPERT + "linear_fc1.weight",
         (
             Form(
                 GatedFC1(),
                 {
-                    HF_LAYER + "block_sparse_moe.experts.{expert}.w1.weight": ("ffn", "hidden"),
-                    HF_LAYER + "block_sparse_moe.experts.{expert}.w3.weight": ("ffn", "hidden"),
+                    HF_EXPERT + "w1.weight": ("expert_ffn", "hidden"),
+                    HF_EXPERT + "w3.weight": ("expert_ffn", "hidden"),
                 },
             ),
-            Form(ExpertOf(), {HF_LAYER + "mlp.experts.gate_up_proj": ("experts", "gate_up", "hidden")}),
+            STACKED_FC1,
         ),
     ),
     Entry(
-        LAYER + "mlp.experts.local_experts.{expert}.linear_fc2.weight",
-        (
-            Form(Copy(), {HF_LAYER + "block_sparse_moe.experts.{expert}.w2.weight": ("hidden", "ffn")}),
-            Form(ExpertOf(), {HF_LAYER + "mlp.experts.down_proj": ("experts", "hidden", "ffn")}),
-        ),
+        EXPERT + "linear_fc2.weight",
+        (Form(Copy(), {HF_EXPERT + "w2.weight": ("hidden", "expert_ffn")}), STACKED_FC2),
     ),
 )
 
@@ -61,33 +65,29 @@ EXPERTS: tuple[Entry, ...] = (
 def model_config(hf: dict[str, Any]) -> ModelConfig:
     """Shape of a mixture from its config.json.
 
-    Transformers' balancing loss is taken over all layers at once and counts each of a token's top_k visits; the
-    engine's is a sum over layers of a loss that divides by top_k. router_aux_loss_coef is therefore multiplied by
-    top_k / num_layers: exact for one layer, and for several where they route alike.
-
     Raises:
-        CheckpointError: as :func:`megatron_grit.convert.families.mistral.model_config`.
+        CheckpointError: an option that changes the arithmetic and is not supported.
     """
     hf = HF_DEFAULTS | hf
     if hf["router_jitter_noise"]:
         raise CheckpointError(f"router_jitter_noise is {hf['router_jitter_noise']}; only 0 is supported")
-    dense, top_k = mistral.decoder_config(hf), hf["num_experts_per_tok"]
-    return replace(
-        dense,
+    shape = replace(
+        read_shape(hf, "MixtralForCausalLM"),
+        sliding_window=hf["sliding_window"],
         num_experts=hf["num_local_experts"],
-        moe_top_k=top_k,
-        moe_aux_loss_coeff=hf["router_aux_loss_coef"] * top_k / dense.num_layers,
+        moe_top_k=hf["num_experts_per_tok"],
     )
+    refuse_normalized_top_1(shape)
+    return replace(shape, moe_aux_loss_coeff=balancing_coefficient(hf["router_aux_loss_coef"], shape))
 
 
 def hf_config(model: ModelConfig) -> dict[str, Any]:
     """config.json of a mixture."""
-    return mistral.hf_config(model) | {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
+    return write_shape(model, "MixtralForCausalLM", "mixtral") | {
+        "sliding_window": model.sliding_window,
         "num_local_experts": model.num_experts,
         "num_experts_per_tok": model.moe_top_k,
-        "router_aux_loss_coef": model.moe_aux_loss_coeff * model.num_layers / model.moe_top_k,
+        "router_aux_loss_coef": from_balancing_coefficient(model),
         "router_jitter_noise": 0.0,
         "output_router_logits": False,
     }
@@ -96,8 +96,8 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
 FAMILY = Family(
     name="Mixtral",
     architecture="MixtralForCausalLM",
-    entries=mistral.DECODER + EXPERTS,
-    ignored=mistral.FAMILY.ignored,
+    entries=DECODER + EXPERTS,
+    ignored=IGNORED,
     model_config=model_config,
     hf_config=hf_config,
 )

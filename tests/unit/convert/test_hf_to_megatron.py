@@ -84,6 +84,7 @@ def source(tmp_path: Path) -> Path:
 
 def test_mixtral_8x7b(tmp_path: Path) -> None:
     assert load_hf_config(write_config(tmp_path, MIXTRAL_8X7B)) == ModelConfig(
+        architecture="MixtralForCausalLM",
         kv_channels=128,
         vocab_size=32000,
         rotary_base=1e6,
@@ -94,7 +95,7 @@ def test_mixtral_8x7b(tmp_path: Path) -> None:
 
 def test_mistral_7b(tmp_path: Path) -> None:
     assert load_hf_config(write_config(tmp_path, MISTRAL_7B)) == ModelConfig(
-        kv_channels=128, vocab_size=32000, sliding_window=4096
+        architecture="MistralForCausalLM", kv_channels=128, vocab_size=32000, sliding_window=4096
     )
 
 
@@ -122,10 +123,13 @@ def test_rope_parameters_of_transformers_5(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (
-            {"architectures": ["LlamaForCausalLM"]},
-            "LlamaForCausalLM.*supported: MistralForCausalLM, MixtralForCausalLM",
+            {"architectures": ["FalconForCausalLM"]},
+            "FalconForCausalLM.*supported: MistralForCausalLM, MixtralForCausalLM",
         ),
-        ({"rope_scaling": {"type": "yarn", "factor": 8.0}}, "yarn"),
+        ({"rope_scaling": {"type": "longrope", "factor": 8.0}}, "longrope"),
+        ({"rope_scaling": {"type": "yarn"}}, "yarn has no factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0, "beta": 1.0}}, "linear has no key beta"),
+        ({"rope_scaling": {"type": "yarn", "factor": 8.0, "mscale": 1.0}}, "mscale"),
         ({"hidden_act": "gelu"}, "gelu"),
     ],
 )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_grit.config.schema import ModelConfig
-from megatron_grit.convert.families import mistral, mixtral
+from megatron_grit.convert.families import gpt_neo, gpt_neox, gptj, llama, mistral, mixtral, qwen
+from megatron_grit.convert.hf_to_megatron import describes, family_of_model
 from megatron_grit.convert.param_map import Family, GatedFC1, GroupedQKV, VocabularyRows, dimensions
 from megatron_grit.errors import CheckpointError
 
@@ -24,11 +26,65 @@ DENSE = ModelConfig(
     vocab_size=70,
 )
 MIXTURE = replace(DENSE, num_experts=5)
-CASES = [
+BIASES = {"add_qkv_bias": True, "add_attention_output_bias": True}
+QWEN_MIXTURE = replace(MIXTURE, moe_ffn_hidden_size=12, moe_dense_layers=[0])
+GPT = ModelConfig(
+    num_layers=2,
+    hidden_size=24,
+    ffn_hidden_size=28,
+    num_attention_heads=6,
+    num_query_groups=None,
+    vocab_size=70,
+    normalization="layernorm",
+    activation="gelu_tanh",
+    add_mlp_bias=True,
+    max_position_embeddings=50,
+)
+LIKE_LLAMA = [
     pytest.param(mistral.FAMILY, DENSE, id="mistral"),
     pytest.param(mistral.FAMILY, replace(DENSE, tie_embeddings=True), id="mistral_tied"),
     pytest.param(mixtral.FAMILY, MIXTURE, id="mixtral"),
+    pytest.param(llama.FAMILY, replace(DENSE, add_mlp_bias=True, **BIASES), id="llama"),
+    pytest.param(qwen.QWEN2, replace(DENSE, add_qkv_bias=True), id="qwen2"),
+    pytest.param(qwen.QWEN3, replace(DENSE, qk_norm=True, **BIASES), id="qwen3"),
+    pytest.param(
+        qwen.QWEN2_MOE,
+        replace(
+            QWEN_MIXTURE,
+            add_qkv_bias=True,
+            moe_shared_ffn_hidden_size=36,
+            moe_shared_expert_gate=True,
+            moe_normalize_top_k=False,
+        ),
+        id="qwen2_moe",
+    ),
+    pytest.param(qwen.QWEN3_MOE, replace(QWEN_MIXTURE, qk_norm=True), id="qwen3_moe"),
 ]
+LIKE_GPT = [
+    pytest.param(
+        gpt_neox.FAMILY,
+        replace(GPT, parallel_residual="two_norms", rotary_percent=0.5, activation="gelu", **BIASES),
+        id="gpt_neox",
+    ),
+    pytest.param(
+        gptj.FAMILY,
+        replace(GPT, parallel_residual="one_norm", rotary_interleaved=True, add_output_bias=True),
+        id="gptj",
+    ),
+    pytest.param(
+        gpt_neo.FAMILY,
+        replace(
+            GPT,
+            position_embedding="learned_absolute",
+            add_attention_output_bias=True,
+            attention_scale=1.0,
+            tie_embeddings=True,
+            window_layers=[1],
+        ),
+        id="gpt_neo",
+    ),
+]
+CASES = LIKE_LLAMA + LIKE_GPT
 
 
 def random_hf(family: Family, model: ModelConfig) -> dict[str, Tensor]:
@@ -92,7 +148,7 @@ def test_experts_in_one_tensor_are_read() -> None:
     assert all(torch.equal(converted[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize(("family", "model"), CASES)
+@pytest.mark.parametrize(("family", "model"), LIKE_LLAMA)
 def test_missing_tensor(family: Family, model: ModelConfig) -> None:
     source = random_hf(family, model)
     del source["model.layers.1.self_attn.k_proj.weight"]
@@ -140,5 +196,34 @@ def test_export_of_an_incomplete_model() -> None:
 
 @pytest.mark.parametrize(("family", "model"), CASES)
 def test_config_there_and_back(family: Family, model: ModelConfig) -> None:
-    model = replace(model, rotary_base=5e5, sliding_window=16, norm_epsilon=1e-6, moe_aux_loss_coeff=0.0)
-    assert family.model_config(family.hf_config(model)) == model
+    """A shape survives in the config.json of its family, and is refused where that cannot say it."""
+    model = replace(model, norm_epsilon=1e-6, moe_aux_loss_coeff=0.3, sliding_window=16)
+    if family in (llama.FAMILY, gpt_neox.FAMILY, gptj.FAMILY):
+        assert not describes(family, model)  # no windows there
+        model = replace(model, sliding_window=None)
+    assert describes(family, model)
+    assert family_of_model(replace(model, architecture=family.architecture)) is family
+    for change in ({"norm_epsilon": 1e-7}, {"num_layers": 3, "window_layers": None}):
+        assert describes(family, replace(model, **change)), change  # these it can say
+    unknown = replace(model, qk_norm=not model.qk_norm, attention_scale=0.3)
+    assert not describes(family, unknown)
+    with pytest.raises(CheckpointError, match="whose config.json cannot say the model's shape"):
+        family_of_model(replace(unknown, architecture=family.architecture))
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_stretched_rope_there_and_back(kind: Any) -> None:
+    model = replace(DENSE, rope_type=kind, rope_factor=4.0, rotary_base=5e5)
+    if kind != "linear":
+        model = replace(model, rope_original_length=64)
+    assert describes(llama.FAMILY, model)
+    assert not describes(gptj.FAMILY, model)
+
+
+def test_the_first_family_with_the_shape() -> None:
+    shapes = (DENSE, MIXTURE, replace(DENSE, add_mlp_bias=True), replace(QWEN_MIXTURE, qk_norm=True))
+    assert [family_of_model(shape).name for shape in shapes] == ["Mistral", "Mixtral", "Llama", "Qwen3-MoE"]
+    with pytest.raises(CheckpointError, match="no architecture of transformers has such a shape"):
+        family_of_model(replace(DENSE, attention_scale=0.3))
+    with pytest.raises(CheckpointError, match="model.architecture is Falcon; supported: Mistral"):
+        family_of_model(replace(DENSE, architecture="Falcon"))

@@ -1,0 +1,110 @@
+"""GPT-Neo: learned positions, unscaled products of queries and keys, a sliding window in every other layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_grit.config.schema import ModelConfig
+from megatron_grit.convert.families.gpt_neox import linear, norm, read_activation
+from megatron_grit.convert.families.llama_like import LAYER, copied, has_output_layer, qkv
+from megatron_grit.convert.param_map import Entry, Family, Form, VocabularyRows
+
+HF_LAYER = "transformer.h.{layer}."
+HF_DEFAULTS: dict[str, Any] = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "intermediate_size": None,
+    "window_size": 256,
+    "attention_types": [[["global", "local"], 12]],
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+"""What transformers takes for a key that is absent from config.json and that changes the arithmetic."""
+
+ENTRIES: tuple[Entry, ...] = (
+    Entry(
+        "embedding.word_embeddings.weight",
+        (Form(VocabularyRows(), {"transformer.wte.weight": ("vocab", "hidden")}),),
+    ),
+    copied("embedding.position_embeddings.weight", "transformer.wpe.weight", ("positions", "hidden")),
+    *norm(LAYER + "input_layernorm", HF_LAYER + "ln_1"),
+    Entry(LAYER + "self_attention.linear_qkv.weight", (qkv("weight", HF_LAYER + "attn.attention.", ("hidden",)),)),
+    *linear(LAYER + "self_attention.linear_proj", HF_LAYER + "attn.attention.out_proj", "hidden", "query"),
+    *norm(LAYER + "pre_mlp_layernorm", HF_LAYER + "ln_2"),
+    *linear(LAYER + "mlp.linear_fc1", HF_LAYER + "mlp.c_fc", "ffn", "hidden"),
+    *linear(LAYER + "mlp.linear_fc2", HF_LAYER + "mlp.c_proj", "hidden", "ffn"),
+    *norm("decoder.final_layernorm", "transformer.ln_f"),
+    Entry(
+        "output_layer.weight",
+        (Form(VocabularyRows(), {"lm_head.weight": ("vocab", "hidden")}),),
+        only_if=has_output_layer,
+    ),
+)
+
+
+def model_config(hf: dict[str, Any]) -> ModelConfig:
+    """Shape from config.json.
+
+    Raises:
+        CheckpointError: an option that changes the arithmetic and is not supported.
+    """
+    hf = HF_DEFAULTS | hf
+    kinds = [kind for pattern, times in hf["attention_types"] for kind in times * list(pattern)]
+    windowed = [layer for layer, kind in enumerate(kinds) if kind == "local"]
+    return ModelConfig(
+        architecture="GPTNeoForCausalLM",
+        num_layers=hf["num_layers"],
+        hidden_size=hf["hidden_size"],
+        ffn_hidden_size=hf["intermediate_size"] or 4 * hf["hidden_size"],
+        num_attention_heads=hf["num_heads"],
+        num_query_groups=None,
+        vocab_size=hf["vocab_size"],
+        max_position_embeddings=hf["max_position_embeddings"],
+        normalization="layernorm",
+        norm_epsilon=hf["layer_norm_epsilon"],
+        activation=read_activation(hf["activation_function"]),
+        position_embedding="learned_absolute",
+        add_attention_output_bias=True,
+        add_mlp_bias=True,
+        attention_scale=1.0,
+        tie_embeddings=hf["tie_word_embeddings"],
+        sliding_window=hf["window_size"] if windowed else None,
+        window_layers=windowed if 0 < len(windowed) < len(kinds) else None,
+        hidden_dropout=hf.get("resid_dropout", 0.0),
+        attention_dropout=hf.get("attention_dropout", 0.0),
+        init_std=hf.get("initializer_range", 0.02),
+    )
+
+
+def hf_config(model: ModelConfig) -> dict[str, Any]:
+    """config.json."""
+    windowed = range(model.num_layers) if model.window_layers is None else model.window_layers
+    has_window = [model.sliding_window is not None and layer in windowed for layer in range(model.num_layers)]
+    return {
+        "architectures": ["GPTNeoForCausalLM"],
+        "model_type": "gpt_neo",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_layers": model.num_layers,
+        "num_heads": model.num_attention_heads,
+        "max_position_embeddings": model.max_position_embeddings,
+        "activation_function": "gelu" if model.activation == "gelu" else "gelu_new",
+        "layer_norm_epsilon": model.norm_epsilon,
+        "initializer_range": model.init_std,
+        "window_size": model.sliding_window or HF_DEFAULTS["window_size"],
+        "attention_types": [[["local" if windowed else "global"], 1] for windowed in has_window],
+        "tie_word_embeddings": model.tie_embeddings,
+        "resid_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+    }
+
+
+FAMILY = Family(
+    name="GPT-Neo",
+    architecture="GPTNeoForCausalLM",
+    entries=ENTRIES,
+    ignored=(r".*\.attn\.attention\.(bias|masked_bias)",),
+    model_config=model_config,
+    hf_config=hf_config,
+)

@@ -1,0 +1,171 @@
+"""What Llama, Mistral, Qwen and their mixtures share: RMSNorm, SwiGLU, RoPE, grouped-query attention, and names.
+
+Lines of the table that not all of them have (biases, norms of queries and keys) count where the model's shape says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from megatron_grit.config.schema import ModelConfig
+from megatron_grit.convert.param_map import (
+    Copy,
+    Entry,
+    Form,
+    GatedFC1,
+    GroupedQKV,
+    VocabularyRows,
+    dense_layers,
+    head_channels,
+    num_query_groups,
+)
+from megatron_grit.convert.rope_parameters import read_rope, write_rope
+from megatron_grit.errors import CheckpointError
+
+HF_LAYER = "model.layers.{layer}."
+LAYER = "decoder.layers.{layer}."
+IGNORED = (r".*\.rotary_emb\.inv_freq",)
+
+
+def copied(megatron: str, hf: str, shape: tuple[str, ...], **options: Any) -> Entry:
+    """A line for a tensor that is the same on both sides."""
+    return Entry(megatron, (Form(Copy(), {hf: shape}),), **options)
+
+
+def has_output_layer(model: ModelConfig) -> bool:
+    """Whether the output layer has weights of its own."""
+    return not model.tie_embeddings
+
+
+def has_qkv_bias(model: ModelConfig) -> bool:
+    """Whether queries, keys and values have biases."""
+    return model.add_bias_linear or model.add_qkv_bias
+
+
+def has_attention_output_bias(model: ModelConfig) -> bool:
+    """Whether the output projection of attention has a bias."""
+    return model.add_bias_linear or model.add_attention_output_bias
+
+
+def has_mlp_bias(model: ModelConfig) -> bool:
+    """Whether feed-forward layers have biases."""
+    return model.add_bias_linear or model.add_mlp_bias
+
+
+def has_qk_norm(model: ModelConfig) -> bool:
+    """Whether the heads of queries and keys are normalised."""
+    return model.qk_norm
+
+
+def qkv(kind: str, prefix: str, shape: tuple[str, ...]) -> Form:
+    """Three projections as one."""
+    names = [f"{prefix}{letter}_proj.{kind}" for letter in "qkv"]
+    return Form(GroupedQKV(), dict(zip(names, [("query", *shape), *2 * [("key_value", *shape)]], strict=True)))
+
+
+def gated(prefix: str, kind: str, shape: tuple[str, ...]) -> Form:
+    """Gate and up projection as one."""
+    return Form(GatedFC1(), {f"{prefix}gate_proj.{kind}": shape, f"{prefix}up_proj.{kind}": shape})
+
+
+ATTENTION, HF_ATTENTION = LAYER + "self_attention.", HF_LAYER + "self_attn."
+
+DECODER: tuple[Entry, ...] = (
+    Entry(
+        "embedding.word_embeddings.weight",
+        (Form(VocabularyRows(), {"model.embed_tokens.weight": ("vocab", "hidden")}),),
+    ),
+    copied(LAYER + "input_layernorm.weight", HF_LAYER + "input_layernorm.weight", ("hidden",)),
+    Entry(ATTENTION + "linear_qkv.weight", (qkv("weight", HF_ATTENTION, ("hidden",)),)),
+    Entry(ATTENTION + "linear_qkv.bias", (qkv("bias", HF_ATTENTION, ()),), only_if=has_qkv_bias),
+    copied(ATTENTION + "q_layernorm.weight", HF_ATTENTION + "q_norm.weight", ("head",), only_if=has_qk_norm),
+    copied(ATTENTION + "k_layernorm.weight", HF_ATTENTION + "k_norm.weight", ("head",), only_if=has_qk_norm),
+    copied(ATTENTION + "linear_proj.weight", HF_ATTENTION + "o_proj.weight", ("hidden", "query")),
+    copied(
+        ATTENTION + "linear_proj.bias", HF_ATTENTION + "o_proj.bias", ("hidden",), only_if=has_attention_output_bias
+    ),
+    copied(LAYER + "pre_mlp_layernorm.weight", HF_LAYER + "post_attention_layernorm.weight", ("hidden",)),
+    copied("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
+    Entry(
+        "output_layer.weight",
+        (Form(VocabularyRows(), {"lm_head.weight": ("vocab", "hidden")}),),
+        only_if=has_output_layer,
+    ),
+)
+"""All but the feed-forward layers."""
+
+MLP, HF_MLP = LAYER + "mlp.", HF_LAYER + "mlp."
+
+FEED_FORWARD: tuple[Entry, ...] = (
+    Entry(MLP + "linear_fc1.weight", (gated(HF_MLP, "weight", ("ffn", "hidden")),), layers=dense_layers),
+    Entry(MLP + "linear_fc1.bias", (gated(HF_MLP, "bias", ("ffn",)),), only_if=has_mlp_bias, layers=dense_layers),
+    copied(MLP + "linear_fc2.weight", HF_MLP + "down_proj.weight", ("hidden", "ffn"), layers=dense_layers),
+    copied(MLP + "linear_fc2.bias", HF_MLP + "down_proj.bias", ("hidden",), only_if=has_mlp_bias, layers=dense_layers),
+)
+
+
+def read_shape(hf: dict[str, Any], architecture: str) -> ModelConfig:
+    """A decoder's shape from a config.json whose defaults are filled in; windows, biases and experts are the family's.
+
+    Raises:
+        CheckpointError: an option that changes the arithmetic and is not supported.
+    """
+    if hf.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"hidden_act is {hf['hidden_act']}; only silu is supported")
+    shape = ModelConfig(
+        architecture=architecture,
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hf["hidden_size"],
+        ffn_hidden_size=hf["intermediate_size"],
+        num_attention_heads=hf["num_attention_heads"],
+        num_query_groups=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        kv_channels=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        vocab_size=hf["vocab_size"],
+        max_position_embeddings=hf["max_position_embeddings"],
+        normalization="rmsnorm",
+        norm_epsilon=hf["rms_norm_eps"],
+        activation="swiglu",
+        position_embedding="rope",
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        attention_dropout=hf.get("attention_dropout", 0.0),
+        init_std=hf.get("initializer_range", 0.02),
+    )
+    return replace(shape, **read_rope(hf))
+
+
+def write_shape(model: ModelConfig, architecture: str, model_type: str) -> dict[str, Any]:
+    """config.json of a decoder, readable by transformers 4 and 5; windows, biases and experts are the family's."""
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": num_query_groups(model),
+        "head_dim": head_channels(model),
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_position_embeddings,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_dropout": model.attention_dropout,
+        **write_rope(model),
+    }
+
+
+def window_layers(hf: dict[str, Any], default: Sequence[bool]) -> list[int]:
+    """Layers with a sliding window: those of ``layer_types``, or the family's rule."""
+    types = hf.get("layer_types")
+    has_window = default if types is None else [kind == "sliding_attention" for kind in types]
+    return [layer for layer, windowed in enumerate(has_window) if windowed]
+
+
+def layer_types(model: ModelConfig) -> list[str]:
+    """``layer_types`` of config.json."""
+    windowed = range(model.num_layers) if model.window_layers is None else model.window_layers
+    has_window = [model.sliding_window is not None and layer in windowed for layer in range(model.num_layers)]
+    return ["sliding_attention" if windowed else "full_attention" for windowed in has_window]

@@ -1,0 +1,79 @@
+"""Stretched RoPE: the periods of ``model.rope_type``, as transformers computes them from ``rope_parameters``.
+
+linear: all periods are longer (position interpolation, arXiv 2306.15595). llama3: those beyond a length are, with a
+ramp between (arXiv 2407.21783, section 3.4). yarn: likewise by channel, and attention is sharper (arXiv 2309.00071).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_grit.config.schema import ModelConfig
+
+
+def stretched_frequencies(model: ModelConfig, frequencies: Tensor) -> Tensor:
+    """Angles a position of each pair of channels.
+
+    Args:
+        model: its shape.
+        frequencies: fp32 [C / 2], of default RoPE over C channels.
+
+    Returns:
+        fp32 [C / 2].
+    """
+    if model.rope_type == "linear":
+        return frequencies / model.rope_factor
+    if model.rope_type == "llama3":
+        return _between(frequencies, model.rope_factor, _llama3_share(model, frequencies))
+    if model.rope_type == "yarn":
+        return _between(frequencies, model.rope_factor, _yarn_share(model, 2 * len(frequencies)).to(frequencies.device))
+    return frequencies
+
+
+def attention_factor(model: ModelConfig) -> float:
+    """What yarn multiplies the turned channels of queries and keys by; 1 for all else."""
+    if model.rope_type != "yarn":
+        return 1.0
+    if model.rope_attention_factor is not None:
+        return model.rope_attention_factor
+    return 0.1 * math.log(model.rope_factor) + 1.0 if model.rope_factor > 1 else 1.0
+
+
+def attention_scale(model: ModelConfig) -> float | None:
+    """What products of queries and keys are multiplied by. None: 1 / sqrt(channels of a head).
+
+    All channels are turned where there is a factor (config/checks.py sees to it), so it can go into the scale.
+    """
+    factor = attention_factor(model)
+    if factor == 1.0:
+        return model.attention_scale
+    channels = model.kv_channels or model.hidden_size // model.num_attention_heads
+    return factor**2 * (channels**-0.5 if model.attention_scale is None else model.attention_scale)
+
+
+def _between(frequencies: Tensor, factor: float, share: Tensor) -> Tensor:
+    """Stretched by the factor where the share is 1, and not where it is 0."""
+    return share * frequencies / factor + (1 - share) * frequencies
+
+
+def _llama3_share(model: ModelConfig, frequencies: Tensor) -> Tensor:
+    assert model.rope_original_length is not None
+    turns = model.rope_original_length * frequencies / (2 * math.pi)
+    low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
+    return 1 - ((turns - low) / (high - low)).clamp(0, 1)
+
+
+def _yarn_share(model: ModelConfig, num_channels: int) -> Tensor:
+    assert model.rope_original_length is not None
+
+    def pair_that_turns(times: float) -> float:
+        period = model.rope_original_length / (2 * math.pi * times)  # type: ignore[operator]
+        return num_channels * math.log(period) / (2 * math.log(model.rotary_base))
+
+    first = max(math.floor(pair_that_turns(model.rope_beta_fast)), 0)
+    last = min(math.ceil(pair_that_turns(model.rope_beta_slow)), num_channels - 1)
+    steps = max(last - first, 0.001)
+    return ((torch.arange(num_channels // 2, dtype=torch.float32) - first) / steps).clamp(0, 1)
