@@ -13,7 +13,9 @@ from typing import Literal, NamedTuple
 
 from megatron_grit.config.checks import data_parallel_size
 from megatron_grit.config.gathered_keys import gathered_keys
-from megatron_grit.config.schema import ModelConfig, RunConfig
+from megatron_grit.config.parameters import count_parameters, expert_tensor_size, padded_vocabulary
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.shape import attention_widths, dense_layers, expert_width, head_channels, stage_layers
 
 FP32 = 4
 SIMILARITIES_AT_ONCE = 1 << 24
@@ -103,25 +105,6 @@ class Workload:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parameters:
-    """Parameters of a model, padding of the vocabulary included."""
-
-    total: int
-    """Of the whole model, each counted once."""
-    active: int
-    """That a token passes through: all but the experts that it does not visit."""
-    rank_dense: int
-    """On a process, experts left out."""
-    rank_expert: int
-    """Of the experts on a process."""
-
-    @property
-    def rank(self) -> int:
-        """On a process."""
-        return self.rank_dense + self.rank_expert
-
-
-@dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes of one process."""
 
@@ -141,76 +124,6 @@ class Memory:
     def worst_moment(self) -> str:
         """When that is."""
         return max(self.moments, key=lambda name: self.moments[name])
-
-
-def padded_vocabulary(vocab_size: int, multiple: int, tensor_size: int) -> int:
-    """Rows of the embedding matrix: a multiple that tensor parallel ranks divide evenly."""
-    return _round_up(vocab_size, multiple * tensor_size)
-
-
-def count_parameters(config: RunConfig, vocab_size: int, stage: int = 0) -> Parameters:
-    """Parameters of the model and of one process.
-
-    Args:
-        config: the run.
-        vocab_size: of the model before padding.
-        stage: pipeline stage of the process.
-    """
-    model, parallel = config.model, config.parallel
-    whole_dense, whole_expert = _layer_parameters(model, 1, 1)
-    ends = _end_parameters(config, vocab_size, 1)
-    head = 0 if model.tie_embeddings else ends["output"]
-    total = model.num_layers * (whole_dense + whole_expert) + ends["input"] + ends["norm"] + head
-    experts = model.num_experts or 1
-    unvisited = model.num_layers * whole_expert * (experts - min(model.moe_top_k, experts)) // experts
-    dense, expert = _layer_parameters(model, parallel.tensor, parallel.expert, expert_tensor_size(config))
-    ends = _end_parameters(config, vocab_size, parallel.tensor)
-    layers, first, last = model.num_layers // parallel.pipeline, stage == 0, stage == parallel.pipeline - 1
-    rank = layers * dense + first * ends["input"] + last * ends["norm"]
-    if last and not (model.tie_embeddings and first):  # a tied matrix has a copy on the last stage
-        rank += ends["output"]
-    return Parameters(total=total, active=total - unvisited, rank_dense=rank, rank_expert=layers * expert)
-
-
-def expert_tensor_size(config: RunConfig) -> int:
-    """Tensor parallel size of the experts."""
-    return config.parallel.expert_tensor or config.parallel.tensor
-
-
-def _layer_parameters(model: ModelConfig, tensor: int, expert: int, expert_tensor: int = 1) -> tuple[int, int]:
-    """Parameters of a layer on a rank: those of its experts apart from all others."""
-    width, bias = model.hidden_size, model.add_bias_linear
-    queries, keys = attention_widths(model)
-    qkv = (queries + 2 * keys) // tensor
-    attention = width * qkv + (bias or model.add_qkv_bias) * qkv + width * queries // tensor + bias * width
-    norm = width * (1 if model.normalization == "rmsnorm" else 2)
-    shards = tensor if model.num_experts is None else expert_tensor
-    inner = model.ffn_hidden_size * (2 if model.activation == "swiglu" else 1) // shards
-    mlp = width * inner + bias * inner + width * model.ffn_hidden_size // shards + bias * width
-    if model.num_experts is None:
-        return attention + 2 * norm + mlp, 0
-    return attention + 2 * norm + model.num_experts * width, model.num_experts // expert * mlp
-
-
-def _end_parameters(config: RunConfig, vocab_size: int, tensor: int) -> dict[str, int]:
-    """Parameters outside the layers on a rank: input embedding, final norm with the projection, output layer."""
-    model = config.model
-    # Padded for the run's tensor parallel size, whoever asks.
-    rows = padded_vocabulary(vocab_size, model.vocab_multiple, config.parallel.tensor) // tensor
-    positions = model.max_position_embeddings if model.position_embedding == "learned_absolute" else 0
-    projection = config.embedding.projection_dim
-    return {
-        "input": (rows + positions) * model.hidden_size,
-        "norm": model.hidden_size * (1 if model.normalization == "rmsnorm" else 2)
-        + (0 if projection is None else (model.hidden_size + 1) * projection),
-        "output": rows * model.hidden_size,
-    }
-
-
-def attention_widths(model: ModelConfig) -> tuple[int, int]:
-    """Channels of all query heads, and of all key heads."""
-    channels = model.kv_channels or model.hidden_size // model.num_attention_heads
-    return model.num_attention_heads * channels, (model.num_query_groups or model.num_attention_heads) * channels
 
 
 def caches_gradients(config: RunConfig, world_size: int, workload: Workload) -> bool:
@@ -262,12 +175,13 @@ class _StageMemory:
         self.size = 2 if config.training.precision == "bf16" else FP32
         self.tensor = self.parallel.tensor
         self.last = stage == self.parallel.pipeline - 1
-        self.layers = self.model.num_layers // self.parallel.pipeline
+        layers = stage_layers(config, stage)
+        self.num_layers = len(layers)
+        self.num_mixtures = len(set(layers).difference(dense_layers(self.model)))
         self.parameters = count_parameters(config, vocab_size, stage)
         padded = padded_vocabulary(vocab_size, self.model.vocab_multiple, self.tensor)
         self.vocabulary, self.pads_vocabulary = padded // self.tensor, padded != vocab_size
         self.expert_tensor = expert_tensor_size(config)
-        self.mlp_tensor = self.tensor if self.model.num_experts is None else self.expert_tensor
         expert_mesh = self.expert_tensor * self.parallel.pipeline * self.parallel.expert
         self.expert_data_size = max(1, world_size // expert_mesh)
         self.shard_size = self.parallel.context * self.data_size
@@ -338,13 +252,14 @@ class _StageMemory:
         shared = tokens // self.tensor if self.parallel.sequence_parallel else tokens
         width = self.model.hidden_size
         if self.config.training.recompute == "full":
-            kept = self.layers * shared * width * self.size
+            kept = self.num_layers * shared * width * self.size
         else:
-            kept = self.layers * self._layer_kept(row)
+            kept = (self.num_layers - self.num_mixtures) * self._layer_kept(row, False)
+            kept += self.num_mixtures * self._layer_kept(row, True)
         if self.stage == 0 and self.model.hidden_dropout:
             kept += shared * width * (self.size if self.device == "cpu" else 1)
         if self.model.position_embedding == "rope":
-            kept += 2 * tokens * self._channels() * FP32  # angles, which all layers share
+            kept += 2 * tokens * head_channels(self.model) * FP32  # angles, which all layers share
         kept += 8 * self._gathered_keys(row)  # which keys were picked, likewise
         kept = int(kept * self._rows_in_flight())
         if self.last:
@@ -360,26 +275,31 @@ class _StageMemory:
         # Interleaved: a warm-up of 2 (stages behind - 1) + (chunks - 1) stages chunks, and the one at work.
         return max(1.0, min(rows * chunks, 2 * (behind - 1) + (chunks - 1) * self.parallel.pipeline + 1) / chunks)
 
-    def _layer_kept(self, row: _Row) -> int:
+    def _layer_kept(self, row: _Row, is_mixture: bool) -> int:
         """What one layer keeps without full recompute."""
         model, size = self.model, self.size
         tokens = ceil(row.tokens / self.parallel.context)
         shared = tokens // self.tensor if self.parallel.sequence_parallel else tokens
-        kept = 2 * self._norm_kept(shared)
+        kept = self._norm_kept(shared) * (1 if model.parallel_residual == "one_norm" else 2)
+        if model.parallel_residual == "two_norms":
+            kept -= shared * model.hidden_size * size  # both have the same input
         if model.hidden_dropout:
             kept += 2 * shared * model.hidden_size * (size if self.device == "cpu" else 1)
         kept += self._attention_kept(tokens, self._gathered_keys(row))
-        inner = model.ffn_hidden_size // self.mlp_tensor * size
-        gated = model.activation == "swiglu"
-        if model.num_experts is None:
-            # Both halves, silu of one, the other plus its offset, their product; or before and after gelu.
-            return kept + tokens * inner * (5 if gated else 2)
+        # Both halves, silu of one, the other plus its offset, their product; or before and after gelu.
+        copies = 5 if model.activation == "swiglu" else 2
+        if not is_mixture:
+            return kept + tokens * model.ffn_hidden_size // self.tensor * copies * size
         routed = tokens * model.moe_top_k
         # The same and once more, times the router's weight; the tokens as they were sent out.
-        kept += routed * inner * (6 if gated else 3) + routed * model.hidden_size * size
+        kept += routed * expert_width(model) // self.expert_tensor * (copies + 1) * size
+        kept += routed * model.hidden_size * size
         if self.expert_tensor > 1 or self.parallel.expert > 1:
             kept += routed * model.hidden_size * size  # sorted anew on arrival
-        return kept + shared * (model.num_experts * 3 * FP32 + model.moe_top_k * 24)
+        if model.moe_shared_ffn_hidden_size:
+            kept += tokens * model.moe_shared_ffn_hidden_size // self.tensor * copies * size
+            kept += shared * (model.hidden_size + 2) * size * model.moe_shared_expert_gate  # its output, and the gate
+        return kept + shared * ((model.num_experts or 0) * 3 * FP32 + model.moe_top_k * 24)
 
     def _norm_kept(self, tokens: int) -> int:
         """Input and output of a norm."""
@@ -389,16 +309,13 @@ class _StageMemory:
             return elements * (2 * FP32 + self.size)
         return elements * 2 * self.size
 
-    def _channels(self) -> int:
-        return self.model.kv_channels or self.model.hidden_size // self.model.num_attention_heads
-
     def _attention_kept(self, tokens: int, gathered: int) -> int:
         """Bytes from the query-key-value projection to the output projection."""
         queries, keys = (width // self.tensor for width in attention_widths(self.model))
         rope = self.model.position_embedding == "rope"
         kept = tokens * 2 * queries  # queries, turned where they are; the context
         if rope:
-            kept += tokens * 4 * self._channels()  # sines and cosines of queries and of keys
+            kept += tokens * 4 * head_channels(self.model)  # sines and cosines of queries and of keys
         if self.parallel.context > 1:
             kept += gathered * 2 * keys  # in place of this rank's own
         else:
@@ -406,7 +323,11 @@ class _StageMemory:
             kept += tokens * (queries + 2 * keys + (keys if rope else 0))
         if self.config.training.recompute == "none":
             kept += tokens * self._attention_output()
-        return kept * self.size
+        normed = 0
+        if self.model.qk_norm:  # queries are copied out of the projection; not fused, both are kept once more
+            fused = self.device == "cuda" or self.model.normalization == "layernorm"
+            normed = tokens * (queries * self.size if fused else (2 * queries + keys) * FP32)
+        return kept * self.size + normed
 
     def _gathered_keys(self, row: _Row) -> int:
         return gathered_keys(row.tokens, row.segment_tokens, self.parallel.context, row.causal)
@@ -421,25 +342,32 @@ class _StageMemory:
         """Most that the backward pass of a layer adds to what the forward pass kept."""
         if not row.tokens:
             return 0
+        kinds = {False} if self.num_mixtures == 0 else {True} if self.num_mixtures == self.num_layers else {False, True}
+        return max(self._layer_adds(row, is_mixture) for is_mixture in kinds)
+
+    def _layer_adds(self, row: _Row, is_mixture: bool) -> int:
         model, tokens = self.model, ceil(row.tokens / self.parallel.context)
-        width, inner = model.hidden_size, model.ffn_hidden_size // self.mlp_tensor
+        width, routed, visits = model.hidden_size, tokens, tokens
+        inner = model.ffn_hidden_size // self.tensor
+        if is_mixture:
+            inner = expert_width(model) // self.expert_tensor
+            routed = tokens * model.moe_top_k
+            visits = ceil(routed * self.parallel.expert / (model.num_experts or 1))
         gated = 2 if model.activation == "swiglu" else 1
-        routed = tokens if model.num_experts is None else tokens * model.moe_top_k
-        visits = routed if model.num_experts is None else ceil(routed * self.parallel.expert / model.num_experts)
         hidden, states = visits * inner, routed * width
         adds = max(
             hidden + width * inner,  # of the second matrix: gradients of its input and of itself
             gated * hidden,  # of the activation
             gated * width * inner - hidden * (gated - 1),  # of the first matrix, when most of the layer is gone
         )
-        adds += states * (1 if model.num_experts is None else 2)
-        return adds * self.size + self._recomputed(row)
+        adds += states * (2 if is_mixture else 1)
+        return adds * self.size + self._recomputed(row, is_mixture)
 
-    def _recomputed(self, row: _Row) -> int:
+    def _recomputed(self, row: _Row, is_mixture: bool) -> int:
         """What is computed again for the backward pass of a layer."""
         recompute = self.config.training.recompute
         if recompute == "full":
-            return self._layer_kept(row)
+            return self._layer_kept(row, is_mixture)
         tokens = ceil(row.tokens / self.parallel.context)
         return tokens * self._attention_output() * self.size if recompute == "selective" else 0
 
@@ -469,10 +397,11 @@ class _StageMemory:
         if loss.negatives == "hard":
             chunk = workload.num_queries * self.config.data.train_group_size
         else:
-            chunk = min(max(SIMILARITIES_AT_ONCE, candidates), workload.num_queries * candidates)
+            anchors = ceil(workload.num_queries / (self.data_size * self.parallel.context))
+            chunk = min(max(SIMILARITIES_AT_ONCE, candidates), anchors * candidates)
         masked = loss.mask_equal_texts or loss.same_side_negatives or loss.false_negative_margin is not None
-        # Similarities and their exponentials, and which of them are left out.
-        similarities = chunk * (2 * FP32 + (2 if masked else 0))
+        # Similarities, which become their gradient where they are, and which of them are left out.
+        similarities = chunk * (FP32 + (2 if masked else 0))
         # Gathered, in order, gradient of the loss, that times the incoming gradient; this rank's, joined, and gradient.
         everyone = 4 * workload.num_texts * (1 + len(loss.matryoshka_dims) / 2)
         return similarities + int(everyone + 3 * local_texts) * self.projected * FP32

@@ -10,16 +10,10 @@ from dataclasses import dataclass
 from math import ceil
 
 from megatron_grit.config.checks import data_parallel_size
-from megatron_grit.config.estimate import (
-    FP32,
-    Workload,
-    attention_widths,
-    caches_gradients,
-    count_parameters,
-    expert_tensor_size,
-    padded_vocabulary,
-)
+from megatron_grit.config.estimate import FP32, Workload, caches_gradients
+from megatron_grit.config.parameters import count_parameters, expert_tensor_size, padded_vocabulary
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.shape import attention_widths, dense_layers, expert_width, mixture_layers
 
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
@@ -126,15 +120,15 @@ def count_flops(config: RunConfig, world_size: int, vocab_size: int, workload: W
     passes = 4 if caches_gradients(config, world_size, workload) else 3
     width = config.embedding.projection_dim or model.hidden_size
     passages = workload.num_texts - workload.num_queries
-    # Similarities, two products for the gradient, and the similarities again for the accuracy.
-    similarities = 2.0 * workload.num_queries * passages * width * (4 if config.loss.negatives == "batch" else 1)
+    # Similarities, and two products for the gradient.
+    similarities = 2.0 * workload.num_queries * passages * width * (3 if config.loss.negatives == "batch" else 1)
     again = {"none": 0.0, "full": embedding + generative, "selective": _core_attention(config, workload)}
     return Flops(
         embedding=float(passes * embedding),
         first_pass=float((passes - 3) * embedding),
         generative=float(3 * (generative + head)),
         head=float(3 * head),
-        contrastive=similarities * data_parallel_size(config, world_size) * config.parallel.tensor,
+        contrastive=similarities * config.parallel.tensor,  # replicas share it, tensor parallel ranks repeat it
         recompute=float(again[config.training.recompute]),
     )
 
@@ -145,27 +139,29 @@ def _forward(config: RunConfig, segment_tokens: float, causal: bool) -> float:
     queries, keys = attention_widths(model)
     width = model.hidden_size
     matrices = width * (queries + 2 * keys) + queries * width
-    mlp = (3 if model.activation == "swiglu" else 2) * width * model.ffn_hidden_size
-    if model.num_experts is None:
-        matrices += mlp
-    else:
-        matrices += mlp * model.moe_top_k + width * model.num_experts
-    return model.num_layers * (2 * matrices + _attention(config, segment_tokens, causal))
+    matrix = (3 if model.activation == "swiglu" else 2) * width
+    visited = model.moe_top_k * expert_width(model) + (model.moe_shared_ffn_hidden_size or 0)
+    mixture = matrix * visited + width * ((model.num_experts or 0) + model.moe_shared_expert_gate)
+    feed_forward = len(dense_layers(model)) * matrix * model.ffn_hidden_size + len(mixture_layers(model)) * mixture
+    operations = 2 * (model.num_layers * matrices + feed_forward)
+    return operations + _attention(config, segment_tokens, causal)
 
 
 def _attention(config: RunConfig, segment_tokens: float, causal: bool) -> float:
-    """Scores and their product with the values, for a token of one layer."""
+    """Scores and their product with the values, for a token through all layers."""
+    model = config.model
     seen = segment_tokens / 2 if causal else segment_tokens
-    window = config.model.sliding_window
-    if causal and window is not None:
-        seen = min(seen, window)
-    return 4 * attention_widths(config.model)[0] * seen
+    windowed = 0
+    if causal and model.sliding_window is not None:
+        windowed = model.num_layers if model.window_layers is None else len(model.window_layers)
+    tokens = windowed * min(seen, model.sliding_window or 0) + (model.num_layers - windowed) * seen
+    return 4 * attention_widths(model)[0] * tokens
 
 
 def _core_attention(config: RunConfig, workload: Workload) -> float:
     texts = workload.embedding_tokens * _attention(config, workload.text_tokens, config.embedding.causal)
     sequences = workload.generative_tokens * _attention(config, workload.sequence_tokens, True)
-    return config.model.num_layers * (texts + sequences)
+    return texts + sequences
 
 
 def expected_step_time(

@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_grit.config.schema import ModelConfig, RunConfig
+from megatron_grit.config.shape import expert_width, head_channels, num_query_groups
 from megatron_grit.convert.families import gpt_neo, gpt_neox, gptj, llama, mistral, mixtral, qwen
-from megatron_grit.convert.param_map import Family, expert_width, head_channels, num_query_groups
+from megatron_grit.convert.param_map import Family
 from megatron_grit.errors import CheckpointError
 
 FAMILIES: tuple[Family, ...] = (

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_grit.config.schema import ModelConfig
+from megatron_grit.config.shape import expert_width, head_channels, num_query_groups
 from megatron_grit.errors import CheckpointError
 
 
@@ -27,31 +28,6 @@ def padded_vocab_size(model: ModelConfig) -> int:
     """Rows of the embedding of an unsharded model."""
     assert model.vocab_size is not None
     return -(-model.vocab_size // model.vocab_multiple) * model.vocab_multiple
-
-
-def head_channels(model: ModelConfig) -> int:
-    """H."""
-    return model.kv_channels or model.hidden_size // model.num_attention_heads
-
-
-def num_query_groups(model: ModelConfig) -> int:
-    """G."""
-    return model.num_query_groups or model.num_attention_heads
-
-
-def expert_width(model: ModelConfig) -> int:
-    """Feed-forward width of an expert."""
-    return model.moe_ffn_hidden_size or model.ffn_hidden_size
-
-
-def dense_layers(model: ModelConfig) -> Collection[int]:
-    """Layers with one feed-forward layer rather than experts."""
-    return range(model.num_layers) if model.num_experts is None else model.moe_dense_layers or ()
-
-
-def mixture_layers(model: ModelConfig) -> Collection[int]:
-    """Layers with experts."""
-    return sorted(set(range(model.num_layers)).difference(dense_layers(model)))
 
 
 def all_layers(model: ModelConfig) -> Collection[int]:

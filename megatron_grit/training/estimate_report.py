@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_grit.config.estimate import Device, Workload, count_parameters, estimate_memory
+from megatron_grit.config.estimate import Device, Workload, estimate_memory
+from megatron_grit.config.parameters import count_parameters
 from megatron_grit.config.plan_text import format_bytes
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.step_time import count_flops

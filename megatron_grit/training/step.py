@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_grit import compat
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.shape import mixture_layers
 from megatron_grit.data.batch import PackedRow, StepBatch
 from megatron_grit.errors import ConfigError
 from megatron_grit.models.gpt import Output
@@ -175,7 +176,7 @@ class TrainStep:
             return None
         if values is None:
             values = torch.zeros(1)
-        total = values.sum().to(self.context.device) / (self.config.model.num_layers * num_rows)
+        total = values.sum().to(self.context.device) / (len(mixture_layers(self.config.model)) * num_rows)
         if self.context.pipeline_size > 1:
             torch.distributed.all_reduce(total, group=self.context.pipeline_group)
         if self.context.sequence_parallel:  # each tensor parallel rank logged the part of its tokens

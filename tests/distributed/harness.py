@@ -7,12 +7,12 @@ import multiprocessing.connection
 import os
 import time
 import traceback
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as torch_multiprocessing
+from torch.distributed import TCPStore
 
 MAX_SECONDS = 600
 GRACE_SECONDS = 5
@@ -31,13 +31,13 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, directory: Path,
     Returns:
         What each rank returned. Fails with the first rank's traceback where one raises.
     """
-    # Ranks meet in a file: a free port may be somebody else's by the time it is used.
-    meeting = directory / f"meeting_{uuid.uuid4().hex}"
+    # This process holds the store, so that its port is taken when ranks are told of it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     # Ranks are forked from a process that has imported the engine and done nothing else: imports are paid for once.
     context = torch_multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_grit.training.trainer"])
     workers = [
-        context.Process(target=_worker, args=(function, rank, world_size, meeting, str(directory), args))
+        context.Process(target=_worker, args=(function, rank, world_size, store.port, str(directory), args))
         for rank in range(world_size)
     ]
     for worker in workers:
@@ -59,14 +59,15 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, directory: Path,
     return [json.loads((directory / f"result_{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def _worker(function: Callable[..., Any], rank: int, world_size: int, meeting: Path, directory: str, args: Any) -> None:
+def _worker(function: Callable[..., Any], rank: int, world_size: int, port: int, directory: str, args: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+        store = TCPStore("127.0.0.1", port, is_master=False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         result = function(*args)
         Path(directory, f"result_{rank}.json").write_text(json.dumps(result))
         dist.barrier()

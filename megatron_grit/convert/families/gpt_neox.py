@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from megatron_grit.config.schema import ModelConfig
-from megatron_grit.convert.families.llama_like import LAYER, copied, has_output_layer, has_qkv_bias
+from megatron_grit.config.shape import has_qkv_bias
+from megatron_grit.convert.families.llama_like import LAYER, copied, has_output_layer
 from megatron_grit.convert.param_map import Entry, Family, Form, VocabularyRows
 from megatron_grit.convert.rope_parameters import read_rope, write_rope
 from megatron_grit.errors import CheckpointError

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_grit.config.schema import ModelConfig
+from megatron_grit.config.shape import head_channels
 from megatron_grit.convert.families.gpt_neox import linear, norm, read_activation
 from megatron_grit.convert.families.llama_like import LAYER, copied, has_output_layer, qkv
-from megatron_grit.convert.param_map import Entry, Family, Form, VocabularyRows, head_channels
+from megatron_grit.convert.param_map import Entry, Family, Form, VocabularyRows
 
 HF_LAYER = "transformer.h.{layer}."
 HF_DEFAULTS: dict[str, Any] = {

@@ -6,15 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_grit.config.schema import ModelConfig
-from megatron_grit.convert.families.llama_like import (
-    DECODER,
-    FEED_FORWARD,
-    IGNORED,
-    has_attention_output_bias,
-    has_mlp_bias,
-    read_shape,
-    write_shape,
-)
+from megatron_grit.config.shape import has_attention_output_bias, has_mlp_bias
+from megatron_grit.convert.families.llama_like import DECODER, FEED_FORWARD, IGNORED, read_shape, write_shape
 from megatron_grit.convert.param_map import Family
 
 HF_DEFAULTS: dict[str, Any] = {"rope_theta": 10000.0, "attention_bias": False, "mlp_bias": False}

@@ -10,17 +10,15 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_grit.config.schema import ModelConfig
-from megatron_grit.convert.param_map import (
-    Copy,
-    Entry,
-    Form,
-    GatedFC1,
-    GroupedQKV,
-    VocabularyRows,
+from megatron_grit.config.shape import (
     dense_layers,
+    has_attention_output_bias,
+    has_mlp_bias,
+    has_qkv_bias,
     head_channels,
     num_query_groups,
 )
+from megatron_grit.convert.param_map import Copy, Entry, Form, GatedFC1, GroupedQKV, VocabularyRows
 from megatron_grit.convert.rope_parameters import read_rope, write_rope
 from megatron_grit.errors import CheckpointError
 
@@ -37,21 +35,6 @@ def copied(megatron: str, hf: str, shape: tuple[str, ...], **options: Any) -> En
 def has_output_layer(model: ModelConfig) -> bool:
     """Whether the output layer has weights of its own."""
     return not model.tie_embeddings
-
-
-def has_qkv_bias(model: ModelConfig) -> bool:
-    """Whether queries, keys and values have biases."""
-    return model.add_bias_linear or model.add_qkv_bias
-
-
-def has_attention_output_bias(model: ModelConfig) -> bool:
-    """Whether the output projection of attention has a bias."""
-    return model.add_bias_linear or model.add_attention_output_bias
-
-
-def has_mlp_bias(model: ModelConfig) -> bool:
-    """Whether feed-forward layers have biases."""
-    return model.add_bias_linear or model.add_mlp_bias
 
 
 def has_qk_norm(model: ModelConfig) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megatron_grit.config.schema import ModelConfig
-from megatron_grit.convert.param_map import ExpertOf, Form, mixture_layers
+from megatron_grit.config.shape import mixture_layers
+from megatron_grit.convert.param_map import ExpertOf, Form
 from megatron_grit.errors import CheckpointError
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_grit.config.schema import ModelConfig
+from megatron_grit.config.shape import dense_layers, has_attention_output_bias, has_qkv_bias, mixture_layers
 from megatron_grit.convert.families.llama_like import (
     DECODER,
     FEED_FORWARD,
@@ -14,8 +15,6 @@ from megatron_grit.convert.families.llama_like import (
     MLP,
     copied,
     gated,
-    has_attention_output_bias,
-    has_qkv_bias,
     layer_types,
     read_shape,
     window_layers,
@@ -27,7 +26,7 @@ from megatron_grit.convert.families.mixture import (
     refuse_normalized_top_1,
     stacked_experts,
 )
-from megatron_grit.convert.param_map import Copy, Entry, Family, Form, dense_layers, mixture_layers
+from megatron_grit.convert.param_map import Copy, Entry, Family, Form
 
 DENSE_DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0,

@@ -14,14 +14,9 @@ from unittest import mock
 
 import pytest
 
-from megatron_grit.config.estimate import (
-    SIMILARITIES_AT_ONCE,
-    Workload,
-    count_parameters,
-    estimate_memory,
-    padded_vocabulary,
-)
+from megatron_grit.config.estimate import SIMILARITIES_AT_ONCE, Workload, estimate_memory
 from megatron_grit.config.gathered_keys import gathered_keys
+from megatron_grit.config.parameters import count_parameters, padded_vocabulary
 from megatron_grit.config.parse import parse_run_config
 from megatron_grit.config.plan import TextLengths, make_plan, meshes, problems_of
 from megatron_grit.config.plan_text import format_plan
@@ -73,6 +68,18 @@ SHAPES = {
     "wide heads": {"kv_channels": 24, "num_query_groups": None},
     "positions": {"position_embedding": "learned_absolute"},
     "projection": {},
+    "neox": {"add_bias_linear": True, "normalization": "layernorm", "parallel_residual": "two_norms"},
+    "gptj": {"add_mlp_bias": True, "add_output_bias": True, "parallel_residual": "one_norm", "activation": "gelu_tanh"},
+    "gpt_neo": {"add_attention_output_bias": True, "add_mlp_bias": True, "position_embedding": "learned_absolute"},
+    "qwen3": {"qk_norm": True, "kv_channels": 24},
+    "qwen2_moe": {
+        "experts": 4,
+        "add_qkv_bias": True,
+        "moe_ffn_hidden_size": 32,
+        "moe_shared_ffn_hidden_size": 48,
+        "moe_shared_expert_gate": True,
+        "moe_dense_layers": [1],
+    },
 }
 
 
@@ -155,7 +162,7 @@ def test_similarities_do_not_grow_with_the_square_of_the_batch() -> None:
     for num_queries in (1 << 14, 1 << 16):
         workload = Workload(embedding_rows=64, num_texts=3 * num_queries, num_queries=num_queries)
         kinds = estimate_memory(config, 8, VOCAB, workload).kinds
-        sizes.append(kinds["contrastive"] - 2 * 4 * SIMILARITIES_AT_ONCE)
+        sizes.append(kinds["contrastive"] - 4 * SIMILARITIES_AT_ONCE)
     assert sizes[1] == 4 * sizes[0]
 
 
@@ -326,6 +333,10 @@ KEPT = {
     "no rope": {"position_embedding": "none"},
     "dropout": {"hidden_dropout": 0.1},
     "bf16": {},
+    "neox": SHAPES["neox"],
+    "gptj": SHAPES["gptj"],
+    "qwen3": SHAPES["qwen3"],
+    "qwen2_moe": SHAPES["qwen2_moe"],
     "selective": {},
     "full": {},
     "context": {},

@@ -1,0 +1,60 @@
+"""Sizes that follow from a model's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from megatron_grit.config.schema import ModelConfig, RunConfig
+
+
+def head_channels(model: ModelConfig) -> int:
+    """Channels of a head."""
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
+
+
+def num_query_groups(model: ModelConfig) -> int:
+    """Key and value heads."""
+    return model.num_query_groups or model.num_attention_heads
+
+
+def attention_widths(model: ModelConfig) -> tuple[int, int]:
+    """Channels of all query heads, and of all key heads."""
+    return model.num_attention_heads * head_channels(model), num_query_groups(model) * head_channels(model)
+
+
+def expert_width(model: ModelConfig) -> int:
+    """Feed-forward width of an expert."""
+    return model.moe_ffn_hidden_size or model.ffn_hidden_size
+
+
+def dense_layers(model: ModelConfig) -> Collection[int]:
+    """Layers with one feed-forward layer rather than experts."""
+    return range(model.num_layers) if model.num_experts is None else model.moe_dense_layers or ()
+
+
+def mixture_layers(model: ModelConfig) -> Collection[int]:
+    """Layers with experts."""
+    return sorted(set(range(model.num_layers)).difference(dense_layers(model)))
+
+
+def stage_layers(config: RunConfig, stage: int) -> list[int]:
+    """Layers of a pipeline stage; an interleaved one holds several runs of them."""
+    stages, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline or 1
+    size = config.model.num_layers // (stages * chunks)
+    firsts = [(chunk * stages + stage) * size for chunk in range(chunks)]
+    return [layer for first in firsts for layer in range(first, first + size)]
+
+
+def has_qkv_bias(model: ModelConfig) -> bool:
+    """Whether queries, keys and values have biases."""
+    return model.add_bias_linear or model.add_qkv_bias
+
+
+def has_attention_output_bias(model: ModelConfig) -> bool:
+    """Whether the output projection of attention has a bias."""
+    return model.add_bias_linear or model.add_attention_output_bias
+
+
+def has_mlp_bias(model: ModelConfig) -> bool:
+    """Whether feed-forward layers have biases."""
+    return model.add_bias_linear or model.add_mlp_bias
