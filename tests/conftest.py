@@ -20,6 +20,17 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, max_exa
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests go to the same worker: those of a file, and all that start several processes, one after another.
+
+    Two jobs of eight gloo processes at a time spend most of it switching between threads.
+    """
+    for item in items:
+        folder, _, name = item.nodeid.partition("::")[0].rpartition("/")
+        starts_processes = item.get_closest_marker("distributed") or folder in ("tests/distributed", "tests/e2e")
+        item.add_marker(pytest.mark.xdist_group("processes" if starts_processes else f"{folder}/{name}"))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Root of the checkout."""

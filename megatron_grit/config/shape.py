@@ -37,6 +37,11 @@ def mixture_layers(model: ModelConfig) -> Collection[int]:
     return sorted(set(range(model.num_layers)).difference(dense_layers(model)))
 
 
+def window_of_layer(model: ModelConfig, layer: int) -> int | None:
+    """The sliding window of a layer, counted from 0. None: it has none."""
+    return model.sliding_window if model.window_layers is None or layer in model.window_layers else None
+
+
 def stage_layers(config: RunConfig, stage: int) -> list[int]:
     """Layers of a pipeline stage; an interleaved one holds several runs of them."""
     stages, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline or 1

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_grit import compat
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.shape import dense_layers, window_of_layer
 from megatron_grit.models.attention import PackedAttention, select_backend
 from megatron_grit.models.norms import norm_class
 from megatron_grit.models.parallel_residual import ParallelResidualLayer
@@ -114,9 +115,9 @@ def block_spec(
         compat.let_routers_run_without_transformer_engine()
     num_layers = get_num_layers_to_build(engine_config, virtual_stage)
     first = get_transformer_layer_offset(engine_config, virtual_stage)
-    dense_layers = range(config.model.num_layers) if config.model.num_experts is None else config.model.moe_dense_layers
+    dense = dense_layers(config.model)
     layers = [
-        layer_spec(config, engine_config, device, layer, layer in (dense_layers or ()))
+        layer_spec(config, engine_config, device, layer, layer in dense)
         for layer in range(first, first + num_layers)
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_class(config.model.normalization))
@@ -149,12 +150,11 @@ def layer_spec(
     attention = spec.submodules.self_attention.submodules
     if model.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
-    has_window = model.window_layers is None or layer in model.window_layers
     attention.core_attention = ModuleSpec(
         module=PackedAttention,
         params={
             "backend": select_backend(model.attention_backend, device, engine_config),
-            "sliding_window": model.sliding_window if has_window else None,
+            "sliding_window": window_of_layer(model, layer),
         },
     )
     if model.parallel_residual != "none":

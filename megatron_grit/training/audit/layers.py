@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.shape import window_of_layer
 from megatron_grit.data.roles import RowKind
 from megatron_grit.models.gpt import GritGPTModel, Output
 from megatron_grit.models.row_share import RowShare
@@ -282,9 +283,9 @@ def _check_places(tap: _Tap, held_L: Tensor, row: AuditRow, context: ParallelCon
 
 
 def _check_windows(chunk: GritGPTModel, config: RunConfig) -> str | None:
-    wanted = config.model.sliding_window
     for layer in chunk.decoder.layers:
         found = layer.self_attention.core_attention.sliding_window
+        wanted = window_of_layer(config.model, layer.layer_number - 1)
         if found != wanted:
-            return f"layer {layer.layer_number} has the sliding window {found}, model.sliding_window is {wanted}"
+            return f"layer {layer.layer_number} has the sliding window {found}, the configuration {wanted}"
     return None

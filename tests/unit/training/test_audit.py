@@ -52,6 +52,10 @@ def run_audit(config: RunConfig, context: ParallelContext, damage: Callable[[lis
         (WINDOW, {"pooling": "cls", "causal": True}, 4),
         ({"sliding_window": 2, "position_embedding": "learned_absolute", "max_position_embeddings": 12}, {}, 2),
         ({"normalization": "layernorm", "activation": "gelu", "add_bias_linear": True}, {}, 2),
+        ({"parallel_residual": "two_norms", "rotary_percent": 0.5, "window_layers": [1]} | WINDOW, {}, 3),
+        ({"parallel_residual": "one_norm", "rotary_interleaved": True, "add_output_bias": True}, {}, 2),
+        ({"qk_norm": True, "rope_type": "yarn", "rope_factor": 4.0, "rope_original_length": 64}, {}, 2),
+        ({"experts": 4, "moe_dense_layers": [2], "moe_shared_ffn_hidden_size": 48, "add_qkv_bias": True}, {}, 2),
     ],
 )
 def test_no_false_alarm(
@@ -224,7 +228,7 @@ LEAKS: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
     "window not built": (
         WINDOW,
         lambda: mock.patch.dict("megatron_grit.models.layer_specs.__dict__", PackedAttention=without_window()),
-        "layer 1 has the sliding window None, model.sliding_window is 64",
+        "layer 1 has the sliding window None, the configuration 64",
     ),
     "experts or MLP mix tokens": (
         {},
