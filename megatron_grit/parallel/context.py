@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -122,7 +123,11 @@ def mesh_is_built() -> bool:
 
 
 def destroy_mesh() -> None:
-    """Drop the engine's process groups."""
+    """End the engine's process groups, which would leave their threads behind: some hundred a mesh."""
     from megatron.core import parallel_state as state
 
+    groups = [group for group in state._global_process_group_list or [] if group not in (None, dist.GroupMember.WORLD)]
     state.destroy_model_parallel()
+    for group in groups:
+        with suppress(ValueError):  # the engine has ended some of them itself
+            dist.destroy_process_group(group)
