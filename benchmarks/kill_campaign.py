@@ -35,6 +35,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from benchmarks.killable_runs import KEEP, PHASES, STEPS, Job, Plan, free_port, make_config, write_data
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import CheckpointConfig
@@ -169,10 +171,12 @@ class Campaign:
         began = time.monotonic()
         if not self.reference:
             self.train_reference()
-        for number in itertools.count():
-            if self.tally.kills >= num_kills or self.tally.wrong:
-                break
-            self.kill_once(self.plan(number))
+        with tqdm(total=num_kills, unit="kill", disable=None) as progress:
+            for number in itertools.count():
+                if self.tally.kills >= num_kills or self.tally.wrong:
+                    break
+                self.kill_once(self.plan(number))
+                progress.update(self.tally.kills - progress.n)
         kills, phases = self.tally.kills, Counter(self.tally.phases)
         self.kill_once(Plan(after_steps=1))
         self.tally.kills, self.tally.phases = kills, phases  # that one only looked

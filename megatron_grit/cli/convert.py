@@ -3,8 +3,9 @@
 Example:
     megatron-grit convert --from Mistral-7B-v0.1 --to checkpoints/mistral_7b
 
-Reads Mistral and Mixtral from a local directory with config.json, *.safetensors and a tokenizer. Start a run from the
-result with --checkpoint.load checkpoints/mistral_7b.
+Reads Mistral, Mixtral, Llama, Qwen2, Qwen3 and their mixtures, GPT-NeoX, GPT-J and GPT-Neo from a local directory
+with config.json, *.safetensors and a tokenizer. Start a run from the result with
+--checkpoint.load checkpoints/mistral_7b.
 """
 
 from __future__ import annotations
