@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -131,3 +132,5 @@ def destroy_mesh() -> None:
     for group in groups:
         with suppress(ValueError):  # the engine has ended some of them itself
             dist.destroy_process_group(group)
+    groups.clear()
+    gc.collect()  # models and optimizers hold groups, and each other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing.connection
 import os
@@ -65,6 +66,7 @@ def _worker(function: Callable[..., Any], rank: int, world_size: int, port: int,
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # each mesh that is taken down is followed by a collection, which need not look at what is imported
     try:
         store = TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
