@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -20,16 +21,20 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, max_exa
 settings.load_profile("repeatable")
 
 
-@pytest.hookimpl(tryfirst=True)  # before the workers read the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Which tests go to the same worker: those of a file, and all that start several processes, one after another.
 
     Two jobs of eight gloo processes at a time spend most of it switching between threads.
     """
-    for item in items:
-        folder, _, name = item.nodeid.partition("::")[0].rpartition("/")
-        starts_processes = item.get_closest_marker("distributed") or folder in ("tests/distributed", "tests/e2e")
-        item.add_marker(pytest.mark.xdist_group("processes" if starts_processes else f"{folder}/{name}"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "processes" if file.startswith(("tests/distributed/", "tests/e2e/")) else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

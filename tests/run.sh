@@ -50,4 +50,4 @@ import sys
 from importlib.metadata import version
 print(f"== Python {sys.version.split()[0]}, torch {version('torch')}, megatron-core {version('megatron-core')}", flush=True)
 EOF
-"$PYTHON" -m pytest -n "${TEST_WORKERS:-2}" --dist loadgroup --no-loadscope-reorder --durations=15 ${arguments[@]+"${arguments[@]}"}
+"$PYTHON" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations=15 ${arguments[@]+"${arguments[@]}"}
