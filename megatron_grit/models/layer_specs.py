@@ -117,8 +117,7 @@ def block_spec(
     first = get_transformer_layer_offset(engine_config, virtual_stage)
     dense = dense_layers(config.model)
     layers = [
-        layer_spec(config, engine_config, device, layer, layer in dense)
-        for layer in range(first, first + num_layers)
+        layer_spec(config, engine_config, device, layer, layer in dense) for layer in range(first, first + num_layers)
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_class(config.model.normalization))
 

@@ -249,7 +249,8 @@ class CheckpointSaver:
             shutil.rmtree(replaced, ignore_errors=True)
             if self._config.checkpoint.keep:
                 for path in list_checkpoints(self._config.output_dir)[: -self._config.checkpoint.keep]:
-                    _remove(path)
+                    if path != final:  # a run that started afresh in a directory with later steps
+                        _remove(path)
         except OSError as error:
             return write_error(Path(error.filename or folder), error)
         return None

@@ -297,3 +297,15 @@ def test_a_broken_restore_does_not_go_on(
         if spoil is other_seed:
             trainer.config.checkpoint.same_data = False
             trainer.run()
+
+
+def test_what_was_just_written_is_kept(corpus: Path, tmp_path: Path) -> None:
+    """A run that starts afresh where a longer one was: its steps are not the newest by number."""
+    with parallel_job(tiny_run(corpus).parallel, 1) as context:
+        trainer = make_trainer(corpus, tmp_path, context, keep=1)
+        trainer.step(trainer.loader.batch(0))
+        trainer.save(7, wait=True)
+        trainer.save(2, wait=True)
+        assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000007"]
+        trainer.save(8, wait=True)
+        assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000008"]
