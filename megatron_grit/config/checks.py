@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from megatron_grit.config.blend import BlendEntry, read_blend
 from megatron_grit.config.schema import ModelConfig, RunConfig
+from megatron_grit.config.shape import expert_width, head_channels, num_query_groups
 from megatron_grit.errors import ConfigError, MeshError
 
 INDEXED_SUFFIXES = (".idx", ".bin", ".json")
@@ -185,7 +186,7 @@ def _ranges(config: RunConfig) -> Iterator[Problem]:
 
 def _model(config: RunConfig) -> Iterator[Problem]:
     model = config.model
-    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    heads, groups = model.num_attention_heads, num_query_groups(model)
     if heads % groups:
         yield Problem(
             "model.num_query_groups",
@@ -198,12 +199,12 @@ def _model(config: RunConfig) -> Iterator[Problem]:
             "change one of them or set model.kv_channels",
         )
         return
-    head_channels = model.kv_channels or model.hidden_size // heads
-    turned = head_channels * model.rotary_percent
+    channels = head_channels(model)
+    turned = channels * model.rotary_percent
     if model.position_embedding == "rope" and (turned != int(turned) or turned % 2):
         yield Problem(
             "model.rotary_percent" if model.rotary_percent != 1 else "model.num_attention_heads",
-            f"RoPE turns pairs of channels, but model.rotary_percent {model.rotary_percent} of {head_channels} "
+            f"RoPE turns pairs of channels, but model.rotary_percent {model.rotary_percent} of {channels} "
             f"channels of a head is {turned:g}",
         )
     if model.num_experts is not None and model.moe_top_k > model.num_experts:
@@ -272,11 +273,12 @@ def _mesh(config: RunConfig, world_size: int) -> Iterator[Problem]:
             "the mesh",
             MeshError,
         )
-    groups = model.num_query_groups or model.num_attention_heads
+    groups = num_query_groups(model)
     for key, count, size in (
         ("model.num_attention_heads", model.num_attention_heads, "tensor"),
         ("model.num_query_groups", groups, "tensor"),
         ("model.ffn_hidden_size", model.ffn_hidden_size, "tensor"),
+        ("model.moe_shared_ffn_hidden_size", model.moe_shared_ffn_hidden_size or 0, "tensor"),
         ("model.num_layers", model.num_layers, "pipeline"),
     ):
         parts = getattr(parallel, size)
@@ -362,13 +364,11 @@ def _expert_mesh(config: RunConfig, stage_size: int) -> Iterator[Problem]:
             MeshError,
         )
     expert_tensor = parallel.expert_tensor or parallel.tensor
-    if config.model.ffn_hidden_size % expert_tensor:
-        yield Problem(
-            "parallel.expert_tensor",
-            f"parallel.expert_tensor {expert_tensor} does not divide model.ffn_hidden_size "
-            f"{config.model.ffn_hidden_size}",
-            MeshError,
-        )
+    width = expert_width(config.model)
+    if width % expert_tensor:
+        key = "ffn_hidden_size" if config.model.moe_ffn_hidden_size is None else "moe_ffn_hidden_size"
+        message = f"parallel.expert_tensor {expert_tensor} does not divide model.{key} {width}"
+        yield Problem("parallel.expert_tensor", message, MeshError)
     if stage_size % (parallel.expert * expert_tensor):
         yield Problem(
             "parallel.expert",

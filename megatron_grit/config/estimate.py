@@ -13,9 +13,16 @@ from typing import Literal, NamedTuple
 
 from megatron_grit.config.checks import data_parallel_size
 from megatron_grit.config.gathered_keys import gathered_keys
-from megatron_grit.config.parameters import count_parameters, expert_tensor_size, padded_vocabulary
+from megatron_grit.config.parameters import count_parameters, expert_tensor_size
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.config.shape import attention_widths, dense_layers, expert_width, head_channels, stage_layers
+from megatron_grit.config.shape import (
+    attention_widths,
+    dense_layers,
+    expert_width,
+    head_channels,
+    padded_vocabulary,
+    stage_layers,
+)
 
 FP32 = 4
 SIMILARITIES_AT_ONCE = 1 << 24

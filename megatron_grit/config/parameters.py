@@ -13,6 +13,7 @@ from megatron_grit.config.shape import (
     has_mlp_bias,
     has_qkv_bias,
     head_channels,
+    padded_vocabulary,
     stage_layers,
 )
 
@@ -34,12 +35,6 @@ class Parameters:
     def rank(self) -> int:
         """On a process."""
         return self.rank_dense + self.rank_expert
-
-
-def padded_vocabulary(vocab_size: int, multiple: int, tensor_size: int) -> int:
-    """Rows of the embedding matrix: a multiple that tensor parallel ranks divide evenly."""
-    step = multiple * tensor_size
-    return -(-vocab_size // step) * step
 
 
 def expert_tensor_size(config: RunConfig) -> int:

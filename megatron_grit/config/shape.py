@@ -27,6 +27,12 @@ def expert_width(model: ModelConfig) -> int:
     return model.moe_ffn_hidden_size or model.ffn_hidden_size
 
 
+def padded_vocabulary(vocab_size: int, multiple: int, tensor_size: int) -> int:
+    """Rows of the embedding matrix: a multiple that tensor parallel ranks divide evenly."""
+    step = multiple * tensor_size
+    return -(-vocab_size // step) * step
+
+
 def dense_layers(model: ModelConfig) -> Collection[int]:
     """Layers with one feed-forward layer rather than experts."""
     return range(model.num_layers) if model.num_experts is None else model.moe_dense_layers or ()

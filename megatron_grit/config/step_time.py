@@ -11,9 +11,9 @@ from math import ceil
 
 from megatron_grit.config.checks import data_parallel_size
 from megatron_grit.config.estimate import FP32, Workload, caches_gradients
-from megatron_grit.config.parameters import count_parameters, expert_tensor_size, padded_vocabulary
+from megatron_grit.config.parameters import count_parameters, expert_tensor_size
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.config.shape import attention_widths, dense_layers, expert_width, mixture_layers
+from megatron_grit.config.shape import attention_widths, dense_layers, expert_width, mixture_layers, padded_vocabulary
 
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,

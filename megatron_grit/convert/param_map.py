@@ -20,14 +20,8 @@ import torch
 from torch import Tensor
 
 from megatron_grit.config.schema import ModelConfig
-from megatron_grit.config.shape import expert_width, head_channels, num_query_groups
+from megatron_grit.config.shape import expert_width, head_channels, num_query_groups, padded_vocabulary
 from megatron_grit.errors import CheckpointError
-
-
-def padded_vocab_size(model: ModelConfig) -> int:
-    """Rows of the embedding of an unsharded model."""
-    assert model.vocab_size is not None
-    return -(-model.vocab_size // model.vocab_multiple) * model.vocab_multiple
 
 
 def all_layers(model: ModelConfig) -> Collection[int]:
@@ -80,7 +74,9 @@ class VocabularyRows:
     """[V, D] or [V], padded with zero rows for megatron-core."""
 
     def hf_to_megatron(self, tensors: Sequence[Tensor], model: ModelConfig, expert: int) -> Tensor:
-        padded = tensors[0].new_zeros(padded_vocab_size(model), *tensors[0].shape[1:])
+        assert model.vocab_size is not None
+        rows = padded_vocabulary(model.vocab_size, model.vocab_multiple, 1)
+        padded = tensors[0].new_zeros(rows, *tensors[0].shape[1:])
         padded[: len(tensors[0])] = tensors[0]
         return padded
 

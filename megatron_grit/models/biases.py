@@ -6,15 +6,16 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from megatron_grit.config.schema import ModelConfig
+from megatron_grit.config.shape import has_attention_output_bias, has_mlp_bias, has_qkv_bias
 
 
 def drop_biases(decoder: torch.nn.Module, model: ModelConfig) -> None:
     """Take away the biases that the configuration does not ask for."""
     wanted = {
-        "linear_qkv": model.add_bias_linear or model.add_qkv_bias,
-        "linear_proj": model.add_bias_linear or model.add_attention_output_bias,
-        "linear_fc1": model.add_bias_linear or model.add_mlp_bias,
-        "linear_fc2": model.add_bias_linear or model.add_mlp_bias,
+        "linear_qkv": has_qkv_bias(model),
+        "linear_proj": has_attention_output_bias(model),
+        "linear_fc1": has_mlp_bias(model),
+        "linear_fc2": has_mlp_bias(model),
     }
     for name, module in decoder.named_modules():
         if not wanted.get(name.rpartition(".")[2], True):

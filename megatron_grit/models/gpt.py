@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_grit import compat
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.shape import padded_vocabulary
 from megatron_grit.data.batch import PackedRow
 from megatron_grit.data.roles import RowKind
 from megatron_grit.models.attention import AttentionMode, KeyValueCache, PackedSegments
@@ -59,7 +60,7 @@ class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
         super().__init__(
             config=engine_config,
             transformer_layer_spec=block_spec(config, engine_config, context.device, virtual_stage),
-            vocab_size=padded_vocab_size(vocab_size, model.vocab_multiple, context.tensor_size),
+            vocab_size=padded_vocabulary(vocab_size, model.vocab_multiple, context.tensor_size),
             max_sequence_length=model.max_position_embeddings,
             pre_process=context.is_first_stage and not virtual_stage,
             post_process=context.is_last_stage and virtual_stage == last_virtual_stage,
@@ -188,12 +189,6 @@ def attention_mode(kind: RowKind, embed_causally: bool) -> AttentionMode:
     if kind is RowKind.EMBEDDING and not embed_causally:
         return AttentionMode.BIDIRECTIONAL
     return AttentionMode.CAUSAL
-
-
-def padded_vocab_size(vocab_size: int, multiple: int, tensor_size: int) -> int:
-    """Rows of the embedding matrix: a multiple that tensor parallel ranks divide evenly."""
-    step = multiple * tensor_size
-    return -(-vocab_size // step) * step
 
 
 def build_model(config: RunConfig, vocab_size: int, context: ParallelContext) -> GritGPTModel:

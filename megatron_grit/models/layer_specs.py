@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_grit import compat
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.config.shape import dense_layers, window_of_layer
+from megatron_grit.config.shape import dense_layers, expert_width, head_channels, num_query_groups, window_of_layer
 from megatron_grit.models.attention import PackedAttention, select_backend
 from megatron_grit.models.norms import norm_class
 from megatron_grit.models.parallel_residual import ParallelResidualLayer
@@ -46,7 +46,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         moe = {
             "num_moe_experts": model.num_experts,
             "moe_router_topk": model.moe_top_k,
-            "moe_ffn_hidden_size": model.moe_ffn_hidden_size or model.ffn_hidden_size,
+            "moe_ffn_hidden_size": expert_width(model),
             "moe_shared_expert_intermediate_size": model.moe_shared_ffn_hidden_size,
             "moe_shared_expert_gate": model.moe_shared_expert_gate,
             "moe_token_dispatcher_type": "alltoall",
@@ -65,8 +65,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        num_query_groups=num_query_groups(model),
+        kv_channels=head_channels(model),
         normalization="RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm",
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.activation == "swiglu",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_grit.config.schema import ModelConfig
+from megatron_grit.config.shape import head_channels
 
 
 def stretched_frequencies(model: ModelConfig, frequencies: Tensor) -> Tensor:
@@ -50,8 +51,7 @@ def attention_scale(model: ModelConfig) -> float | None:
     factor = attention_factor(model)
     if factor == 1.0:
         return model.attention_scale
-    channels = model.kv_channels or model.hidden_size // model.num_attention_heads
-    return factor**2 * (channels**-0.5 if model.attention_scale is None else model.attention_scale)
+    return factor**2 * (head_channels(model) ** -0.5 if model.attention_scale is None else model.attention_scale)
 
 
 def _between(frequencies: Tensor, factor: float, share: Tensor) -> Tensor:

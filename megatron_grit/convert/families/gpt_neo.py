@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_grit.config.schema import ModelConfig
+from megatron_grit.config.shape import window_of_layer
 from megatron_grit.convert.families.gpt_neox import linear, norm, read_activation
 from megatron_grit.convert.families.llama_like import LAYER, copied, has_output_layer, qkv
 from megatron_grit.convert.param_map import Entry, Family, Form, VocabularyRows
@@ -78,8 +79,7 @@ def model_config(hf: dict[str, Any]) -> ModelConfig:
 
 def hf_config(model: ModelConfig) -> dict[str, Any]:
     """config.json."""
-    windowed = range(model.num_layers) if model.window_layers is None else model.window_layers
-    has_window = [model.sliding_window is not None and layer in windowed for layer in range(model.num_layers)]
+    has_window = [window_of_layer(model, layer) is not None for layer in range(model.num_layers)]
     return {
         "architectures": ["GPTNeoForCausalLM"],
         "model_type": "gpt_neo",

@@ -17,6 +17,7 @@ from megatron_grit.config.shape import (
     has_qkv_bias,
     head_channels,
     num_query_groups,
+    window_of_layer,
 )
 from megatron_grit.convert.param_map import Copy, Entry, Form, GatedFC1, GroupedQKV, VocabularyRows
 from megatron_grit.convert.rope_parameters import read_rope, write_rope
@@ -149,6 +150,5 @@ def window_layers(hf: dict[str, Any], default: Sequence[bool]) -> list[int]:
 
 def layer_types(model: ModelConfig) -> list[str]:
     """``layer_types`` of config.json."""
-    windowed = range(model.num_layers) if model.window_layers is None else model.window_layers
-    has_window = [model.sliding_window is not None and layer in windowed for layer in range(model.num_layers)]
+    has_window = [window_of_layer(model, layer) is not None for layer in range(model.num_layers)]
     return ["sliding_attention" if windowed else "full_attention" for windowed in has_window]

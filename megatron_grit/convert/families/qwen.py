@@ -6,7 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_grit.config.schema import ModelConfig
-from megatron_grit.config.shape import dense_layers, has_attention_output_bias, has_qkv_bias, mixture_layers
+from megatron_grit.config.shape import (
+    dense_layers,
+    expert_width,
+    has_attention_output_bias,
+    has_qkv_bias,
+    mixture_layers,
+)
 from megatron_grit.convert.families.llama_like import (
     DECODER,
     FEED_FORWARD,
@@ -186,7 +192,7 @@ def _hf_mixture(model: ModelConfig, architecture: str, model_type: str) -> dict[
     return write_shape(model, architecture, model_type) | {
         "num_experts": model.num_experts,
         "num_experts_per_tok": model.moe_top_k,
-        "moe_intermediate_size": model.moe_ffn_hidden_size or model.ffn_hidden_size,
+        "moe_intermediate_size": expert_width(model),
         "norm_topk_prob": model.moe_normalize_top_k,
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(dense_layers(model)),

@@ -54,7 +54,7 @@ class Objective:
                 notes the random state of each chunk of layers and row in the dictionary it is given.
         """
         self.batch = batch
-        self._text_ids = self._gather_text_ids(rows) if self.config.loss.mask_equal_texts else None
+        self._text_ids = self._gather_text_ids() if self.config.loss.mask_equal_texts else None
         self.cached_gradients, self.random_states = [], {}
         if not self._caches_gradients(len(rows)):
             return
@@ -119,5 +119,7 @@ class Objective:
         """Texts of all data parallel ranks, in the order of the global list."""
         return gather_in_order(local_LD, self.batch.slots_by_rank, self.context.data_group)
 
-    def _gather_text_ids(self, rows: list[PackedRow]) -> Tensor:
-        return self._gather(torch.cat([row.text_ids() for row in rows])[:, None])[:, 0]
+    def _gather_text_ids(self) -> Tensor:
+        # Of the rows on the host: hashing them on a GPU would wait for it several times a row.
+        local_L = torch.cat([row.text_ids() for row in self.batch.embedding_rows])
+        return self._gather(local_L[:, None].to(self.context.device))[:, 0]

@@ -16,11 +16,12 @@ import pytest
 
 from megatron_grit.config.estimate import SIMILARITIES_AT_ONCE, Workload, estimate_memory
 from megatron_grit.config.gathered_keys import gathered_keys
-from megatron_grit.config.parameters import count_parameters, padded_vocabulary
+from megatron_grit.config.parameters import count_parameters
 from megatron_grit.config.parse import parse_run_config
 from megatron_grit.config.plan import TextLengths, make_plan, meshes, problems_of
 from megatron_grit.config.plan_text import format_plan
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.shape import padded_vocabulary
 from megatron_grit.config.step_time import Machine, count_flops, expected_step_time
 from tests.rows import VOCAB, tiny_config
 
