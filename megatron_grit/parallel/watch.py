@@ -9,6 +9,7 @@ here is a collective, and nothing runs in the training thread but an assignment 
 - A rank that vanishes is found by its neighbour on the same host, by its process id.
 - Before ``parallel.timeout_minutes`` have passed in one place, all positions and stacks are printed, once.
 - A rank whose training thread does not notice that the job is over, as one that waits for a GPU, is ended.
+- A launcher ends the ranks that are left as soon as one is gone: such a rank says whose end that was before its own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -60,6 +61,8 @@ class JobWatch:
         self._reporting = threading.Lock()
         self._answered: tuple[float, str] = (0.0, "")
         self._cause_since: float | None = None
+        self._explaining = False
+        self._old_handler: Any = None
 
     def __enter__(self) -> JobWatch:
         faulthandler.enable()
@@ -71,6 +74,8 @@ class JobWatch:
         store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self.store = dist.PrefixStore(f"grit_watch_{_num_watches}", store)
         self._publish()
+        if threading.current_thread() is threading.main_thread():
+            self._old_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         self._thread = threading.Thread(target=self._run, name="grit-watch", daemon=True)
         self._thread.start()
         return self
@@ -80,14 +85,28 @@ class JobWatch:
     ) -> None:
         if self.world_size == 1:
             return
+        self._explaining = isinstance(error, Exception)
         try:
             if isinstance(error, Exception):
                 self._explain(error)
         finally:
+            # After an error it stays: SIGTERM may come before the caller has printed what is raised here.
+            if not self._explaining and self._old_handler is not None:
+                signal.signal(signal.SIGTERM, self._old_handler)
             with contextlib.suppress(RuntimeError):  # the store may have gone with the process that held it
                 self.store.set(f"ended/{self.rank}", "")
             self._stopped.set()
             self._thread.join(timeout=2 * _SECONDS_FOR_ANSWERS)
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        """End as SIGTERM ends a process, but say first which rank's end is the reason, if one is."""
+        signal.signal(signal.SIGTERM, self._old_handler)
+        if self._explaining:  # this process ends by itself, within seconds
+            return
+        cause = self._wait_for_cause(4 * self.interval)
+        if cause is not None:
+            print(f"megatron-grit: [rank {self.rank}] ends: {cause}", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _explain(self, error: Exception) -> None:
         """Say why this rank ends, where no other rank did before. Returns where the error tells it all by itself."""
