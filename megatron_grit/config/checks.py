@@ -7,24 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from megatron_grit.config.blend import BlendEntry, read_blend
-from megatron_grit.config.schema import ModelConfig, RunConfig
-from megatron_grit.config.shape import expert_width, head_channels, num_query_groups
+from megatron_grit.config.model_checks import model_problems
+from megatron_grit.config.problem import Problem
+from megatron_grit.config.ranges import range_problems
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.shape import expert_width, num_query_groups
 from megatron_grit.errors import ConfigError, MeshError
 
 INDEXED_SUFFIXES = (".idx", ".bin", ".json")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
-
-
-class Problem(NamedTuple):
-    """One reason why a run cannot start."""
-
-    key: str
-    """The key to change."""
-    message: str
-    error: type[ConfigError] = ConfigError
 
 
 def check(config: RunConfig, world_size: int, *, files: bool = True, origins: Mapping[str, str] | None = None) -> None:
@@ -47,7 +40,7 @@ def check(config: RunConfig, world_size: int, *, files: bool = True, origins: Ma
 
 def find_problems(config: RunConfig, world_size: int, *, files: bool = True) -> Iterator[Problem]:
     """All problems, the simplest first. A later one may follow from an earlier one."""
-    for group in (_ranges(config), _model(config), _mesh(config, world_size)):
+    for group in (range_problems(config), model_problems(config), _mesh(config, world_size)):
         found = list(group)
         yield from found
         if found:
@@ -78,182 +71,6 @@ def mesh_summary(config: RunConfig, world_size: int) -> str:
     noun = "process" if world_size == 1 else "processes"
     expert = f" (expert {parallel.expert})" if config.model.num_experts else ""
     return f"{world_size} {noun} = {' x '.join(parts)}{expert}"
-
-
-# Smallest allowed value of each number, and whether that value itself is allowed.
-_MINIMA: dict[str, tuple[float, bool]] = {
-    "model.num_layers": (1, True),
-    "model.hidden_size": (1, True),
-    "model.ffn_hidden_size": (1, True),
-    "model.num_attention_heads": (1, True),
-    "model.num_query_groups": (1, True),
-    "model.kv_channels": (1, True),
-    "model.vocab_size": (1, True),
-    "model.vocab_multiple": (1, True),
-    "model.max_position_embeddings": (1, True),
-    "model.norm_epsilon": (0, False),
-    "model.rope_factor": (0, False),
-    "model.rope_original_length": (1, True),
-    "model.rope_low_freq_factor": (0, False),
-    "model.rope_high_freq_factor": (0, False),
-    "model.rope_beta_fast": (0, False),
-    "model.rope_beta_slow": (0, False),
-    "model.rope_attention_factor": (0, False),
-    "model.attention_scale": (0, False),
-    "model.moe_ffn_hidden_size": (1, True),
-    "model.moe_shared_ffn_hidden_size": (1, True),
-    "model.rotary_base": (0, False),
-    "model.rotary_percent": (0, False),
-    "model.sliding_window": (1, True),
-    "model.num_experts": (1, True),
-    "model.moe_top_k": (1, True),
-    "model.moe_aux_loss_coeff": (0, True),
-    "model.moe_z_loss_coeff": (0, True),
-    "model.hidden_dropout": (0, True),
-    "model.attention_dropout": (0, True),
-    "model.init_std": (0, True),
-    "embedding.projection_dim": (1, True),
-    "parallel.tensor": (1, True),
-    "parallel.pipeline": (1, True),
-    "parallel.virtual_pipeline": (2, True),
-    "parallel.context": (1, True),
-    "parallel.expert": (1, True),
-    "parallel.expert_tensor": (1, True),
-    "parallel.timeout_minutes": (0, False),
-    "data.tokens_per_row": (2, True),
-    "data.train_group_size": (1, True),
-    "data.num_rows_multiple": (1, True),
-    "data.embedding_temperature": (0, False),
-    "data.packing_window": (1, True),
-    "data.prefetch_steps": (0, True),
-    "training.max_minutes": (0, False),
-    "training.max_skipped_steps": (1, True),
-    "loss.temperature": (0, False),
-    "loss.num_blocks": (1, True),
-    "loss.false_negative_margin": (-2, True),
-    "loss.loss_emb_factor": (0, True),
-    "loss.loss_gen_factor": (0, True),
-    "loss.grit_world_size": (1, True),
-    "optimizer.lr": (0, False),
-    "optimizer.min_lr": (0, True),
-    "optimizer.warmup_ratio": (0, True),
-    "optimizer.warmup_steps": (0, True),
-    "optimizer.weight_decay": (0, True),
-    "optimizer.beta1": (0, True),
-    "optimizer.beta2": (0, True),
-    "optimizer.eps": (0, False),
-    "optimizer.clip_grad": (0, True),
-    "training.steps": (0, True),
-    "training.embedding_batch_size": (1, True),
-    "training.generative_batch_size": (1, True),
-    "training.generative_rows": (1, True),
-    "training.seed": (0, True),
-    "checkpoint.save_interval": (0, True),
-    "checkpoint.keep": (0, True),
-    "logging.interval": (1, True),
-}
-
-# Largest allowed values, likewise.
-_MAXIMA: dict[str, tuple[float, bool]] = {
-    "model.rotary_percent": (1, True),
-    "model.hidden_dropout": (1, False),
-    "model.attention_dropout": (1, False),
-    "optimizer.warmup_ratio": (1, True),
-    "optimizer.beta1": (1, False),
-    "optimizer.beta2": (1, False),
-    "training.seed": (2**32 - 1, True),
-}
-
-
-def _ranges(config: RunConfig) -> Iterator[Problem]:
-    for sign, bounds in ((1, _MINIMA), (-1, _MAXIMA)):
-        word, equal_word = ("above", "at least") if sign > 0 else ("below", "at most")
-        for key, (bound, inclusive) in bounds.items():
-            section, name = key.split(".")
-            value = getattr(getattr(config, section), name)
-            # Written so that not-a-number fails.
-            if value is None or sign * value > sign * bound or (inclusive and value == bound):
-                continue
-            yield Problem(key, f"{key} must be {equal_word if inclusive else word} {bound}, not {value}")
-    optimizer, steps = config.optimizer, config.training.steps
-    if optimizer.min_lr > optimizer.lr:
-        yield Problem("optimizer.min_lr", f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}")
-    if optimizer.warmup_steps is not None and optimizer.warmup_steps > max(steps, 1):
-        yield Problem(
-            "optimizer.warmup_steps", f"optimizer.warmup_steps {optimizer.warmup_steps} is above training.steps {steps}"
-        )
-
-
-def _model(config: RunConfig) -> Iterator[Problem]:
-    model = config.model
-    heads, groups = model.num_attention_heads, num_query_groups(model)
-    if heads % groups:
-        yield Problem(
-            "model.num_query_groups",
-            f"model.num_query_groups {groups} does not divide model.num_attention_heads {heads}",
-        )
-    if model.kv_channels is None and model.hidden_size % heads:
-        yield Problem(
-            "model.num_attention_heads",
-            f"model.num_attention_heads {heads} does not divide model.hidden_size {model.hidden_size}; "
-            "change one of them or set model.kv_channels",
-        )
-        return
-    channels = head_channels(model)
-    turned = channels * model.rotary_percent
-    if model.position_embedding == "rope" and (turned != int(turned) or turned % 2):
-        yield Problem(
-            "model.rotary_percent" if model.rotary_percent != 1 else "model.num_attention_heads",
-            f"RoPE turns pairs of channels, but model.rotary_percent {model.rotary_percent} of {channels} "
-            f"channels of a head is {turned:g}",
-        )
-    if model.num_experts is not None and model.moe_top_k > model.num_experts:
-        yield Problem(
-            "model.moe_top_k", f"model.moe_top_k {model.moe_top_k} is above model.num_experts {model.num_experts}"
-        )
-    yield from _rope(model)
-    yield from _layers(model)
-    if model.attention_backend in ("varlen", "te") and config.parallel.device == "cpu":
-        yield Problem(
-            "model.attention_backend",
-            f"model.attention_backend {model.attention_backend} needs a GPU, but parallel.device is cpu; use auto",
-        )
-
-
-def _rope(model: ModelConfig) -> Iterator[Problem]:
-    kind = model.rope_type
-    if kind in ("llama3", "yarn") and model.rope_original_length is None:
-        yield Problem("model.rope_original_length", f"model.rope_type {kind} needs model.rope_original_length")
-    if kind == "llama3" and model.rope_low_freq_factor >= model.rope_high_freq_factor:
-        yield Problem(
-            "model.rope_high_freq_factor",
-            f"model.rope_high_freq_factor {model.rope_high_freq_factor} is not above model.rope_low_freq_factor "
-            f"{model.rope_low_freq_factor}",
-        )
-    if kind == "yarn" and model.rotary_percent != 1:
-        yield Problem(
-            "model.rotary_percent",
-            f"model.rope_type yarn with model.rotary_percent {model.rotary_percent} is not supported; only 1 is",
-        )
-
-
-def _layers(model: ModelConfig) -> Iterator[Problem]:
-    for name in ("window_layers", "moe_dense_layers"):
-        outside = [layer for layer in getattr(model, name) or () if not 0 <= layer < model.num_layers]
-        if outside:
-            yield Problem(
-                f"model.{name}", f"model.{name} has layer {outside[0]}, but layers are 0 to {model.num_layers - 1}"
-            )
-    if model.num_experts is None:
-        return
-    if model.parallel_residual != "none":
-        yield Problem(
-            "model.parallel_residual", "model.parallel_residual does not go with model.num_experts; set it to none"
-        )
-    if model.moe_shared_ffn_hidden_size and (model.add_bias_linear or model.add_mlp_bias):
-        yield Problem(
-            "model.moe_shared_ffn_hidden_size", "a shared expert does not go with biases in feed-forward layers"
-        )
 
 
 def _mesh(config: RunConfig, world_size: int) -> Iterator[Problem]:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_grit.config.checks import Problem, data_parallel_size, find_problems, mesh_summary
+from megatron_grit.config.checks import data_parallel_size, find_problems, mesh_summary
 from megatron_grit.config.estimate import Device, Memory, Workload, estimate_memory
 from megatron_grit.config.parameters import Parameters, count_parameters
+from megatron_grit.config.problem import Problem
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.step_time import Flops, Machine, StepTime, count_flops, expected_step_time
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_grit.config.checks import check, mesh_summary
@@ -12,7 +13,7 @@ from megatron_grit.data.loader import GritDataLoader
 from megatron_grit.data.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError
 from megatron_grit.files import write_json
-from megatron_grit.models.gpt import build_chunks
+from megatron_grit.models.gpt import GritGPTModel, build_chunks
 from megatron_grit.parallel import positions
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
@@ -48,8 +49,16 @@ AUDITED_STEPS = 2
 """First steps whose data the start-up audit looks at."""
 
 
-def train(config: RunConfig) -> None:
+InitialWeights = Callable[[Sequence[GritGPTModel], ParallelContext], None]
+"""Fills the weights of this process's chunks. Collective over all ranks."""
+
+
+def train(config: RunConfig, initial_weights: InitialWeights | None = None) -> None:
     """Run a configuration to its last step, from the newest checkpoint of its output directory if there is one.
+
+    Args:
+        config: the resolved configuration.
+        initial_weights: where the weights of a fresh start come from, if neither from ``checkpoint.load`` nor drawn.
 
     Raises:
         GritError: whatever the user can repair: configuration, mesh, data, checkpoint, numerics.
@@ -58,7 +67,7 @@ def train(config: RunConfig) -> None:
     minutes = config.parallel.timeout_minutes
     with parallel_job(config.parallel, config.training.seed) as context, JobWatch(context, minutes):
         check(config, context.world_size)
-        Trainer(config, context).run()
+        Trainer(config, context, initial_weights).run()
 
 
 def make_output_directory(path: str) -> None:
@@ -76,10 +85,12 @@ def make_output_directory(path: str) -> None:
 class Trainer:
     """Everything that a run holds, built in the order in which it can fail: data first, then the model."""
 
-    def __init__(self, config: RunConfig, context: ParallelContext) -> None:
+    def __init__(
+        self, config: RunConfig, context: ParallelContext, initial_weights: InitialWeights | None = None
+    ) -> None:
         if config.data.tokenizer is None:
             raise ConfigError("data.tokenizer is not set; give a SentencePiece model or a tokenizer.json")
-        self.config, self.context = config, context
+        self.config, self.context, self.initial_weights = config, context, initial_weights
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         positions.enter("opening data")
         self.loader = GritDataLoader(
@@ -136,13 +147,20 @@ class Trainer:
             self.restored = load_training_state(checkpoints[-1], self.chunks, self.optimizer, self.context)
             log.info(f"resumed from {checkpoints[-1]}")
             return self.restored.step
-        if self.config.checkpoint.load is not None:
-            given = self.config.checkpoint.load
+        if self._load_initial_weights():
+            self.optimizer.reload_model_params()
+        return 0
+
+    def _load_initial_weights(self) -> bool:
+        """Weights that a fresh start does not draw. Returns whether there are any."""
+        given = self.config.checkpoint.load
+        if given is not None:
             path = find_megatron_checkpoint(Path(given)) or resolve_checkpoint(given)
             load_weights(path, self.chunks, self.context)
-            self.optimizer.reload_model_params()
             log.info(f"started from the weights of {path}")
-        return 0
+        elif self.initial_weights is not None:
+            self.initial_weights(self.chunks, self.context)
+        return given is not None or self.initial_weights is not None
 
     def _check_restored(self, start: int) -> None:
         """Just before the first step: whatever was built since the restore may have drawn random numbers."""
