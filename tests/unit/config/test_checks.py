@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_grit.config import checks
+from megatron_grit.config import ranges
 from megatron_grit.config.checks import check, find_problems, mesh_summary
 from megatron_grit.config.parse import known_keys, parse_run_config, preset_names
 from megatron_grit.config.schema import RunConfig
@@ -121,7 +121,7 @@ def numeric_keys() -> list[str]:
 
 
 def test_every_number_has_a_smallest_value() -> None:
-    assert sorted(checks._MINIMA) == sorted(numeric_keys())
+    assert sorted(ranges._MINIMA) == sorted(numeric_keys())
 
 
 def with_value(key: str, value: float) -> RunConfig:
@@ -132,10 +132,10 @@ def with_value(key: str, value: float) -> RunConfig:
 
 @pytest.mark.parametrize("key", numeric_keys())
 def test_numbers_below_their_range_and_not_numbers(key: str) -> None:
-    bound, inclusive = checks._MINIMA[key]
+    bound, inclusive = ranges._MINIMA[key]
     bad = [bound - 1, float("nan")] + ([] if inclusive else [bound])
-    if key in checks._MAXIMA:
-        bad.append(checks._MAXIMA[key][0] + 1)
+    if key in ranges._MAXIMA:
+        bad.append(ranges._MAXIMA[key][0] + 1)
     for value in bad:
         with pytest.raises(ConfigError, match=f"{key} must be"):
             check(with_value(key, value), 1, files=False)
