@@ -11,25 +11,35 @@ from typing import IO, Any
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """A file to write; it takes the place of ``path`` when the block ends, and vanishes when the block fails.
+def replacing_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path to write a file at; the file takes the place of ``path`` when the block ends, and vanishes when it fails.
 
     Args:
         path: the file to write; its folder is made where it is not there.
-        mode: "w" for UTF-8 text, "wb" for bytes.
     """
     path = Path(path)
     # Two hosts that share a file system may have processes of one number.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """A file to write, as :func:`replacing_path`.
+
+    Args:
+        path: the file to write; its folder is made where it is not there.
+        mode: "w" for UTF-8 text, "wb" for bytes.
+    """
+    with replacing_path(path) as temporary, temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:

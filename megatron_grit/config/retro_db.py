@@ -1,0 +1,126 @@
+"""Every knob of a retrieval database, declared once; kept in the project directory as config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_grit.errors import ConfigError
+from megatron_grit.files import write_json
+
+CONFIG_FILE = "config.json"
+
+
+@dataclass(kw_only=True)
+class RetroDbConfig:
+    """A retrieval database: which documents, how they are cut, embedded, indexed and searched."""
+
+    data_paths: list[str] = field(default_factory=list)
+    """Prefixes of indexed files, the documents of the database; one is enough. A relative one counts from the project
+    directory, or from where the command is run. Later commands may name more: these are added."""
+    tokenizer: str | None = None
+    """SentencePiece .model, tokenizer.json or their folder, with which the documents were made."""
+    chunk_length: int = 64
+    """Tokens of a chunk."""
+    min_chunk_tokens: int = 1
+    """Chunks of fewer tokens that hold more than white space are left out."""
+    duplicates: Literal["keep", "exact", "near"] = "exact"
+    """Chunks that stand in the database already: keep them, leave out equal ones, or also similar ones by MinHash."""
+    near_threshold: float = 0.8
+    """With duplicates near: the estimated Jaccard similarity of runs of three tokens from which a chunk is left out."""
+    minhash_permutations: int = 128
+    """With duplicates near: length of a MinHash signature."""
+    valid_fraction: float = 0.0
+    """Share of the documents that is kept out of the database, for validation; drawn at random."""
+    seed: int = 1234
+    """Of random choices: validation documents, the training sample of the index."""
+    doc_block_size: int = 100_000
+    """Documents of a block of chunks."""
+    block_size: int = 100_000
+    """Chunks of a block of embeddings, codes and neighbors."""
+    embedder: str | None = None
+    """What embeds chunks: directory of a Hugging Face encoder or of a sentence-transformers model, or one of our
+    checkpoints or runs."""
+    embedder_pooling: Literal["auto", "mean", "mean_text", "cls"] = "auto"
+    """Of a Hugging Face encoder: mean over all tokens; mean_text, over all but the first and the last ([CLS] and [SEP],
+    as Retro does); cls. auto: what the directory's sentence-transformers modules say, else mean_text."""
+    embedder_max_length: int = 256
+    """Tokens of the embedder to which a chunk's text is cut."""
+    query_instruction: str = ""
+    """Of our own models: what queries are embedded for."""
+    batch_tokens: int = 8192
+    """Tokens of a forward pass of the embedder, padding included."""
+    index: str = "auto"
+    """A faiss factory string, such as OPQ32_64,IVF65536_HNSW8,PQ32. auto: chosen from the number of chunks,
+    index_memory_gb and recall."""
+    metric: Literal["l2", "inner_product"] = "l2"
+    """What is compared."""
+    ntrain: int | None = None
+    """Chunks that the index is trained on, drawn at random. null: as many as it needs."""
+    train_load_fraction: float = 1.0
+    """Share of them that is loaded for training."""
+    add_load_fraction: float = 1.0
+    """Share of each block's chunks that is added to the index."""
+    index_memory_gb: float = 16.0
+    """With index auto: memory for the index while it is searched."""
+    recall: float = 0.95
+    """With index auto, and where nprobe and ef_search are null: wanted recall of the nearest neighbors."""
+    nprobe: int | None = None
+    """Lists that are visited. null: the fewest that reach recall on a sample."""
+    ef_search: int | None = None
+    """Candidates of an HNSW search. null: as nprobe."""
+    num_neighbors_query: int = 200
+    """Neighbors that are searched."""
+    num_neighbors_save: int = 20
+    """Of these, neighbors that are kept after filtering."""
+    max_overlap: float | None = None
+    """Leave out neighbors of which more than this share of the runs of eight tokens, continuation included, stands in
+    the query's chunk or the one after it. null: none are."""
+    keep_embeddings: bool = False
+    """Keep the embeddings of the training sample and the codes, which --validate can then check."""
+
+
+def config_problems(config: RetroDbConfig) -> Iterator[str]:
+    """What is wrong with a configuration by itself."""
+    for name in ("chunk_length", "doc_block_size", "block_size", "embedder_max_length", "batch_tokens"):
+        if getattr(config, name) < 1:
+            yield f"{name} must be at least 1, not {getattr(config, name)}"
+    for name in ("near_threshold", "train_load_fraction", "add_load_fraction", "recall"):
+        if not 0 < getattr(config, name) <= 1:
+            yield f"{name} must be above 0 and at most 1, not {getattr(config, name)}"
+    if not 0 <= config.valid_fraction < 1:
+        yield f"valid_fraction must be at least 0 and below 1, not {config.valid_fraction}"
+    if config.chunk_length > 2**31:
+        yield f"chunk_length {config.chunk_length} is above 2**31"
+    if config.min_chunk_tokens > config.chunk_length:
+        yield f"min_chunk_tokens {config.min_chunk_tokens} is above chunk_length {config.chunk_length}"
+    if not 1 <= config.num_neighbors_save <= config.num_neighbors_query:
+        yield (
+            f"num_neighbors_save {config.num_neighbors_save} must be between 1 and num_neighbors_query "
+            f"{config.num_neighbors_query}"
+        )
+
+
+def save_project_config(config: RetroDbConfig, project: Path) -> None:
+    """Write ``config.json``."""
+    write_json(project / CONFIG_FILE, dict(sorted(dataclasses.asdict(config).items())))
+
+
+def load_project_config(project: Path) -> RetroDbConfig | None:
+    """The configuration of a project directory. None: it has none yet.
+
+    Raises:
+        ConfigError: the file cannot be read or has an unknown key.
+    """
+    path = project / CONFIG_FILE
+    if not path.is_file():
+        return None
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return RetroDbConfig(**values)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
