@@ -52,6 +52,8 @@ class RetroDbConfig:
     """Tokens of the embedder to which a chunk's text is cut."""
     query_instruction: str = ""
     """Of our own models: what queries are embedded for."""
+    embedder_precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the embedder's matrix products."""
     batch_tokens: int = 8192
     """Tokens of a forward pass of the embedder, padding included."""
     index: str = "auto"
@@ -69,10 +71,14 @@ class RetroDbConfig:
     """With index auto: memory for the index while it is searched."""
     recall: float = 0.95
     """With index auto, and where nprobe and ef_search are null: wanted recall of the nearest neighbors."""
+    num_shards: int = 1
+    """Files that the index is spread over, each with a run of the chunks; searched one after the other."""
     nprobe: int | None = None
     """Lists that are visited. null: the fewest that reach recall on a sample."""
     ef_search: int | None = None
     """Candidates of an HNSW search. null: as nprobe."""
+    query_paths: list[str] = field(default_factory=list)
+    """Prefixes of indexed files whose chunks get neighbors. Empty: those of data_paths."""
     num_neighbors_query: int = 200
     """Neighbors that are searched."""
     num_neighbors_save: int = 20

@@ -1,10 +1,11 @@
 """Documents cut into chunks, by the offsets of their tokens alone: no text is made and no token is moved.
 
-A chunk is up to ``chunk_length`` consecutive tokens of one document (Retro, arXiv 2112.04426, section 2.1); the last of a
-document is shorter. A closing end-of-document token is no part of it. The rows are those of Megatron's Retro tools, with
-one difference: their fourth column counts the WordPieces of the chunk's text, which takes a tokeniser and most of their
-time; here it counts the tokens that hold more than white space. Both serve to tell empty
-chunks.
+A chunk is up to ``chunk_length`` consecutive tokens of one document (Retro, arXiv 2112.04426, section 2.1); the last
+of a document is shorter. A closing end-of-document token is no part of it.
+
+The rows are those of Megatron's Retro tools, with one difference: their fourth column counts the WordPieces of the
+chunk's text, which takes a tokeniser and most of their time; here it counts the tokens that hold more than white space.
+Both serve to tell empty chunks.
 """
 
 from __future__ import annotations

@@ -48,6 +48,8 @@ class IndexManifest:
     """Fingerprint of the chunks that they are of."""
     num_trained: int
     num_vectors: int
+    first_id: int = 0
+    """Id of the first vector, in an index that holds no ids."""
     bytes: int = 0
     sha256: str = ""
 
@@ -109,10 +111,11 @@ class VectorIndex:
         index: faiss's.
         factory: the string it was made from.
         metric: l2 or inner_product.
+        first_id: id of the first vector, where the index holds no ids.
     """
 
-    def __init__(self, index: Any, factory: str, metric: str) -> None:
-        self.index, self.factory, self.metric = index, factory, metric
+    def __init__(self, index: Any, factory: str, metric: str, first_id: int = 0) -> None:
+        self.index, self.factory, self.metric, self.first_id = index, factory, metric, first_id
         faiss = _faiss()
         self._ivf = None if lists_of(factory) is None else faiss.extract_index_ivf(index)
 
@@ -194,7 +197,7 @@ class VectorIndex:
 
         Args:
             codes: of :meth:`encode`.
-            ids: int64 [N], ascending; without lists they must go on where the index ends.
+            ids: int64 [N], ascending; without lists the first ones set ``first_id`` and the others must go on there.
 
         Raises:
             ConfigError: ids with gaps where the index holds none.
@@ -203,7 +206,10 @@ class VectorIndex:
             self._ivf.add_sa_codes(codes, ids)
             self.index.ntotal = self._ivf.ntotal
             return
-        if len(ids) and not (ids == np.arange(len(self), len(self) + len(ids))).all():
+        if not len(self) and len(ids):
+            self.first_id = int(ids[0])
+        start = self.first_id + len(self)
+        if not (ids == np.arange(start, start + len(ids))).all():
             raise ConfigError(f"index {self.factory!r} holds no ids; set add_load_fraction to 1")
         self.index.add_sa_codes(codes)
 
@@ -230,13 +236,14 @@ class VectorIndex:
         if vectors_ND.shape[1] != self.dim:
             raise DataError(f"queries have {vectors_ND.shape[1]} channels, the index {self.dim}")
         scores, ids = self.index.search(np.ascontiguousarray(vectors_ND, dtype=np.float32), k)
-        return scores, ids
+        return scores, np.where(ids < 0, -1, ids + self.first_id)
 
     def save(self, path: Path, manifest: IndexManifest) -> None:
         """Write the index and its manifest, whole or not at all."""
         faiss = _faiss()
         with replacing_path(path) as temporary:
             faiss.write_index(self.index, str(temporary))
+            manifest.first_id = self.first_id
             manifest.bytes, manifest.sha256 = temporary.stat().st_size, _sha256(temporary)
         write_json(path.with_suffix(".json"), asdict(manifest))
 
@@ -271,7 +278,39 @@ class VectorIndex:
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
         except RuntimeError as error:
             raise DataError(f"faiss cannot read it ({_reason(error)}); build the index again", path=path) from None
-        return VectorIndex(index, manifest.factory, manifest.metric)
+        return VectorIndex(index, manifest.factory, manifest.metric, manifest.first_id)
+
+
+class ShardedIndex:
+    """Several indexes that share out the ids, searched one after the other; their best are merged.
+
+    Args:
+        shards: at least one, of one factory string.
+    """
+
+    def __init__(self, shards: list[VectorIndex]) -> None:
+        self.shards = shards
+        self.factory, self.metric, self.num_lists = shards[0].factory, shards[0].metric, shards[0].num_lists
+        self.dim = shards[0].dim
+
+    @staticmethod
+    def load(paths: list[Path], **options: Any) -> ShardedIndex:
+        """Open shards; options as of :meth:`VectorIndex.load`."""
+        return ShardedIndex([VectorIndex.load(path, **options) for path in paths])
+
+    def __len__(self) -> int:
+        return sum(len(shard) for shard in self.shards)
+
+    def set_search(self, nprobe: int | None, ef_search: int | None) -> None:
+        """As :meth:`VectorIndex.set_search`."""
+        for shard in self.shards:
+            shard.set_search(nprobe, ef_search)
+
+    def search(self, vectors_ND: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`VectorIndex.search`."""
+        if len(self.shards) == 1:
+            return self.shards[0].search(vectors_ND, k)
+        return merge_nearest([shard.search(vectors_ND, k) for shard in self.shards], k, self.metric)
 
 
 def read_manifest(path: Path) -> IndexManifest:
