@@ -18,6 +18,9 @@ class RetroArguments:
 
     project_dir: Path
     tasks: str
+    overwrite: str
+    validate: float | None
+    tombstone: str
     given: dict[str, Any]
     """Settings that were given, and only those."""
 
@@ -39,6 +42,21 @@ def parse_retro_arguments(argv: list[str], description: str) -> RetroArguments:
     )
     parser.add_argument("--project-dir", type=Path, required=True, help="directory of the database")
     parser.add_argument("--tasks", default="build", help="comma list of tasks (default: build)")
+    parser.add_argument(
+        "--overwrite", default="", help="comma list of tasks to do again from nothing, with what follows from them"
+    )
+    parser.add_argument(
+        "--validate",
+        type=float | None,
+        default=None,
+        help="compute this share of the blocks again and compare bit for bit, instead of building",
+    )
+    parser.add_argument(
+        "--tombstone",
+        default="",
+        help="documents that the task tombstone removes: DATASET:DOCUMENT[,...], or a file with one of them a line; a "
+        "dataset is its prefix, the last part of it, or its number",
+    )
     parser.add_class_arguments(RetroDbConfig)
     names = {field.name for field in dataclasses.fields(RetroDbConfig)}
     argv = [_spelled(argument, names) for argument in argv]
@@ -48,7 +66,14 @@ def parse_retro_arguments(argv: list[str], description: str) -> RetroArguments:
         raise ConfigError(f"command line: {' '.join(str(error).split())}") from None
     on_command_line = {argument[2:].partition("=")[0].removesuffix("+") for argument in argv if argument[:2] == "--"}
     given = {name: values[name] for name in names & on_command_line}
-    return RetroArguments(project_dir=values["project_dir"], tasks=values["tasks"], given=given)
+    return RetroArguments(
+        project_dir=values["project_dir"],
+        tasks=values["tasks"],
+        overwrite=values["overwrite"],
+        validate=values["validate"],
+        tombstone=values["tombstone"],
+        given=given,
+    )
 
 
 def _spelled(argument: str, names: set[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ class RetroDbConfig:
 
     data_paths: list[str] = field(default_factory=list)
     """Prefixes of indexed files, the documents of the database; one is enough. A relative one counts from the project
-    directory, or from where the command is run. Later commands may name more: these are added."""
+    directory, or from where the command is run. Later ones may be added with the task add."""
     tokenizer: str | None = None
     """SentencePiece .model, tokenizer.json or their folder, with which the documents were made."""
     chunk_length: int = 64
@@ -51,11 +53,14 @@ class RetroDbConfig:
     embedder_max_length: int = 256
     """Tokens of the embedder to which a chunk's text is cut."""
     query_instruction: str = ""
-    """Of our own models: what queries are embedded for."""
+    """Of our own models: what queries are embedded for. Of a Hugging Face encoder: text in front of queries, in place
+    of the prompt that its directory names."""
     embedder_precision: Literal["fp32", "bf16"] = "fp32"
     """Of the embedder's matrix products."""
     batch_tokens: int = 8192
     """Tokens of a forward pass of the embedder, padding included."""
+    embedding_dtype: Literal["float32", "float16"] = "float32"
+    """To which vectors of chunks are rounded, and in which the task embed keeps them: 4 or 2 bytes a channel."""
     index: str = "auto"
     """A faiss factory string, such as OPQ32_64,IVF65536_HNSW8,PQ32. auto: chosen from the number of chunks,
     index_memory_gb and recall."""
@@ -80,35 +85,61 @@ class RetroDbConfig:
     query_paths: list[str] = field(default_factory=list)
     """Prefixes of indexed files whose chunks get neighbors. Empty: those of data_paths."""
     num_neighbors_query: int = 200
-    """Neighbors that are searched."""
+    """Neighbors that are searched. Where filters leave fewer than num_neighbors_save, up to 16 times as many are."""
     num_neighbors_save: int = 20
     """Of these, neighbors that are kept after filtering."""
     max_overlap: float | None = None
     """Leave out neighbors of which more than this share of the runs of eight tokens, continuation included, stands in
     the query's chunk or the one after it. null: none are."""
+    version: int | None = None
+    """State of the database that is searched, of those in db/versions. null: the newest. Training that began with one
+    keeps it."""
     keep_embeddings: bool = False
     """Keep the embeddings of the training sample and the codes, which --validate can then check."""
 
 
+_AT_LEAST_ONE = (
+    "chunk_length",
+    "doc_block_size",
+    "block_size",
+    "embedder_max_length",
+    "batch_tokens",
+    "num_shards",
+    "num_neighbors_save",
+    "ntrain",
+    "nprobe",
+    "ef_search",
+)
+
+
 def config_problems(config: RetroDbConfig) -> Iterator[str]:
     """What is wrong with a configuration by itself."""
-    for name in ("chunk_length", "doc_block_size", "block_size", "embedder_max_length", "batch_tokens"):
-        if getattr(config, name) < 1:
-            yield f"{name} must be at least 1, not {getattr(config, name)}"
+    for name in _AT_LEAST_ONE:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            yield f"{name} must be at least 1, not {value}"
     for name in ("near_threshold", "train_load_fraction", "add_load_fraction", "recall"):
         if not 0 < getattr(config, name) <= 1:
             yield f"{name} must be above 0 and at most 1, not {getattr(config, name)}"
+    if config.minhash_permutations < 16:
+        yield f"minhash_permutations must be at least 16, not {config.minhash_permutations}"
+    if config.index_memory_gb <= 0:
+        yield f"index_memory_gb must be above 0, not {config.index_memory_gb}"
     if not 0 <= config.valid_fraction < 1:
         yield f"valid_fraction must be at least 0 and below 1, not {config.valid_fraction}"
-    if config.chunk_length > 2**31:
-        yield f"chunk_length {config.chunk_length} is above 2**31"
-    if config.min_chunk_tokens > config.chunk_length:
-        yield f"min_chunk_tokens {config.min_chunk_tokens} is above chunk_length {config.chunk_length}"
-    if not 1 <= config.num_neighbors_save <= config.num_neighbors_query:
+    if config.max_overlap is not None and not 0 <= config.max_overlap <= 1:
+        yield f"max_overlap must be between 0 and 1, not {config.max_overlap}"
+    if config.chunk_length >= 2**31:
+        yield f"chunk_length must be below 2**31, not {config.chunk_length}"
+    if not 0 <= config.min_chunk_tokens <= config.chunk_length:
+        yield f"min_chunk_tokens {config.min_chunk_tokens} must be between 0 and chunk_length {config.chunk_length}"
+    if config.num_neighbors_save > config.num_neighbors_query:
         yield (
-            f"num_neighbors_save {config.num_neighbors_save} must be between 1 and num_neighbors_query "
-            f"{config.num_neighbors_query}"
+            f"num_neighbors_save {config.num_neighbors_save} is above num_neighbors_query {config.num_neighbors_query}"
         )
+    repeated = {path for path in config.data_paths if config.data_paths.count(path) > 1}
+    if repeated:
+        yield f"data_paths names {min(repeated)} more than once"
 
 
 def save_project_config(config: RetroDbConfig, project: Path) -> None:
@@ -125,8 +156,21 @@ def load_project_config(project: Path) -> RetroDbConfig | None:
     path = project / CONFIG_FILE
     if not path.is_file():
         return None
+    from jsonargparse import ArgumentParser
+
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return RetroDbConfig(**values)
-    except (OSError, ValueError, TypeError) as error:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
+    known = [field.name for field in dataclasses.fields(RetroDbConfig)]
+    for key in values if isinstance(values, dict) else ():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ", perhaps of another version; remove it"
+            raise ConfigError(f"{path}: unknown key {key!r}{hint}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RetroDbConfig)
+    try:
+        return RetroDbConfig(**parser.parse_object(values).as_dict())
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None

@@ -11,8 +11,10 @@ Which process computes a block never changes what is in it, so the folder is the
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ class Block:
     start: int
     stop: int
     path: Path
+    number: int = 0
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -53,8 +56,8 @@ class BlockFolder:
         # One digit more than the largest number has, as Retro's tools write them.
         digits = len(str(max(num_items, 1))) + 1
         self.blocks = [
-            Block(start, stop, folder / f"{start:0{digits}d}-{stop:0{digits}d}.hdf5")
-            for start in range(0, num_items, block_size)
+            Block(start, stop, folder / f"{start:0{digits}d}-{stop:0{digits}d}.hdf5", number)
+            for number, start in enumerate(range(0, num_items, block_size))
             for stop in [min(start + block_size, num_items)]
         ]
 
@@ -71,18 +74,18 @@ class BlockFolder:
         if not block.path.is_file():
             return "is missing"
         try:
-            signature, arrays = _read(block.path, None if thorough else ())
+            signature, _ = _read(block.path, None if thorough else ())
         except DataError as error:
             return str(error)
         if signature != self.signature:
             return "is of other settings or other data"
-        return None if not thorough or arrays is not None else "is damaged"
+        return None
 
     def write(self, block: Block, arrays: Arrays) -> None:
         """Write a block, whole or not at all.
 
         Raises:
-            OSError: the disk is full, or the folder cannot be written.
+            DataError: the disk is full, or the folder cannot be written.
         """
         write_arrays(block.path, arrays, self.signature)
 
@@ -109,26 +112,33 @@ class BlockFolder:
             if path.name not in known:
                 path.unlink(missing_ok=True)
 
-    def validate(self, fraction: float, compute: Callable[[Block], Arrays], seed: int) -> int:
-        """Compute a random part of the blocks again and compare bit for bit. Returns how many were compared.
+    def sample(self, fraction: float, seed: int) -> list[Block]:
+        """A random part of the blocks, at least one where there are any, in their order.
 
         Args:
-            fraction: of the blocks; at least one is taken.
-            compute: makes a block's arrays.
-            seed: chooses the blocks.
+            fraction: of the blocks.
+            seed: chooses them.
+        """
+        count = min(len(self.blocks), max(1, round(fraction * len(self.blocks))))
+        chosen = np.random.default_rng(seed).permutation(len(self.blocks))[:count]
+        return [self.blocks[number] for number in sorted(chosen.tolist())]
+
+    def check(self, block: Block, again: Arrays) -> None:
+        """Compare a block bit for bit with what is computed now.
 
         Raises:
-            DataError: a block is missing or differs; names it and the array.
+            DataError: it is missing, damaged or differs; names it and the array.
         """
-        count = max(1, round(fraction * len(self.blocks))) if self.blocks else 0
-        chosen = np.random.default_rng(seed).choice(len(self.blocks), count, replace=False) if count else []
-        for number in sorted(int(number) for number in chosen):
-            block = self.blocks[number]
-            stored, again = self.read(block), compute(block)
-            for name in sorted(stored.keys() | again.keys()):
-                if name not in stored or name not in again or not same_bits(stored[name], again[name]):
-                    raise DataError(f"{name} differs from what is computed now; delete the file", path=block.path)
-        return count
+        stored = self.read(block)
+        for name in sorted(stored.keys() | again.keys()):
+            if name not in stored or name not in again or not same_bits(stored[name], again[name]):
+                raise DataError(
+                    f"{name} differs from what is computed now; delete the file and run its task again", path=block.path
+                )
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
@@ -155,14 +165,29 @@ def write_arrays(path: Path, arrays: Arrays, signature: str) -> None:
     """Write named arrays as HDF5 with their checksum, whole or not at all.
 
     The same arrays give the same bytes: no times are stored, and names are written in their order.
+
+    Raises:
+        DataError: the disk is full, or the folder cannot be written.
     """
     import h5py
 
-    with replacing_path(path) as temporary, h5py.File(temporary, "w") as file:
+    # Made in memory: where a disk fills up under HDF5 the process crashes.
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
         file.attrs["signature"] = signature
         file.attrs["sha256"] = digest_of_arrays(arrays)
         for name in sorted(arrays):
             file.create_dataset(name, data=arrays[name])
+    try:
+        with replacing_path(path) as temporary:
+            temporary.write_bytes(image.getbuffer())
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, reason: object) -> DataError:
+    """What to say of a full disk, or of a folder that cannot be written."""
+    return DataError(f"cannot be written ({reason}); when there is room, the same command goes on", path=path)
 
 
 def read_arrays(path: Path) -> Arrays:
@@ -178,20 +203,31 @@ def read_arrays(path: Path) -> Arrays:
     return arrays
 
 
+def signature_of(path: Path) -> str | None:
+    """The signature in a file; None where it cannot be read."""
+    try:
+        return _read(path, ())[0]
+    except DataError:
+        return None
+
+
 def _read(path: Path, names: tuple[str, ...] | None) -> tuple[str, Arrays | None]:
     """Signature and arrays; with ``names`` None all of them, compared with their checksum."""
     import h5py
 
     try:
         with h5py.File(path, "r") as file:
-            signature, digest = str(file.attrs["signature"]), str(file.attrs["sha256"])
+            signature, digest = str(file.attrs["signature"]), str(file.attrs.get("sha256", ""))
             arrays = {name: file[name][()] for name in (file if names is None else names)}
     except (OSError, KeyError, RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"cannot be read ({first}); delete it and run its task again", path=path) from None
+        raise DataError(f"cannot be read ({_first_line(error)}); delete it and run its task again", path=path) from None
     if names is None and digest_of_arrays(arrays) != digest:
         raise DataError("does not match its checksum; delete it and run its task again", path=path)
     return signature, arrays
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def shares(blocks: list[Block], rank: int, world_size: int) -> Iterator[Block]:

@@ -117,7 +117,7 @@ def _documents(
 
 def _hashes(tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
     content = np.ascontiguousarray(tokens)
-    view = memoryview(content.view(np.uint8))
+    view = content.data.cast("B") if content.size else memoryview(b"")
     size = content.dtype.itemsize
     digests = b"".join(
         hashlib.blake2b(view[start * size : stop * size], digest_size=16).digest() for start, stop in places.tolist()

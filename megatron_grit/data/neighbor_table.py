@@ -2,7 +2,7 @@
 
 A table holds ``num_neighbors_save`` chunk ids for every place of every document at which a chunk begins, nearest
 first, -1 where there are fewer. It is mapped, so nothing is loaded and no file is opened for each chunk. It belongs to
-one state of the database: chunks that are added later change nothing for who reads it.
+one version of the database: what is added or removed later changes nothing for who reads it.
 
 Neighbors from a chunk's own document are left out when the table is made. A training sample may hold several documents;
 :meth:`NeighborTable.read` leaves out those of all of them (Retro, arXiv 2112.04426, section 2.1, leaves out the chunk's
@@ -11,38 +11,63 @@ own document; Megatron's tools those of the sample).
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_grit.data.retro_project import fingerprint
+from megatron_grit.data.db_versions import Source, begins_with, document_keys, is_among, sorted_keys
+from megatron_grit.data.indexed import IndexedFile
 from megatron_grit.errors import DataError
 from megatron_grit.files import replacing_path, write_json
 
 NONE = -1
+_DOCUMENTS_AT_A_TIME = 1 << 16
 
 
 @dataclass(kw_only=True)
 class TableManifest:
     """``table.json``."""
 
-    prefix: str
-    tokens: str
-    """Fingerprint of the documents that the neighbors are for."""
+    source: Source
+    """The documents that the neighbors are for."""
+    datasets: list[int]
+    """Numbers that these documents' file has in the database; none where it is not part of it."""
+    settings: str
+    """Digest of all that a row follows from beside the documents: index, embedder, search, filters."""
     chunk_length: int
     num_neighbors: int
-    num_documents: int
     num_places: int
+    version: int
+    """Of the database that the ids are of."""
     database: str
-    """Fingerprint of the chunks that the ids are of."""
+    """Fingerprint of its chunks."""
     embedder: str
-    index_sha256: list[str]
     nprobe: int | None
     ef_search: int | None
-    recall: float
+    recall: float | None
+    """Of the index, measured when it was built. None: not measured with this nprobe and ef_search."""
+    num_taken_over: int = 0
+    """Places whose neighbors an earlier table had."""
+    sha256: str = ""
+    """Of ``neighbors.npy``."""
+
+
+def read_table_manifest(folder: Path) -> TableManifest:
+    """The manifest of a table.
+
+    Raises:
+        DataError: it is missing or cannot be read.
+    """
+    path = folder / "table.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return TableManifest(**values | {"source": Source(**values["source"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"cannot be read ({error}); run the task query-neighbors", path=path) from None
 
 
 class NeighborTable:
@@ -51,69 +76,93 @@ class NeighborTable:
     Args:
         folder: where :func:`write_table` wrote it.
         documents_of: uint32 [num_chunks, 2 or more], whose first columns are dataset and document of each chunk of the
-            database: its mapped table.
+            database: ``rows`` of the version that the table is of.
 
     Raises:
-        DataError: it is missing, damaged, or of another version of the file.
+        DataError: it is missing or damaged.
     """
 
     def __init__(self, folder: Path, documents_of: np.ndarray) -> None:
         self.folder, self._documents_of = folder, documents_of
-        path = folder / "table.json"
-        try:
-            self.manifest = TableManifest(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"cannot be read ({error}); run the task query-neighbors", path=path) from None
+        self.manifest = read_table_manifest(folder)
         shape = (self.manifest.num_places, self.manifest.num_neighbors)
-        self._neighbors = _mapped(folder / "neighbors.npy", shape)
-        self._starts = _mapped(folder / "starts.npy", (self.manifest.num_documents + 1,))
+        self.neighbors = _mapped(folder / "neighbors.npy", shape)
+        """int64 [num_places, num_neighbors], mapped."""
+        self.starts = _mapped(folder / "starts.npy", (self.manifest.source.num_documents + 1,))
+        """int64 [num_documents + 1], places before each document; mapped."""
 
     def check_source(self, prefix: Path) -> None:
-        """Compare the file that is trained on with the one that was queried.
+        """Compare the file that is trained on with the one that was queried. Documents may have been appended.
 
         Raises:
             DataError: they differ.
         """
-        if fingerprint(prefix) != self.manifest.tokens:
+        if not begins_with(prefix, self.manifest.source):
             raise DataError("has changed since its neighbors were searched; run query-neighbors again", path=prefix)
 
-    def place(self, document: int, offset: int) -> int:
-        """Row of the chunk of a document that begins at a token.
+    def verify(self) -> None:
+        """Read the table and compare it with its checksum.
 
         Raises:
-            IndexError: no chunk begins there.
+            DataError: they differ.
         """
-        chunk, rest = divmod(offset, self.manifest.chunk_length)
-        start, stop = (int(value) for value in self._starts[document : document + 2])
-        if rest or not 0 <= chunk < stop - start:
+        digest, path = hashlib.sha256(), self.folder / "neighbors.npy"
+        step = max(1, (1 << 24) // max(self.manifest.num_neighbors * 8, 1))
+        for start in range(0, len(self.neighbors), step):
+            digest.update(self.neighbors[start : start + step].tobytes())
+        if digest.hexdigest() != self.manifest.sha256:
+            raise DataError("does not match its checksum; delete it and run query-neighbors again", path=path)
+
+    def places(self, chunks: Sequence[tuple[int, int]] | np.ndarray) -> np.ndarray:
+        """Rows of chunks, by document and first token: int64 [n].
+
+        Raises:
+            IndexError: no chunk begins at one of them.
+        """
+        pairs = np.asarray(chunks, dtype=np.int64).reshape(-1, 2)
+        documents, offsets = pairs[:, 0], pairs[:, 1]
+        known = (documents >= 0) & (documents < self.manifest.source.num_documents)
+        safe = np.where(known, documents, 0)
+        chunk, rest = np.divmod(offsets, self.manifest.chunk_length)
+        if len(pairs):
+            known &= (rest == 0) & (chunk >= 0) & (chunk < self.starts[safe + 1] - self.starts[safe])
+        if not known.all():
+            document, offset = pairs[np.argmin(known)]
             raise IndexError(f"document {document} has no chunk at token {offset}")
-        return start + chunk
+        return np.asarray(self.starts[safe] + chunk) if len(pairs) else chunk
 
     def read(
-        self, chunks: Sequence[tuple[int, int]], sample_documents: Sequence[tuple[int, int]], k: int
+        self,
+        chunks: Sequence[tuple[int, int]] | np.ndarray,
+        sample_documents: Sequence[tuple[int, int]] | np.ndarray,
+        k: int,
     ) -> np.ndarray:
         """The nearest neighbors of chunks that are in no document of their sample.
 
         Args:
-            chunks: (document, first token) of each.
-            sample_documents: (dataset, document) of every document of the sample, as the database numbers them.
+            chunks: (document, first token) of each, of the file that the table is for.
+            sample_documents: (dataset, document) of every document of the sample, as the database numbers them
+                (``manifest.datasets``).
             k: neighbors of a chunk.
 
         Returns:
             int64 [len(chunks), k]: chunk ids, nearest first; -1 where there are fewer.
+
+        Raises:
+            IndexError: no chunk begins at one of the places.
         """
-        rows = np.array(self._neighbors[[self.place(*chunk) for chunk in chunks]])
-        return first_allowed(rows, self._documents_of, sample_documents, k)
+        return first_allowed(self.neighbors[self.places(chunks)], self._documents_of, sample_documents, k)
 
 
 def first_allowed(
-    ids_QK: np.ndarray, documents_of: np.ndarray, excluded: Sequence[tuple[int, int]], k: int
+    ids_QK: np.ndarray, documents_of: np.ndarray, excluded: Sequence[tuple[int, int]] | np.ndarray, k: int
 ) -> np.ndarray:
     """The first ``k`` ids of each row whose (dataset, document) is not excluded; -1 where there are fewer."""
     keep = ids_QK >= 0
-    found = documents_of[np.where(keep, ids_QK, 0)]
-    for dataset, document in set(excluded):
-        keep &= (found[..., 0] != dataset) | (found[..., 1] != document)
+    keys = sorted_keys(excluded)
+    if keep.any() and len(keys):
+        found = documents_of[np.where(keep, ids_QK, ids_QK[keep][0])]
+        keep &= ~is_among(document_keys(found[..., 0], found[..., 1]), keys)
     return take_first(ids_QK, keep, k)
 
 
@@ -124,32 +173,71 @@ def take_first(ids_QK: np.ndarray, keep_QK: np.ndarray, k: int) -> np.ndarray:
     return np.pad(taken, ((0, 0), (0, k - taken.shape[1])), constant_values=NONE).astype(np.int64)
 
 
-def write_table(folder: Path, starts: np.ndarray, parts: Sequence[np.ndarray], manifest: TableManifest) -> None:
-    """Write a table; it is there when its manifest is.
+def write_starts(path: Path, file: IndexedFile, chunk_length: int, eod_id: int) -> None:
+    """Write how many chunks there are before each document, and all of them: int64 [documents + 1]. A closing
+    ``eod_id`` does not count. Takes the same memory for any number of documents.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    with replacing_path(path) as temporary, temporary.open("wb") as out:
+        header = {"descr": "<i8", "fortran_order": False, "shape": (file.num_documents + 1,)}
+        np.lib.format.write_array_header_2_0(out, header)
+        out.write(np.zeros(1, dtype="<i8").tobytes())
+        total = 0
+        for first in range(0, file.num_documents, _DOCUMENTS_AT_A_TIME):
+            last = min(first + _DOCUMENTS_AT_A_TIME, file.num_documents)
+            ends = total + np.cumsum(-(-_lengths(file, first, last, eod_id) // chunk_length))
+            out.write(ends.astype("<i8").tobytes())
+            total = int(ends[-1])
+
+
+def _lengths(file: IndexedFile, first: int, last: int, eod_id: int) -> np.ndarray:
+    """Tokens of documents, without a closing ``eod_id``: int64."""
+    edges = file.documents[first : last + 1]
+    begin, end = int(edges[0]), int(edges[-1])
+    if not 0 <= begin <= end <= file.num_sequences or (np.diff(edges) < 0).any():
+        raise DataError(f"documents {first} to {last} are out of order; build it again", path=file.idx_path)
+    sums = np.concatenate(([0], np.cumsum(file.lengths[begin:end], dtype=np.int64)))
+    lengths = np.diff(sums[edges - begin])
+    filled = np.flatnonzero(lengths)
+    if len(filled):
+        # A map of this part alone: its pages are given back with it.
+        size, place = file.dtype.itemsize, int(file.pointers[begin])
+        if place + int(sums[-1]) * size > file.bin_bytes:
+            raise DataError(f"documents {first} to {last} end beyond it; build it again", path=file.bin_path)
+        tokens = np.memmap(file.bin_path, dtype=file.dtype, mode="r", offset=place, shape=(int(sums[-1]),))
+        lengths[filled] -= tokens[sums[edges[1:] - begin][filled] - 1] == eod_id
+    return lengths
+
+
+def write_table(folder: Path, parts: Iterable[np.ndarray], manifest: TableManifest) -> None:
+    """Write a table, beside the ``starts.npy`` of :func:`write_starts`; it is there when its manifest is.
 
     Args:
         folder: made where it is not there.
-        starts: int64 [documents + 1], places before each document.
         parts: int64 [places, neighbors] in runs, in order.
-        manifest: what it is of.
+        manifest: what it is of; its checksum is filled in.
     """
     shape = (manifest.num_places, manifest.num_neighbors)
-    with replacing_path(folder / "starts.npy") as path, path.open("wb") as file:
-        np.save(file, starts.astype(np.int64), allow_pickle=False)
+    digest = hashlib.sha256()
     with replacing_path(folder / "neighbors.npy") as path, path.open("wb") as file:
         np.lib.format.write_array_header_2_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
         for part in parts:
-            file.write(np.ascontiguousarray(part, dtype="<i8").tobytes())
+            content = np.ascontiguousarray(part, dtype="<i8").tobytes()
+            digest.update(content)
+            file.write(content)
+    manifest.sha256 = digest.hexdigest()
     write_json(folder / "table.json", asdict(manifest))
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False) if 0 not in shape else np.load(path)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot be read ({error}); run the task query-neighbors again", path=path) from None
     if array.shape != shape or array.dtype != np.int64:
         raise DataError(
             f"holds {array.dtype} {array.shape} and not int64 {shape}; run the task query-neighbors again", path=path
         )
-    return array
+    return np.asarray(array)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -23,14 +24,19 @@ class DatasetInfo:
     ratio: float = 1.0
     fingerprint: str = ""
     """Of the tokens: SHA-256 of the ``.bin`` where it is known, else of the ``.idx`` and the size of the ``.bin``."""
+    bin_sha256: str = ""
+    """Of the ``.bin``, whether or not a ``.json`` tells it."""
+    bin_bytes: int = 0
+    bin_mtime_ns: int = 0
+    """Of the ``.bin`` when it was cut. While neither has changed its SHA-256 is taken to be the same."""
     n_docs: int = 0
     n_docs_train: int = 0
     n_chunks: int = 0
     """Valid chunks, duplicates left out."""
     n_chunks_train: int = 0
     n_chunks_invalid: int = 0
+    """Empty ones and those of fewer tokens than ``min_chunk_tokens``."""
     n_chunks_duplicate: int = 0
-    n_chunks_sampled: int = 0
 
 
 class Project:
@@ -114,26 +120,57 @@ class Project:
             infos = [DatasetInfo(**value) for value in values]
         except (ValueError, TypeError) as error:
             raise DataError(f"cannot be read ({error}); run db-build again", path=self.infos_path) from None
-        for number, info in enumerate(infos):
-            found = self.fingerprint(number)
-            if info.fingerprint != found:
-                raise DataError(
-                    "has changed since the database was built of it; put the old file back, or build another database",
-                    path=self.resolve(info.prefix),
-                )
+        for info in infos:
+            self._check_unchanged(info)
         return infos
+
+    def _check_unchanged(self, info: DatasetInfo) -> None:
+        path = self.resolve(info.prefix)
+        stat = file_paths(path)[0].stat()
+        same = fingerprint(path) == info.fingerprint and stat.st_size == info.bin_bytes
+        # A copy has other times; then the content decides.
+        if not same or (stat.st_mtime_ns != info.bin_mtime_ns and sha256_of_bin(path) != info.bin_sha256):
+            raise DataError(
+                "has changed since the database was built of it; put the old file back, or build another database",
+                path=path,
+            )
 
 
 def fingerprint(prefix: Path) -> str:
-    """Of an indexed file's tokens: SHA-256 of the ``.bin`` where the ``.json`` tells it; else of the ``.idx`` and of
-    the size of the ``.bin``, which a change of single tokens does not alter."""
+    """Of an indexed file's documents: SHA-256 of the ``.bin`` and the ``.idx`` where the ``.json`` tells them; else of
+    the ``.idx`` and the size of the ``.bin``, which a change of single tokens does not alter."""
+    return _fingerprint(prefix, tuple(_stamp(path) for path in file_paths(prefix)))
+
+
+def sha256_of_bin(prefix: Path) -> str:
+    """SHA-256 of the ``.bin``, read whole."""
+    path = file_paths(prefix)[0]
+    return _sha256(path, _stamp(path))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    if not path.is_file():
+        return -1, -1
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=256)
+def _fingerprint(prefix: Path, stamps: tuple[tuple[int, int], ...]) -> str:
     bin_path, idx_path, json_path = file_paths(prefix)
     if json_path.is_file():
         meta = read_meta(prefix)
         if meta.bin_sha256:
-            return f"bin:{meta.bin_sha256}"
+            if (meta.bin_bytes, meta.idx_bytes) != (stamps[0][0], stamps[1][0]):
+                raise DataError("is not as long as its .json says; build the indexed file again", path=bin_path)
+            return f"bin:{meta.bin_sha256}:{meta.idx_sha256}"
+    return f"idx:{_sha256(idx_path, stamps[1])}:{stamps[0][0]}"
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(path: Path, stamp: tuple[int, int]) -> str:
     digest = hashlib.sha256()
-    with idx_path.open("rb") as file:
+    with path.open("rb") as file:
         while block := file.read(1 << 24):
             digest.update(block)
-    return f"idx:{digest.hexdigest()}:{bin_path.stat().st_size}"
+    return digest.hexdigest()

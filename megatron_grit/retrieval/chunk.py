@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from megatron_grit.data.block_files import Arrays, Block, BlockFolder
-from megatron_grit.data.chunking import ChunkRules, chunk_documents, visible_tokens
-from megatron_grit.data.retro_project import DatasetInfo, Project
+from megatron_grit.data.block_files import Arrays, Block, BlockFolder, cannot_write, digest_of_settings, signature_of
+from megatron_grit.data.chunking import VISIBLE, ChunkRules, chunk_documents, visible_tokens
+from megatron_grit.data.indexed import IndexedFile, file_paths
+from megatron_grit.data.retro_project import DatasetInfo, Project, sha256_of_bin
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.files import replacing_path
+from megatron_grit.files import replacing_path, write_json
 from megatron_grit.parallel.logs import get_logger
+from megatron_grit.retrieval.duplicates import EQUAL, SIMILAR, Duplicates, find_duplicates
 from megatron_grit.retrieval.work import Worker, compute_blocks
 
 log = get_logger(__name__)
 
-_HASHES_IN_MEMORY = 1 << 27
-"""Chunk hashes that are compared at a time; with more chunks the comparison takes several passes over them."""
+_MARGIN = 1 << 20
+"""Bytes of a table file that are not rows, generously."""
+REPORT_FILE = "report.json"
+COUNTS = ("empty", "too_short", "exact_duplicates", "near_duplicates", "validation", "train")
+"""What becomes of the chunks of a dataset, in ``db/report.json``."""
 
 
 def build_chunks(project: Project, worker: Worker) -> list[DatasetInfo]:
@@ -34,20 +41,27 @@ def build_chunks(project: Project, worker: Worker) -> list[DatasetInfo]:
     config = project.config
     if not config.data_paths:
         raise ConfigError("data_paths is empty; give the prefixes of indexed files")
-    folders = [chunk_blocks(project, number) for number in range(len(config.data_paths))]
-    visible = visible_tokens(project.tokenizer)
-    rules = chunk_rules(project)
-    for number, folder in enumerate(folders):
-        file = project.file(number)
-
-        def compute(block: Block, file: Any = file) -> Arrays:
-            return chunk_documents(file, block.start, block.stop, rules, visible)
-
-        compute_blocks(folder, compute, worker, f"chunks of {config.data_paths[number]}", "document")
-    if worker.is_first:
-        project.save_infos(_merge(project, folders))
+    folders = []
+    for what, folder, compute in recompute_chunks(project):
+        compute_blocks(folder, compute, worker, what, "document")
+        folders.append(folder)
+    if worker.is_first and _is_stale(project, folders):
+        merge_chunks(project, folders)
     worker.barrier()
     return project.infos()
+
+
+def recompute_chunks(project: Project) -> list[tuple[str, BlockFolder, Callable[[Block], Arrays]]]:
+    """For each dataset its name, the blocks of its chunks, and what makes one again."""
+    visible, rules = visible_tokens(project.tokenizer), chunk_rules(project)
+
+    def compute(file: IndexedFile) -> Callable[[Block], Arrays]:
+        return lambda block: chunk_documents(file, block.start, block.stop, rules, visible)
+
+    return [
+        (f"chunks of {prefix}", chunk_blocks(project, number), compute(project.file(number)))
+        for number, prefix in enumerate(project.config.data_paths)
+    ]
 
 
 def chunk_rules(project: Project) -> ChunkRules:
@@ -98,119 +112,178 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def _merge(project: Project, folders: list[BlockFolder]) -> list[DatasetInfo]:
-    """Leave out duplicates, part validation from the rest, and write the merged tables. In one process."""
-    config = project.config
-    keep = _kept_chunks(project, folders)
+def _is_stale(project: Project, folders: list[BlockFolder]) -> bool:
+    """Whether the merged tables are not those of these blocks and settings."""
+    wanted = _merge_signature(project, folders)
+    for path in (project.merged / "train.hdf5", project.merged / "valid.hdf5"):
+        if not path.is_file() or signature_of(path) != wanted:
+            return True
+    return not project.infos_path.is_file() or not (project.merged.parent / REPORT_FILE).is_file()
+
+
+def _merge_signature(project: Project, folders: list[BlockFolder]) -> str:
+    names = ("duplicates", "near_threshold", "valid_fraction", "seed")
+    settings = {name: getattr(project.config, name) for name in names}
+    return digest_of_settings({"blocks": [folder.signature for folder in folders], **settings})
+
+
+def merge_chunks(project: Project, folders: list[BlockFolder]) -> None:
+    """Leave out duplicates, part validation from the rest, and write the merged tables, the datasets and the report. In
+    one process, which holds a byte for each chunk.
+
+    Raises:
+        DataError: no chunk is left.
+    """
+    found = find_duplicates(project.config, folders)
     infos: list[DatasetInfo] = []
-    parts: dict[str, list[np.ndarray]] = {"train": [], "valid": []}
-    offsets: list[np.ndarray] = []
-    num_train = place = 0
+    report: list[dict[str, Any]] = []
     for number, folder in enumerate(folders):
-        info = DatasetInfo(prefix=config.data_paths[number], fingerprint=project.fingerprint(number))
-        info.n_docs = folder.num_items
+        path = project.resolve(project.config.data_paths[number])
+        stat = file_paths(path)[0].stat()
+        info = DatasetInfo(
+            prefix=project.config.data_paths[number],
+            fingerprint=project.fingerprint(number),
+            bin_sha256=sha256_of_bin(path),
+            bin_bytes=stat.st_size,
+            bin_mtime_ns=stat.st_mtime_ns,
+            n_docs=folder.num_items,
+        )
+        infos.append(info)
+        report.append({"prefix": info.prefix, "documents": info.n_docs} | dict.fromkeys(COUNTS, 0))
+    num_valid = 0
+    for part in _parts(project, folders, found):
+        info, counts = infos[part.number], report[part.number]
+        info.n_docs_train += int((~part.held_out).sum())
+        info.n_chunks += len(part.train) + len(part.valid)
+        info.n_chunks_train += len(part.train)
+        info.n_chunks_invalid += len(part.invalid)
+        info.n_chunks_duplicate += int((part.state > 0).sum())
+        num_valid += len(part.valid)
+        empty = int((part.invalid[:, VISIBLE] == 0).sum())
+        added = [empty, len(part.invalid) - empty, *((part.state == kind).sum() for kind in (EQUAL, SIMILAR))]
+        for name, count in zip(COUNTS, [*added, len(part.valid), len(part.train)], strict=True):
+            counts[name] += int(count)
+    total = sum(info.n_chunks_train for info in infos)
+    if not total:
+        raise DataError("no chunk is left; see how chunks are filtered", path=project.folder)
+    for info in infos:
+        info.ratio = info.n_chunks_train / total
+    signature = _merge_signature(project, folders)
+    train, valid = (project.merged / f"{name}.hdf5" for name in ("train", "valid"))
+    num_documents = sum(info.n_docs_train for info in infos)
+    with (
+        writing_table(train, total, signature, num_documents) as of_train,
+        writing_table(valid, num_valid, signature) as of_valid,
+    ):
+        for part in _parts(project, folders, found):
+            of_train.add(part.train, part.doc_offsets)
+            of_valid.add(part.valid)
+    write_json(project.merged.parent / REPORT_FILE, {"datasets": report, "near_duplicates": _examples(project, found)})
+    # The last, for it says that the others are there.
+    project.save_infos(infos)
+    for line in report_lines(report):
+        log.info(line)
+
+
+def report_lines(report: list[dict[str, Any]]) -> list[str]:
+    """What the filters did, a line for each dataset."""
+    return [
+        f"{counts['prefix']}: {counts['documents']:,} documents; "
+        + ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in COUNTS)
+        for counts in report
+    ]
+
+
+@dataclass(kw_only=True)
+class _Part:
+    """The chunks of a block, parted."""
+
+    number: int
+    """Of the dataset."""
+    invalid: np.ndarray
+    state: np.ndarray
+    """uint8 [valid chunks]: 0, EQUAL or SIMILAR."""
+    held_out: np.ndarray
+    """bool [documents]: kept for validation."""
+    train: np.ndarray
+    valid: np.ndarray
+    doc_offsets: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.uint64))
+
+
+def _parts(project: Project, folders: list[BlockFolder], found: Duplicates) -> Iterator[_Part]:
+    config, place, num_train = project.config, 0, 0
+    for number, folder in enumerate(folders):
         for block in folder.blocks:
             arrays = folder.read(block, "chunks_valid", "chunks_invalid")
             rows = arrays["chunks_valid"]
-            kept = keep[place : place + len(rows)]
+            state = found.state[place : place + len(rows)]
             place += len(rows)
             documents = np.arange(block.start, block.stop)
-            held_out = is_validation(info.prefix, documents, config.valid_fraction, config.seed)
-            in_valid = held_out[rows[:, 0] - block.start]
+            held_out = is_validation(config.data_paths[number], documents, config.valid_fraction, config.seed)
+            in_valid = held_out[rows[:, 0].astype(np.int64) - block.start]
             named = np.concatenate([np.full((len(rows), 1), number, np.uint32), rows], axis=1)
-            train, valid = named[kept & ~in_valid], named[kept & in_valid]
-            parts["train"].append(train)
-            parts["valid"].append(valid)
+            train, valid = named[(state == 0) & ~in_valid], named[(state == 0) & in_valid]
             per_document = np.bincount(train[:, 1].astype(np.int64) - block.start, minlength=len(block))
-            ends = num_train + np.cumsum(per_document)
-            of_training = ~held_out
-            columns = [np.full(len(block), number), documents, ends]
-            offsets.append(np.stack(columns, axis=1).astype(np.uint64)[of_training])
+            columns = [np.full(len(block), number), documents, num_train + np.cumsum(per_document)]
+            offsets = np.stack(columns, axis=1).astype(np.uint64)[~held_out]
             num_train += len(train)
-            info.n_docs_train += int(of_training.sum())
-            info.n_chunks += int(kept.sum())
-            info.n_chunks_train += len(train)
-            info.n_chunks_invalid += len(arrays["chunks_invalid"])
-            info.n_chunks_duplicate += int((~kept).sum())
-        infos.append(info)
-    if not num_train:
-        raise DataError("no chunk is left; see how chunks are filtered", path=project.folder)
-    total = sum(info.n_chunks_train for info in infos)
-    for info in infos:
-        info.ratio = info.n_chunks_train / total
-    _write_table(project.merged / "train.hdf5", parts["train"], np.concatenate(offsets))
-    _write_table(project.merged / "valid.hdf5", parts["valid"])
-    return infos
+            yield _Part(
+                number=number,
+                invalid=arrays["chunks_invalid"],
+                state=state,
+                held_out=held_out,
+                train=train,
+                valid=valid,
+                doc_offsets=offsets,
+            )
 
 
-def _write_table(path: Path, parts: list[np.ndarray], offsets: np.ndarray | None = None) -> None:
+def _examples(project: Project, found: Duplicates) -> list[dict[str, str]]:
+    """Texts of a few near duplicates, with those that they are like."""
+    examples = []
+    for pair in found.examples:
+        texts = []
+        for number, row in pair:
+            file = project.file(number)
+            document, start, stop = (int(value) for value in row[:3])
+            tokens = file.read(*file.sequences(document), start, stop - start)
+            texts.append(f"{project.config.data_paths[number]}#{document}:{start}-{stop}")
+            texts.append(project.tokenizer.decode(tokens.tolist()))
+        examples.append(dict(zip(("kept", "kept_text", "left_out", "left_out_text"), texts, strict=True)))
+    return examples
+
+
+class _Tables:
+    def __init__(self, rows: Any, offsets: Any) -> None:
+        self._rows, self._offsets, self._row, self._offset = rows, offsets, 0, 0
+
+    def add(self, rows: np.ndarray, offsets: np.ndarray | None = None) -> None:
+        self._rows[self._row : self._row + len(rows)] = rows
+        self._row += len(rows)
+        if offsets is not None:
+            self._offsets[self._offset : self._offset + len(offsets)] = offsets
+            self._offset += len(offsets)
+
+
+@contextmanager
+def writing_table(path: Path, num_rows: int, signature: str, num_documents: int | None = None) -> Iterator[_Tables]:
+    """A merged table to fill in order: ``chunks``, uint32 [rows, 5], and ``doc_offsets``, uint64 [documents, 3].
+
+    Raises:
+        DataError: the disk is full.
+    """
     import h5py
 
-    num_rows = sum(len(part) for part in parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    num_bytes, free = 20 * num_rows + 24 * (num_documents or 0), shutil.disk_usage(path.parent).free
+    # Asked before: where a disk fills up under HDF5 the process crashes.
+    if num_bytes + _MARGIN > free:
+        raise cannot_write(path, f"it takes {num_bytes + _MARGIN:,} bytes, {free:,} are free")
     with replacing_path(path) as temporary, h5py.File(temporary, "w") as file:
-        table = file.create_dataset("chunks", (num_rows, 5), dtype="u4")
-        place = 0
-        for part in parts:
-            table[place : place + len(part)] = part
-            place += len(part)
+        file.attrs["signature"] = signature
+        rows = file.create_dataset("chunks", (num_rows, 5), dtype="u4")
         file.create_dataset("n_written", data=np.array([num_rows], dtype=np.uint64))
-        if offsets is not None:
-            file.create_dataset("doc_offsets", data=offsets)
-
-
-def _kept_chunks(project: Project, folders: list[BlockFolder]) -> np.ndarray:
-    """Which valid chunks of all datasets, in their order, are no duplicate of one before them."""
-    counts = [len(rows) for _, _, rows in _arrays(folders, "chunks_valid")]
-    keep = np.ones(sum(counts), dtype=bool)
-    if project.config.duplicates != "keep":
-        _drop_equal(keep, folders)
-    if project.config.duplicates == "near":
-        _drop_similar(keep, folders, project.config.near_threshold)
-    return keep
-
-
-def _arrays(folders: list[BlockFolder], name: str) -> Iterator[tuple[int, Block, np.ndarray]]:
-    """An array of every block, with the number of chunks before it."""
-    place = 0
-    for folder in folders:
-        for block in folder.blocks:
-            array = folder.read(block, name)[name]
-            yield place, block, array
-            place += len(array)
-
-
-def _drop_equal(keep: np.ndarray, folders: list[BlockFolder]) -> None:
-    passes = -(-len(keep) // _HASHES_IN_MEMORY)
-    for number in range(passes):
-        hashes, places = [], []
-        for place, _, array in _arrays(folders, "hashes"):
-            mine = np.flatnonzero(array[:, 0] % np.uint64(passes) == number)
-            hashes.append(array[mine])
-            places.append(mine + place)
-        pairs, where = np.concatenate(hashes), np.concatenate(places)
-        order = np.lexsort((where, pairs[:, 1], pairs[:, 0]))
-        pairs, where = pairs[order], where[order]
-        repeated = np.concatenate(([False], (pairs[1:] == pairs[:-1]).all(axis=1)))
-        keep[where[repeated]] = False
-
-
-def _drop_similar(keep: np.ndarray, folders: list[BlockFolder], threshold: float) -> None:
-    """Leave out chunks whose signature is like that of one that is kept. In memory: about 1 KB a chunk."""
-    from datasketch import LeanMinHash, MinHashLSH
-
-    index: Any = None
-    kept: dict[int, np.ndarray] = {}
-    with tqdm(total=len(keep), unit="chunk", unit_scale=True, desc="near duplicates") as bar:
-        for place, _, signatures in _arrays(folders, "minhashes"):
-            if index is None:
-                index = MinHashLSH(threshold=threshold, num_perm=signatures.shape[1])
-            for row, signature in enumerate(signatures):
-                if keep[place + row]:
-                    sketch = LeanMinHash(seed=1, hashvalues=signature.astype(np.uint64))
-                    # The index finds candidates; their signatures decide.
-                    if any((kept[key] == signature).mean() >= threshold for key in index.query(sketch)):
-                        keep[place + row] = False
-                    else:
-                        index.insert(place + row, sketch)
-                        kept[place + row] = signature
-            bar.update(len(signatures))
+        offsets = None
+        if num_documents is not None:
+            offsets = file.create_dataset("doc_offsets", (num_documents, 3), dtype="u8")
+        yield _Tables(rows, offsets)

@@ -1,7 +1,9 @@
 """The vector index: the only place that knows faiss.
 
 An index is trained on a sample, then filled with codes that several processes may have made, each with the id of its
-chunk. Training and filling are deterministic: the same vectors give the same file, with the same number of threads.
+chunk. Training and filling are deterministic: the same vectors give the same file, whatever the number of threads.
+
+With the GPU build of faiss the lists are trained and vectors are compared on all GPUs; with the CPU build, on the CPU.
 
 A file is opened only when its SHA-256 is that of its manifest: faiss reads what it is given without looking whether it
 makes sense.
@@ -12,6 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +25,14 @@ import numpy as np
 
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.files import replacing_path, write_json
+from megatron_grit.parallel.logs import get_logger
+
+log = get_logger(__name__)
 
 MIN_POINTS_PER_LIST = 39
 """Training vectors that k-means wants for each list (faiss's own default, below which it warns)."""
+_PART = 4096
+"""Rows that one thread works on."""
 _LARGEST_PART = 1 << 40
 """Bytes that any part of an index file may say it has."""
 
@@ -31,7 +41,7 @@ def _faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        raise ConfigError("the index needs faiss: pip install faiss-cpu") from None
+        raise ConfigError("the index needs faiss: pip install 'megatron-grit[retro]'") from None
     return faiss
 
 
@@ -48,6 +58,8 @@ class IndexManifest:
     """Fingerprint of the chunks that they are of."""
     num_trained: int
     num_vectors: int
+    signature: str = ""
+    """Of the settings that the content follows from."""
     first_id: int = 0
     """Id of the first vector, in an index that holds no ids."""
     bytes: int = 0
@@ -55,7 +67,8 @@ class IndexManifest:
 
 
 def choose_factory(num_vectors: int, dim: int, memory_bytes: float) -> str:
-    """A factory string for a corpus: exact search where that is fast, else lists, stored as precisely as fits.
+    """A factory string for a corpus: exact search where that is fast, else lists, stored as precisely as fits. The
+    recall that it then has is measured when the index is there, and said.
 
     Args:
         num_vectors: of the whole database.
@@ -80,8 +93,8 @@ def choose_factory(num_vectors: int, dim: int, memory_bytes: float) -> str:
     sizes = [size for size in (128, 96, 64, 48, 32, 16, 8) if size <= budget and size <= dim]
     if not sizes:
         raise ConfigError(
-            f"{num_vectors:,} vectors do not fit into {memory_bytes / 2**30:.1f} GiB at 8 bytes each; raise "
-            "index_memory_gb, or use several shards"
+            f"{num_vectors:,} vectors do not fit into {memory_bytes / 2**30:.3g} GiB at 8 bytes each; raise "
+            "index_memory_gb, or give an index with shorter codes"
         )
     # OPQ turns the vectors so that the parts of the product quantiser hold alike much.
     width = max(multiple for multiple in range(sizes[0], dim + 1, sizes[0]))
@@ -104,6 +117,52 @@ def lists_of(factory: str) -> int | None:
     return int(found[1]) * (1024 if found[2] else 1) if found else None
 
 
+def new_index(factory: str, metric: str, dim: int) -> Any:
+    """An untrained index of faiss.
+
+    Raises:
+        ConfigError: faiss does not know the string, or vectors cannot be coded by several processes for it.
+    """
+    faiss = _faiss()
+    kind = {"l2": faiss.METRIC_L2, "inner_product": faiss.METRIC_INNER_PRODUCT}[metric]
+    try:
+        index = faiss.index_factory(dim, factory, kind)
+    except RuntimeError as error:
+        raise ConfigError(f"index {factory!r}: faiss does not make one ({_reason(error)})") from None
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    known = faiss.IndexIVF if lists_of(factory) is not None else faiss.IndexFlatCodes
+    if not isinstance(inner, known):
+        raise ConfigError(
+            f"index {factory!r} is made of more than codes, which processes could not share out; give one with lists "
+            "(IVF...), Flat, PQ or SQ, perhaps after OPQ or PCA"
+        )
+    return index
+
+
+def _in_parts(function: Callable[[np.ndarray], np.ndarray], vectors: np.ndarray) -> np.ndarray:
+    """``function`` of runs of rows of one length, a thread for each. A matrix product that itself uses several threads
+    has other last bits for each number of them."""
+    parts = [vectors[start : start + _PART] for start in range(0, max(len(vectors), 1), _PART)]
+
+    def of_part(part: np.ndarray) -> np.ndarray:
+        with _threads(1):
+            return function(part)
+
+    with ThreadPoolExecutor(max(1, _faiss().omp_get_max_threads())) as pool:
+        return np.concatenate(list(pool.map(of_part, parts)))
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    faiss = _faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
 class VectorIndex:
     """An index in memory, or mapped.
 
@@ -117,33 +176,55 @@ class VectorIndex:
     def __init__(self, index: Any, factory: str, metric: str, first_id: int = 0) -> None:
         self.index, self.factory, self.metric, self.first_id = index, factory, metric, first_id
         faiss = _faiss()
-        self._ivf = None if lists_of(factory) is None else faiss.extract_index_ivf(index)
+        chain = getattr(index, "chain", None)
+        self._transforms = []
+        if chain is not None:
+            self._transforms = [faiss.downcast_VectorTransform(chain.at(number)) for number in range(chain.size())]
+        self._inner = index if chain is None else faiss.downcast_index(index.index)
+        self._ivf = None if lists_of(factory) is None else self._inner
 
     @staticmethod
-    def train(factory: str, metric: str, vectors_ND: np.ndarray) -> VectorIndex:
+    def train(factory: str, metric: str, vectors_ND: np.ndarray, *, num_threads: int | None = None) -> VectorIndex:
         """A trained index without vectors.
+
+        Args:
+            factory: faiss's factory string.
+            metric: l2 or inner_product.
+            vectors_ND: the sample.
+            num_threads: None: as many as OpenMP says.
 
         Raises:
             ConfigError: faiss does not know the string, or there are fewer vectors than lists.
         """
-        faiss = _faiss()
-        kind = {"l2": faiss.METRIC_L2, "inner_product": faiss.METRIC_INNER_PRODUCT}[metric]
-        try:
-            index = faiss.index_factory(vectors_ND.shape[1], factory, kind)
-        except RuntimeError as error:
-            raise ConfigError(f"index {factory!r}: faiss does not make one ({_reason(error)})") from None
+        index = new_index(factory, metric, vectors_ND.shape[1])
         lists = lists_of(factory)
         if lists is not None and len(vectors_ND) < lists:
             raise ConfigError(f"index {factory!r} has {lists} lists, but ntrain is {len(vectors_ND)}; raise ntrain")
         made = VectorIndex(index, factory, metric)
+        made._warn_of_few(len(vectors_ND))
         vectors = np.ascontiguousarray(vectors_ND, dtype=np.float32)
         if not index.is_trained:
             try:
-                made._train_lists(vectors)
-                index.train(vectors)
+                with _threads(num_threads):
+                    vectors = made._train_transforms(vectors)
+                    made._train_lists(vectors)
+                    made._inner.train(vectors)
             except RuntimeError as error:
                 raise ConfigError(f"index {factory!r} cannot be trained ({_reason(error)})") from None
+            index.is_trained = True
         return made
+
+    def _warn_of_few(self, num_vectors: int) -> None:
+        """Say once what faiss would print for each clustering that has few vectors for its centres."""
+        product = getattr(self._inner, "pq", None)
+        centres = max(0 if self._ivf is None else self._ivf.nlist, 0 if product is None else product.ksub)
+        if num_vectors < MIN_POINTS_PER_LIST * centres:
+            log.warning(
+                f"index {self.factory}: {num_vectors:,} vectors to train {centres:,} centres on; "
+                f"{MIN_POINTS_PER_LIST * centres:,} would be better: raise ntrain, or choose a smaller index"
+            )
+        for part in filter(None, (self._ivf, product)):
+            part.cp.min_points_per_centroid = 1
 
     def _train_lists(self, vectors: np.ndarray) -> None:
         """Centres of the lists, before the rest is trained. The engine would put them into an HNSW graph from several
@@ -153,12 +234,6 @@ class VectorIndex:
             return
         if not isinstance(faiss.downcast_index(self._ivf.quantizer), (faiss.IndexFlat, faiss.IndexHNSW)):
             return
-        chain = getattr(self.index, "chain", None)
-        for number in range(0 if chain is None else chain.size()):
-            transform = faiss.downcast_VectorTransform(chain.at(number))
-            if not transform.is_trained:
-                transform.train(vectors)
-            vectors = transform.apply(vectors)
         dim = vectors.shape[1]
         flat = faiss.IndexFlat(dim, self._ivf.metric_type)
         if faiss.get_num_gpus():
@@ -166,13 +241,25 @@ class VectorIndex:
         clustering = faiss.Clustering(dim, self._ivf.nlist, self._ivf.cp)
         clustering.train(vectors, flat)
         centres = faiss.vector_to_array(clustering.centroids).reshape(self._ivf.nlist, dim)
-        threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1)
-        try:
+        with _threads(1):
             self._ivf.quantizer.train(centres)
             self._ivf.quantizer.add(centres)
-        finally:
-            faiss.omp_set_num_threads(threads)
+
+    def _train_transforms(self, vectors: np.ndarray) -> np.ndarray:
+        """Train what turns vectors before they are stored, and apply it. In one thread: with more, the last bits of
+        OPQ's matrix depend on their number."""
+        for transform in self._transforms:
+            if not transform.is_trained:
+                with _threads(1):
+                    transform.train(vectors)
+            vectors = _in_parts(transform.apply, vectors)
+        return vectors
+
+    def _transform(self, vectors_ND: np.ndarray) -> np.ndarray:
+        vectors = np.ascontiguousarray(vectors_ND, dtype=np.float32)
+        for transform in self._transforms:
+            vectors = _in_parts(transform.apply, vectors)
+        return vectors
 
     @property
     def dim(self) -> int:
@@ -189,8 +276,7 @@ class VectorIndex:
 
     def encode(self, vectors_ND: np.ndarray) -> np.ndarray:
         """Codes to add, uint8 [N, bytes], of any process."""
-        codes: np.ndarray = self.index.sa_encode(np.ascontiguousarray(vectors_ND, dtype=np.float32))
-        return codes
+        return _in_parts(self._inner.sa_encode, self._transform(vectors_ND))
 
     def add_codes(self, codes: np.ndarray, ids: np.ndarray) -> None:
         """Add vectors by their codes, with the ids of their chunks.
@@ -206,12 +292,15 @@ class VectorIndex:
             self._ivf.add_sa_codes(codes, ids)
             self.index.ntotal = self._ivf.ntotal
             return
-        if not len(self) and len(ids):
+        if not len(ids):
+            return
+        if not len(self):
             self.first_id = int(ids[0])
         start = self.first_id + len(self)
         if not (ids == np.arange(start, start + len(ids))).all():
             raise ConfigError(f"index {self.factory!r} holds no ids; set add_load_fraction to 1")
-        self.index.add_sa_codes(codes)
+        self._inner.add_sa_codes(codes)
+        self.index.ntotal = self._inner.ntotal
 
     def set_search(self, nprobe: int | None, ef_search: int | None) -> None:
         """How thoroughly lists and an HNSW graph are searched. None: leave it."""
@@ -235,17 +324,26 @@ class VectorIndex:
         """Nearest vectors: distances or products, float32 [N, k], and ids, int64 [N, k], -1 where there are fewer."""
         if vectors_ND.shape[1] != self.dim:
             raise DataError(f"queries have {vectors_ND.shape[1]} channels, the index {self.dim}")
-        scores, ids = self.index.search(np.ascontiguousarray(vectors_ND, dtype=np.float32), k)
+        scores, ids = self._inner.search(self._transform(vectors_ND), k)
         return scores, np.where(ids < 0, -1, ids + self.first_id)
 
     def save(self, path: Path, manifest: IndexManifest) -> None:
-        """Write the index and its manifest, whole or not at all."""
+        """Write the index and its manifest, whole or not at all.
+
+        Raises:
+            DataError: the disk is full, or the folder cannot be written.
+        """
         faiss = _faiss()
-        with replacing_path(path) as temporary:
-            faiss.write_index(self.index, str(temporary))
-            manifest.first_id = self.first_id
-            manifest.bytes, manifest.sha256 = temporary.stat().st_size, _sha256(temporary)
-        write_json(path.with_suffix(".json"), asdict(manifest))
+        try:
+            with replacing_path(path) as temporary:
+                faiss.write_index(self.index, str(temporary))
+                manifest.first_id = self.first_id
+                manifest.bytes, manifest.sha256 = temporary.stat().st_size, _sha256(temporary)
+            write_json(path.with_suffix(".json"), asdict(manifest))
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"cannot be written ({_reason(error)}); when there is room, the same command goes on", path=path
+            ) from None
 
     @staticmethod
     def load(
@@ -264,20 +362,33 @@ class VectorIndex:
         """
         faiss = _faiss()
         manifest = read_manifest(path)
-        for what, wanted, found in (("embedder", embedder, manifest.embedder), ("chunks", chunks, manifest.chunks)):
-            if wanted is not None and wanted != found:
-                raise DataError(f"was built of another {what.rstrip('s')}; build the index again", path=path)
+        if embedder is not None and embedder != manifest.embedder:
+            raise DataError(
+                "was built with another embedder, or with other settings of it; set that one again, or build the index "
+                "again with --overwrite index-train",
+                path=path,
+            )
+        if chunks is not None and chunks != manifest.chunks:
+            raise DataError("was built of other chunks; build it again with --overwrite index-train", path=path)
         if not path.is_file():
             raise DataError("is missing; run the task that makes it", path=path)
         size = path.stat().st_size
-        if size != manifest.bytes or _sha256(path) != manifest.sha256:
-            raise DataError("does not match its checksum and is not opened; build the index again", path=path)
+        if not is_whole(path, manifest):
+            raise DataError(
+                "does not match its checksum and is not opened; run the task that makes it again", path=path
+            )
         faiss.set_deserialization_vector_byte_limit(min(_LARGEST_PART, max(size, 1 << 20)))
         faiss.set_deserialization_loop_limit(max(manifest.num_vectors, 1 << 24))
         try:
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
         except RuntimeError as error:
             raise DataError(f"faiss cannot read it ({_reason(error)}); build the index again", path=path) from None
+        if int(index.d) != manifest.dim or int(index.ntotal) != manifest.num_vectors:
+            raise DataError(
+                f"holds {index.ntotal:,} vectors of {index.d} channels, its manifest says {manifest.num_vectors:,} of "
+                f"{manifest.dim}; build the index again",
+                path=path,
+            )
         return VectorIndex(index, manifest.factory, manifest.metric, manifest.first_id)
 
 
@@ -324,7 +435,7 @@ def read_manifest(path: Path) -> IndexManifest:
         raise DataError("is missing; run the task that makes the index", path=file)
     try:
         return IndexManifest(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"cannot be read ({error}); build the index again", path=file) from None
 
 
@@ -333,9 +444,13 @@ def exact_search(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int, metric:
     faiss = _faiss()
     kind = {"l2": faiss.METRIC_L2, "inner_product": faiss.METRIC_INNER_PRODUCT}[metric]
     k = min(k, len(vectors_ND))
-    scores, ids = faiss.knn(
-        np.ascontiguousarray(queries_QD, np.float32), np.ascontiguousarray(vectors_ND, np.float32), k, metric=kind
-    )
+    queries, vectors = np.ascontiguousarray(queries_QD, np.float32), np.ascontiguousarray(vectors_ND, np.float32)
+    if not k:
+        return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+    if faiss.get_num_gpus():
+        scores, ids = faiss.knn_gpu(faiss.StandardGpuResources(), queries, vectors, k, metric=kind)
+    else:
+        scores, ids = faiss.knn(queries, vectors, k, metric=kind)
     return scores, ids
 
 
@@ -355,6 +470,11 @@ def merge_nearest(parts: list[tuple[np.ndarray, np.ndarray]], k: int, metric: st
         np.pad(best[0], ((0, 0), (0, missing)), constant_values=worst),
         np.pad(best[1], ((0, 0), (0, missing)), constant_values=-1),
     )
+
+
+def is_whole(path: Path, manifest: IndexManifest) -> bool:
+    """Whether an index file is what its manifest says; reads it."""
+    return path.is_file() and path.stat().st_size == manifest.bytes and _sha256(path) == manifest.sha256
 
 
 def _sha256(path: Path) -> str:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from megatron_grit.data.block_files import Arrays, Block, BlockFolder, digest_of_settings, read_arrays, write_arrays
-from megatron_grit.data.chunk_db import ChunkDb
+from megatron_grit.data.block_files import (
+    Arrays,
+    Block,
+    BlockFolder,
+    digest_of_settings,
+    read_arrays,
+    signature_of,
+    write_arrays,
+)
+from megatron_grit.data.chunk_db import ChunkDb, map_dataset
+from megatron_grit.data.permutation import derive_keys, permute
 from megatron_grit.data.retro_project import Project
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.files import write_json
@@ -25,32 +34,21 @@ from megatron_grit.retrieval.faiss_index import (
     VectorIndex,
     choose_factory,
     exact_search,
+    is_whole,
     lists_of,
     merge_nearest,
+    new_index,
     num_training_vectors,
     read_manifest,
 )
+from megatron_grit.retrieval.recall import NUM_QUERIES, RECALL_AT, SearchSettings, choose_search, without_own
+from megatron_grit.retrieval.vectors import ChunkVectors, chunks_fingerprint, open_vectors
 from megatron_grit.retrieval.work import Worker, compute_blocks
 
 log = get_logger(__name__)
 
-NUM_RECALL_QUERIES = 1000
-RECALL_AT = 10
-
-
-@dataclass(kw_only=True)
-class SearchSettings:
-    """How an index is searched, and what that finds, as ``search.json`` beside it says."""
-
-    nprobe: int | None
-    ef_search: int | None
-    recall: float
-    """Share of the exact nearest neighbors that a search finds, over queries that chose nothing."""
-    recall_low: float
-    recall_high: float
-    """95% confidence interval, by bootstrap over queries."""
-    recall_at: int
-    num_queries: int
+_TOLERANCE = 0.005
+"""Recall below the wanted one that is not worth a warning."""
 
 
 class IndexFiles:
@@ -60,6 +58,10 @@ class IndexFiles:
         project: the database.
         db: its chunks.
         embedder: fingerprint of what embeds them.
+        dim: channels of a vector.
+
+    Raises:
+        ConfigError: an index that cannot be made of this database.
     """
 
     def __init__(self, project: Project, db: ChunkDb, embedder: str, dim: int) -> None:
@@ -70,14 +72,23 @@ class IndexFiles:
         if factory == "auto":
             factory = choose_factory(len(db), dim, config.index_memory_gb * 2**30)
         self.factory = factory
+        new_index(factory, config.metric, dim)
         self.num_train = num_training_vectors(factory, len(db)) if config.ntrain is None else config.ntrain
         if self.num_train > len(db):
-            raise ConfigError(f"ntrain {self.num_train:,} is above the {len(db):,} chunks of the database")
+            raise ConfigError(f"ntrain {self.num_train:,} is above the {len(db):,} chunks of the database; lower it")
         lists = lists_of(factory)
+        if lists is None and config.add_load_fraction < 1:
+            raise ConfigError(
+                f"index {factory} holds no ids; set add_load_fraction to 1, or give one with lists (IVF...)"
+            )
         if lists is not None and self.num_train * config.train_load_fraction < lists:
             raise ConfigError(
                 f"ntrain {self.num_train:,} x train_load_fraction {config.train_load_fraction} is below the {lists} "
                 f"lists of index {factory}; raise ntrain or take fewer lists"
+            )
+        if config.num_shards > len(db):
+            raise ConfigError(
+                f"num_shards {config.num_shards} is above the {len(db):,} chunks of the database; lower it"
             )
         self.root = project.folder / "index"
         self.folder = self.root / "faiss-par-add" / factory.replace("/", "_")
@@ -89,24 +100,42 @@ class IndexFiles:
             for shard in range(count)
         ]
         self.search = self.folder / "search.json"
+        self.exact = self.folder / "exact_neighbors.hdf5"
+        self.training = digest_of_settings(
+            {
+                "chunks": self.chunks,
+                "embedder": embedder,
+                "dtype": config.embedding_dtype,
+                "factory": factory,
+                "metric": config.metric,
+                "ntrain": self.num_train,
+                "train_load_fraction": config.train_load_fraction,
+                "seed": config.seed,
+            }
+        )
+        """Of all that the trained index follows from."""
 
     def sample(self, num_chunks: int) -> np.ndarray:
-        """Ids of the chunks that the index is trained on, at random, ascending."""
-        chosen = np.random.default_rng(self.config.seed).choice(num_chunks, self.num_train, replace=False)
-        return np.sort(chosen).astype(np.int64)
+        """Ids of the chunks that the index is trained on, at random, ascending: int64 [num_train]."""
+        return np.sort(self._order(np.arange(self.num_train), num_chunks))
 
     def queries(self, num_chunks: int) -> np.ndarray:
-        """Ids of the chunks whose neighbors measure the recall, at random, in random order."""
-        count = min(NUM_RECALL_QUERIES, num_chunks)
-        return np.random.default_rng([self.config.seed, 1]).choice(num_chunks, count, replace=False).astype(np.int64)
+        """Ids of the chunks whose neighbors measure the recall, at random, in random order. None of them is in the
+        sample where others are enough: the centres of the lists lie too well for those that they were trained on."""
+        return self._order(np.arange(num_chunks - min(NUM_QUERIES, num_chunks), num_chunks), num_chunks)
 
+    def _order(self, places: np.ndarray, num_chunks: int) -> np.ndarray:
+        """What stands at places of a random order of all chunks, which is never made."""
+        return permute(places, num_chunks, derive_keys(0, self.config.seed))
 
-def chunks_fingerprint(project: Project) -> str:
-    """Of the chunks of a database: what they were cut from and how."""
-    infos = [dataclasses.asdict(info) for info in project.infos()]
-    names = ("chunk_length", "min_chunk_tokens", "duplicates", "near_threshold", "valid_fraction", "seed")
-    settings = {name: getattr(project.config, name) for name in names}
-    return digest_of_settings({"infos": infos, "tokenizer": project.tokenizer.fingerprint} | settings)
+    def adding(self) -> str:
+        """Of all that the filled index follows from.
+
+        Raises:
+            DataError: there is no trained index.
+        """
+        settings = {"trained": read_manifest(self.trained).sha256, "fraction": self.config.add_load_fraction}
+        return digest_of_settings(settings | {"chunks": self.chunks, "shards": len(self.added)})
 
 
 def train_index(project: Project, worker: Worker, embedder: Embedder) -> None:
@@ -117,98 +146,144 @@ def train_index(project: Project, worker: Worker, embedder: Embedder) -> None:
     """
     db = ChunkDb(project)
     files = IndexFiles(project, db, embedder.fingerprint, embedder.dim)
-    if _is_done(files.trained, files):
+    if worker.from_first(lambda: _is_done(files.trained, files.training)):
+        _clear(worker, project, _sample_blocks(project, files))
         return
-    sample = files.sample(len(db))
+    vectors = open_vectors(project, worker, embedder)
+    if worker.is_first and signature_of(_sample_file(project)) != files.training:
+        ids = files.sample(len(db))
+        write_arrays(_sample_file(project), {"chunks": db.rows[ids], "ids": ids}, files.training)
+    worker.barrier()
+    blocks, compute = recompute_sample(project, files, vectors)
+    if not vectors.stored:
+        compute_blocks(blocks, compute, worker, "embeddings to train on")
     if worker.is_first:
-        write_arrays(project.merged / "sampled.hdf5", {"chunks": db.rows[sample]}, files.chunks)
-    signature = {"task": "train_emb", "chunks": files.chunks, "embedder": files.embedder, "ntrain": files.num_train}
-    blocks = BlockFolder(files.root / "train_emb" / "blocks", len(sample), project.config.block_size, signature)
+        log.info(f"index {files.factory}: training on {files.num_train:,} of {len(db):,} chunks")
+        count = math.ceil(project.config.train_load_fraction * files.num_train)
+        if vectors.stored:
+            sample = vectors.of(map_dataset(_sample_file(project), "ids")[:count])
+        else:
+            sample = np.empty((count, embedder.dim), dtype=np.float32)
+            for block in blocks.blocks:
+                part = sample[block.start : block.stop]
+                part[:] = blocks.read(block)["data"][: len(part)]
+        # The other processes wait, and torchrun gave each of them one thread.
+        threads = len(os.sched_getaffinity(0)) if worker.world_size > 1 else None
+        index = VectorIndex.train(files.factory, project.config.metric, sample, num_threads=threads)
+        index.save(files.trained, _manifest(files, index, count, files.training))
+    _clear(worker, project, blocks)
+
+
+def _sample_file(project: Project) -> Path:
+    return project.merged / "sampled.hdf5"
+
+
+def _sample_blocks(project: Project, files: IndexFiles) -> BlockFolder:
+    return BlockFolder(
+        files.root / "train_emb" / "blocks",
+        files.num_train,
+        project.config.block_size,
+        {"task": "train_emb", "training": files.training},
+    )
+
+
+def recompute_sample(
+    project: Project, files: IndexFiles, vectors: ChunkVectors
+) -> tuple[BlockFolder, Callable[[Block], Arrays]]:
+    """The blocks of the training sample's embeddings, and what makes one again."""
 
     def compute(block: Block) -> Arrays:
-        return {"data": embedder.embed(db.texts(sample[block.start : block.stop]))}
+        return {"data": vectors.of(map_dataset(_sample_file(project), "ids")[block.start : block.stop])}
 
-    compute_blocks(blocks, compute, worker, "embeddings to train on")
-    if worker.is_first:
-        log.info(f"index {files.factory}: trained on {files.num_train:,} of {len(db):,} chunks")
-        fraction = project.config.train_load_fraction
-        parts = [blocks.read(block)["data"][: math.ceil(fraction * len(block))] for block in blocks.blocks]
-        vectors = np.concatenate(parts) if parts else np.empty((0, embedder.dim), np.float32)
-        index = VectorIndex.train(files.factory, project.config.metric, vectors)
-        index.save(files.trained, _manifest(files, index, 0, len(vectors)))
-        if not project.config.keep_embeddings:
-            _remove_blocks(blocks)
-    worker.barrier()
+    return _sample_blocks(project, files), compute
 
 
 def add_to_index(project: Project, worker: Worker, embedder: Embedder) -> None:
-    """The stage index-add: codes by all processes, joined in the order of the chunks by one.
+    """The stage index-add: codes by all processes, joined in the order of the chunks by one; then the recall, if it is
+    not known for these settings of the search. All processes call it.
 
     Raises:
         DataError: the trained index is missing, damaged or of another embedder.
     """
     db = ChunkDb(project)
     files = IndexFiles(project, db, embedder.fingerprint, embedder.dim)
-    if files.search.is_file() and all(_is_done(path, files) for path in files.added):
-        return
     trained = VectorIndex.load(files.trained, embedder=files.embedder, chunks=files.chunks)
-    query_ids = files.queries(len(db))
-    queries = _query_vectors(files, db, query_ids, worker, embedder)
-    blocks = _code_blocks(files, len(db))
+    if read_manifest(files.trained).signature != files.training:
+        raise DataError(
+            "was trained with other settings; build it again with --overwrite index-train", path=files.trained
+        )
+    adding = files.adding()
+    vectors = open_vectors(project, worker, embedder)
+    blocks, compute = recompute_codes(project, files, vectors, trained)
+    if not worker.from_first(lambda: _is_added(files, adding)):
+        path = files.root / "recall_queries.hdf5"
+        if worker.is_first and signature_of(path) != _queries_signature(files):
+            ids = files.queries(len(db))
+            write_arrays(path, {"ids": ids, "data": vectors.of(ids)}, _queries_signature(files))
+        worker.barrier()
+        compute_blocks(blocks, compute, worker, "codes")
+        if worker.is_first:
+            exact = _exact_neighbors(blocks, _queries(files)[0], project.config.metric)
+            write_arrays(files.exact, {"exact": exact}, adding)
+            _join(files, blocks, len(db), adding)
+    if worker.is_first:
+        measure_search(files)
+    _clear(worker, project, blocks)
+
+
+def _queries_signature(files: IndexFiles) -> str:
+    config = files.config
+    settings = {"chunks": files.chunks, "embedder": files.embedder, "seed": config.seed, "count": NUM_QUERIES}
+    return digest_of_settings(settings | {"dtype": config.embedding_dtype})
+
+
+def _queries(files: IndexFiles) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and vectors of the chunks that measure the recall."""
+    arrays = read_arrays(files.root / "recall_queries.hdf5")
+    return arrays["ids"], arrays["data"]
+
+
+def recompute_codes(
+    project: Project, files: IndexFiles, vectors: ChunkVectors, trained: VectorIndex
+) -> tuple[BlockFolder, Callable[[Block], Arrays]]:
+    """The blocks of codes, and what makes one again.
+
+    Raises:
+        DataError: the trained index is missing.
+    """
     metric, fraction = project.config.metric, project.config.add_load_fraction
+    queries: list[np.ndarray] = []
 
     def compute(block: Block) -> Arrays:
-        count = math.ceil(fraction * len(block))
-        vectors = embedder.embed(db.texts(np.arange(block.start, block.start + count)))
-        scores, places = exact_search(queries, vectors, RECALL_AT + 1, metric)
-        return {"codes": trained.encode(vectors), "exact_scores": scores, "exact_ids": places + block.start}
+        if not queries:
+            queries.append(_queries(files)[1])
+        part = vectors.of_block(block, math.ceil(fraction * len(block)))
+        scores, places = exact_search(queries[0], part, RECALL_AT + 1, metric)
+        return {"codes": trained.encode(part), "exact_scores": scores, "exact_ids": places + block.start}
 
-    compute_blocks(blocks, compute, worker, "codes")
-    if worker.is_first:
-        _join(files, blocks, len(db))
-        exact = _exact_neighbors(blocks, query_ids, metric)
-        settings = choose_search(ShardedIndex.load(files.added), project.config, queries, query_ids, exact)
-        write_json(files.search, dataclasses.asdict(settings))
-        log.info(
-            f"recall@{settings.recall_at} against exact search: {settings.recall:.3f} "
-            f"({settings.recall_low:.3f} to {settings.recall_high:.3f}, {settings.num_queries} queries) with nprobe "
-            f"{settings.nprobe}, ef_search {settings.ef_search}"
-        )
-        if not project.config.keep_embeddings:
-            _remove_blocks(blocks)
-    worker.barrier()
+    signature = {"task": "add_codes", "adding": files.adding(), "queries": _queries_signature(files)}
+    folder = files.folder / "add_codes"
+    return BlockFolder(folder, len(vectors.db), project.config.block_size, signature), compute
 
 
-def _code_blocks(files: IndexFiles, num_chunks: int) -> BlockFolder:
-    signature = {
-        "task": "add_codes",
-        "trained": read_manifest(files.trained).sha256,
-        "embedder": files.embedder,
-        "chunks": files.chunks,
-        "add_load_fraction": files.config.add_load_fraction,
-    }
-    return BlockFolder(files.folder / "add_codes", num_chunks, files.config.block_size, signature)
+def _is_added(files: IndexFiles, adding: str) -> bool:
+    return all(_is_done(path, adding) for path in files.added) and signature_of(files.exact) == adding
 
 
-def _query_vectors(files: IndexFiles, db: ChunkDb, ids: np.ndarray, worker: Worker, embedder: Embedder) -> np.ndarray:
-    path = files.root / "recall_queries.hdf5"
-    if worker.is_first:
-        write_arrays(path, {"ids": ids, "data": embedder.embed(db.texts(ids))}, files.embedder)
-    worker.barrier()
-    return read_arrays(path)["data"]
-
-
-def _join(files: IndexFiles, blocks: BlockFolder, num_chunks: int) -> None:
-    """Fill the index, or each of its shards with a run of blocks."""
-    count = len(files.added)
-    with tqdm(total=num_chunks, unit="chunk", unit_scale=True, desc="index") as bar:
+def _join(files: IndexFiles, blocks: BlockFolder, num_chunks: int, adding: str) -> None:
+    """Fill the index, or each of its shards with a run of chunks."""
+    count, size = len(files.added), blocks.block_size
+    num_trained = read_manifest(files.trained).num_trained
+    with tqdm(total=num_chunks, unit="chunk", unit_scale=True, desc="index", disable=None) as bar:
         for shard, path in enumerate(files.added):
+            first, last = shard * num_chunks // count, (shard + 1) * num_chunks // count
             index = VectorIndex.load(files.trained)
-            for block in blocks.blocks[shard * len(blocks.blocks) // count : (shard + 1) * len(blocks.blocks) // count]:
-                codes = blocks.read(block)["codes"]
-                index.add_codes(codes, np.arange(block.start, block.start + len(codes)))
-                bar.update(len(block))
-            index.save(path, _manifest(files, index, len(index), read_manifest(files.trained).num_trained))
+            for block in blocks.blocks[first // size : -(-last // size)]:
+                begin, end = max(first, block.start) - block.start, min(last, block.stop) - block.start
+                codes = blocks.read(block)["codes"][begin:end]
+                index.add_codes(codes, np.arange(len(codes)) + block.start + begin)
+                bar.update(end - begin)
+            index.save(path, _manifest(files, index, num_trained, adding))
 
 
 def _exact_neighbors(blocks: BlockFolder, query_ids: np.ndarray, metric: str) -> np.ndarray:
@@ -222,62 +297,34 @@ def _exact_neighbors(blocks: BlockFolder, query_ids: np.ndarray, metric: str) ->
     return without_own(best[1], query_ids, RECALL_AT)
 
 
-def without_own(ids_QK: np.ndarray, own_Q: np.ndarray, k: int) -> np.ndarray:
-    """The first ``k`` of each row that are not its own id; -1 where there are fewer."""
-    keep = (ids_QK != own_Q[:, None]) & (ids_QK >= 0)
-    order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
-    found = np.where(np.take_along_axis(keep, order, 1), np.take_along_axis(ids_QK, order, 1), -1)
-    return np.pad(found, ((0, 0), (0, k - found.shape[1])), constant_values=-1)
-
-
-def recall_of(found_QK: np.ndarray, exact_QK: np.ndarray) -> np.ndarray:
-    """Share of each query's exact neighbors that were found, float64 [Q]."""
-    hits = ((exact_QK[:, :, None] == found_QK[:, None, :]) & (exact_QK[:, :, None] >= 0)).any(2).sum(1)
-    return hits / np.maximum((exact_QK >= 0).sum(1), 1)
-
-
-def choose_search(
-    index: ShardedIndex, config: Any, queries: np.ndarray, query_ids: np.ndarray, exact: np.ndarray
-) -> SearchSettings:
-    """The least thorough search that reaches the wanted recall on half of the queries, measured on the other half.
-
-    Args:
-        index: the index.
-        config: of the database: recall, nprobe and ef_search.
-        queries: float32 [Q, D].
-        query_ids: their own ids, which do not count as found.
-        exact: of :func:`_exact_neighbors`.
-    """
-
-    def recalls(part: slice, nprobe: int | None, ef_search: int | None) -> np.ndarray:
-        index.set_search(nprobe, ef_search)
-        _, ids = index.search(queries[part], RECALL_AT + 1)
-        return recall_of(without_own(ids, query_ids[part], RECALL_AT), exact[part])
-
-    half = len(queries) // 2
-    chosen, other = slice(0, half), slice(half, len(queries))
-    nprobe, ef_search = config.nprobe, config.ef_search
-    if nprobe is None and index.num_lists > 1:
-        nprobe = 1
-        while nprobe < index.num_lists:
-            if recalls(chosen, nprobe, ef_search or 2 * nprobe).mean() >= config.recall:
-                break
-            nprobe = min(2 * nprobe, index.num_lists)
-    if ef_search is None and "HNSW" in index.factory:
-        ef_search = max(2 * (nprobe or 32), 32)
-    values = recalls(other, nprobe, ef_search)
-    rng = np.random.default_rng(config.seed)
-    means = values[rng.integers(0, len(values), (1000, len(values)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return SearchSettings(
-        nprobe=nprobe,
-        ef_search=ef_search,
-        recall=float(values.mean()),
-        recall_low=float(low),
-        recall_high=float(high),
-        recall_at=RECALL_AT,
-        num_queries=len(values),
+def measure_search(files: IndexFiles) -> SearchSettings:
+    """Choose how the index is searched and measure what that finds, unless it is known. In one process."""
+    config = files.config
+    digests = [read_manifest(path).sha256 for path in files.added]
+    wanted = {"nprobe": config.nprobe, "ef_search": config.ef_search, "recall": config.recall}
+    signature = digest_of_settings({"index": digests, **wanted})
+    if files.search.is_file():
+        settings = read_search(files.search)
+        if settings.signature == signature:
+            return settings
+    query_ids, queries = _queries(files)
+    exact = read_arrays(files.exact)["exact"]
+    index = ShardedIndex.load(files.added, mapped=True, embedder=files.embedder, chunks=files.chunks)
+    settings = choose_search(index, config, queries, query_ids, exact)
+    write_json(files.search, dataclasses.asdict(dataclasses.replace(settings, signature=signature)))
+    log.info(
+        f"recall@{settings.recall_at} against exact search: {settings.recall:.3f} "
+        f"({settings.recall_low:.3f} to {settings.recall_high:.3f}, {settings.num_queries:,} queries) with nprobe "
+        f"{settings.nprobe}, ef_search {settings.ef_search}"
     )
+    if config.nprobe is None and settings.recall < config.recall - _TOLERANCE:
+        remedy = "raise index_memory_gb" if config.index == "auto" else "give an index with longer codes, or auto"
+        log.warning(
+            f"index {files.factory} finds {settings.recall:.3f} of the nearest neighbors, not the wanted recall "
+            f"{config.recall}, even where all of it is searched: its codes are too coarse; {remedy} and build it again "
+            "with --overwrite index-train"
+        )
+    return settings
 
 
 def read_search(path: Path) -> SearchSettings:
@@ -290,11 +337,11 @@ def read_search(path: Path) -> SearchSettings:
         raise DataError("is missing; run the task index-add", path=path)
     try:
         return SearchSettings(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"cannot be read ({error}); run the task index-add again", path=path) from None
 
 
-def _manifest(files: IndexFiles, index: VectorIndex, num_vectors: int, num_trained: int) -> IndexManifest:
+def _manifest(files: IndexFiles, index: VectorIndex, num_trained: int, signature: str) -> IndexManifest:
     return IndexManifest(
         factory=files.factory,
         metric=index.metric,
@@ -302,22 +349,22 @@ def _manifest(files: IndexFiles, index: VectorIndex, num_vectors: int, num_train
         embedder=files.embedder,
         chunks=files.chunks,
         num_trained=num_trained,
-        num_vectors=num_vectors,
+        num_vectors=len(index),
+        signature=signature,
     )
 
 
-def _is_done(path: Path, files: IndexFiles) -> bool:
-    """Whether an index file is there and is of this embedder, these chunks and this factory string."""
-    if not path.is_file() or not path.with_suffix(".json").is_file():
-        return False
+def _is_done(path: Path, signature: str) -> bool:
+    """Whether an index file is whole and of these settings."""
     try:
-        found = read_manifest(path)
+        manifest = read_manifest(path)
     except DataError:
         return False
-    same = (found.factory, found.embedder, found.chunks) == (files.factory, files.embedder, files.chunks)
-    return same and path.stat().st_size == found.bytes
+    return manifest.signature == signature and is_whole(path, manifest)
 
 
-def _remove_blocks(blocks: BlockFolder) -> None:
-    for block in blocks.blocks:
-        block.path.unlink(missing_ok=True)
+def _clear(worker: Worker, project: Project, blocks: BlockFolder) -> None:
+    """Remove blocks that nothing reads again, those of a run that was killed here included."""
+    if worker.is_first and not project.config.keep_embeddings:
+        blocks.remove()
+    worker.barrier()

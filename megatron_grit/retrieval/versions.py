@@ -1,0 +1,467 @@
+"""Databases that grow: versions recorded, documents added without training the index again, documents removed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_grit.data.block_files import Arrays, Block, BlockFolder, digest_of_settings, read_arrays
+from megatron_grit.data.chunk_db import ChunkDb
+from megatron_grit.data.chunking import chunk_documents, visible_tokens
+from megatron_grit.data.db_versions import (
+    Segment,
+    TableDb,
+    Version,
+    VersionedDb,
+    begins_with,
+    check_stored,
+    infos_of,
+    read_version,
+    removed_documents,
+    source_of,
+    stored_file,
+    version_numbers,
+    version_path,
+    write_version,
+)
+from megatron_grit.data.retro_project import Project
+from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.files import replacing, replacing_path
+from megatron_grit.parallel.logs import get_logger
+from megatron_grit.retrieval.chunk import chunk_rules, is_validation
+from megatron_grit.retrieval.embed import Embedder
+from megatron_grit.retrieval.faiss_index import ShardedIndex, VectorIndex, read_manifest
+from megatron_grit.retrieval.index import IndexFiles, read_search
+from megatron_grit.retrieval.vectors import ChunkVectors
+from megatron_grit.retrieval.work import Worker, compute_blocks
+
+log = get_logger(__name__)
+
+
+def is_grown(project: Project) -> bool:
+    """Whether documents were added after the database was built. Building it again would give them other ids."""
+    numbers = version_numbers(project.folder)
+    return bool(numbers) and len(read_version(project.folder).segments) > 1
+
+
+def record_version(project: Project, worker: Worker, embedder: Embedder) -> None:
+    """Write a version of the index that was built, unless the newest one is it. All processes call it.
+
+    Raises:
+        DataError: the index is missing, or of another embedder or other chunks.
+    """
+    if worker.is_first and not is_grown(project):
+        _record(project, embedder)
+    worker.barrier()
+
+
+def _record(project: Project, embedder: Embedder) -> None:
+    numbers = version_numbers(project.folder)
+    latest = read_version(project.folder) if numbers else None
+    try:
+        db = ChunkDb(project)
+    except DataError:
+        if latest is None:
+            raise
+        return  # documents were appended to a file; opening the version finds out whether nothing else was changed
+    files = IndexFiles(project, db, embedder.fingerprint, embedder.dim)
+    manifests = [read_manifest(path) for path in files.added]
+    read_search(files.search)
+    for path, manifest in zip(files.added, manifests, strict=True):
+        for what, wanted, found in (
+            ("embedder", files.embedder, manifest.embedder),
+            ("set of chunks", files.chunks, manifest.chunks),
+        ):
+            if wanted != found:
+                raise DataError(f"was built of another {what}; build the index again", path=path)
+    digests = [manifest.sha256 for manifest in manifests]
+    if latest is not None and [file.sha256 for file in latest.segments[0].index] == digests:
+        return
+    index = [stored_file(project.folder, path, sha) for path, sha in zip(files.added, digests, strict=True)]
+    table = stored_file(project.folder, db.path)
+    version = Version(
+        number=(latest.number if latest else 0) + 1,
+        sources=[source_of(info.prefix, project.resolve(info.prefix)) for info in db.infos],
+        segments=[Segment(table=table, num_chunks=len(db), index=index)],
+        trained=stored_file(project.folder, files.trained, read_manifest(files.trained).sha256),
+        search=files.search.relative_to(project.folder).as_posix(),
+        embedder=files.embedder,
+        chunks=files.chunks,
+        tombstones=latest.tombstones if latest else None,
+        num_tombstones=latest.num_tombstones if latest else 0,
+        notes=["built" if latest is None else "built again"],
+    )
+    write_version(project.folder, version)
+    log.info(f"version {version.number} of the database: {version.num_chunks:,} chunks")
+
+
+def version_to_use(project: Project, worker: Worker, embedder: Embedder) -> Version:
+    """The version that the configuration names, or the newest. All processes call it.
+
+    Raises:
+        DataError: there is none, or it is of another embedder.
+    """
+    if project.config.version is None:
+        record_version(project, worker, embedder)
+    version = read_version(project.folder, project.config.version)
+    if version.embedder != embedder.fingerprint:
+        raise DataError(
+            "is of another embedder; set the embedder it was built with, or build the index again",
+            path=version_path(project.folder, version.number),
+        )
+    return version
+
+
+def open_index(project: Project, version: Version, *, mapped: bool = True) -> ShardedIndex:
+    """The index of a version, ready to search.
+
+    Raises:
+        DataError: a file is missing, damaged or was built again since.
+    """
+    shards = []
+    for segment in version.segments:
+        for file in segment.index:
+            path = check_stored(project.folder, file)
+            if read_manifest(path).sha256 != file.sha256:
+                raise DataError(f"was built again since version {version.number} of the database", path=path)
+            shards.append(VectorIndex.load(path, mapped=mapped, embedder=version.embedder))
+    index = ShardedIndex(shards)
+    search = search_of(project, version)
+    index.set_search(search.nprobe, search.ef_search)
+    return index
+
+
+def stored_vectors(db: VersionedDb, worker: Worker, embedder: Embedder) -> ChunkVectors | None:
+    """The vectors that the task embed wrote, of the chunks that the database was built of; None where they are not
+    there. All processes call it."""
+    project, first = db.project, db.version.segments[0]
+    table = TableDb(project, project.folder / first.table.path, db.infos)
+    chunks = read_manifest(project.folder / first.index[0].path).chunks
+    vectors = ChunkVectors(project, table, embedder, chunks)
+    vectors.look(worker)
+    return vectors if vectors.stored else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How an index is searched."""
+
+    nprobe: int | None
+    ef_search: int | None
+    recall: float | None
+    """Measured when the index was built. None: it was not measured with these settings."""
+
+
+def search_of(project: Project, version: Version) -> Search:
+    """As the configuration says, else as it was chosen when the index was built.
+
+    Raises:
+        DataError: the file that says so is missing or cannot be read.
+    """
+    built = read_search(project.folder / version.search)
+    nprobe, ef_search = project.config.nprobe, project.config.ef_search
+    same = nprobe in (None, built.nprobe) and ef_search in (None, built.ef_search)
+    return Search(
+        built.nprobe if nprobe is None else nprobe,
+        built.ef_search if ef_search is None else ef_search,
+        built.recall if same else None,
+    )
+
+
+def add_documents(project: Project, worker: Worker, embedder: Embedder) -> None:
+    """The task add: chunks of the datasets and of the documents that are new get ids after those that are there, and
+    codes in an index file of their own. All processes call it.
+
+    Raises:
+        ConfigError: a pinned version; new documents go to the newest.
+        DataError: the documents that are there already were changed.
+    """
+    if project.config.version is not None:
+        raise ConfigError(f"version is {project.config.version}; documents are added to the newest: set it to null")
+    before = version_to_use(project, worker, embedder)
+    addition = Addition(project, before, embedder)
+    if not addition.num_documents:
+        log.info(f"no documents are new since version {before.number}")
+        return
+    addition.cut(worker)
+    if worker.is_first:
+        addition.merge()
+    worker.barrier()
+    addition.encode(worker)
+    if worker.is_first:
+        addition.finish()
+    worker.barrier()
+
+
+def remove_documents(project: Project, worker: Worker, text: str) -> None:
+    """The task tombstone: searches of the next version pass over the chunks of some documents. Nothing is deleted, and
+    earlier versions find them still. All processes call it.
+
+    Args:
+        project: the database.
+        worker: this process.
+        text: comma list of DATASET:DOCUMENT, or a file with one of them a line. A dataset is its prefix, the last part
+            of it, or its number.
+
+    Raises:
+        ConfigError: no such dataset or document.
+        DataError: no database was built.
+    """
+    if worker.is_first:
+        before = read_version(project.folder)
+        asked = np.array(parse_documents(text, [(s.prefix, s.num_documents) for s in before.sources]), dtype=np.int64)
+        there = removed_documents(project.folder, before)
+        pairs = np.unique(np.concatenate([there, asked]), axis=0)
+        if len(pairs) == len(there):
+            log.info(f"all of these documents were removed before version {before.number}")
+        else:
+            number = before.number + 1
+            path = version_path(project.folder, number).with_suffix(".tombstones.npy")
+            with replacing(path, "wb") as file:
+                np.save(file, pairs, allow_pickle=False)
+            note = f"removed {len(pairs) - len(there)} documents"
+            tombstones = stored_file(project.folder, path)
+            changes: dict[str, Any] = {"tombstones": tombstones, "num_tombstones": len(pairs), "notes": [note]}
+            write_version(project.folder, dataclasses.replace(before, number=number, **changes))
+            log.info(f"version {number} of the database: {note}")
+    worker.barrier()
+
+
+def parse_documents(text: str, datasets: Sequence[tuple[str, int]]) -> list[tuple[int, int]]:
+    """Documents that a command names.
+
+    Args:
+        text: as for :func:`remove_documents`.
+        datasets: prefix and number of documents of each.
+
+    Returns:
+        (dataset, document) of each.
+
+    Raises:
+        ConfigError: no such dataset or document.
+    """
+    path, names = Path(text), text.split(",")
+    if ":" not in text or path.is_file():
+        try:
+            names = path.read_text(encoding="utf-8").split("\n")
+        except OSError as error:
+            raise ConfigError(
+                f"tombstone {text!r}: neither DATASET:DOCUMENT nor a file that can be read ({error})"
+            ) from None
+    found = []
+    for name in filter(None, (name.strip() for name in names)):
+        dataset, _, document = name.rpartition(":")
+        numbers = [n for n, (prefix, _) in enumerate(datasets) if dataset in (prefix, str(n), Path(prefix).name)]
+        if len(numbers) != 1:
+            known = ", ".join(f"{n} = {prefix}" for n, (prefix, _) in enumerate(datasets))
+            raise ConfigError(f"tombstone {name!r}: {len(numbers)} datasets are called {dataset!r}; there are {known}")
+        count = datasets[numbers[0]][1]
+        if not document.isdigit() or int(document) >= count:
+            raise ConfigError(f"tombstone {name!r}: {dataset} has documents 0 to {count - 1}")
+        found.append((numbers[0], int(document)))
+    return found
+
+
+class Addition:
+    """What comes to a version to make the next one.
+
+    Args:
+        project: the database.
+        before: its newest version.
+        embedder: that of its index.
+
+    Raises:
+        DataError: documents of the version were changed.
+    """
+
+    def __init__(self, project: Project, before: Version, embedder: Embedder) -> None:
+        self.project, self.before, self.embedder = project, before, embedder
+        self.number = before.number + 1
+        self.folder = project.folder / "db" / "versions" / f"{self.number:04d}"
+        self.table = self.folder / "train.hdf5"
+        VersionedDb(project, before)  # its documents are as they were
+        paths = project.config.data_paths
+        self.sources = [source_of(prefix, project.resolve(prefix)) for prefix in paths]
+        old = [source.num_documents for source in before.sources]
+        self.first = old + [0] * (len(paths) - len(old))
+        """First new document of each dataset."""
+        for source, earlier in zip(self.sources, before.sources, strict=False):
+            path = project.resolve(source.prefix)
+            if source.num_documents < earlier.num_documents or not begins_with(path, earlier):
+                raise DataError("lacks documents of the database; put the old file back, or tombstone them", path=path)
+        settings = {"before": before.chunks, "sources": [dataclasses.asdict(source) for source in self.sources]}
+        self.chunks = digest_of_settings(settings)
+        parent = (project.folder / before.trained.path).parent
+        self.added = parent / f"added_v{self.number:04d}.faissindex"
+        self.rules = chunk_rules(project)
+        self.folders = [self._chunk_blocks(number) for number in range(len(paths))]
+
+    @property
+    def num_documents(self) -> int:
+        """New documents."""
+        return sum(folder.num_items for folder in self.folders)
+
+    def _chunk_blocks(self, number: int) -> BlockFolder:
+        signature: dict[str, Any] = {"task": "chunks", "tokens": self.sources[number].fingerprint}
+        signature |= {"first": self.first[number], "tokenizer": self.project.tokenizer.fingerprint, **vars(self.rules)}
+        name = self.project.chunk_folder(number).name
+        count = self.sources[number].num_documents - self.first[number]
+        return BlockFolder(self.folder / "individual" / name, count, self.project.config.doc_block_size, signature)
+
+    def cut(self, worker: Worker) -> None:
+        """Cut the new documents into chunks. All processes call it."""
+        visible = visible_tokens(self.project.tokenizer)
+        for number, folder in enumerate(self.folders):
+            file, first = self.project.file(number), self.first[number]
+
+            def compute(block: Block, file: Any = file, first: int = first) -> Arrays:
+                return chunk_documents(file, first + block.start, first + block.stop, self.rules, visible)
+
+            if folder.num_items:
+                compute_blocks(folder, compute, worker, f"chunks of {self.sources[number].prefix}", "document")
+
+    def merge(self) -> None:
+        """Write the table of the new chunks that are in the database neither already nor twice."""
+        import h5py
+
+        keep = self._kept()
+        config, place, parts = self.project.config, 0, []
+        for number, folder in enumerate(self.folders):
+            for block in folder.blocks:
+                rows = folder.read(block, "chunks_valid")["chunks_valid"]
+                kept = keep[place : place + len(rows)]
+                place += len(rows)
+                prefix = self.sources[number].prefix
+                held_out = is_validation(prefix, rows[:, 0], config.valid_fraction, config.seed)
+                named = np.concatenate([np.full((len(rows), 1), number, np.uint32), rows], axis=1)
+                parts.append(named[kept & ~held_out])
+        rows = np.concatenate(parts)
+        if not len(rows):
+            raise DataError("no new chunk is left after filtering: nothing to add", path=self.project.folder)
+        with replacing_path(self.table) as temporary, h5py.File(temporary, "w") as file:
+            file.create_dataset("chunks", data=rows)
+            file.create_dataset("n_written", data=np.array([len(rows)], dtype=np.uint64))
+        log.info(f"{len(rows):,} chunks are new; {int((~keep).sum()):,} stand in the database already")
+
+    def _kept(self) -> np.ndarray:
+        hashes = [folder.read(block, "hashes")["hashes"] for folder in self.folders for block in folder.blocks]
+        keep = np.ones(sum(len(part) for part in hashes), dtype=bool)
+        if self.project.config.duplicates == "keep" or not len(keep):
+            return keep
+        mine = np.concatenate(hashes)
+        order = np.lexsort((np.arange(len(mine)), mine[:, 1], mine[:, 0]))
+        keep[order[1:][(mine[order[1:]] == mine[order[:-1]]).all(axis=1)]] = False
+        for arrays in self._earlier_chunks():
+            theirs = arrays["hashes"]
+            alike = np.flatnonzero(np.isin(mine[:, 0], theirs[:, 0]))
+            if len(alike):
+                whole = set(map(tuple, theirs[np.isin(theirs[:, 0], mine[alike, 0])].tolist()))
+                keep[[row for row in alike.tolist() if tuple(mine[row].tolist()) in whole]] = False
+        if self.project.config.duplicates == "near":
+            self._drop_similar(keep)
+        return keep
+
+    def _earlier_chunks(self) -> Iterator[Arrays]:
+        """Blocks of chunks of all segments before.
+
+        Raises:
+            DataError: some are missing; without them duplicates are not found.
+        """
+        roots = [self.project.folder / "db" / "individual"]
+        roots += [version_path(self.project.folder, n).with_suffix("") / "individual" for n in range(self.number)]
+        paths = [path for root in roots for path in sorted(root.glob("*/*.hdf5"))]
+        found = sum(int(stop) - int(start) for start, _, stop in (path.stem.partition("-") for path in paths))
+        wanted = sum(source.num_documents for source in self.before.sources)
+        if found < wanted:
+            raise DataError(
+                f"holds chunks of {found} documents, the database has {wanted}; put the files back, or set duplicates "
+                "to keep",
+                path=roots[0],
+            )
+        for path in paths:
+            yield read_arrays(path)
+
+    def _drop_similar(self, keep: np.ndarray) -> None:
+        """Leave out new chunks that are similar to one in the database, or to a new one before them."""
+        from datasketch import MinHash, MinHashLSH
+
+        parts = [folder.read(block, "minhashes")["minhashes"] for folder in self.folders for block in folder.blocks]
+        signatures, threshold = np.concatenate(parts), self.project.config.near_threshold
+        index = MinHashLSH(threshold=threshold, num_perm=signatures.shape[1])
+        blank = MinHash(num_perm=signatures.shape[1], seed=1)
+
+        def sketch(signature: np.ndarray) -> MinHash:
+            filled = blank.copy()
+            filled.hashvalues = signature
+            return filled
+
+        def drop_like(signature: np.ndarray, after: int) -> None:
+            """Leave out new chunks after one whose signature is like it. The index finds candidates only."""
+            for row in index.query(sketch(signature)):
+                if row > after and (signatures[row] == signature).mean() >= threshold:
+                    keep[row] = False
+                    index.remove(row)
+
+        for row in np.flatnonzero(keep).tolist():
+            index.insert(row, sketch(signatures[row]))
+        for arrays in self._earlier_chunks():
+            for signature in arrays["minhashes"]:
+                drop_like(signature, -1)
+        for row in np.flatnonzero(keep).tolist():
+            if keep[row]:
+                drop_like(signatures[row], row)
+
+    def encode(self, worker: Worker) -> None:
+        """Embed and encode the new chunks. All processes call it."""
+        self.new = TableDb(self.project, self.table, infos_of(self.sources))
+        trained = VectorIndex.load(
+            check_stored(self.project.folder, self.before.trained), embedder=self.before.embedder
+        )
+        signature: dict[str, Any] = {"task": "add_codes", "chunks": self.chunks, "trained": self.before.trained.sha256}
+        signature |= {"embedder": self.before.embedder, "add_load_fraction": self.project.config.add_load_fraction}
+        folder = self.added.parent / f"add_codes_v{self.number:04d}"
+        self.codes = BlockFolder(folder, len(self.new), self.project.config.block_size, signature)
+
+        def compute(block: Block) -> Arrays:
+            count = math.ceil(self.project.config.add_load_fraction * len(block))
+            return {
+                "codes": trained.encode(self.embedder.embed(self.new.texts(range(block.start, block.start + count))))
+            }
+
+        compute_blocks(self.codes, compute, worker, "codes")
+
+    def finish(self) -> None:
+        """Fill the index of the new chunks and write the version. In one process."""
+        index = VectorIndex.load(check_stored(self.project.folder, self.before.trained))
+        base = self.before.num_chunks
+        for block in self.codes.blocks:
+            codes = self.codes.read(block)["codes"]
+            index.add_codes(codes, np.arange(base + block.start, base + block.start + len(codes)))
+        trained = read_manifest(self.project.folder / self.before.trained.path)
+        manifest = dataclasses.replace(trained, chunks=self.chunks, num_vectors=len(index))
+        index.save(self.added, manifest)
+        segment = Segment(
+            table=stored_file(self.project.folder, self.table),
+            num_chunks=len(self.new),
+            index=[stored_file(self.project.folder, self.added, manifest.sha256)],
+        )
+        counts = [source.num_documents - first for source, first in zip(self.sources, self.first, strict=True)]
+        added = [f"{n} documents of {s.prefix}" for n, s in zip(counts, self.sources, strict=True) if n]
+        version = dataclasses.replace(
+            self.before,
+            number=self.number,
+            sources=self.sources,
+            segments=[*self.before.segments, segment],
+            chunks=self.chunks,
+            notes=[f"added {', '.join(added)}"],
+        )
+        write_version(self.project.folder, version)
+        if not self.project.config.keep_embeddings:
+            for block in self.codes.blocks:
+                block.path.unlink(missing_ok=True)
+        log.info(f"version {version.number} of the database: {version.num_chunks:,} chunks; {version.notes[0]}")

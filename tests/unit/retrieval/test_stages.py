@@ -1,0 +1,238 @@
+"""Tasks of a build: which settings may still change, what is done again, and what is computed twice on demand."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_grit.config.retro_arguments import parse_retro_arguments
+from megatron_grit.config.retro_db import RetroDbConfig, config_problems, load_project_config
+from megatron_grit.config.retro_stages import STAGES, changed_settings, expand_tasks, with_following
+from megatron_grit.data.block_files import read_arrays, write_arrays
+from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.retrieval import stages
+from megatron_grit.retrieval.stages import run_tasks
+from tests.unit.retrieval.databases import WordEmbedder, make_texts, tokenizer_of, write_documents
+
+
+class Words(WordEmbedder):
+    sides_alike = True
+
+
+@pytest.fixture
+def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Settings of a small build, whose embedder needs no model."""
+    tokenizer = tokenizer_of(tmp_path)
+    monkeypatch.setattr(stages, "project_embedder", lambda config: Words(name=str(config.embedder)))
+    return {
+        "data_paths": [write_documents(tmp_path / "a", make_texts(25), tokenizer)],
+        "tokenizer": str(tmp_path / "tokenizer.model"),
+        "embedder": "words",
+        "chunk_length": 8,
+        "doc_block_size": 7,
+        "block_size": 32,
+        "index": "IVF4,Flat",
+        "num_neighbors_query": 10,
+        "num_neighbors_save": 3,
+        "keep_embeddings": True,
+    }
+
+
+@pytest.fixture
+def project(tmp_path: Path, given: dict[str, Any]) -> Path:
+    run_tasks(tmp_path / "db", "build", given)
+    return tmp_path / "db"
+
+
+def files_of(project: Path) -> dict[str, int]:
+    return {
+        str(path): path.stat().st_mtime_ns for path in project.rglob("*.*") if path.name not in (".lock", "config.json")
+    }
+
+
+def test_a_build_that_is_done_does_nothing(project: Path) -> None:
+    before = files_of(project)
+    run_tasks(project, "build", {})
+    assert files_of(project) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"chunk_length": 16}, r"chunk_length is 8 .*by db-build.* now 16; .*--overwrite db-build"),
+        ({"duplicates": "keep"}, "duplicates is 'exact' .* now 'keep'.*--overwrite db-build"),
+        ({"embedder": "others"}, r"embedder is 'words' .*by embed, index-train.*--overwrite embed,index-train"),
+        ({"index": "Flat"}, "index is 'IVF4,Flat' .* now 'Flat'.*--overwrite index-train"),
+        ({"ntrain": 77}, "ntrain is None .* now 77"),
+        ({"add_load_fraction": 0.5}, "add_load_fraction is 1.0 .*by index-add.*--overwrite index-add"),
+    ],
+)
+def test_what_was_built_keeps_its_settings(project: Path, change: dict[str, Any], words: str) -> None:
+    before, config = files_of(project), (project / "config.json").read_text()
+    with pytest.raises(ConfigError, match=words):
+        run_tasks(project, "build", change)
+    assert files_of(project) == before
+    assert (project / "config.json").read_text() == config
+
+
+def test_settings_that_may_change(project: Path, given: dict[str, Any]) -> None:
+    tables = set(project.glob("query/*"))
+    run_tasks(project, "build", {"num_neighbors_save": 2, "doc_block_size": 7, "near_threshold": 0.5})
+    assert len(set(project.glob("query/*")) - tables) == 1
+    config = load_project_config(project)
+    assert config is not None and config.num_neighbors_save == 2
+
+
+def test_overwriting_makes_anew_what_follows(project: Path) -> None:
+    trained = {path: path.stat().st_mtime_ns for path in project.glob("embeddings/*")}
+    run_tasks(project, "index-build", {"index": "Flat"}, overwrite="index-train")
+    assert [path.name for path in project.glob("index/*/*")] == ["Flat"]
+    assert {path: path.stat().st_mtime_ns for path in project.glob("embeddings/*")} == trained
+    run_tasks(project, "db-build", {"chunk_length": 16}, overwrite="db-build")
+    assert not list(project.glob("index/*")) + list(project.glob("embeddings/*")) + list(project.glob("query/*"))
+    with pytest.raises(ConfigError, match="overwrite names embed, which is not among the tasks db-build"):
+        run_tasks(project, "db-build", {}, overwrite="embed")
+
+
+def test_validation_compares_every_stage(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "megatron_grit")
+    run_tasks(project, "build", {}, validate=1.0)
+    said = "\n".join(record.message for record in caplog.records)
+    for what in ("chunks of", "embeddings", "codes", "neighbors for"):
+        assert f"{what}" in said
+    assert said.count("blocks are equal, bit for bit") == 4
+    for validate, words in ((0.0, "above 0"), (1.5, "at most 1")):
+        with pytest.raises(ConfigError, match=words):
+            run_tasks(project, "build", {}, validate=validate)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("db/individual/*/*.hdf5", "chunks_valid"),
+        ("embeddings/*.hdf5", "data"),
+        ("index/*/*/add_codes/*.hdf5", "codes"),
+        ("query/*/*.hdf5", "neighbors"),
+    ],
+)
+def test_validation_finds_a_changed_block(project: Path, pattern: str, name: str) -> None:
+    """A block with a right checksum and one wrong number."""
+    import h5py
+
+    path = sorted(project.glob(pattern))[0]
+    with h5py.File(path) as file:
+        signature = str(file.attrs["signature"])
+    arrays = read_arrays(path)
+    arrays[name].ravel()[0] += 1
+    write_arrays(path, arrays, signature)
+    with pytest.raises(DataError, match=f"{path.name}: {name} differs from what is computed now"):
+        run_tasks(project, "build", {}, validate=1.0)
+
+
+def test_a_missing_block_is_refused_or_made_again(project: Path) -> None:
+    path = sorted(project.glob("embeddings/*.hdf5"))[0]
+    path.unlink()
+    with pytest.raises(DataError, match=f"{path.name}: is missing"):
+        run_tasks(project, "embed", {}, validate=1.0)
+    run_tasks(project, "embed", {})
+    run_tasks(project, "embed", {}, validate=1.0)
+
+
+def test_a_changed_corpus_is_refused(project: Path, given: dict[str, Any]) -> None:
+    path = Path(f"{given['data_paths'][0]}.bin")
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="has changed since the database was built"):
+        run_tasks(project, "embed", {})
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, given: dict[str, Any]) -> None:
+    from megatron_grit.data.tokenizer import train_sentencepiece
+
+    train_sentencepiece(make_texts(50, seed=8), tmp_path / "other", 380)
+    with pytest.raises(DataError, match="made with another tokenizer"):
+        run_tasks(tmp_path / "db", "db-build", given | {"tokenizer": str(tmp_path / "other.model")})
+
+
+def test_what_is_no_indexed_file(tmp_path: Path, given: dict[str, Any]) -> None:
+    for ending in ("bin", "idx"):
+        (tmp_path / f"text.{ending}").write_text("plain text that is long enough for a header\n")
+    with pytest.raises(DataError, match="text.idx.*not a Megatron index"):
+        run_tasks(tmp_path / "db", "db-build", given | {"data_paths": [str(tmp_path / "text")]})
+
+
+def test_only_one_command_at_a_time(project: Path) -> None:
+    with (project / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another command works on it"):
+            run_tasks(project, "build", {})
+    run_tasks(project, "build", {})
+
+
+def test_unknown_keys_are_refused(project: Path) -> None:
+    path = project / "config.json"
+    values = json.loads(path.read_text())
+    for changed, words in (
+        (values | {"chunk_lenght": 8}, "unknown key 'chunk_lenght'; did you mean chunk_length"),
+        (values | {"chunk_length": "many"}, "config.json: .*chunk_length"),
+    ):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ConfigError, match=words):
+            run_tasks(project, "build", {})
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="config.json: cannot be read"):
+        run_tasks(project, "build", {})
+
+
+def test_tasks_in_their_order() -> None:
+    assert expand_tasks("index-add, db-build,index-train") == ["db-build", "index-train", "index-add"]
+    assert expand_tasks("build") == list(STAGES)
+    assert expand_tasks("query-pretraining-neighbors") == ["query-neighbors"]
+    with pytest.raises(ConfigError, match="no task 'index'; there are build, "):
+        expand_tasks("index")
+    assert with_following(["index-train"]) == {"index-train", "index-add"}
+
+
+def test_a_moved_path_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    old, new = RetroDbConfig(embedder="model"), RetroDbConfig(embedder=str(tmp_path / "model"))
+    assert list(changed_settings(old, new, STAGES, [])) == []
+    more = dataclasses.replace(old, data_paths=["a"])
+    assert any("--tasks add" in line for line in changed_settings(old, more, STAGES, []))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chunk_length": 0},
+        {"recall": 0.0},
+        {"valid_fraction": 1.0},
+        {"num_neighbors_save": 300},
+        {"min_chunk_tokens": 65},
+        {"index_memory_gb": 0.0},
+        {"ntrain": 0},
+        {"max_overlap": 1.5},
+        {"minhash_permutations": 2},
+        {"data_paths": ["a", "a"]},
+    ],
+)
+def test_wrong_settings(change: dict[str, Any]) -> None:
+    assert list(config_problems(RetroDbConfig())) == []
+    problem, *_ = config_problems(dataclasses.replace(RetroDbConfig(), **change))
+    assert next(iter(change)) in problem
+
+
+def test_the_command_line() -> None:
+    line = ["--project-dir", "db", "--chunk-length", "32", "--data_paths", "[a,b]", "--validate=0.1"]
+    arguments = parse_retro_arguments(line, "")
+    assert arguments.given == {"chunk_length": 32, "data_paths": ["a", "b"]}
+    assert (arguments.tasks, arguments.validate, arguments.overwrite) == ("build", 0.1, "")
+    for wrong in (["--chunk-lengths", "3"], ["--chunk-length", "three"], ["--metric", "cosine"]):
+        with pytest.raises(ConfigError, match="command line: "):
+            parse_retro_arguments(["--project-dir", "db", *wrong], "")

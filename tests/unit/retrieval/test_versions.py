@@ -1,0 +1,313 @@
+"""Databases that grow, and versions that stay as they were."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_grit.data.db_versions import (
+    JoinedRows,
+    VersionedDb,
+    read_version,
+    source_of,
+    version_numbers,
+)
+from megatron_grit.data.neighbor_table import NeighborTable
+from megatron_grit.data.retro_project import Project
+from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.retrieval.query import query_neighbors, tables_of
+from megatron_grit.retrieval.versions import (
+    add_documents,
+    is_grown,
+    open_index,
+    parse_documents,
+    record_version,
+    remove_documents,
+)
+from megatron_grit.retrieval.work import Worker
+from tests.unit.retrieval.databases import (
+    WordEmbedder,
+    another,
+    build,
+    make_project,
+    make_texts,
+    tokenizer_of,
+    write_documents,
+)
+
+TEXTS, MORE, OTHER = make_texts(12), make_texts(7, seed=1), make_texts(9, seed=2)
+
+
+def grow(project: Project, embedder: WordEmbedder | None = None, **settings: object) -> Project:
+    grown = another(project, **settings)
+    add_documents(grown, Worker(), embedder or WordEmbedder())
+    return grown
+
+
+def content(project: Project) -> dict[str, bytes]:
+    """Every file of the database that a version may be made of."""
+    return {
+        path.relative_to(project.folder).as_posix(): path.read_bytes()
+        for path in sorted(project.folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    prefix = write_documents(tmp_path / "corpus", TEXTS, tokenizer_of(tmp_path))
+    return build(make_project(tmp_path / "db", [prefix], tmp_path), WordEmbedder())
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> str:
+    return write_documents(tmp_path / "other", OTHER, tokenizer_of(tmp_path))
+
+
+def texts_of(project: Project, number: int | None = None) -> list[str]:
+    db = VersionedDb(project, read_version(project.folder, number))
+    return db.texts(range(len(db)))
+
+
+@pytest.mark.parametrize("index", ["Flat", "IVF4,Flat", "IVF4,PQ4x4"])
+def test_a_grown_database_is_the_one_built_at_once(tmp_path: Path, index: str) -> None:
+    """A dataset gets documents and another dataset comes; same chunks, and, where the index is exact, neighbors."""
+    tokenizer = tokenizer_of(tmp_path)
+    prefix = write_documents(tmp_path / "corpus", TEXTS, tokenizer)
+    settings = {"index": index, "nprobe": 4 if "IVF" in index else None}
+    project = build(make_project(tmp_path / "db", [prefix], tmp_path, **settings), WordEmbedder())
+    before = content(project)
+    write_documents(tmp_path / "corpus", TEXTS + MORE, tokenizer)
+    paths = [prefix, write_documents(tmp_path / "other", OTHER, tokenizer)]
+    embedder = WordEmbedder()
+    grown = grow(project, embedder, data_paths=paths)
+    db = VersionedDb(grown, read_version(grown.folder))
+    num_old, num_new = [segment.num_chunks for segment in db.version.segments]
+    assert embedder.num_embedded == num_new < num_old + num_new == len(db) == len(open_index(grown, db.version))
+    query_neighbors(grown, Worker(), WordEmbedder())
+    assert {name: data for name, data in content(grown).items() if name in before} == before, "a file was changed"
+
+    whole = build(make_project(tmp_path / "whole", paths, tmp_path, **settings), WordEmbedder())
+    everything = VersionedDb(whole, read_version(whole.folder))
+    assert sorted(map(tuple, db.rows[:].tolist())) == sorted(map(tuple, everything.rows.tolist()))
+    if index.endswith("Flat"):
+        for name in paths:
+            mine = NeighborTable(tables_of(grown)[name], db.rows)
+            theirs = NeighborTable(tables_of(whole)[name], everything.rows)
+            for number in np.flatnonzero(db.rows[:][:, 0] == paths.index(name))[::3].tolist():
+                document, start = db.rows[number][1:3].tolist()
+                query = WordEmbedder().embed(db.texts([number]))
+                ids = (table.neighbors[table.places([(document, start)])[0]] for table in (mine, theirs))
+                texts = (both.texts(row) for both, row in zip((db, everything), ids, strict=True))
+                found = [((WordEmbedder().embed(part) - query) ** 2).sum(1) for part in texts]
+                assert np.allclose(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_an_old_version_stays_as_it_was(project: Project, other: str) -> None:
+    first = read_version(project.folder)
+    db, index = VersionedDb(project, first), open_index(project, first)
+    queries = WordEmbedder().embed(OTHER)
+    old_texts, old_rows, old_found = db.texts(range(len(db))), np.array(db.rows), index.search(queries, 7)
+    old_tables = {path: (path / "neighbors.npy").read_bytes() for path in project.folder.glob("query/*")}
+
+    write_documents(Path(project.config.data_paths[0]), TEXTS + MORE, project.tokenizer)
+    grown = grow(project, data_paths=[*project.config.data_paths, other])
+    remove_documents(grown, Worker(), "corpus:0,other:3")
+    query_neighbors(grown, Worker(), WordEmbedder())
+    assert version_numbers(grown.folder) == [1, 2, 3] and is_grown(grown)
+
+    pinned = another(grown, version=1)
+    again = VersionedDb(pinned, read_version(pinned.folder, 1))
+    assert again.texts(range(len(again))) == old_texts and (again.rows[:] == old_rows).all()
+    scores, ids = open_index(pinned, again.version).search(queries, 7)
+    assert (scores == old_found[0]).all() and (ids == old_found[1]).all()
+    assert all((path / "neighbors.npy").read_bytes() == data for path, data in old_tables.items())
+    # Its tables are gone on with: of the file that has grown only the new documents are searched.
+    embedder = WordEmbedder()
+    query_neighbors(another(pinned, query_paths=pinned.config.data_paths[:1]), Worker(), embedder)
+    tables = [NeighborTable(path, again.rows) for path in pinned.folder.glob("query/*")]
+    grown_table = next(table for table in tables if table.manifest.num_taken_over)
+    assert grown_table.manifest.version == 1 and grown_table.neighbors.max() < len(again)
+    assert embedder.num_queries == len(grown_table.neighbors) - grown_table.manifest.num_taken_over > 0
+    # The newest finds more.
+    assert len(texts_of(grown)) > len(old_texts) and texts_of(grown)[: len(old_texts)] == old_texts
+
+
+def test_new_chunks_that_are_there_already_are_left_out(project: Project, tmp_path: Path) -> None:
+    repeated = write_documents(tmp_path / "other", [TEXTS[3], *OTHER, OTHER[0], TEXTS[5]], project.tokenizer)
+    grown = grow(project, data_paths=[*project.config.data_paths, repeated])
+    db = VersionedDb(grown, read_version(grown.folder))
+    start = db.version.segments[0].num_chunks
+    rows = db.rows[start:]
+    assert set(rows[:, 1].tolist()) <= set(range(1, len(OTHER) + 1)), "a repeated document came in"
+    texts = db.texts(range(len(db)))
+    assert len(set(texts)) == len(texts)
+    kept = another(project, duplicates="keep", data_paths=grown.config.data_paths)
+    assert len(rows) < sum(-(-int(n - 1) // 8) for n in kept.file(1).lengths)
+
+
+def test_similar_chunks_are_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("datasketch")
+    tokenizer = tokenizer_of(tmp_path)
+    prefix = write_documents(tmp_path / "corpus", TEXTS, tokenizer)
+    near = [text.replace("queue", "cursor") + " The end." for text in TEXTS[:4]]
+    settings = {"duplicates": "near", "near_threshold": 0.5, "chunk_length": 32}
+    project = build(make_project(tmp_path / "db", [prefix], tmp_path, **settings), WordEmbedder(), query=False)
+    paths = [prefix, write_documents(tmp_path / "other", [*near, *OTHER], tokenizer)]
+    grown = grow(project, data_paths=paths)
+    db = VersionedDb(grown, read_version(grown.folder))
+    documents = db.rows[db.version.segments[0].num_chunks :][:, 1]
+    exact = make_project(tmp_path / "exact", [prefix], tmp_path, **settings | {"duplicates": "exact"})
+    bigger = grow(build(exact, WordEmbedder(), query=False), data_paths=paths)
+    all_new = VersionedDb(bigger, read_version(bigger.folder))
+    others = all_new.rows[all_new.version.segments[0].num_chunks :][:, 1]
+    assert (others < 4).sum() > 4 * (documents < 4).sum(), "similar chunks came in"
+    assert (documents >= 4).sum() > 0.5 * (others >= 4).sum(), "other chunks did not"
+
+
+def test_removed_documents_are_never_found(project: Project) -> None:
+    db = VersionedDb(project, read_version(project.folder))
+    remove_documents(project, Worker(), "0:2, corpus:5")
+    remove_documents(project, Worker(), f"{project.config.data_paths[0]}:7")
+    query_neighbors(project, Worker(), WordEmbedder())
+    version = read_version(project.folder)
+    assert (version.number, version.num_tombstones, version.num_chunks) == (3, 3, len(db))
+    table = NeighborTable(next(p for p in tables_of(project).values()), db.rows)
+    assert table.manifest.version == 3
+    found = db.rows[table.neighbors[table.neighbors >= 0], 1]
+    assert not {2, 5, 7} & set(found.tolist())
+    old = [NeighborTable(path, db.rows) for path in project.folder.glob("query/*")]
+    before = next(t for t in old if t.manifest.version == 1)
+    assert {2, 5, 7} & set(db.rows[before.neighbors[before.neighbors >= 0], 1].tolist())
+    # As many as before: what was removed makes room for others.
+    assert (table.neighbors >= 0).sum() == (before.neighbors >= 0).sum()
+
+
+def test_removing_again_changes_nothing(project: Project, tmp_path: Path) -> None:
+    listed = tmp_path / "removed.txt"
+    listed.write_text("corpus:1\n\ncorpus:4\n")
+    remove_documents(project, Worker(), str(listed))
+    remove_documents(project, Worker(), "corpus:4")
+    assert version_numbers(project.folder) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("corpus:99", "documents 0 to 11"),
+        ("nothing:1", "0 datasets are called 'nothing'"),
+        ("corpus:x", "documents 0 to 11"),
+        ("same:1", "2 datasets are called 'same'"),
+        ("missing.txt", "neither DATASET:DOCUMENT nor a file"),
+    ],
+)
+def test_documents_that_are_not_there(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_documents(text, [("data/corpus", 12), ("a/same", 3), ("b/same", 3)])
+
+
+def test_adding_nothing_makes_no_version(project: Project) -> None:
+    grow(project)
+    assert version_numbers(project.folder) == [1] and not is_grown(project)
+
+
+def test_an_addition_that_was_stopped_goes_on(project: Project, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_grit.retrieval import versions
+
+    paths = [*project.config.data_paths, other]
+    calls: list[int] = []
+
+    class Stopping(WordEmbedder):
+        def embed(self, texts, side="passage"):
+            calls.append(len(texts))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return super().embed(texts, side)
+
+    with pytest.raises(KeyboardInterrupt):
+        grow(project, Stopping(), data_paths=paths)
+    assert version_numbers(project.folder) == [1], "a version is there before its files"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(versions, "write_version", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        grow(project, data_paths=paths)
+    embedder = WordEmbedder()
+    grown = grow(project, embedder, data_paths=paths)
+    assert embedder.num_embedded == 0, "codes were made twice"
+    fresh = {file.path: file.sha256 for file in read_version(grown.folder).files()}
+    straight = make_project(project.folder.parent / "db3", project.config.data_paths, project.folder.parent)
+    whole = grow(build(straight, WordEmbedder()), data_paths=paths)
+    assert {file.path: file.sha256 for file in read_version(whole.folder).files()} == fresh
+
+
+def test_changed_documents_are_refused(project: Project) -> None:
+    path = Path(project.config.data_paths[0])
+    for texts in (TEXTS[:5], [*TEXTS[:3], "The stream reads a file.", *TEXTS[4:], *MORE]):
+        write_documents(path, texts, project.tokenizer)
+        with pytest.raises(DataError, match="no longer begins with the 12 documents of version 1"):
+            grow(project)
+        with pytest.raises(DataError, match="no longer begins with"):
+            VersionedDb(another(project), read_version(project.folder))
+    write_documents(path, TEXTS, project.tokenizer)
+    VersionedDb(another(project), read_version(project.folder))
+
+
+def test_datasets_are_appended_and_never_taken_out(project: Project, other: str) -> None:
+    with pytest.raises(DataError, match="new datasets are appended"):
+        grow(project, data_paths=[other, *project.config.data_paths])
+
+
+def test_an_index_that_was_built_again_is_another_version(project: Project) -> None:
+    first = read_version(project.folder)
+    build(another(project, index="IVF2,Flat", nprobe=2), WordEmbedder())
+    assert version_numbers(project.folder) == [1, 2]
+    open_index(project, first)
+    path = project.folder / first.segments[0].index[0].path
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(manifest | {"sha256": "0" * 64}))
+    with pytest.raises(DataError, match="was built again since version 1"):
+        open_index(project, first)
+
+
+def test_versions_that_cannot_be_opened(project: Project) -> None:
+    with pytest.raises(DataError, match="versions that are there: 1"):
+        read_version(project.folder, 7)
+    version = read_version(project.folder)
+    table = project.folder / version.segments[0].table.path
+    with table.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(DataError, match="was changed since this version"):
+        VersionedDb(project, version)
+    (project.folder / "db" / "versions" / "0001.json").write_text('{"number": 1}')
+    with pytest.raises(DataError, match="cannot be read"):
+        read_version(project.folder)
+    with pytest.raises(ConfigError, match="set it to null"):
+        add_documents(another(project, version=1), Worker(), WordEmbedder())
+
+
+def test_a_version_is_of_one_embedder(project: Project, other: str) -> None:
+    with pytest.raises(DataError, match="another embedder"):
+        grow(project, WordEmbedder(name="others"), data_paths=[*project.config.data_paths, other])
+    record_version(project, Worker(), WordEmbedder())
+    assert version_numbers(project.folder) == [1]
+
+
+def test_joined_rows_read_like_one_array() -> None:
+    rows = np.random.default_rng(0).integers(0, 99, (23, 5), dtype=np.uint32)
+    joined = JoinedRows([rows[:7], rows[7:7], rows[7:20], rows[20:]])
+    assert len(joined) == 23 and joined.shape == rows.shape
+    ids = np.random.default_rng(1).integers(0, 23, (4, 6))
+    for index in (0, 6, 7, 22, -1, slice(5, 21), ids, ids[0], np.empty(0, np.int64)):
+        assert (joined[index] == rows[index]).all() and joined[index].shape == rows[index].shape
+    with pytest.raises(IndexError):
+        joined[23]
+
+
+def test_a_source_without_its_json_is_read(tmp_path: Path) -> None:
+    prefix = write_documents(tmp_path / "corpus", TEXTS, tokenizer_of(tmp_path))
+    with_json = source_of(prefix, Path(prefix))
+    Path(prefix + ".json").unlink()
+    without = source_of(prefix, Path(prefix))
+    assert (with_json.bin_sha256, with_json.index_sha256) == (without.bin_sha256, without.index_sha256)
