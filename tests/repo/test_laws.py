@@ -64,6 +64,7 @@ KEPT: list[tuple[Law, str, str]] = [
     (laws.sizes, "megatron_grit/data/a.py", LONG_FUNCTION.replace("f():", "f():  # long: one table")),
     (laws.single_readers, "megatron_grit/parallel/context.py", "from megatron.core import parallel_state"),
     (laws.unsafe_reading, "tests/a.py", "torch.load(path, weights_only=True)"),
+    (laws.unsafe_reading, laws.PICKLE_TESTS, "torch.save(state, path)"),
     (laws.machine_text, "a.sh", "cd /workspace && ls tmp/a"),
     (laws.shell_scripts, "examples/a.sh", "#!/usr/bin/env bash\nset -euo pipefail\n"),
 ]

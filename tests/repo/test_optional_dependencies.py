@@ -11,10 +11,14 @@ import pytest
 from tests.repo import laws
 
 OPTIONAL = [
+    "accelerate",
     "apex",
+    "bitsandbytes",
+    "datasketch",
     "faiss",
     "flash_attn",
     "h5py",
+    "huggingface_hub",
     "hypothesis",
     "matplotlib",
     "mistral_common",
@@ -22,6 +26,7 @@ OPTIONAL = [
     "nltk",
     "nvidia_resiliency_ext",
     "pandas",
+    "peft",
     "pytest",
     "sentence_transformers",
     "starlette",
