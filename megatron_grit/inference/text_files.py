@@ -80,6 +80,8 @@ def encode_file(
     from megatron_grit.inference.model import GritModel
 
     model = GritModel.load(checkpoint, device=device)
-    embeddings = model.encode(texts, instruction, side=side, max_length=max_length, batch_tokens=batch_tokens)
+    embeddings = model.encode(
+        texts, instruction=instruction, side=side, max_length=max_length, batch_tokens=batch_tokens
+    )
     save_embeddings(embeddings, output_path)
     return embeddings
