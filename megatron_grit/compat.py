@@ -171,3 +171,39 @@ def write_sharded_file(request: Any, bucket: Any, number: int) -> list[Any]:
     if isinstance(written, BaseException):
         raise written
     return list(written)
+
+
+def planned_writes(request: Any) -> tuple[list[Any], list[Any]]:
+    """What a planned save would write: (item, bytes) of small objects and (item, tensor) of the others.
+
+    Args:
+        request: of :func:`plan_sharded_save`; its tensors may be on the meta device.
+    """
+    buckets = [contents for _, _, contents in request.async_fn_args[1]]
+    return [each for small, _ in buckets for each in small], [each for _, large in buckets for each in large]
+
+
+def set_planned_files(request: Any, num_files: int) -> None:
+    """Have a planned save finish with the results of so many files, however many the engine meant to write."""
+    request.async_fn_args[1][:] = [None] * num_files
+
+
+def chunk_of(item: Any) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """Name on disk, offsets in the whole tensor and sizes of what a write item of a tensor stands for."""
+    chunk = item.tensor_data.chunk
+    return item.index.fqn, tuple(chunk.offsets), tuple(chunk.sizes)
+
+
+def written_part(result: Any) -> list[int]:
+    """Bytes of an item that was written, and where it is in its file: offset and length."""
+    return [result.size_in_bytes, result.storage_data.offset, result.storage_data.length]
+
+
+def written_before(item: Any, file_name: str, part: list[int]) -> Any:
+    """The result of writing an item, made again of :func:`written_part`."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.storage import WriteResult
+
+    size, offset, length = part
+    where = _StorageInfo(relative_path=file_name, offset=offset, length=length)
+    return WriteResult(index=item.index, size_in_bytes=size, storage_data=where)

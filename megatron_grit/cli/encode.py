@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--input", required=True, help="UTF-8 file with one text a line; - reads standard input")
     parser.add_argument("--output", required=True, help=".npy file: float32 [lines, embedding size]")
     parser.add_argument("--instruction", default="", help="attended before each text, not pooled (default: none)")
+    parser.add_argument("--side", choices=("query", "passage"), help="for a model that tells queries from passages")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a text that are read (default: 512)")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens embedded at a time (default: 8192)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -34,6 +35,7 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.input,
         arguments.output,
         instruction=arguments.instruction,
+        side=arguments.side,
         max_length=arguments.max_length,
         batch_tokens=arguments.batch_tokens,
         device=arguments.device,

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_grit import __version__
+from megatron_grit.config.parse import TrainArguments
+from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import EXIT_STATUS
 from megatron_grit.parallel.failures import tell
 from megatron_grit.parallel.logs import configure_logging
@@ -54,6 +56,15 @@ def guarded(command: Callable[[], object], prog: str = "megatron-grit") -> int:
     except Exception as error:
         return tell(error, prog)
     return 0
+
+
+def with_pretrained(arguments: TrainArguments, *, files: bool) -> RunConfig:
+    """The parsed configuration, with what ``model.pretrained`` decides filled in. ``files``: look at weights, too."""
+    if arguments.config.model.pretrained is None:
+        return arguments.config
+    from megatron_grit.convert.pretrained import resolve_pretrained
+
+    return resolve_pretrained(arguments.config, arguments.origins, files=files)
 
 
 if __name__ == "__main__":

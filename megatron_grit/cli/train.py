@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_grit.cli.main import guarded
+from megatron_grit.cli.main import guarded, with_pretrained
 from megatron_grit.config.checks import check, mesh_summary
 from megatron_grit.config.parse import dump_config, parse_train_arguments
 
@@ -22,13 +22,16 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> None:
     arguments = parse_train_arguments(argv)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check(arguments.config, world_size, files=not arguments.print_config, origins=arguments.origins)
+    config = with_pretrained(arguments, files=not arguments.print_config)
+    check(config, world_size, files=not arguments.print_config, origins=arguments.origins)
     if arguments.dry_run or arguments.print_config:
-        print(f"# {mesh_summary(arguments.config, world_size)}\n{dump_config(arguments.config)}", end="")
+        print(f"# {mesh_summary(config, world_size)}\n{dump_config(config)}", end="")
         return
+    from megatron_grit.convert.peft_runtime import peft_adapters
+    from megatron_grit.convert.pretrained import pretrained_weights
     from megatron_grit.training.trainer import train
 
-    train(arguments.config)
+    train(config, pretrained_weights(config), peft_adapters(config))
 
 
 # Saving a checkpoint starts processes that import this file again.

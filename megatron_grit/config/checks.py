@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from megatron_grit.config.adapter_checks import adapter_problems, trains_output_layer
 from megatron_grit.config.blend import BlendEntry, read_blend
+from megatron_grit.config.embedding_checks import embedding_problems
+from megatron_grit.config.embedding_shape import num_head_parameters
 from megatron_grit.config.model_checks import model_problems
 from megatron_grit.config.problem import Problem
 from megatron_grit.config.ranges import range_problems
@@ -49,6 +52,8 @@ def find_problems(config: RunConfig, world_size: int, *, files: bool = True) -> 
     yield from _batches(config, data_parallel_size(config, world_size))
     yield from _data(config)
     yield from _contrast(config)
+    yield from embedding_problems(config)
+    yield from adapter_problems(config)
     if files:
         yield from _files(config)
 
@@ -144,10 +149,10 @@ def _overlap(config: RunConfig) -> Iterator[Problem]:
     """Gradients are reduced once the last row of a step has reached every weight, so each must be reached."""
     objective = config.training.objective
     unused = None
-    if objective == "embedding" and not config.model.tie_embeddings:
+    if objective == "embedding" and not config.model.tie_embeddings and trains_output_layer(config):
         unused = "the language-model head"
-    if objective == "generative" and config.embedding.projection_dim is not None:
-        unused = "embedding.projection_dim's layer"
+    if objective == "generative" and num_head_parameters(config):
+        unused = "the embedding head"
     if unused is not None:
         yield Problem(
             "parallel.overlap",

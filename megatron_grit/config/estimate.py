@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Literal, NamedTuple
 
+from megatron_grit.config.adapter_size import count_adapters, count_trained
 from megatron_grit.config.checks import data_parallel_size
 from megatron_grit.config.gathered_keys import gathered_keys
 from megatron_grit.config.parameters import count_parameters, expert_tensor_size
@@ -186,6 +187,8 @@ class _StageMemory:
         self.num_layers = len(layers)
         self.num_mixtures = len(set(layers).difference(dense_layers(self.model)))
         self.parameters = count_parameters(config, vocab_size, stage)
+        self.adapters = count_adapters(config, stage)
+        self.trained = count_trained(config, self.parameters, vocab_size, stage)
         padded = padded_vocabulary(vocab_size, self.model.vocab_multiple, self.tensor)
         self.vocabulary, self.pads_vocabulary = padded // self.tensor, padded != vocab_size
         self.expert_tensor = expert_tensor_size(config)
@@ -196,9 +199,11 @@ class _StageMemory:
 
     def estimate(self) -> Memory:
         """All kinds and moments."""
-        rank, workload = self.parameters.rank, self.workload
-        shard = self.parameters.rank_dense // self.shard_size + self.parameters.rank_expert // self.expert_data_size
-        weights, gradients = rank * self.size, rank * FP32
+        workload = self.workload
+        dense, experts = self.trained
+        shard = dense // self.shard_size + experts // self.expert_data_size
+        weights = (self.parameters.rank + sum(self.adapters)) * self.size
+        gradients = (dense + experts) * FP32
         # Adam's two moments, and fp32 main weights where the model's own are bf16.
         optimizer = shard * (2 * FP32 + (FP32 if self.size == 2 else 0))
         static = weights + gradients + optimizer

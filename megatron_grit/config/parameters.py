@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_grit.config.embedding_shape import num_head_parameters
 from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.config.shape import (
     attention_widths,
@@ -97,16 +98,14 @@ def _mlp(model: ModelConfig, ffn_width: int, tensor: int) -> int:
 
 
 def _ends(config: RunConfig, vocab_size: int, tensor: int) -> dict[str, int]:
-    """Parameters outside the layers on a rank: input embedding, final norm with the projection, output layer."""
+    """Parameters outside the layers on a rank: input embedding, final norm with the embedding head, output layer."""
     model = config.model
     # Padded for the run's tensor parallel size, whoever asks.
     rows = padded_vocabulary(vocab_size, model.vocab_multiple, config.parallel.tensor) // tensor
     positions = model.max_position_embeddings if model.position_embedding == "learned_absolute" else 0
-    projection = config.embedding.projection_dim
     return {
         "input": (rows + positions) * model.hidden_size,
-        "norm": model.hidden_size * (1 if model.normalization == "rmsnorm" else 2)
-        + (0 if projection is None else (model.hidden_size + 1) * projection),
+        "norm": model.hidden_size * (1 if model.normalization == "rmsnorm" else 2) + num_head_parameters(config),
         "output": rows * model.hidden_size,
         "output bias": rows * model.add_output_bias,
     }

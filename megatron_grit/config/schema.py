@@ -19,6 +19,11 @@ class ModelConfig:
     architecture: str | None = None
     """Architecture of transformers that exports are written as, such as LlamaForCausalLM. Converting sets it. null:
     the first that has such a shape."""
+    pretrained: str | None = None
+    """Directory of a Hugging Face model to start from, or its name on the hub, organisation/name or
+    organisation/name@revision. Its config.json fills the keys of this section, data.tokenizer is its own where none is
+    given, and each rank reads its part of the weights. A larger vocab_size adds tokens. null: random weights, or those
+    of checkpoint.load."""
     num_layers: int = 32
     """Transformer layers."""
     hidden_size: int = 4096
@@ -124,14 +129,58 @@ class ModelConfig:
 class EmbeddingConfig:
     """How token states become one embedding."""
 
-    pooling: Literal["mean", "weightedmean", "cls", "lasttoken"] = "mean"
-    """Which states of the text are averaged; the instruction is attended and never pooled."""
+    pooling: Literal["mean", "weightedmean", "weightedmean_sgpt", "learnedmean", "max", "cls", "lasttoken"] = "mean"
+    """Which states of the text are averaged; the instruction is attended and never pooled. weightedmean: weights 1, 2,
+    3 ... over the text (GRIT). weightedmean_sgpt: each state's position in its segment, instruction counted (SGPT).
+    learnedmean: a trained weight for each position in the segment, 1 at first. max: of each channel."""
     projection_dim: int | None = None
-    """Linear layer (with bias) on each token state before pooling. null: none."""
+    """Width of the embedding: outputs of the last linear layer. null: hidden_size."""
+    num_linear_layers: int | None = None
+    """Linear layers on top of the decoder, hidden_size wide but for the last one's outputs. null: one where
+    projection_dim is set, else none."""
+    linear_place: Literal["before_pooling", "after_pooling"] = "before_pooling"
+    """Whether they are applied to each token state or to the pooled vector."""
+    linear_activation: Literal["none", "gelu", "tanh"] = "none"
+    """After each of them, the last one included."""
+    linear_bias: bool = True
+    """They have biases."""
+    asymmetric: Literal["none", "heads"] = "none"
+    """heads: queries and passages go through linear layers of their own, which start out equal; the decoder is
+    shared."""
+    brackets: Literal["none", "specb", "speca"] = "none"
+    """Tokens around each text, put in as ids, attended and pooled. specb: the vocabulary's [ ] around queries and { }
+    around passages. speca: four new tokens, which are trained; model.vocab_size must have room for them."""
+    side_tokens: bool = False
+    """Put a new token in front of each query ([QRY]) and passage ([DOC]); model.vocab_size must have room for two."""
     normalize: bool = True
     """L2-normalise the pooled vector."""
     causal: bool = False
     """Embed with causal attention (GritLM's cccc). false: bidirectional (bbcc)."""
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """Low-rank adapters beside frozen linear layers. Checkpoints then hold what is trained, and name the base."""
+
+    kind: Literal["none", "lora", "dora"] = "none"
+    """lora: arXiv 2106.09685. dora: with a trained length for each row of the adapted weights, arXiv 2402.09353."""
+    rank: int = 16
+    """Rank of each adapter."""
+    alpha: float = 32
+    """Adapters are multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on an adapter's input."""
+    targets: list[str] | None = None
+    """Projections with an adapter, of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, in attention,
+    feed-forward layers and experts. null: all that the model has."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    quantize: Literal["none", "nf4"] = "none"
+    """Hold the adapted layers' frozen weights in 4 bits (QLoRA, arXiv 2305.14314)."""
+    double_quantize: bool = True
+    """With quantize, hold the scales of blocks in 8 bits."""
+    load: str | None = None
+    """Adapters to start from: a checkpoint of a run with adapters, or its output_dir. null: fresh ones."""
 
 
 @dataclass(kw_only=True)
@@ -213,7 +262,7 @@ class LossConfig:
     """The two losses and how they are weighed."""
 
     temperature: float = 0.02
-    """Divides the similarities in the contrastive loss."""
+    """Divides the similarities in the contrastive loss: 1 / the scale of sentence-transformers' ranking losses."""
     symmetric: bool = False
     """Also find the query of each positive among all queries; the loss is the mean of both directions."""
     negatives: Literal["batch", "hard"] = "batch"
@@ -295,6 +344,12 @@ class TrainingConfig:
     """Activation recompute: none, core attention, or whole layers."""
     seed: int = 42
     """Seed of the initial weights, the data order and dropout."""
+    trainable: list[str] = field(default_factory=list)
+    """Train these parameters, adapters and the embedding head, and freeze all others: patterns of names such as
+    decoder.layers.0.* with layers and experts by their number in the whole model, or biases (BitFit), norms,
+    embeddings, head. Empty: all parameters, and with adapters these alone."""
+    frozen: list[str] = field(default_factory=list)
+    """Freeze these of the trained parameters; likewise."""
     on_nan: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: end the run, or leave the step out, note it in output_dir/skipped.jsonl
     and go on with the next batch. Either way weights and optimizer stay as before the step."""
@@ -355,6 +410,8 @@ class RunConfig:
     """Shape of the decoder."""
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     """Pooling."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """Adapters."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """The mesh."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -3,7 +3,8 @@
 A family is data: which tensors there are, what each is called on either side, and which of a few kinds of mapping
 joins them. Nothing is written twice, so import and export cannot drift apart.
 
-Tensors here are whole: sharding over tensor, pipeline and expert parallel ranks is the checkpoint's business.
+Tensors are whole on the Hugging Face side. On the other they are whole as well, or a tensor parallel rank's part,
+for which no more is read than that part (:class:`Shard`).
 
 Shape suffix legend: N = query heads, G = key-value heads (query groups), H = channels of a head, D = hidden size,
 F = feed-forward width, E = experts, V = vocabulary.
@@ -48,11 +49,56 @@ def dimensions(model: ModelConfig) -> dict[str, int]:
     }
 
 
+Index = tuple[slice, ...]
+"""Slices of leading dimensions."""
+
+
+class Readable(Protocol):
+    """A tensor, or one in a file of which only the part is read that is asked for."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its whole shape."""
+        ...
+
+    def __getitem__(self, index: Index, /) -> Tensor:
+        """A part of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a tensor that one of ``size`` tensor parallel ranks holds: equal parts along ``dim``."""
+
+    dim: int = 0
+    rank: int = 0
+    size: int = 1
+
+    def take(self, tensor: Readable) -> Tensor:
+        """Read this rank's part."""
+        return tensor[self.index(tensor.shape)]
+
+    def index(self, shape: Sequence[int]) -> Index:
+        """Where this rank's part of a tensor is."""
+        slices = [slice(0, size) for size in shape]
+        if self.size > 1:
+            part, rest = divmod(shape[self.dim], self.size)
+            assert not rest, "the checks of the mesh refuse what does not divide"
+            slices[self.dim] = slice(self.rank * part, (self.rank + 1) * part)
+        return tuple(slices)
+
+
+WHOLE = Shard()
+"""All of it."""
+
+
 class Kind(Protocol):
     """How one megatron-core tensor is made of one or more Hugging Face tensors, and back."""
 
-    def hf_to_megatron(self, tensors: Sequence[Tensor], model: ModelConfig, expert: int) -> Tensor:
-        """Join Hugging Face tensors."""
+    def hf_to_megatron(
+        self, tensors: Sequence[Readable], model: ModelConfig, expert: int, shard: Shard = WHOLE
+    ) -> Tensor:
+        """Join Hugging Face tensors, or what a tensor parallel rank holds of them."""
         ...
 
     def megatron_to_hf(self, tensor: Tensor, model: ModelConfig) -> list[Tensor]:
@@ -63,34 +109,63 @@ class Kind(Protocol):
 class Copy:
     """The same tensor on both sides."""
 
-    def hf_to_megatron(self, tensors: Sequence[Tensor], model: ModelConfig, expert: int) -> Tensor:
-        return tensors[0]
+    def hf_to_megatron(
+        self, tensors: Sequence[Readable], model: ModelConfig, expert: int, shard: Shard = WHOLE
+    ) -> Tensor:
+        return shard.take(tensors[0])
 
     def megatron_to_hf(self, tensor: Tensor, model: ModelConfig) -> list[Tensor]:
         return [tensor]
 
 
 class VocabularyRows:
-    """[V, D] or [V], padded with zero rows for megatron-core."""
+    """[V, D] or [V], padded with zero rows for megatron-core.
 
-    def hf_to_megatron(self, tensors: Sequence[Tensor], model: ModelConfig, expert: int) -> Tensor:
+    Where the model has more tokens than the tensor, the rows of those that were added are the mean of all that are
+    there: their logit is the mean of all logits, so none takes more than an average share of the probability (Hewitt,
+    "Initializing New Word Embeddings for Pretrained Language Models", 2021).
+    """
+
+    def hf_to_megatron(
+        self, tensors: Sequence[Readable], model: ModelConfig, expert: int, shard: Shard = WHOLE
+    ) -> Tensor:
         assert model.vocab_size is not None
-        rows = padded_vocabulary(model.vocab_size, model.vocab_multiple, 1)
-        padded = tensors[0].new_zeros(rows, *tensors[0].shape[1:])
-        padded[: len(tensors[0])] = tensors[0]
-        return padded
+        source = tensors[0]
+        padded = padded_vocabulary(model.vocab_size, model.vocab_multiple, shard.size)
+        num_rows = padded // shard.size
+        first = shard.rank * num_rows
+        there = source[(slice(min(first, source.shape[0]), min(first + num_rows, source.shape[0])),)]
+        if len(there) == num_rows:
+            return there
+        rows = there.new_zeros(num_rows, *source.shape[1:])
+        rows[: len(there)] = there
+        added = slice(max(source.shape[0] - first, 0), max(min(model.vocab_size - first, num_rows), 0))
+        if added.start < added.stop:
+            rows[added] = _mean_row(source).to(rows.dtype)
+        return rows
 
     def megatron_to_hf(self, tensor: Tensor, model: ModelConfig) -> list[Tensor]:
         return [tensor[: model.vocab_size]]
 
 
+def _mean_row(source: Readable) -> Tensor:
+    """Mean over rows, in blocks of one size, so that it is the same on every rank, bit for bit."""
+    total = torch.zeros(source.shape[1:], dtype=torch.float64)
+    for start in range(0, source.shape[0], 4096):
+        total += source[(slice(start, min(start + 4096, source.shape[0])),)].sum(0, dtype=torch.float64)
+    return total / source.shape[0]
+
+
 class GroupedQKV:
     """q [N x H, D], k and v [G x H, D]; megatron-core stacks them by query group: its queries, its key, its value.
-    Biases likewise, without D."""
+    Biases likewise, without D. A tensor parallel rank holds whole groups."""
 
-    def hf_to_megatron(self, tensors: Sequence[Tensor], model: ModelConfig, expert: int) -> Tensor:
-        groups = num_query_groups(model)
-        parts = [tensor.unflatten(0, (groups, -1)) for tensor in tensors]
+    def hf_to_megatron(
+        self, tensors: Sequence[Readable], model: ModelConfig, expert: int, shard: Shard = WHOLE
+    ) -> Tensor:
+        groups, rest = divmod(num_query_groups(model), shard.size)
+        assert not rest, "the checks of the mesh refuse what does not divide"
+        parts = [shard.take(tensor).unflatten(0, (groups, -1)) for tensor in tensors]
         return torch.cat(parts, dim=1).flatten(0, 1)
 
     def megatron_to_hf(self, tensor: Tensor, model: ModelConfig) -> list[Tensor]:
@@ -101,10 +176,12 @@ class GroupedQKV:
 
 
 class GatedFC1:
-    """gate [F, D] and up [F, D], one on the other; biases likewise."""
+    """gate [F, D] and up [F, D], one on the other; biases likewise. A tensor parallel rank holds rows of both."""
 
-    def hf_to_megatron(self, tensors: Sequence[Tensor], model: ModelConfig, expert: int) -> Tensor:
-        return torch.cat(list(tensors))
+    def hf_to_megatron(
+        self, tensors: Sequence[Readable], model: ModelConfig, expert: int, shard: Shard = WHOLE
+    ) -> Tensor:
+        return torch.cat([shard.take(tensor) for tensor in tensors])
 
     def megatron_to_hf(self, tensor: Tensor, model: ModelConfig) -> list[Tensor]:
         return list(tensor.chunk(2))
@@ -113,11 +190,27 @@ class GatedFC1:
 class ExpertOf:
     """One expert of a tensor that holds all of them, [E, ...]. Import only: exports write one tensor an expert."""
 
-    def hf_to_megatron(self, tensors: Sequence[Tensor], model: ModelConfig, expert: int) -> Tensor:
-        return tensors[0][expert]
+    def hf_to_megatron(
+        self, tensors: Sequence[Readable], model: ModelConfig, expert: int, shard: Shard = WHOLE
+    ) -> Tensor:
+        index = shard.index(tensors[0].shape[1:])
+        return tensors[0][(slice(expert, expert + 1), *index)][0]
 
     def megatron_to_hf(self, tensor: Tensor, model: ModelConfig) -> list[Tensor]:
         raise NotImplementedError("a table's first form is the one that is exported")
+
+
+class GatedExpertOf(ExpertOf):
+    """One expert's gate and up projections of [E, 2 F, D]; a tensor parallel rank holds rows of both."""
+
+    def hf_to_megatron(
+        self, tensors: Sequence[Readable], model: ModelConfig, expert: int, shard: Shard = WHOLE
+    ) -> Tensor:
+        width = tensors[0].shape[1] // 2
+        gate, *others = shard.index((width, *tensors[0].shape[2:]))
+        up = slice(width + gate.start, width + gate.stop)
+        one = slice(expert, expert + 1)
+        return torch.cat([tensors[0][(one, rows, *others)][0] for rows in (gate, up)])
 
 
 @dataclass(frozen=True)
@@ -145,6 +238,38 @@ class Entry:
         for layer in self.layers(model) if "{layer}" in self.megatron else (0,):
             for expert in range((model.num_experts or 0) if "{expert}" in self.megatron else 1):
                 yield self.megatron.format(layer=layer, expert=expert), layer, expert
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One megatron-core tensor to make."""
+
+    megatron: str
+    kind: Kind
+    sources: dict[str, list[int]]
+    """Hugging Face tensors and their shapes."""
+    expert: int
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Compare the shape of one of the sources with that of the configuration.
+
+        Raises:
+            CheckpointError: it is another.
+        """
+        if list(shape) != self.sources[name]:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(shape)}, but config.json makes it {self.sources[name]}"
+            )
+
+    def make(self, tensors: Mapping[str, Readable], model: ModelConfig, shard: Shard = WHOLE) -> Tensor:
+        """The tensor, or a tensor parallel rank's part of it.
+
+        Args:
+            tensors: where the sources are.
+            model: the shape of the model to make, which may have more tokens than the sources.
+            shard: the part to make; nothing else is read.
+        """
+        return self.kind.hf_to_megatron([tensors[name] for name in self.sources], model, self.expert, shard)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +300,10 @@ class Family:
         Raises:
             CheckpointError: a tensor is missing, left over, or of another shape than the configuration says.
         """
-        plan = self._plan(tensors, model)
-        for name, form, layer, expert in plan:
-            sources = [_checked(tensors, hf, shape, model, layer, expert) for hf, shape in form.tensors.items()]
-            yield name, form.kind.hf_to_megatron(sources, model, expert)
+        for conversion in self.plan(tensors, model):
+            for name in conversion.sources:
+                conversion.check(name, tensors[name].shape)
+            yield conversion.megatron, conversion.make(tensors, model)
 
     def to_hf(self, tensors: Mapping[str, Tensor], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         """The way back.
@@ -186,31 +311,46 @@ class Family:
         Raises:
             CheckpointError: a tensor of the table is missing.
         """
+        for name, kind, targets in self.outputs(model):
+            if name not in tensors:
+                raise CheckpointError(f"tensor {name} is missing, which a {self.name} model has")
+            yield from zip(targets, kind.megatron_to_hf(tensors[name], model), strict=True)
+
+    def outputs(self, model: ModelConfig) -> Iterator[tuple[str, Kind, list[str]]]:
+        """Each megatron-core tensor of a model, and the names of the Hugging Face tensors that ``kind`` makes of it."""
         for entry in self.entries:
             if not entry.only_if(model):
                 continue
             form = entry.forms[0]
             for name, layer, expert in entry.instances(model):
-                if name not in tensors:
-                    raise CheckpointError(f"tensor {name} is missing, which a {self.name} model has")
-                parts = form.kind.megatron_to_hf(tensors[name], model)
-                for hf, part in zip(form.tensors, parts, strict=True):
-                    yield hf.format(layer=layer, expert=expert), part
+                yield name, form.kind, [hf.format(layer=layer, expert=expert) for hf in form.tensors]
 
-    def _plan(self, present: Collection[str], model: ModelConfig) -> list[tuple[str, Form, int, int]]:
-        """Every tensor to make, with the form in which its sources are there. Nothing is read yet."""
-        plan, used, names = [], set(), set(present)
+    def plan(self, present: Collection[str], model: ModelConfig) -> list[Conversion]:
+        """Every tensor to make of those that are present. Nothing is read yet.
+
+        Raises:
+            CheckpointError: a tensor is missing or left over.
+        """
+        plan: list[Conversion] = []
+        used: set[str] = set()
+        names, sizes = set(present), dimensions(model)
         for entry in self.entries:
             if not entry.only_if(model):
                 continue
             for name, layer, expert in entry.instances(model):
-                wanted = [{hf.format(layer=layer, expert=expert) for hf in form.tensors} for form in entry.forms]
-                form = next((i for i, needed in enumerate(wanted) if needed <= names), None)
+                wanted = [
+                    {
+                        hf.format(layer=layer, expert=expert): [sizes[dimension] for dimension in shape]
+                        for hf, shape in form.tensors.items()
+                    }
+                    for form in entry.forms
+                ]
+                form = next((i for i, needed in enumerate(wanted) if needed.keys() <= names), None)
                 if form is None:
-                    missing = sorted(wanted[0] - names)[0]
+                    missing = sorted(wanted[0].keys() - names)[0]
                     raise CheckpointError(f"tensor {missing} is missing, which config.json's {self.name} model has")
-                used |= wanted[form]
-                plan.append((name, entry.forms[form], layer, expert))
+                used |= wanted[form].keys()
+                plan.append(Conversion(name, entry.forms[form].kind, wanted[form], expert))
         left_over = sorted(name for name in names - used if not any(re.fullmatch(p, name) for p in self.ignored))
         if left_over:
             raise CheckpointError(
@@ -218,14 +358,3 @@ class Family:
                 "the weights are of another architecture than config.json says"
             )
         return plan
-
-
-def _checked(
-    tensors: Mapping[str, Tensor], template: str, shape: tuple[str, ...], model: ModelConfig, layer: int, expert: int
-) -> Tensor:
-    name = template.format(layer=layer, expert=expert)
-    tensor, sizes = tensors[name], dimensions(model)
-    expected = [sizes[dimension] for dimension in shape]
-    if list(tensor.shape) != expected:
-        raise CheckpointError(f"tensor {name} has shape {list(tensor.shape)}, but config.json makes it {expected}")
-    return tensor

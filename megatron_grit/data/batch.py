@@ -56,6 +56,10 @@ class PackedRow:
     """float32 [T]; 1 on the text of a query or passage, 0 on its instruction and on padding."""
     slots_S: Tensor | None = None
     """int64 [S]; place of each segment in the global list of texts (see StepBatch)."""
+    is_query_S: Tensor | None = None
+    """bool [S]; True on queries, False on passages. None: not known."""
+    marker_mask_T: Tensor | None = None
+    """bool [T]; True on tokens that are no part of the text: brackets and side tokens. None: there are none."""
 
     @property
     def num_tokens(self) -> int:
@@ -63,10 +67,12 @@ class PackedRow:
         return int((~self.padding_mask_1T).sum())
 
     def text_ids(self) -> Tensor:
-        """A hash of the tokens that each segment of an embedding row pools, instruction left out: int64 [S]."""
+        """A hash of the text of each segment of an embedding row, without instruction and markers: int64 [S]."""
         if self.segment_ids_T is None or self.pool_mask_T is None or self.slots_S is None:
             raise ValueError("only embedding rows have texts")
         pooled = self.pool_mask_T > 0
+        if self.marker_mask_T is not None:
+            pooled = pooled & ~self.marker_mask_T
         segments, tokens, positions = (
             self.segment_ids_T[pooled],
             self.tokens_1T[0, pooled],

@@ -42,8 +42,12 @@ class JinjaChatFormat:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        settings = read_settings(tokenizer.path)
-        source = _find_source(tokenizer.path.parent, settings)
+        settings, source = read_settings(tokenizer.path), template_source(tokenizer)
+        if source is None:
+            raise DataError(
+                "no chat_template here and no chat_template.jinja beside it; choose a template by name",
+                path=tokenizer.path.with_name("tokenizer_config.json"),
+            )
         self.name = f"{TOKENIZER}:{hashlib.sha256(source.encode()).hexdigest()[:12]}"
         self._tokenizer = tokenizer
         self._names = {key: name for key in _TOKEN_KEYS if (name := token_name(settings.get(key))) is not None}
@@ -173,20 +177,16 @@ def _mark_inside(index: int, content: str) -> str:
     return content[:start] + _mark_outside(index, core) + content[start + len(core) :]
 
 
-def _find_source(folder: Path, settings: dict[str, Any]) -> str:
-    path = folder / "chat_template.jinja"
+def template_source(tokenizer: Tokenizer) -> str | None:
+    """The chat template that came with a tokenizer, as Jinja. None: there is none."""
+    path = tokenizer.path.with_name("chat_template.jinja")
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    source = settings.get("chat_template")
+    source = read_settings(tokenizer.path).get("chat_template")
     if isinstance(source, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = named.get("default")
-    if not isinstance(source, str):
-        raise DataError(
-            "no chat_template here and no chat_template.jinja beside it; choose a template by name",
-            path=folder / "tokenizer_config.json",
-        )
-    return source
+    return source if isinstance(source, str) else None
 
 
 def _compile(source: str, path: Path) -> Any:

@@ -32,12 +32,31 @@ def embedding_row(texts: Sequence[Segment], slots: np.ndarray, row_length: int, 
         DataError: a damaged source.
     """
     roles_T, row = _row(RowKind.EMBEDDING, texts, row_length, pad_id)
+    _put_markers(row, texts)
     sizes = np.diff(row.cu_seqlens.numpy())
     segment_ids_T = np.repeat(np.arange(len(sizes)), sizes)  # padding comes last: its number is S
     row.segment_ids_T = torch.from_numpy(segment_ids_T)
     row.pool_mask_T = torch.from_numpy(_POOLED[roles_T])
     row.slots_S = torch.from_numpy(slots)
+    row.is_query_S = torch.tensor([text.roles[-1] == Role.QUERY for text in texts])
     return row
+
+
+def _put_markers(row: PackedRow, texts: Sequence[Segment]) -> None:
+    """Around each text its markers, for which :func:`_row` has left room at the end of the segment."""
+    if not any(text.markers.num_tokens for text in texts):
+        return
+    tokens_T, mask_T = row.tokens_1T[0].numpy(), np.zeros(row.tokens_1T.shape[1], dtype=bool)
+    end = 0
+    for text in texts:
+        opening, closing, end = text.markers.opening, text.markers.closing, end + text.length
+        size = text.lengths[-1]
+        begin = end - size - len(opening) - len(closing)
+        ids = tokens_T[begin : begin + size].copy()
+        tokens_T[begin:end] = [*opening, *ids, *closing]
+        mask_T[begin:end] = True
+        mask_T[begin + len(opening) : end - len(closing)] = False
+    row.marker_mask_T = torch.from_numpy(mask_T)
 
 
 def generative_row(sequences: Sequence[Segment], row_length: int, pad_id: int) -> PackedRow:
@@ -63,9 +82,11 @@ def _row(kind: RowKind, segments: Sequence[Segment], row_length: int, pad_id: in
     for segment in segments:
         end = bounds[-1] + segment.length
         source = segment.sources[segment.source]
-        tokens_T[bounds[-1] : end] = source.tokens(segment.record, segment.start, segment.length)
+        size = segment.stop - segment.start
+        tokens_T[bounds[-1] : bounds[-1] + size] = source.tokens(segment.record, segment.start, size)
         roles += segment.roles
         lengths += segment.lengths
+        lengths[-1] += segment.markers.num_tokens
         bounds.append(end)
     num_tokens = bounds[-1]
     if num_tokens < row_length:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_grit.data.markers import NO_MARKERS, TextMarkers
 from megatron_grit.data.roles import SUPERVISED
 from megatron_grit.data.sources import Sources
 from megatron_grit.errors import DataError
@@ -29,11 +30,13 @@ class Segment:
     """Tokens of each of its spans; their sum is ``stop - start``."""
     num_labels: int = 0
     """Tokens that the next-token loss counts."""
+    markers: TextMarkers = NO_MARKERS
+    """Of a query or passage: what is put around its last span, the text."""
 
     @property
     def length(self) -> int:
-        """Tokens."""
-        return self.stop - self.start
+        """Tokens, markers included."""
+        return self.stop - self.start + self.markers.num_tokens
 
     @property
     def name(self) -> str:

@@ -53,6 +53,7 @@ class Sources:
         tokenizer: the tokenizer that the sources have to be built with.
         kind: kind of their records.
         open_files: shared with the sources of the other kind.
+        num_added: tokens that are put into each segment when it is read.
 
     Raises:
         ConfigError: no source, or a blend that is not one.
@@ -60,8 +61,11 @@ class Sources:
             long.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, kind: RowKind, open_files: OpenFiles) -> None:
+    def __init__(
+        self, config: RunConfig, tokenizer: Tokenizer, kind: RowKind, open_files: OpenFiles, num_added: int = 0
+    ) -> None:
         self.kind = kind
+        self._num_added = num_added
         self.entries: list[BlendEntry] = read_blend(getattr(config.data, kind.value), f"data.{kind.value}")
         if not self.entries:
             raise ConfigError(
@@ -138,14 +142,19 @@ class Sources:
             (config.data.tokens_per_row, "data.tokens_per_row"),
             (config.model.max_position_embeddings, "model.max_position_embeddings"),
         ):
-            if meta.longest_segment_tokens > limit:
+            longest = meta.longest_segment_tokens + self._num_added
+            if longest > limit:
                 policy = "data.over_long" if self.kind is RowKind.GENERATIVE else "data.over_long_texts"
                 raise DataError(
                     f"record {source.name(meta.longest_segment_record)} has a segment of "
-                    f"{meta.longest_segment_tokens} tokens, more than {knob} {limit}; raise it, build the file again "
-                    f"with a lower limit, or set {policy}",
+                    f"{longest} tokens{_of_these(self._num_added)}, more than {knob} {limit}; raise it, build the file "
+                    f"again with a lower limit, or set {policy}",
                     path=file_paths(source.prefix)[2],
                 )
+
+
+def _of_these(num_added: int) -> str:
+    return f", {num_added} of them from embedding.brackets and side_tokens" if num_added else ""
 
 
 def _identity(source: IndexedRecords) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.blend import RecordOrder, blend_weights
 from megatron_grit.data.index_cache import cached
+from megatron_grit.data.markers import load_markers
 from megatron_grit.data.roles import Role, RowKind, split_segments
 from megatron_grit.data.row_plan import PIECE, RowPlan
 from megatron_grit.data.sampler import (
@@ -38,7 +39,7 @@ class EmbeddingStream:
     """Queries with their passages, a batch a step.
 
     Raises:
-        ConfigError: a batch that the data does not allow.
+        ConfigError: a batch that the data does not allow, or markers that the vocabulary has no tokens for.
         DataError: see :class:`~megatron_grit.data.sources.Sources`.
     """
 
@@ -46,7 +47,8 @@ class EmbeddingStream:
         self._config = config
         self._seed = config.training.seed
         self._policy = config.data.over_long_texts
-        self.sources = Sources(config, tokenizer, RowKind.EMBEDDING, open_files)
+        self._markers = load_markers(config.embedding, config.model.vocab_size, tokenizer)
+        self.sources = Sources(config, tokenizer, RowKind.EMBEDDING, open_files, self._markers.query.num_tokens)
         self.num_queries, self.group_size = config.training.embedding_batch_size, config.data.train_group_size
         self._check_negatives()
         entries = self.sources.entries
@@ -108,10 +110,11 @@ class EmbeddingStream:
     def _text(self, index: int, record: int, roles: list[int], lengths: list[int], first: int, last: int) -> Segment:
         start = sum(lengths[:first])
         roles, lengths = roles[first:last], lengths[first:last]
-        length, limit = sum(lengths), self.sources.longest_segment
+        markers = self._markers.query if roles[-1] == Role.QUERY else self._markers.passage
+        length, limit = sum(lengths), self.sources.longest_segment - markers.num_tokens
         if length > limit:
             if self._policy == "stop":
-                raise too_long(self.sources, index, record, length)
+                raise too_long(self.sources, index, record, length + markers.num_tokens)
             if length - lengths[-1] >= limit:
                 name = self.sources[index].name(record)
                 raise DataError(f"record {name} has an instruction that leaves no room for its text in {limit} tokens")
@@ -125,6 +128,7 @@ class EmbeddingStream:
             stop=start + length,
             roles=roles,
             lengths=lengths,
+            markers=markers,
         )
 
     def counts(self, num_steps: int) -> dict[str, int]:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_grit.data.chat_templates import ChatFormat, Piece, load_chat_format
+from megatron_grit.data.markers import NO_MARKERS, TextMarkers
 from megatron_grit.data.records import Message, Record, TextPair, alternate
 from megatron_grit.data.roles import Role
 from megatron_grit.data.spans import Span, encode_units
@@ -72,7 +73,11 @@ def embedding_pieces(tokenizer: Tokenizer, pair: TextPair, instruction_role: Rol
 
 
 def encode_embedding(
-    tokenizer: Tokenizer, text: str, instruction: str | None = None, max_length: int | None = None
+    tokenizer: Tokenizer,
+    text: str,
+    instruction: str | None = None,
+    max_length: int | None = None,
+    markers: TextMarkers = NO_MARKERS,
 ) -> tuple[list[int], list[int]]:
     """Token ids of a text to embed.
 
@@ -80,20 +85,26 @@ def encode_embedding(
         tokenizer: the tokenizer.
         text: what is pooled.
         instruction: None for a plain text without template; "" for the template without instruction.
-        max_length: tokens beyond it are cut off the end.
+        max_length: tokens of the text beyond it, markers counted, are cut off the end.
+        markers: what stands around the text.
 
     Returns:
-        Ids of the instruction (BOS and template; empty where ``instruction`` is None) and ids of the text (empty
-        where the instruction alone fills ``max_length``).
+        Ids of the instruction (BOS and template; empty where ``instruction`` is None) and ids of the text with its
+        markers (empty where the instruction alone, or with the markers, fills ``max_length``).
     """
+    head, tail = _instruction_and_text(tokenizer, text, instruction)
+    if max_length is not None:
+        head = head[:max_length]
+        tail = tail[: max(0, max_length - len(head) - markers.num_tokens)]
+    return head, [*markers.opening, *tail, *markers.closing] if tail else []
+
+
+def _instruction_and_text(tokenizer: Tokenizer, text: str, instruction: str | None) -> tuple[list[int], list[int]]:
     if instruction is None:
-        return [], tokenizer.encode(text)[:max_length]
+        return [], tokenizer.encode(text)
     pieces = embedding_pieces(tokenizer, TextPair(instruction, text), Role.QUERY_INSTRUCTION, Role.QUERY)
     spans = dict(encode_units(tokenizer, [pieces]).spans(0))
-    head, tail = spans[Role.QUERY_INSTRUCTION], spans.get(Role.QUERY, [])
-    if max_length is not None:
-        head, tail = head[:max_length], tail[: max(0, max_length - len(head))]
-    return head, tail
+    return spans[Role.QUERY_INSTRUCTION], spans.get(Role.QUERY, [])
 
 
 def encode_chat(

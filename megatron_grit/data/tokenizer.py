@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -248,6 +249,20 @@ def read_settings(tokenizer_path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise DataError("expected a JSON object", path=path)
     return settings
+
+
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Put a tokenizer into a folder: its file as tokenizer.model or tokenizer.json, and what says which of its tokens
+    are special and how it writes a conversation.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    shutil.copyfile(tokenizer.path, folder / f"tokenizer{tokenizer.path.suffix}")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        beside = tokenizer.path.with_name(name)
+        if beside.is_file():
+            shutil.copyfile(beside, folder / name)
 
 
 def token_name(value: object) -> str | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from megatron_grit.errors import ConfigError
 from megatron_grit.evaluation.bootstrap import Interval
 from megatron_grit.evaluation.perplexity import evaluate_perplexity
-from megatron_grit.evaluation.retrieval import encode_instructed, evaluate_retrieval, read_retrieval_set
+from megatron_grit.evaluation.retrieval import Instructed, encode_instructed, evaluate_retrieval, read_retrieval_set
 from megatron_grit.files import write_json
 
 
@@ -52,10 +54,13 @@ def evaluate_checkpoint(
     intervals: dict[str, Interval] = {}
     if task is not None:
 
-        def encode(texts: list[str], instruction: str | None) -> Any:
-            return model.encode(texts, instruction=instruction, max_length=max_length, batch_tokens=batch_tokens)
+        def embed(given: list[Instructed], side: Literal["query", "passage"]) -> np.ndarray:
+            def encode(texts: list[str], instruction: str | None) -> np.ndarray:
+                return model.encode(texts, instruction, side=side, max_length=max_length, batch_tokens=batch_tokens)
 
-        queries, passages = encode_instructed(task.queries, encode), encode_instructed(task.passages, encode)
+            return encode_instructed(given, encode)
+
+        queries, passages = embed(task.queries, "query"), embed(task.passages, "passage")
         report = evaluate_retrieval(queries, passages, task.relevant)
         for name in ("recall_at_1", "recall_at_10", "ndcg_at_10"):
             intervals[name] = getattr(report, name)

@@ -25,6 +25,7 @@ def encode_tokens(
     *,
     batch_tokens: int,
     progress: bool = True,
+    is_query: bool | None = None,
 ) -> np.ndarray:
     """Embed tokenised texts.
 
@@ -33,6 +34,7 @@ def encode_tokens(
         texts: for each text its instruction's tokens, attended and not pooled, and its own.
         batch_tokens: token budget of one forward pass; raised to the longest text.
         progress: show a bar from 256 texts on.
+        is_query: whether they are queries or passages, for a model whose linear layers differ between the two.
 
     Returns:
         float32 [len(texts), D].
@@ -45,7 +47,7 @@ def encode_tokens(
         for start in range(0, len(texts), _WINDOW):
             for members in pack(lengths[start : start + _WINDOW], budget):
                 indices = members + start
-                row = embedding_row([texts[i] for i in indices])
+                row = embedding_row([texts[i] for i in indices], is_query)
                 output = model(row.to(model.context.device), Output.EMBEDDINGS).float().cpu().numpy()
                 if embeddings is None:
                     embeddings = np.empty((len(texts), output.shape[1]), dtype=np.float32)
@@ -55,7 +57,7 @@ def encode_tokens(
     return embeddings
 
 
-def embedding_row(texts: Sequence[tuple[list[int], list[int]]]) -> PackedRow:
+def embedding_row(texts: Sequence[tuple[list[int], list[int]]], is_query: bool | None = None) -> PackedRow:
     """A row of texts, each a segment: instruction tokens, then pooled tokens; no padding."""
     sizes = torch.tensor([len(head) + len(tail) for head, tail in texts])
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
@@ -74,4 +76,5 @@ def embedding_row(texts: Sequence[tuple[list[int], list[int]]]) -> PackedRow:
         segment_ids_T=segment_ids,
         pool_mask_T=(positions >= heads[segment_ids]).float(),
         slots_S=torch.arange(len(texts)),
+        is_query_S=None if is_query is None else torch.full((len(texts),), is_query),
     )

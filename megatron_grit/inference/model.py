@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from megatron_grit.config.embedding_shape import tells_sides_apart
 from megatron_grit.config.schema import ParallelConfig, RunConfig
+from megatron_grit.convert.adapted_checkpoint import load_checkpoint
 from megatron_grit.data.indexed import IndexedRecords
+from megatron_grit.data.markers import load_markers
 from megatron_grit.data.roles import RowKind, supervised
 from megatron_grit.data.templates import encode_embedding, encode_prompt
 from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer
@@ -19,7 +22,7 @@ from megatron_grit.inference.generate import generate_tokens
 from megatron_grit.inference.score import score_tokens
 from megatron_grit.models.gpt import GritGPTModel, build_model
 from megatron_grit.parallel.launch import initialize
-from megatron_grit.training.checkpoint import load_weights, read_config, read_state, resolve_checkpoint, tokenizer_path
+from megatron_grit.training.checkpoint import read_config, read_state, resolve_checkpoint, tokenizer_path
 
 Messages = Sequence[dict[str, str]]
 
@@ -38,18 +41,23 @@ class GritModel:
 
     def __init__(self, config: RunConfig, model: GritGPTModel, tokenizer: Tokenizer) -> None:
         self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.markers = load_markers(config.embedding, config.model.vocab_size, tokenizer)
 
     @staticmethod
-    def load(path: str | Path, device: str = "auto", precision: str | None = None) -> GritModel:
+    def load(
+        path: str | Path, device: str = "auto", precision: str | None = None, base: str | Path | None = None
+    ) -> GritModel:
         """Load a checkpoint, saved from any layout, into this process.
 
         Args:
             path: a checkpoint, or the output directory of a run for its newest one.
             device: auto, cpu or cuda.
             precision: fp32 or bf16. None: the precision of the training run, and fp32 on a CPU.
+            base: of a run with adapters, where the model that they stand beside is now, if it is not where the run
+                read it: a checkpoint or a Hugging Face directory.
 
         Raises:
-            CheckpointError: there is no checkpoint, or it is damaged.
+            CheckpointError: there is no checkpoint, it is damaged, or its adapters belong to another base.
         """
         path = resolve_checkpoint(path)
         state, config = read_state(path), read_config(path)
@@ -62,7 +70,7 @@ class GritModel:
             "fp32" if context.device.type == "cpu" else config.training.precision
         )
         model = build_model(config, int(state["vocab_size"]), context)
-        load_weights(path, model, context)
+        load_checkpoint(path, config, [model], context, base)
         return GritModel(config, model.eval(), load_tokenizer(tokenizer_file))
 
     def encode(
@@ -70,6 +78,7 @@ class GritModel:
         texts: str | Sequence[str],
         instruction: str | None = "",
         *,
+        side: Literal["query", "passage"] | None = None,
         max_length: int = 512,
         batch_tokens: int = 8192,
         progress: bool = True,
@@ -80,6 +89,8 @@ class GritModel:
             texts: one text or several; none empty.
             instruction: what the embedding is for; attended and not pooled. "": the template without instruction.
                 None: the bare text, for models that were trained on plain records.
+            side: what the texts are, for a model that was trained to tell queries from passages (brackets, side
+                tokens, linear layers of their own); others do not look at it.
             max_length: tokens of a text with its instruction; the rest is cut off.
             batch_tokens: token budget of one forward pass.
             progress: show a bar from 256 texts on.
@@ -88,7 +99,8 @@ class GritModel:
             float32 [len(texts), D], or [D] for one string.
 
         Raises:
-            DataError: a text is empty, or the instruction alone fills ``max_length``.
+            DataError: a text is empty, the instruction alone fills ``max_length``, or the model has to know the side
+                and is not told.
         """
         several = [texts] if isinstance(texts, str) else list(texts)
         if not several:
@@ -96,11 +108,39 @@ class GritModel:
         empty = next((index for index, text in enumerate(several) if not text.strip()), None)
         if empty is not None:
             raise DataError(f"text {empty} is empty; there is nothing to pool")
-        tokenised = [encode_embedding(self.tokenizer, text, instruction, max_length) for text in several]
+        is_query = self._is_query(side)
+        tokenised = self.embedding_tokens(several, instruction, side=side, max_length=max_length)
         if not all(tail for _, tail in tokenised):
             raise DataError(f"the instruction fills max_length {max_length}; shorten it or raise max_length")
-        embeddings = encode_tokens(self.model, tokenised, batch_tokens=batch_tokens, progress=progress)
+        embeddings = encode_tokens(
+            self.model, tokenised, batch_tokens=batch_tokens, progress=progress, is_query=is_query
+        )
         return embeddings[0] if isinstance(texts, str) else embeddings
+
+    def embedding_tokens(
+        self,
+        texts: Sequence[str],
+        instruction: str | None = "",
+        *,
+        side: Literal["query", "passage"] | None = None,
+        max_length: int = 512,
+    ) -> list[tuple[list[int], list[int]]]:
+        """Ids of each text's instruction and of the text with its markers, as :meth:`encode` embeds them.
+
+        Raises:
+            DataError: the model has to know the side and is not told.
+        """
+        markers = self.markers.passage if self._is_query(side) is False else self.markers.query
+        return [encode_embedding(self.tokenizer, text, instruction, max_length, markers) for text in texts]
+
+    def _is_query(self, side: str | None) -> bool | None:
+        if side not in ("query", "passage", None):
+            raise DataError(f'side is "{side}"; it must be "query" or "passage"')
+        if side is None and tells_sides_apart(self.config.embedding):
+            raise DataError(
+                'this model embeds queries and passages in different ways; give side="query" or side="passage"'
+            )
+        return None if side is None else side == "query"
 
     def generate(
         self,

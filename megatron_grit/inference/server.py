@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_grit.data.templates import encode_embedding, encode_prompt
+from megatron_grit.data.templates import encode_prompt
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.generate import generate_tokens
 from megatron_grit.inference.model import GritModel, prompt_turns
@@ -69,13 +69,16 @@ class Service:
         instruction = body.get("instruction", "")
         if instruction is not None:
             _check_text(instruction, "instruction must be a string, or null for the bare text")
+        side = body.get("side")
+        if side not in ("query", "passage", None):
+            raise DataError("side must be query or passage")
         encoding = body.get("encoding_format") or "float"
         if encoding not in ("float", "base64"):
             raise DataError("encoding_format must be float or base64")
 
         def job() -> Json:
-            vectors = self.model.encode(texts, instruction, max_length=self.max_length, progress=False)
-            ids = [encode_embedding(self.model.tokenizer, text, instruction, self.max_length) for text in texts]
+            vectors = self.model.encode(texts, instruction, side=side, max_length=self.max_length, progress=False)
+            ids = self.model.embedding_tokens(texts, instruction, side=side, max_length=self.max_length)
             num_tokens = sum(len(head) + len(tail) for head, tail in ids)
             rows = vectors.tolist()
             if encoding == "base64":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -52,6 +53,7 @@ def encode_file(
     output_path: str | Path,
     *,
     instruction: str = "",
+    side: Literal["query", "passage"] | None = None,
     max_length: int = 512,
     batch_tokens: int = 8192,
     device: str = "auto",
@@ -63,6 +65,7 @@ def encode_file(
         input_path: UTF-8 file with one text a line, or "-" for standard input.
         output_path: .npy file, float32 [number of lines, embedding size].
         instruction: given to the model before each text, and not pooled.
+        side: what the texts are, for a model that was trained to tell queries from passages.
         max_length: longest text in tokens, template included; the rest is cut.
         batch_tokens: tokens that are embedded at a time.
         device: auto, cpu or cuda.
@@ -77,6 +80,8 @@ def encode_file(
     from megatron_grit.inference.model import GritModel
 
     model = GritModel.load(checkpoint, device=device)
-    embeddings = model.encode(texts, instruction=instruction, max_length=max_length, batch_tokens=batch_tokens)
+    embeddings = model.encode(
+        texts, instruction=instruction, side=side, max_length=max_length, batch_tokens=batch_tokens
+    )
     save_embeddings(embeddings, output_path)
     return embeddings

@@ -17,10 +17,12 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import padded_vocabulary
 from megatron_grit.data.batch import PackedRow
 from megatron_grit.data.roles import RowKind
+from megatron_grit.models.adapters import has_trained, insert_adapters, reach_back, select_trainable
 from megatron_grit.models.attention import AttentionMode, KeyValueCache, PackedSegments
 from megatron_grit.models.biases import add_output_bias, drop_biases
+from megatron_grit.models.embedding_head import apply_head, build_head
 from megatron_grit.models.layer_specs import block_spec, transformer_config
-from megatron_grit.models.pooling import normalize, pool
+from megatron_grit.models.pooling import PositionWeights, normalize, pool
 from megatron_grit.models.rope import stretched_frequencies
 from megatron_grit.models.row_share import RowShare
 from megatron_grit.parallel.context import ParallelContext
@@ -30,7 +32,7 @@ class Output(StrEnum):
     """What the last pipeline stage returns."""
 
     EMBEDDINGS = "embeddings"
-    """fp32 [S, D or projection_dim], one for each segment of an embedding row."""
+    """fp32 [S, D or embedding.projection_dim], one for each segment of an embedding row."""
     TOKEN_LOSSES = "token_losses"
     """fp32 [T]: negative log-likelihood of each label, 0 where the loss mask is 0 and where another context parallel
     rank holds the token."""
@@ -44,7 +46,8 @@ class Output(StrEnum):
 class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
     """One pipeline stage, or one chunk of an interleaved one, of a decoder that generates and embeds.
 
-    State-dict names are those of the engine's GPTModel, plus ``embedding_head`` where a projection is configured.
+    State-dict names are those of the engine's GPTModel, plus ``embedding_head`` (see
+    :func:`~megatron_grit.models.embedding_head.build_head`) and ``embedding_pooling`` where they are configured.
     """
 
     def __init__(
@@ -78,12 +81,16 @@ class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
         self.num_tokens_in_vocab = vocab_size
         self.embedding_config = config.embedding
         self.context = context
-        self.embedding_head: torch.nn.Linear | None = None
-        if self.post_process and config.embedding.projection_dim is not None:
-            head = torch.nn.Linear(model.hidden_size, config.embedding.projection_dim, dtype=engine_config.params_dtype)
-            torch.nn.init.normal_(head.weight, std=model.init_std)
-            torch.nn.init.zeros_(head.bias)
-            self.embedding_head = head.to(context.device)
+        self.layers_differ = False
+        """Layers are not all trained alike."""
+        self.embedding_head: torch.nn.Module | None = None
+        self.embedding_pooling: PositionWeights | None = None
+        if self.post_process:
+            dtype, device = engine_config.params_dtype, context.device
+            head = build_head(config, dtype, context)
+            self.embedding_head = None if head is None else head.to(device)
+            if config.embedding.pooling == "learnedmean":
+                self.embedding_pooling = PositionWeights(model.max_position_embeddings, dtype, device)
 
     def forward(self, row: PackedRow, output: Output, cache: KeyValueCache | None = None) -> Tensor:
         """One row through this stage.
@@ -105,6 +112,8 @@ class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=held.tokens_1T, position_ids=held.positions_1T)
+            if self.config.recompute_granularity == "full" and has_trained(self.decoder):
+                hidden = reach_back(hidden)  # a recomputed layer has a gradient if its input has one
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -118,9 +127,10 @@ class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
             return self._embed(hidden, row, share)
         if output is Output.TOKEN_LOSSES:
             losses = self._token_losses(hidden, held)
-            if self.embedding_head is not None:
-                # A gradient of zero: gradients are reduced when the last row has reached every parameter.
-                losses = losses + 0.0 * sum(parameter.sum() for parameter in self.embedding_head.parameters())
+            for module in (self.embedding_head, self.embedding_pooling):
+                if module is not None:
+                    # A gradient of zero: gradients are reduced when the last row has reached every parameter.
+                    losses = losses + 0.0 * sum(parameter.sum() for parameter in module.parameters())
             return losses if share is None else losses.new_zeros(share.row_length).index_put((share.index_L,), losses)
         return self._logits(hidden)
 
@@ -146,11 +156,19 @@ class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
         if self.config.sequence_parallel:
             # Every tensor parallel rank pools the whole row, so a gathered gradient is split, not summed.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        states_LD = hidden.squeeze(1)
-        if self.embedding_head is not None:
-            states_LD = self.embedding_head(states_LD)
-        method, num_segments = self.embedding_config.pooling, len(row.slots_S)
-        pooled = pool(states_LD, row.pool_mask_T, row.segment_ids_T, num_segments, method, share)
+        states_LD, segment_ids_T, num_segments = hidden.squeeze(1), row.segment_ids_T, len(row.slots_S)
+        head, is_query_S = self.embedding_head, row.is_query_S
+        after = self.embedding_config.linear_place == "after_pooling"
+        if head is not None and not after:
+            segment_ids_L = segment_ids_T if share is None else segment_ids_T[share.index_L]
+            # Padding's segment comes after all others.
+            is_query_L = None if is_query_S is None else torch.nn.functional.pad(is_query_S, (0, 1))[segment_ids_L]
+            states_LD = apply_head(head, states_LD, is_query_L)
+        weights = None if self.embedding_pooling is None else self.embedding_pooling.weight
+        method = self.embedding_config.pooling
+        pooled = pool(states_LD, row.pool_mask_T, segment_ids_T, num_segments, method, share, weights)
+        if head is not None and after:
+            pooled = apply_head(head, pooled, is_query_S)
         return normalize(pooled) if self.embedding_config.normalize else pooled
 
     def _token_losses(self, hidden: Tensor, row: PackedRow) -> Tensor:
@@ -205,6 +223,10 @@ def build_chunks(config: RunConfig, vocab_size: int, context: ParallelContext) -
     engine_config = transformer_config(config)
     stages = [None] if context.virtual_size is None else range(context.virtual_size)
     chunks = [GritGPTModel(config, engine_config, vocab_size, context, stage) for stage in stages]
+    if config.adapter.kind != "none":
+        for chunk in chunks:
+            insert_adapters(chunk, config)
+    select_trainable(chunks, config)
     expert_tensor = config.parallel.expert_tensor or context.tensor_size
     if expert_tensor != context.tensor_size:
         for chunk in chunks:

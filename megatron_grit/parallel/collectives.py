@@ -62,6 +62,13 @@ def sum_over_group(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     return total
 
 
+def max_over_group(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Largest of each element over ranks, without a graph."""
+    largest = values.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return largest
+
+
 def sum_over_replicas(values: Tensor, context: ParallelContext) -> Tensor:
     """Sum over data and context parallel ranks, in place."""
     if context.data_size * context.context_size > 1:

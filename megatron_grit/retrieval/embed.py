@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from megatron_grit.config.embedding_shape import tells_sides_apart
 from megatron_grit.errors import ConfigError, NumericsError
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class GritEmbedder:
 
         self._model, self._max_length, self._batch_tokens = model, max_length, batch_tokens
         self._instructions = {"query": query_instruction, "passage": ""}
-        self.sides_alike = not query_instruction
+        self.sides_alike = not query_instruction and not tells_sides_apart(model.config.embedding)
         checkpoint = resolve_checkpoint(folder)
         # The manifest holds the checksums of all the other files.
         self.fingerprint = digest_of_files(
@@ -128,6 +129,7 @@ class GritEmbedder:
         return self._model.encode(
             list(texts),
             self._instructions[side],
+            side=side,
             max_length=self._max_length,
             batch_tokens=self._batch_tokens,
             progress=False,

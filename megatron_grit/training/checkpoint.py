@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_grit.config.parse import load_config
-from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.schema import RunConfig, TrainingConfig
 from megatron_grit.errors import CheckpointError
+from megatron_grit.models.adapters import adapted_linears
 from megatron_grit.models.gpt import GritGPTModel
 from megatron_grit.parallel.collectives import any_rank
 from megatron_grit.parallel.context import ParallelContext
@@ -51,7 +52,8 @@ _REPLACED = ".replaced"
 _SHARDING = "fully_reshardable"
 # Without the second, experts that are split over ranks give the dense and the expert optimizer names of their own.
 _METADATA = {"distrib_optim_sharding_type": _SHARDING, "chained_optim_avoid_prefix": True}
-_HEAD = "embedding_head."
+NEW_MODULES = ("embedding_head.", "embedding_pooling.")
+"""What a model of another project does not have."""
 _LOAD_ERRORS = (CheckpointException, CheckpointingException, RuntimeError, ValueError, KeyError, OSError)
 
 Stage = GritGPTModel | Sequence[GritGPTModel]
@@ -120,14 +122,48 @@ def model_state(model: Stage, context: ParallelContext, **metadata: Any) -> dict
     Names on disk hold the number of a layer in the whole model, so they do not depend on the chunks.
     """
     metadata |= {"dp_cp_group": context.replica_group}
-    states = [chunk.sharded_state_dict(metadata=metadata) for chunk in _chunks(model)]
+    states = [chunk.sharded_state_dict(metadata=metadata) for chunk in stage_chunks(model)]
     return states[0] if len(states) == 1 else {f"chunk{number}": state for number, state in enumerate(states)}
+
+
+def saved_state(model: Stage, context: ParallelContext) -> dict[str, Any]:
+    """What a checkpoint holds of a model: all of it, or with adapters what is trained."""
+    chunks = stage_chunks(model)
+    if not any(adapted_linears(chunk) for chunk in chunks):
+        return model_state(model, context)
+    state = _trained_names(model, context)
+    kept = [{name for name, parameter in chunk.named_parameters() if parameter.requires_grad} for chunk in chunks]
+    return _choose(state, kept)
+
+
+def _trained_names(model: Stage, context: ParallelContext) -> dict[str, Any]:
+    """:func:`model_state`, where need be under names by layer: the engine puts a parameter of all layers into one
+    tensor of a file, which has to be whole."""
+    by_layer = {"non_homogeneous_layers": True}
+    return model_state(model, context, **(by_layer if stage_chunks(model)[0].layers_differ else {}))
+
+
+def base_state(model: Stage, context: ParallelContext, **metadata: Any) -> dict[str, Any]:
+    """:func:`model_state` without adapters: what a base has."""
+    chunks = stage_chunks(model)
+    state = model_state(model, context, **metadata)
+    parts = [state] if len(chunks) == 1 else list(state.values())
+    return _choose(state, [{name for name in part if ".adapter." not in name} for part in parts])
+
+
+def _choose(state: dict[str, Any], names: Sequence[set[str]]) -> dict[str, Any]:
+    """The entries of a sharded state dict that have these names, for each chunk."""
+    parts = [state] if len(names) == 1 else list(state.values())
+    chosen = [{name: part[name] for name in part if name in kept} for part, kept in zip(parts, names, strict=True)]
+    return chosen[0] if len(chosen) == 1 else dict(zip(state, chosen, strict=True))
 
 
 def optimizer_state(optimizer: Any, model: Stage, context: ParallelContext, *, is_loading: bool) -> dict[str, Any]:
     """The optimizer's sharded state dict, as ``optimizer/`` holds it."""
     metadata = _METADATA | {"dp_cp_group": context.replica_group}
-    state = optimizer.sharded_state_dict(model_state(model, context), is_loading=is_loading, metadata=metadata)
+    for part in optimizer_parts(optimizer):
+        _tolerate_no_states(part)
+    state = optimizer.sharded_state_dict(_trained_names(model, context), is_loading=is_loading, metadata=metadata)
     return {"optimizer": state}
 
 
@@ -142,7 +178,8 @@ def layout_of(context: ParallelContext) -> dict[str, int]:
     }
 
 
-def _chunks(model: Stage) -> list[GritGPTModel]:
+def stage_chunks(model: Stage) -> list[GritGPTModel]:
+    """The chunks of a stage, one or several."""
     return list(model) if isinstance(model, Sequence) else [model]
 
 
@@ -169,17 +206,32 @@ def load_weights(path: Path, model: Stage, context: ParallelContext) -> None:
     """
     if (path / "weights").is_dir():
         verify_manifest(path, context, "weights")
-        _load_model(path, path / "weights", model_state(model, context), model)
+        if (path / "state.json").is_file() and "base" in read_state(path):
+            raise CheckpointError(
+                f"{path}: holds adapters and not the model that they were trained beside; give it as adapter.load, and "
+                "their base as checkpoint.load or model.pretrained"
+            )
+        _load_model(path, path / "weights", base_state(model, context), model)
     else:
         _load_megatron(path, model, context)
 
 
+def load_adapters(path: Path, model: Stage, context: ParallelContext) -> None:
+    """Load what a checkpoint of a run with adapters holds, beside the base that is there. Collective over all ranks.
+
+    Raises:
+        CheckpointError: it is damaged, or holds other adapters than this model has.
+    """
+    verify_manifest(path, context, "weights")
+    _load_model(path, path / "weights", saved_state(model, context), model)
+
+
 def _load_megatron(path: Path, model: Stage, context: ParallelContext) -> None:
-    chunks, problem = _chunks(model), None
+    chunks, problem = stage_chunks(model), None
     state: dict[str, Any] = {}
     try:
         names = MegatronNames(path)
-        state = model_state(model, context, **names.metadata())
+        state = base_state(model, context, **names.metadata())
         names.rename(state)
         names.check(state, chunks[0].config.num_layers, chunks[0].num_tokens_in_vocab)
     except CheckpointError as error:
@@ -201,7 +253,7 @@ def _load_model(path: Path, folder: Path, state: dict[str, Any], model: Stage, *
     unexpected = {name for name in unexpected if "_extra_state" not in name}
     if is_megatron:
         missing = {name for name in missing if not is_other_state(name)}
-        fresh = {name for name in unexpected if name.startswith(_HEAD)}
+        fresh = {name for name in unexpected if name.startswith(NEW_MODULES)}
         if fresh:
             log.info(f"{path} has no embedding head: it starts from its initial weights")
         unexpected -= fresh
@@ -211,7 +263,7 @@ def _load_model(path: Path, folder: Path, state: dict[str, Any], model: Stage, *
             f"{path}: is of another model; {len(missing)} of its tensors are not in this one and {len(unexpected)} are "
             f"missing from it, such as {named}"
         )
-    chunks = _chunks(model)
+    chunks = stage_chunks(model)
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded if len(chunks) == 1 else loaded[f"chunk{number}"], strict=False)
 
@@ -224,6 +276,15 @@ def _reason(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
+_MAY_CHANGE: dict[str, set[str]] = {
+    "model": {"attention_backend", "architecture", "pretrained"},
+    "embedding": set(),
+    "adapter": {"dropout", "load"},
+    "training": {field.name for field in fields(TrainingConfig)} - {"trainable", "frozen"},
+}
+"""Sections that describe a model and what of it is trained; keys that a run may go on with another value of."""
+
+
 def check_same_model(path: Path, config: RunConfig) -> None:
     """Refuse to go on from a checkpoint whose model the configuration does not describe.
 
@@ -231,10 +292,10 @@ def check_same_model(path: Path, config: RunConfig) -> None:
         CheckpointError: names the first key that differs.
     """
     saved = read_config(path)
-    for section in ("model", "embedding"):
+    for section, free in _MAY_CHANGE.items():
         before, now = vars(getattr(saved, section)), vars(getattr(config, section))
         for key in before:
-            if before[key] != now[key] and key not in ("attention_backend", "architecture"):
+            if before[key] != now[key] and key not in free:
                 raise CheckpointError(
                     f"{path}: was trained with {section}.{key} {before[key]}, and this run has {now[key]}; choose "
                     "another output_dir, or set checkpoint.resume to false to start afresh in this one"
@@ -262,7 +323,7 @@ def load_training_state(path: Path, model: Stage, optimizer: Any, context: Paral
     """
     verify_manifest(path, context)
     state = read_state(path)
-    _load_model(path, path / "weights", model_state(model, context), model)
+    _load_model(path, path / "weights", saved_state(model, context), model)
     next_records = state.get("next_records")
     if state["step"] == 0:
         optimizer.reload_model_params()
@@ -281,6 +342,7 @@ def load_training_state(path: Path, model: Stage, optimizer: Any, context: Paral
 def _load_optimizer(path: Path, optimizer: Any, model: Stage, context: ParallelContext, step: int | None) -> None:
     parts = optimizer_parts(optimizer)
     for part in parts:
+        _tolerate_no_states(part)
         part._init_optimizer_states_with_dummy_values()
     wanted = optimizer_state(optimizer, model, context, is_loading=True)
     groups = [part.state_dict()["optimizer"] for part in parts]
@@ -299,12 +361,33 @@ def _load_optimizer(path: Path, optimizer: Any, model: Stage, context: ParallelC
         for entry in group["param_groups"]:
             entry["step"] = float(step)
         own = loaded[number] if len(parts) > 1 else loaded
-        states.append({"optimizer": group, "param_state": own["param_state"], "param_state_sharding_type": _SHARDING})
+        # A rank that owns no part of any trained parameter finds no states.
+        param_state = own.get("param_state", {})
+        states.append({"optimizer": group, "param_state": param_state, "param_state_sharding_type": _SHARDING})
     for part in parts:
         _tolerate_missing_step(part)
     optimizer.load_state_dict(states[0] if len(states) == 1 else dict(enumerate(states)))
     for part in parts:
         _separate_adam_steps(part)
+
+
+def _tolerate_no_states(optimizer: Any) -> None:
+    """Let a rank save that has no states: its pipeline stage trains nothing, or there are too few parameters for all
+    data parallel ranks. The engine asks torch's Adam for its one step count (distrib_optimizer.py:642 of 0.16.1)."""
+    if getattr(optimizer, "_grit_tolerates_no_states", False):
+        return
+    original = optimizer.state_dict
+
+    def state_dict() -> dict[str, Any]:
+        if optimizer.optimizer.state:
+            state: dict[str, Any] = original()
+            return state
+        groups = optimizer.optimizer.state_dict()["param_groups"]
+        kept = [{key: value for key, value in group.items() if key != "params"} | {"step": 0.0} for group in groups]
+        return {"optimizer": {"param_groups": kept}}
+
+    optimizer.state_dict = state_dict
+    optimizer._grit_tolerates_no_states = True
 
 
 def _saved_step(loaded: dict[Any, Any]) -> int:

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_grit import compat
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.tokenizer import Tokenizer
+from megatron_grit.data.tokenizer import Tokenizer, copy_tokenizer
 from megatron_grit.errors import CheckpointError, GritError
-from megatron_grit.parallel.collectives import all_ranks_arrive, any_rank
+from megatron_grit.parallel.collectives import all_ranks_arrive, any_rank, gather_json
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.logs import get_logger
 from megatron_grit.parallel.random import RandomState
@@ -36,9 +36,9 @@ from megatron_grit.training.checkpoint import (
     checkpoint_path,
     layout_of,
     list_checkpoints,
-    model_state,
     optimizer_state,
     random_file,
+    saved_state,
 )
 from megatron_grit.training.manifest import sync_folder, write_manifest, write_part
 from megatron_grit.training.restore_checks import optimizer_parts, optimizer_step
@@ -91,6 +91,8 @@ class CheckpointSaver:
         self._config, self._context, self._tokenizer = config, context, tokenizer
         self._fingerprint, self._on_saved = fingerprint, on_saved
         self._pending: _Pending | None = None
+        self.base: dict[str, Any] | None = None
+        """The base of a run with adapters, for state.json."""
 
     def save(self, model: Stage, optimizer: Any | None, step: int, *, wait: bool) -> None:
         """Save the state of now. One that is still being written is finished first.
@@ -111,12 +113,17 @@ class CheckpointSaver:
         self._make_folders(folder, optimizer is not None)
         live = [] if wait else _live_tensors(model, optimizer)
         with _naming(folder):
-            writes = [ShardedWrite(model_state(model, self._context), folder / "weights", live=live)]
+            writes = [ShardedWrite(saved_state(model, self._context), folder / "weights", live=live)]
             if optimizer is not None:
                 state = optimizer_state(optimizer, model, self._context, is_loading=False)
                 writes.append(ShardedWrite(state, folder / "optimizer", live=live))
         random = None if optimizer is None else RandomState.capture().as_tensors()
-        described = self._describe(step, optimizer)
+        described = describe_checkpoint(self._config, self._context, self._tokenizer, step)
+        if optimizer is not None:  # a stage that has nothing to train counts no steps
+            steps = gather_json(optimizer_step(optimizer), self._context)
+            described["optimizer_step"] = max((count for count in steps if count is not None), default=None)
+        if self.base is not None:
+            described["base"] = self.base
         pending = _Pending(step=step, folder=folder, final=final, writes=writes, state=described, random=random)
         self._pending = pending
         if wait:
@@ -180,25 +187,10 @@ class CheckpointSaver:
                 for name in ("weights", "optimizer", "random") if with_optimizer else ("weights",):
                     (folder / name).mkdir(parents=True)
                 save_config(self._config, folder / "config.yaml")
-                tokenizer = Path(self._tokenizer.path)
-                shutil.copyfile(tokenizer, folder / f"tokenizer{tokenizer.suffix}")
+                copy_tokenizer(self._tokenizer, folder)
             except OSError as error:
                 problem = write_error(Path(error.filename or folder), error)
         self._agree(problem, folder)
-
-    def _describe(self, step: int, optimizer: Any | None) -> dict[str, Any]:
-        config, tokenizer = self._config, self._tokenizer
-        return {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "world_size": self._context.world_size,
-            "parallel": layout_of(self._context),
-            "vocab_size": config.model.vocab_size or tokenizer.vocab_size,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "seed": config.training.seed,
-            "optimizer_step": None if optimizer is None else optimizer_step(optimizer),
-            "versions": compat.installed_versions(),
-        }
 
     def _write(self, pending: _Pending) -> None:
         """This rank's files, in whatever thread: nothing here is collective or touches what training changes."""
@@ -254,6 +246,21 @@ class CheckpointSaver:
         except OSError as error:
             return write_error(Path(error.filename or folder), error)
         return None
+
+
+def describe_checkpoint(config: RunConfig, context: ParallelContext, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
+    """What state.json says of a checkpoint of weights."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "world_size": context.world_size,
+        "parallel": layout_of(context),
+        "vocab_size": config.model.vocab_size or tokenizer.vocab_size,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "seed": config.training.seed,
+        "optimizer_step": None,
+        "versions": compat.installed_versions(),
+    }
 
 
 def save_checkpoint(

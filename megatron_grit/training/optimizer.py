@@ -75,7 +75,10 @@ def build_optimizer(config: RunConfig, model: DistributedDataParallel | Sequence
         overlap_param_gather=config.parallel.overlap,
         clip_grad=optimizer.clip_grad,
     )
-    return get_megatron_optimizer(engine_config, list(model) if isinstance(model, Sequence) else [model])
+    built = get_megatron_optimizer(engine_config, list(model) if isinstance(model, Sequence) else [model])
+    # Where all dense parameters are frozen and experts are not, the engine chains an empty shell that cannot be saved.
+    built.chained_optimizers = [part for part in built.chained_optimizers if not part.is_stub_optimizer]
+    return built
 
 
 def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:

@@ -13,6 +13,7 @@ from megatron_grit.data.loader import GritDataLoader
 from megatron_grit.data.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError
 from megatron_grit.files import write_json
+from megatron_grit.models.adapters import count_trainable
 from megatron_grit.models.gpt import GritGPTModel, build_chunks
 from megatron_grit.parallel import positions
 from megatron_grit.parallel.context import ParallelContext
@@ -20,13 +21,22 @@ from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.parallel.logs import configure_logging, get_logger
 from megatron_grit.parallel.watch import JobWatch, is_broken_connection
 from megatron_grit.training.audit.run import audit
+from megatron_grit.training.base_weights import (
+    base_fingerprint,
+    check_base,
+    check_same_adapter,
+    describe_base,
+    prepare_base,
+)
 from megatron_grit.training.callbacks import Callback, build_callbacks
 from megatron_grit.training.checkpoint import (
     Restored,
     check_same_model,
     list_checkpoints,
+    load_adapters,
     load_training_state,
     load_weights,
+    read_state,
     resolve_checkpoint,
 )
 from megatron_grit.training.checkpoint_save import CheckpointSaver, clear_leftovers
@@ -53,12 +63,19 @@ InitialWeights = Callable[[Sequence[GritGPTModel], ParallelContext], None]
 """Fills the weights of this process's chunks. Collective over all ranks."""
 
 
-def train(config: RunConfig, initial_weights: InitialWeights | None = None) -> None:
+def train(
+    config: RunConfig,
+    initial_weights: InitialWeights | None = None,
+    initial_adapters: InitialWeights | None = None,
+) -> None:
     """Run a configuration to its last step, from the newest checkpoint of its output directory if there is one.
 
     Args:
         config: the resolved configuration.
-        initial_weights: where the weights of a fresh start come from, if neither from ``checkpoint.load`` nor drawn.
+        initial_weights: where the weights of a fresh start, and of the base of adapters, come from, if neither from
+            ``checkpoint.load`` nor drawn.
+        initial_adapters: fills the adapters of a fresh start, if neither ``adapter.load`` is a checkpoint of ours nor
+            they are drawn.
 
     Raises:
         GritError: whatever the user can repair: configuration, mesh, data, checkpoint, numerics.
@@ -67,7 +84,7 @@ def train(config: RunConfig, initial_weights: InitialWeights | None = None) -> N
     minutes = config.parallel.timeout_minutes
     with parallel_job(config.parallel, config.training.seed) as context, JobWatch(context, minutes):
         check(config, context.world_size)
-        Trainer(config, context, initial_weights).run()
+        Trainer(config, context, initial_weights, initial_adapters).run()
 
 
 def make_output_directory(path: str) -> None:
@@ -86,11 +103,16 @@ class Trainer:
     """Everything that a run holds, built in the order in which it can fail: data first, then the model."""
 
     def __init__(
-        self, config: RunConfig, context: ParallelContext, initial_weights: InitialWeights | None = None
+        self,
+        config: RunConfig,
+        context: ParallelContext,
+        initial_weights: InitialWeights | None = None,
+        initial_adapters: InitialWeights | None = None,
     ) -> None:
         if config.data.tokenizer is None:
             raise ConfigError("data.tokenizer is not set; give a SentencePiece model or a tokenizer.json")
-        self.config, self.context, self.initial_weights = config, context, initial_weights
+        self.config, self.context = config, context
+        self.initial_weights, self.initial_adapters = initial_weights, initial_adapters
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         positions.enter("opening data")
         self.loader = GritDataLoader(
@@ -123,7 +145,8 @@ class Trainer:
         if self.context.rank == 0:
             save_config(config, Path(config.output_dir) / "config.yaml")
         log.info(mesh_summary(config, self.context.world_size))
-        log.info(f"{self.num_parameters():,} parameters on rank 0; steps {start} to {config.training.steps}")
+        trained, total = count_trainable(self.chunks)
+        log.info(f"{trained:,} of {total:,} parameters on rank 0 are trained; steps {start} to {config.training.steps}")
         self.step.guard.resume(start)
         callbacks = build_callbacks(config, self.context, start)
         try:
@@ -144,12 +167,37 @@ class Trainer:
         checkpoints = list_checkpoints(self.config.output_dir) if self.config.checkpoint.resume else []
         if checkpoints:
             check_same_model(checkpoints[-1], self.config)
+            if self.config.adapter.kind != "none":
+                self._load_initial_weights()
+                self._take_as_base(checkpoints[-1])
             self.restored = load_training_state(checkpoints[-1], self.chunks, self.optimizer, self.context)
             log.info(f"resumed from {checkpoints[-1]}")
             return self.restored.step
         if self._load_initial_weights():
+            if self.config.adapter.kind != "none":
+                given = self.config.adapter.load if self.initial_adapters is None else None
+                self._take_as_base(None if given is None else resolve_checkpoint(given))
+                self._load_adapters()
             self.optimizer.reload_model_params()
         return 0
+
+    def _take_as_base(self, checkpoint: Path | None) -> None:
+        """Put adapters beside the weights that are there. ``checkpoint``: refuse others than its own."""
+        fingerprint = base_fingerprint(self.chunks, self.context)
+        if checkpoint is not None:
+            check_base(checkpoint, read_state(checkpoint), fingerprint)
+        self.saver.base = describe_base(self.config, fingerprint)
+        prepare_base(self.chunks, self.config.adapter)
+
+    def _load_adapters(self) -> None:
+        """Adapters of a fresh start that are not drawn."""
+        if self.initial_adapters is not None:
+            self.initial_adapters(self.chunks, self.context)
+        elif self.config.adapter.load is not None:
+            path = resolve_checkpoint(self.config.adapter.load)
+            check_same_adapter(path, self.config)
+            load_adapters(path, self.chunks, self.context)
+            log.info(f"started from the adapters of {path}")
 
     def _load_initial_weights(self) -> bool:
         """Weights that a fresh start does not draw. Returns whether there are any."""
@@ -160,6 +208,10 @@ class Trainer:
             log.info(f"started from the weights of {path}")
         elif self.initial_weights is not None:
             self.initial_weights(self.chunks, self.context)
+        elif self.config.model.pretrained is not None:
+            raise ConfigError(
+                "model.pretrained is set, but this run was not given its weights; start it with megatron-grit train"
+            )
         return given is not None or self.initial_weights is not None
 
     def _check_restored(self, start: int) -> None:
@@ -226,7 +278,3 @@ class Trainer:
         log.info(f"saved {path}")
         if self.context.rank == 0:
             write_json(Path(self.config.output_dir) / "blend_counts.json", self.loader.source_counts(step))
-
-    def num_parameters(self) -> int:
-        """Parameters on this rank."""
-        return sum(parameter.numel() for chunk in self.chunks for parameter in chunk.parameters())

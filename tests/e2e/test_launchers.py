@@ -17,12 +17,16 @@ from megatron_grit.config.parse import load_config, parse_run_config
 
 LAUNCHERS = {"train_gritlm_7b.sh": 8, "train_gritlm_8x7b.sh": 256}
 PATHS = {"EMBEDDING_DATA": "a b", "GENERATIVE_DATA": "c", "TOKENIZER": "t", "CHECKPOINT": "base"}
+SGPT_LAUNCHERS = ("train_sgpt_nli.sh", "train_sgpt_msmarco.sh")
+"""They take a model of transformers and embedding data."""
+SGPT_PATHS = {"MODEL": "gpt-j", "EMBEDDING_DATA": "a b"}
 
 
 def launch(
     repository: Path, cwd: Path, name: str, *options: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in os.environ.items() if key not in PATHS and not key.startswith("SLURM")}
+    unset = PATHS | SGPT_PATHS | {"EPOCHS": ""}
+    clean = {key: value for key, value in os.environ.items() if key not in unset and not key.startswith("SLURM")}
     return subprocess.run(
         ["bash", str(repository / "examples" / name), *options],
         cwd=cwd,
@@ -34,8 +38,9 @@ def launch(
 
 
 def test_the_list_of_launchers_is_complete(repository: Path) -> None:
-    scripts = {path.name for path in (repository / "examples").glob("*.sh")} - {"common.sh", "quickstart.sh", "build_retro_db.sh"}
-    assert scripts == set(LAUNCHERS)
+    others = {"common.sh", "quickstart.sh", "build_retro_db.sh"}  # the last one is tested in test_retro_launcher.py
+    scripts = {path.name for path in (repository / "examples").glob("*.sh")} - others
+    assert scripts == {*LAUNCHERS, *SGPT_LAUNCHERS}
 
 
 def test_every_configuration_of_the_examples_is_read(repository: Path) -> None:
@@ -173,3 +178,104 @@ def test_the_recipe_in_miniature(name: str, repository: Path, tmp_path: Path) ->
     )
     assert saved.loss == recipe.loss and saved.embedding == recipe.embedding
     assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("name", SGPT_LAUNCHERS)
+@pytest.mark.parametrize("environment", [{}, SGPT_PATHS], ids=["nothing set", "paths set"])
+def test_dry_run_of_sgpt(name: str, environment: dict[str, str], repository: Path, tmp_path: Path) -> None:
+    """Without the model's files the shape is GPT-J's."""
+    result = launch(repository, tmp_path, name, "--training.seed", "7", DRY_RUN="1", **environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("# 8 processes = ")
+    resolved = yaml.safe_load(result.stdout)
+    assert resolved["training"]["seed"] == 7
+    assert (resolved["model"]["num_layers"], resolved["model"]["rotary_interleaved"]) == (28, True)
+    assert resolved["data"]["embedding"] == environment.get("EMBEDDING_DATA", "$EMBEDDING_DATA").split()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "lr", "steps", "warmup", "brackets"),
+    [
+        ("sgpt_nli", 1024, 32e-5, 563_648 // 1024, (0.1, None), "none"),
+        ("sgpt_msmarco", 256, 4e-4, 10 * (502_939 // 256), (0.03, 1000), "specb"),
+    ],
+)
+def test_sgpts_recipes_are_the_published_ones(
+    name: str,
+    batch: int,
+    lr: float,
+    steps: int,
+    warmup: tuple[float, int | None],
+    brackets: str,
+    repository: Path,
+) -> None:
+    """Numbers of SGPT's commands for its models of 5.8 billion parameters."""
+    configs = repository / "examples" / "configs"
+    config = parse_run_config(
+        ["--config", str(configs / f"{name}.yaml"), "--config", str(configs / "gptj_6b.yaml")]
+        + ["--data.tokenizer=t", "--data.embedding=[e]"]
+    )
+    check(config, 8, files=False)
+    training, optimizer = config.training, config.optimizer
+    assert (training.embedding_batch_size, training.steps, training.objective) == (batch, steps, "embedding")
+    assert training.trainable == ["biases"]
+    assert (optimizer.lr, optimizer.schedule, optimizer.warmup_ratio, optimizer.warmup_steps) == (lr, "linear", *warmup)
+    assert (config.loss.temperature, config.data.train_group_size, config.data.allow_shared_texts) == (0.05, 2, False)
+    embedding = config.embedding
+    assert (embedding.pooling, embedding.causal, embedding.brackets) == ("weightedmean_sgpt", True, brackets)
+
+
+@pytest.mark.parametrize("name", SGPT_LAUNCHERS)
+@pytest.mark.parametrize("missing", SGPT_PATHS)
+def test_a_missing_path_of_sgpt_is_named(name: str, missing: str, repository: Path, tmp_path: Path) -> None:
+    given = {key: value for key, value in SGPT_PATHS.items() if key != missing}
+    result = launch(repository, tmp_path, name, **given)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"{name}: error: set {missing} to ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_epochs_are_counted_from_the_data(repository: Path, tmp_path: Path) -> None:
+    """The first mistake that is left is the model's directory, which is looked at after the data."""
+    result = launch(repository, tmp_path, "train_sgpt_nli.sh", **SGPT_PATHS)
+    assert result.returncode == 2
+    assert "train_sgpt_nli.sh: error: EMBEDDING_DATA: " in result.stderr and "a.json" in result.stderr
+    for name, records in (("a", 3000), ("b", 2000)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"num_records": records}))
+    body = 'shift 2; printf "%s\\n" "$@"'
+    script = (repository / "examples" / "train_sgpt_msmarco.sh").read_text()
+    # In place of the job, its options.
+    script = script.replace("\nrun_training 1", f"\nrun_training() {{ {body}; }}\nrun_training 1")
+    copy = tmp_path / "copy"
+    (copy / "examples").mkdir(parents=True)
+    (copy / "examples" / "launcher.sh").write_text(script)
+    for name in ("examples/common.sh", "pyproject.toml"):
+        (copy / name).write_text((repository / name).read_text())
+    for epochs, steps in (({}, 10 * 5000 // 256), ({"EPOCHS": "0.5"}, 2500 // 256)):
+        options = launch(copy, tmp_path, "launcher.sh", **SGPT_PATHS, **epochs)
+        assert options.returncode == 0, options.stderr
+        words = options.stdout.split()
+        assert words[words.index("--training.steps") + 1] == str(steps)
+        assert words[words.index("--model.pretrained") + 1] == "gpt-j"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", SGPT_LAUNCHERS)
+def test_sgpts_recipe_in_miniature(name: str, repository: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = launch(repository, tmp_path, name, "--training.steps", "12", SCALE="tiny", OUTPUT_DIR=str(run))
+    assert result.returncode == 0, result.stdout + result.stderr
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 13))
+    losses = [record["loss_emb"] for record in records]
+    assert all(map(math.isfinite, losses))
+    assert sum(losses[6:]) < sum(losses[:6]), losses
+    saved = load_config(run / "config.yaml")
+    recipe = load_config(
+        repository / "examples" / "configs" / f"{name.removeprefix('train_').removesuffix('.sh')}.yaml"
+    )
+    assert saved.loss == recipe.loss and saved.embedding == recipe.embedding
+    assert saved.training.trainable == ["biases"]
+    assert list((run / "checkpoints").iterdir())

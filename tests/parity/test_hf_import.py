@@ -207,7 +207,8 @@ def test_logits_and_losses(models: tuple[Any, Any, Path]) -> None:
 
 def test_export_is_the_source(models: tuple[Any, Any, Path]) -> None:
     """The way back gives the files that were converted, name for name and bit for bit."""
-    from megatron_grit.convert.hf_to_megatron import SafetensorsFolder, family_of_model, load_hf_config
+    from megatron_grit.convert.hf_folder import SafetensorsFolder
+    from megatron_grit.convert.hf_to_megatron import family_of_model, load_hf_config
 
     _, ours, source = models
     config = load_hf_config(source)

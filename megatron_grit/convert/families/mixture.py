@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from megatron_grit.config.schema import ModelConfig
 from megatron_grit.config.shape import mixture_layers
-from megatron_grit.convert.param_map import ExpertOf, Form
+from megatron_grit.convert.param_map import ExpertOf, Form, GatedExpertOf
 from megatron_grit.errors import CheckpointError
 
 
 def stacked_experts(prefix: str) -> tuple[Form, Form]:
     """First and second linear layer of one expert, where all experts of a layer are in one tensor."""
     return (
-        Form(ExpertOf(), {prefix + "gate_up_proj": ("experts", "expert_gate_up", "hidden")}),
+        Form(GatedExpertOf(), {prefix + "gate_up_proj": ("experts", "expert_gate_up", "hidden")}),
         Form(ExpertOf(), {prefix + "down_proj": ("experts", "hidden", "expert_ffn")}),
     )
 

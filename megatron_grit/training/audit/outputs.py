@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.roles import RowKind
+from megatron_grit.models.embedding_head import apply_head
 from megatron_grit.models.gpt import GritGPTModel, Output
 from megatron_grit.models.row_share import RowShare
 from megatron_grit.parallel.context import ParallelContext
@@ -86,26 +87,27 @@ def _check_embeddings(
     embeddings_SD = chunk(row.row, Output.EMBEDDINGS)
     generator = torch.Generator().manual_seed(4)
     weights_D = torch.randn(embeddings_SD.shape[1], generator=generator).to(embeddings_SD)
-    weights_SD = _pooling_weights(row, config.embedding.pooling)
+    method, learned = config.embedding.pooling, chunk.embedding_pooling
+    weights_ST = _pooling_weights(row, method, None if learned is None else learned.weight.detach().cpu())
     problem = None
     for number, embedding_D in enumerate(embeddings_SD):
         pooled_T = _sources(embedding_D @ weights_D, states_L1D, held_L, row, context)
-        wanted_T = weights_SD[number] > 0
-        wrong = (pooled_T != wanted_T).nonzero().flatten()
+        wanted_T = weights_ST[number] != 0
+        # A maximum has some of the text's states, a channel each.
+        wrong_T = pooled_T & ~wanted_T if method == "max" else pooled_T != wanted_T
+        wrong = wrong_T.nonzero().flatten()
         if len(wrong) and problem is None:
             place = int(wrong[0])
             lead = row.span(0, None) & ~row.texts()
             what = "the instruction's " if lead[place] else ""
             verb = "is made of" if pooled_T[place] else "leaves out"
             where = row.describe(place)
-            problem = f"the embedding of segment {number + 1} {verb} {what}{where} (pooling {config.embedding.pooling})"
+            problem = f"the embedding of segment {number + 1} {verb} {what}{where} (pooling {method})"
     # Every rank goes through the collectives below, whatever it found.
     with torch.no_grad():
         hidden_LD = chunk(row.row, Output.HIDDEN)[:, 0]
         hidden_TD = gather_tokens(hidden_LD, held_L, row.length, context)
-        if chunk.embedding_head is not None:
-            hidden_TD = chunk.embedding_head(hidden_TD)
-        expected_SD = weights_SD.to(hidden_TD.device) @ hidden_TD.float()
+        expected_SD = _expected(chunk, hidden_TD, weights_ST.to(hidden_TD.device), row, config)
         norms_S = embeddings_SD.norm(dim=1)
         if config.embedding.normalize:
             expected_SD = expected_SD / expected_SD.norm(dim=1, keepdim=True)
@@ -114,12 +116,31 @@ def _check_embeddings(
                 problem = f"embedding.normalize is set, and an embedding has the norm {worst:.4f}"
         apart = float((embeddings_SD - expected_SD).norm() / expected_SD.norm())
     if problem is None and not apart <= _TOLERANCE[states_L1D.dtype]:
-        problem = f"embeddings are not the {config.embedding.pooling} of their texts' states: {apart:.1%} off"
+        problem = f"embeddings are not the {method} of their texts' states: {apart:.1%} off"
     return problem
 
 
-def _pooling_weights(row: AuditRow, method: str) -> Tensor:
-    """Weight of each token's state in each segment's embedding by the definition of the method: [S, T]."""
+def _expected(chunk: GritGPTModel, hidden_TD: Tensor, weights_ST: Tensor, row: AuditRow, config: RunConfig) -> Tensor:
+    """Embeddings before normalisation, pooled by a matrix product, or a segment at a time for max."""
+    head, is_query_S = chunk.embedding_head, row.row.is_query_S
+    before = config.embedding.linear_place == "before_pooling"
+    if head is not None and before:
+        segment_ids_T = row.row.segment_ids_T
+        assert segment_ids_T is not None
+        is_query_T = None if is_query_S is None else torch.cat([is_query_S, is_query_S[:1]])[segment_ids_T]
+        hidden_TD = apply_head(head, hidden_TD, is_query_T)
+    if config.embedding.pooling == "max":
+        pooled_SD = torch.stack([hidden_TD[weights_T != 0].float().amax(0) for weights_T in weights_ST])
+    else:
+        pooled_SD = weights_ST @ hidden_TD.float()
+    return pooled_SD if head is None or before else apply_head(head, pooled_SD, is_query_S)
+
+
+def _pooling_weights(row: AuditRow, method: str, learned: Tensor | None) -> Tensor:
+    """Weight of each token's state in each segment's embedding by the definition of the method: [S, T].
+
+    For max those of the mean, whose tokens it chooses from.
+    """
     weights_ST = torch.zeros(len(row.bounds), row.length)
     texts_T = row.texts()
     for number, (first, last) in enumerate(row.bounds):
@@ -127,8 +148,14 @@ def _pooling_weights(row: AuditRow, method: str) -> Tensor:
         if method in ("cls", "lasttoken"):
             weights_ST[number, first if method == "cls" else text[-1]] = 1.0
             continue
-        ranks = torch.arange(1, len(text) + 1, dtype=torch.float32)
-        weights = ranks if method == "weightedmean" else torch.ones_like(ranks)
+        if learned is not None:
+            weights = learned[text - first].float()
+        elif method == "weightedmean":
+            weights = torch.arange(1, len(text) + 1, dtype=torch.float32)
+        elif method == "weightedmean_sgpt":
+            weights = (text - first + 1).float()
+        else:
+            weights = torch.ones(len(text))
         weights_ST[number, text] = weights / weights.sum()
     return weights_ST
 

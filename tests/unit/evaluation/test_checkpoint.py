@@ -19,7 +19,10 @@ class KnownModel:
 
     calls: list[tuple[str | None, int]] = []
 
-    def encode(self, texts: list[str], *, instruction: str | None, max_length: int, batch_tokens: int) -> np.ndarray:
+    def encode(
+        self, texts: list[str], instruction: str | None, *, side: str, max_length: int, batch_tokens: int
+    ) -> np.ndarray:
+        assert side == ("query" if instruction else "passage")
         self.calls.append((instruction, max_length))
         angles = np.array([float(text) for text in texts])
         return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)

@@ -68,5 +68,5 @@ def test_encode_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode_file(
         "run", str(tmp_path / "in.txt"), tmp_path / "out.npy", instruction="Find", max_length=9, batch_tokens=64
     )
-    assert calls == [(["a", "b"], {"instruction": "Find", "max_length": 9, "batch_tokens": 64})]
+    assert calls == [(["a", "b"], {"instruction": "Find", "side": None, "max_length": 9, "batch_tokens": 64})]
     assert np.load(tmp_path / "out.npy", allow_pickle=False).shape == (2, 3)

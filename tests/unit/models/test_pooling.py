@@ -15,6 +15,7 @@ from tests.rows import VOCAB, make_row, tiny_config
 STATES = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
 SEGMENTS = torch.tensor([0] * 6 + [1] * 3 + [2] * 8 + [3] * 3)  # the last three are padding
 MASK = torch.tensor([0, 0, 1, 1, 1, 1] + [1, 1, 1] + [0] * 7 + [1] + [0] * 3).float()
+LEARNED = torch.rand(8, generator=torch.Generator().manual_seed(1)) + 0.5
 
 
 def by_loop(method: str) -> Tensor:
@@ -23,11 +24,16 @@ def by_loop(method: str) -> Tensor:
         inside = segment == SEGMENTS
         states, mask = STATES[inside], MASK[inside]
         text = states[mask > 0]
-        weights = torch.arange(1, len(text) + 1).float()[:, None]
+        ranks = torch.arange(1, len(text) + 1).float()[:, None]
+        positions = torch.arange(1, len(states) + 1).float()[mask > 0, None]
+        learned = LEARNED[: len(states)][mask > 0, None]
         pooled.append(
             {
                 "mean": text.mean(0),
-                "weightedmean": (text * weights).sum(0) / weights.sum(),
+                "weightedmean": (text * ranks).sum(0) / ranks.sum(),
+                "weightedmean_sgpt": (text * positions).sum(0) / positions.sum(),
+                "learnedmean": (text * learned).sum(0) / learned.sum(),
+                "max": text.max(0).values,
                 "cls": states[0],
                 "lasttoken": text[-1],
             }[method]
@@ -37,17 +43,68 @@ def by_loop(method: str) -> Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method: str) -> None:
-    torch.testing.assert_close(pool(STATES, MASK, SEGMENTS, 3, method), by_loop(method))
+    pooled = pool(STATES, MASK, SEGMENTS, 3, method, position_weights=LEARNED)
+    torch.testing.assert_close(pooled, by_loop(method))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_reach_the_pooled_states_only(method: str) -> None:
     states = STATES.clone().requires_grad_()
-    pool(states, MASK, SEGMENTS, 3, method).sum().backward()
+    pool(states, MASK, SEGMENTS, 3, method, position_weights=LEARNED).sum().backward()
     touched = states.grad.abs().sum(1) > 0  # type: ignore[union-attr]
     assert not touched[SEGMENTS == 3].any()
     if method != "cls":
         assert not touched[MASK == 0].any()
+
+
+@pytest.mark.parametrize("method", ["mean", "weightedmean_sgpt", "learnedmean", "max", "lasttoken"])
+def test_gradients_are_those_of_the_definition(method: str) -> None:
+    gradients = []
+    for position_in_row in (True, False):
+        states, learned = STATES.double().requires_grad_(), LEARNED.double().requires_grad_()
+        if position_in_row:
+            pooled = pool(states, MASK, SEGMENTS, 3, method, position_weights=learned).double()
+        else:
+            parts = []
+            for segment in range(3):
+                inside = (segment == SEGMENTS) & (MASK > 0)
+                first = int((segment == SEGMENTS).nonzero()[0])
+                places = inside.nonzero()[:, 0]
+                text, weights = states[places], torch.ones(len(places), dtype=torch.float64)
+                if method == "weightedmean_sgpt":
+                    weights = (places - first + 1).double()
+                if method == "learnedmean":
+                    weights = learned[places - first]
+                if method in ("max", "lasttoken"):
+                    parts.append(text.max(0).values if method == "max" else text[-1])
+                else:
+                    parts.append((text * weights[:, None]).sum(0) / weights.sum())
+            pooled = torch.stack(parts)
+        (pooled * torch.arange(15.0).view(3, 5)).sum().backward()
+        gradients.append((states.grad, learned.grad))
+    for ours, expected in zip(*gradients, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_equal_maxima_share_the_gradient() -> None:
+    states = torch.tensor([[1.0], [3.0], [3.0]], requires_grad=True)
+    pool(states, torch.ones(3), torch.zeros(3, dtype=torch.int64), 1, "max").sum().backward()
+    assert states.grad is not None and states.grad[:, 0].tolist() == [0.0, 0.5, 0.5]
+
+
+def test_an_instruction_counts_in_sgpt_numbering_only() -> None:
+    mask, segments, states = torch.tensor([0.0, 1, 1]), torch.zeros(3, dtype=torch.int64), torch.eye(3)
+    assert pool(states, mask, segments, 1, "weightedmean")[0].tolist() == pytest.approx([0, 1 / 3, 2 / 3])
+    assert pool(states, mask, segments, 1, "weightedmean_sgpt")[0].tolist() == pytest.approx([0, 2 / 5, 3 / 5])
+
+
+def test_padding_may_be_longer_than_the_learned_positions() -> None:
+    segments = torch.tensor([0, 0] + [1] * 30)
+    states = torch.randn(32, 4, generator=torch.Generator().manual_seed(2))
+    mask = (segments == 0).float()
+    pooled = pool(states, mask, segments, 1, "learnedmean", position_weights=torch.tensor([1.0, 3.0]))
+    torch.testing.assert_close(pooled[0], 0.25 * states[0] + 0.75 * states[1])
 
 
 def test_pooling_is_in_fp32() -> None:

@@ -1,0 +1,347 @@
+"""A Hugging Face model's directory: where it is, its config.json, and its weights, read a part at a time.
+
+Weights are safetensors. Pickle (``pytorch_model.bin``) can run code when it is read: it is refused unless asked for,
+and then read by ``torch.load(weights_only=True)``, which takes tensors and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_grit.convert.param_map import Conversion, Index
+from megatron_grit.errors import CheckpointError
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OTHER_DTYPES = {
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+}
+"""Of masks and of quantised weights; those that are not here either count as bytes."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+_SMALL_FILES = ["config.json", *_TOKENIZERS]
+_SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
+_OTHER_FILES = ["*/*", "consolidated*"]
+"""What the patterns match besides: folders, and the same weights once more in Mistral's own layout."""
+_PICKLE = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+
+
+def local_folder(
+    source: str | Path, revision: str | None = None, *, weights: bool = True, allow_pickle: bool = False
+) -> Path:
+    """A model's directory on this machine; one that is named by its id is brought from the Hugging Face hub.
+
+    Only config.json, the tokenizer's file and the weights are downloaded, into huggingface_hub's cache.
+
+    Args:
+        source: a directory, or ``organisation/name`` where there is no such directory.
+        revision: branch, tag or commit on the hub.
+        weights: False: all but the weights.
+        allow_pickle: also download pickled weights.
+
+    Raises:
+        CheckpointError: there is no such directory, or the hub does not give the model.
+    """
+    if Path(source).is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{source}: is a directory, which has no revision {revision}; leave it out")
+        return Path(source)
+    name = str(source)
+    if not _HUB_ID.fullmatch(name) or Path(source).exists():
+        return Path(source)  # whoever reads it says what is missing
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise CheckpointError(
+            f"{name}: is no directory here, and the Hugging Face hub cannot be asked without huggingface_hub; "
+            "pip install huggingface_hub, or give a directory"
+        ) from None
+    patterns = _SMALL_FILES + (_SAFETENSORS if weights else []) + (_PICKLE if weights and allow_pickle else [])
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_FILES))
+    except LocalEntryNotFoundError:
+        reason = "the hub cannot be reached and the model is not in the cache; download it where there is a network"
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+    at = f" at revision {revision}" if revision else ""
+    raise CheckpointError(f"{name}: is no directory here, and not to be had from the Hugging Face hub{at}: {reason}")
+
+
+def read_config_json(path: Path) -> dict[str, Any]:
+    """A model's config.json.
+
+    Raises:
+        CheckpointError: there is none, or it is not JSON.
+    """
+    file = path / "config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path}: no config.json; give the directory of a Hugging Face model") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error})") from None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file}: not a JSON object")
+    return settings
+
+
+class StoredTensor:
+    """A tensor in a file: its shape is known, and indexing reads the part that is asked for and no more."""
+
+    def __init__(self, folder: WeightFolder, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self._folder, self.name = folder, name
+        self.shape, self.dtype = torch.Size(shape), dtype
+
+    def __getitem__(self, index: Index) -> Tensor:
+        """Slices of leading dimensions, with a step of 1; as indexing a tensor, but always with memory of its own."""
+        slices = tuple(slice(*each.indices(size)) for each, size in zip(index, self.shape, strict=False))
+        shape = [each.stop - each.start for each in slices] + list(self.shape[len(slices) :])
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=self.dtype)
+        part = self._folder.read(self.name, slices)
+        self._folder.bytes_read += part.numel() * part.element_size()
+        return part
+
+
+class WeightFolder(Mapping[str, Tensor]):
+    """The tensors of a folder of weights as a mapping that reads a tensor when it is asked for.
+
+    Attributes:
+        files: weight files in the order of their names.
+        stored: what is known of each tensor without reading it, and the way to read a part.
+        bytes_read: bytes of the parts that were read.
+
+    Raises:
+        CheckpointError: no weights there; a file that the index names is missing or cut short; index and files
+            contradict each other; a tensor is in two files.
+    """
+
+    def __init__(self, path: Path, files: list[Path], index: Path | None) -> None:
+        self.path, self.files, self.bytes_read = path, files, 0
+        self.stored: dict[str, StoredTensor] = {}
+        self._file_of: dict[str, Path] = {}
+        for file in files:
+            for name, shape, dtype in self.contents(file):
+                if name in self._file_of:
+                    raise CheckpointError(f"tensor {name} is in two files, {self._file_of[name]} and {file}")
+                self._file_of[name] = file
+                self.stored[name] = StoredTensor(self, name, shape, dtype)
+        if index is not None:
+            self._check_index(index)
+
+    def _check_index(self, index: Path) -> None:
+        for name, file in _weight_map(index).items():
+            found = self._file_of.get(name)
+            if found != self.path / file:
+                elsewhere = "" if found is None else f"; it is in {found.name}"
+                raise CheckpointError(
+                    f"{self.path / file}: has no tensor {name}, though {index.name} says so{elsewhere}"
+                )
+
+    def contents(self, file: Path) -> list[tuple[str, Sequence[int], torch.dtype]]:
+        """Name, shape and type of each tensor of a file."""
+        raise NotImplementedError
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        """A part of a tensor, in memory of its own."""
+        raise NotImplementedError
+
+    def file_of(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self._file_of[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[name][()]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __enter__(self) -> WeightFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class SafetensorsFolder(WeightFolder):
+    """A folder of safetensors files.
+
+    A file is mapped while a tensor is read and unmapped right after: pages that were read count as memory of the
+    process for as long as the file stays mapped.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        index = path / "model.safetensors.index.json"
+        super().__init__(path, _safetensors_files(path), index if index.exists() else None)
+
+    def contents(self, file: Path) -> list[tuple[str, Sequence[int], torch.dtype]]:
+        from safetensors import SafetensorError, safe_open
+
+        dtypes = _DTYPES | _OTHER_DTYPES
+        try:
+            with safe_open(file, framework="pt") as reader:
+                slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)
+                return [
+                    (name, each.get_shape(), dtypes.get(each.get_dtype(), torch.uint8)) for name, each in slices.items()
+                ]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: not a whole safetensors file ({error}); copy it again") from None
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        file = self.file_of(name)
+        try:
+            with safe_open(file, framework="pt") as reader:
+                part: Tensor = reader.get_slice(name)[slices] if slices else reader.get_tensor(name)
+                return part.clone(memory_format=torch.contiguous_format)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: tensor {name} cannot be read ({error}); copy the file again") from None
+
+
+class PickleFolder(WeightFolder):
+    """A folder of ``pytorch_model*.bin``, of which nothing but tensors is read.
+
+    Files that torch wrote since version 1.6 are mapped; an older one is in memory as long as its tensors are read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        self._open: tuple[Path, dict[str, Tensor]] | None = None
+        index = path / "pytorch_model.bin.index.json"
+        super().__init__(path, _pickle_files(path), index if index.exists() else None)
+        self._open = None
+
+    def contents(self, file: Path) -> list[tuple[str, Sequence[int], torch.dtype]]:
+        return [(name, tensor.shape, tensor.dtype) for name, tensor in self._tensors(file).items()]
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        return self._tensors(self.file_of(name))[name][slices].clone(memory_format=torch.contiguous_format)
+
+    def _tensors(self, file: Path) -> dict[str, Tensor]:
+        if self._open is None or self._open[0] != file:
+            self._open = None  # before the next one is read
+            self._open = (file, _load_pickle(file))
+        return self._open[1]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open = None
+
+
+def open_weights(path: Path, *, allow_pickle: bool = False) -> WeightFolder:
+    """The weights of a model's directory: its safetensors, or where there are none and it is allowed, its pickles.
+
+    Raises:
+        CheckpointError: as :class:`WeightFolder`.
+    """
+    has_safetensors = next(path.glob("*.safetensors"), None) or (path / "model.safetensors.index.json").exists()
+    return PickleFolder(path) if allow_pickle and not has_safetensors else SafetensorsFolder(path)
+
+
+def check_weights(plan: Iterable[Conversion], weights: WeightFolder) -> Literal["fp32", "bf16"]:
+    """Look at types and shapes of all that will be read, before any of it is.
+
+    Returns:
+        The precision that keeps the weights as they are: bf16 where all of them are, else fp32.
+
+    Raises:
+        CheckpointError: a tensor has another shape than config.json says, or a type that is not one of plain weights.
+    """
+    types = set()
+    for conversion in plan:
+        for name in conversion.sources:
+            stored = weights.stored[name]
+            types.add(stored.dtype)
+            if stored.dtype not in _DTYPES.values():
+                raise CheckpointError(
+                    f"{weights.file_of(name)}: tensor {name} has the type {str(stored.dtype).removeprefix('torch.')}; "
+                    "only float32, float16 and bfloat16 are read: give the weights before they were quantised"
+                )
+            try:
+                conversion.check(name, stored.shape)
+            except CheckpointError as error:
+                raise CheckpointError(f"{weights.file_of(name)}: {error}") from None
+    return "bf16" if types == {torch.bfloat16} else "fp32"
+
+
+def _load_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # a damaged file fails in whatever way its bytes lead to
+        if type(error).__name__ == "UnpicklingError":
+            raise CheckpointError(
+                f"{file}: holds something else than tensors, which would run code when it is read; nothing of it was "
+                "run. Give weights as safetensors"
+            ) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(f"{file}: not a whole file of torch ({reason}); copy it again") from None
+    if not isinstance(found, dict) or not all(isinstance(each, Tensor) for each in found.values()):
+        raise CheckpointError(f"{file}: not a state dict, names to tensors")
+    return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, OSError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(file, str) and "/" not in file for file in found.values()):
+        raise CheckpointError(f"{index}: not an index of weights")
+    return found
+
+
+def _safetensors_files(path: Path) -> list[Path]:
+    """The files that model.safetensors.index.json lists; without it model.safetensors, or all that there are."""
+    files = _files(path, "model.safetensors", "*.safetensors")
+    if not files:
+        pickled = sorted(path.glob("*.bin"))
+        why = (
+            f"; {pickled[0].name} is pickle, which can run code: save the model as safetensors, "
+            "or convert it with megatron-grit convert --allow-pickle"
+            if pickled
+            else ""
+        )
+        raise CheckpointError(f"{path}: no *.safetensors{why}")
+    return files
+
+
+def _pickle_files(path: Path) -> list[Path]:
+    files = _files(path, "pytorch_model.bin", "pytorch_model*.bin")
+    if not files:
+        raise CheckpointError(f"{path}: no *.safetensors and no pytorch_model*.bin")
+    return files
+
+
+def _files(path: Path, single: str, pattern: str) -> list[Path]:
+    index = path / f"{single}.index.json"
+    if not index.exists():
+        return [path / single] if (path / single).is_file() else sorted(path.glob(pattern))
+    files = sorted({path / name for name in _weight_map(index).values()})
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing, though {index.name} names it")
+    return files

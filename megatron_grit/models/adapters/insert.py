@@ -1,0 +1,91 @@
+"""Adapters put beside the linear layers of a model, with fresh weights that do not depend on the layout."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_grit.config.adapter_checks import adapter_targets
+from megatron_grit.config.schema import AdapterConfig, RunConfig
+from megatron_grit.models.adapters.lora import AdaptedLinear, LoraAdapter, LoraPart, PartLayout, attach
+from megatron_grit.models.adapters.names import global_name
+from megatron_grit.models.adapters.split import Split
+
+_LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+def insert_adapters(model: Any, config: RunConfig) -> None:
+    """Give the linear layers of a chunk the adapters that the configuration asks for.
+
+    ``lora_A`` is drawn as PEFT draws it, uniform within 1 / sqrt(input width), for the whole layer from
+    ``training.seed`` and the layer's name, and then cut; ``lora_B`` is zero, so the model's output is what it was.
+
+    Args:
+        model: a chunk (:class:`~megatron_grit.models.gpt.GritGPTModel`), on the CPU or a device.
+        config: the run.
+    """
+    targets = adapter_targets(config)
+    for name, linear in list(model.decoder.named_modules(prefix="decoder")):
+        if name.rpartition(".")[2] not in _LINEARS:
+            continue
+        layout = part_layout(name.rpartition(".")[2], linear, model.config)
+        adapted = [part for part in layout.names if part in targets]
+        if adapted:
+            split, seed = Split.of_linear(linear), f"{config.training.seed} {global_name(model, name)}"
+            parts = {
+                part: _fresh_part(linear, layout, part, config.adapter, split, f"{seed} {part}") for part in adapted
+            }
+            allreduce = getattr(linear.weight, "allreduce", True)
+            attach(linear, LoraAdapter(layout, parts, config.adapter.dropout, split, allreduce))
+
+
+def part_layout(kind: str, linear: Any, engine_config: Any) -> PartLayout:
+    """How Hugging Face's projections lie in a layer's output on this rank.
+
+    Args:
+        kind: the layer's name: linear_qkv, linear_proj, linear_fc1 or linear_fc2.
+        linear: the layer.
+        engine_config: its TransformerConfig.
+    """
+    if kind == "linear_proj":
+        return PartLayout(("o_proj",), (linear.output_size,))
+    if kind == "linear_fc2":
+        return PartLayout(("down_proj",), (linear.output_size,))
+    rows = linear.output_size_per_partition
+    if kind == "linear_fc1":
+        if engine_config.gated_linear_unit:
+            return PartLayout(("gate_proj", "up_proj"), (rows // 2, rows // 2))
+        return PartLayout(("up_proj",), (rows,))
+    groups, channels = engine_config.num_query_groups, engine_config.kv_channels
+    queries = engine_config.num_attention_heads // groups * channels
+    return PartLayout(("q_proj", "k_proj", "v_proj"), (queries, channels, channels), rows // (queries + 2 * channels))
+
+
+def _fresh_part(
+    linear: Any, layout: PartLayout, name: str, adapter: AdapterConfig, split: Split, seed: str
+) -> LoraPart:
+    whole = _draw(adapter.rank, linear.input_size, seed)
+    axis = split.axis_of("lora_A")
+    if axis is not None:
+        whole = whole.chunk(split.size, axis)[dist.get_rank(split.group)]
+    lora_A = whole.to(linear.weight.device, linear.config.params_dtype, copy=True).contiguous()
+    num_rows = layout.num_groups * layout.widths[layout.names.index(name)]
+    scaling = adapter.alpha / (math.sqrt(adapter.rank) if adapter.rslora else adapter.rank)
+    return LoraPart(lora_A, num_rows, scaling, adapter.kind == "dora", split)
+
+
+def _draw(rank: int, width: int, seed: str) -> Tensor:
+    """Kaiming's uniform distribution with a = sqrt(5), as of torch.nn.Linear: fp32 [rank, width]."""
+    digest = hashlib.blake2b(seed.encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.empty(rank, width).uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
+
+
+def adapted_linears(model: torch.nn.Module) -> dict[str, AdaptedLinear]:
+    """Layers of a chunk that have an adapter, by their names in the chunk."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}

@@ -1,0 +1,102 @@
+"""What lies beside exported weights: the model card, generation's end, the chat template, arguments for vLLM."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_grit.config.schema import EmbeddingConfig, RunConfig
+from megatron_grit.convert.export_card import vllm_settings
+from megatron_grit.convert.export_chat import jinja_of
+from megatron_grit.convert.export_embedding import bidirectional_settings
+from megatron_grit.convert.megatron_to_hf import export_checkpoint
+from megatron_grit.data.chat_templates import TEMPLATES
+from tests.unit.convert.test_export import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("files"))[0]
+
+
+def card_of(run: Path, target: Path) -> str:
+    return (export_checkpoint(run, target) / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_says_what_the_runs_files_say(run: Path, tmp_path: Path) -> None:
+    """Losses of the checkpoint's step and no later one; counts of the blend; nothing where there is no file."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    plain = card_of(copy, tmp_path / "plain")
+    assert "last loss" not in plain and "- generative: gen" in plain
+    assert "| steps | 3 |" in plain and "| mesh | tensor 1, pipeline 1, context 1, data 1, expert 1" in plain
+    lines = [{"step": step, "loss_gen": step + 0.25, "loss_emb": 7.5, "lr": 0.1} for step in (2, 3, 4)]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    counts = {"embedding": {"data/emb": 24}, "generative": {"data/gen": 16}}
+    (copy / "blend_counts.json").write_text(json.dumps(counts))
+    told = card_of(copy, tmp_path / "told")
+    assert "| last loss_gen | 3.2500 |" in told and "| last loss_emb | 7.5000 |" in told and "lr" not in told
+    assert "| generative | gen | 16 |" in told and "| embedding | emb | 24 |" in told
+    assert str(tmp_path) not in told and "base_model" not in told
+    assert "<|user|>\\n{instruction}\\n<|embed|>\\n{text}" in told and "AutoModelForCausalLM" in told
+
+
+def test_a_model_that_was_not_trained_here(tmp_path: Path) -> None:
+    """Step 0: no training is told of; where it came from is."""
+    run, _ = make_checkpoint(tmp_path, step=0, model={"pretrained": "mistralai/Mistral-7B-v0.1@main"})
+    card = card_of(run, tmp_path / "out")
+    assert "## Training" not in card and "| steps |" not in card
+    assert "base_model: mistralai/Mistral-7B-v0.1\n" in card
+    assert "| started from | mistralai/Mistral-7B-v0.1@main |" in card
+
+
+def test_the_chat_template_is_that_of_the_data(run: Path, tmp_path: Path) -> None:
+    """As the indexed file's .json names it; one of a file of the user's is not made up."""
+    meta = run.parent / "gen.json"
+    original = meta.read_text()
+    try:
+        for name, expected in (("zephyr", jinja_of(TEMPLATES["zephyr"])), ("mine:0123", None)):
+            meta.write_text(json.dumps(json.loads(original) | {"template": name}))
+            card = card_of(run, tmp_path / name.partition(":")[0])
+            file = tmp_path / name.partition(":")[0] / "chat_template.jinja"
+            assert (file.read_text() if file.exists() else None) == expected
+            assert ("Its chat template mine:0123 is not written" in card) is (expected is None)
+        meta.unlink()
+        export_checkpoint(run, tmp_path / "gone")
+        assert (tmp_path / "gone" / "chat_template.jinja").read_text() == jinja_of(TEMPLATES["gritlm"])
+    finally:
+        meta.write_text(original)
+
+
+def test_what_changes_for_both_sides_to_be_seen() -> None:
+    assert bidirectional_settings({"sliding_window": None}) == {"is_causal": False}
+    assert bidirectional_settings({"sliding_window": 8}) == {"is_causal": False, "sliding_window": None}
+    mixed = {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
+    assert bidirectional_settings(mixed) == {
+        "is_causal": False,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "layer_types": ["full_attention", "full_attention"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("embedding", "task"),
+    [
+        ({"pooling": "mean"}, "token_embed"),
+        ({"pooling": "lasttoken"}, "embed"),
+        ({"pooling": "cls", "projection_dim": 8}, "embed"),
+        ({"pooling": "weightedmean_sgpt"}, None),
+        ({"pooling": "mean", "projection_dim": 8, "linear_activation": "tanh"}, None),
+    ],
+)
+def test_arguments_for_vllm(embedding: dict[str, Any], task: str | None) -> None:
+    """Its pooler takes in the instruction, so averages are taken of the states; what it lacks is not offered."""
+    settings = vllm_settings(RunConfig(embedding=EmbeddingConfig(**embedding)), {"is_causal": False})
+    assert (None if settings is None else settings["pooler_config"]["task"]) == task
+    if settings is not None:
+        assert settings["runner"] == "pooling" and settings["hf_overrides"] == {"is_causal": False}
