@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError, DataError, NumericsError
 from megatron_grit.retrieval.embed import GritEmbedder, finite, load_embedder
 
@@ -424,10 +425,11 @@ def grit(monkeypatch, tmp_path) -> SimpleNamespace:
     calls = []
 
     def encode(texts, instruction, **options):
-        calls.append((len(texts), instruction, options["max_length"]))
+        calls.append((len(texts), instruction, options["side"], options["max_length"]))
         return np.array([[len(text), len(instruction)] for text in texts], dtype=np.float32)
 
-    config = SimpleNamespace(training=SimpleNamespace(precision="fp32"))
+    config = RunConfig()
+    config.training.precision = "fp32"
     return SimpleNamespace(encode=encode, config=config, calls=calls, folder=tmp_path)
 
 
@@ -437,8 +439,14 @@ def test_our_models_get_the_instruction_with_queries_alone(grit, monkeypatch):
     assert embedder.dim == 2 and not embedder.sides_alike
     assert embedder.embed(["a", "bb", "ccc"]).tolist() == [[1, 0], [2, 0], [3, 0]]
     assert embedder.embed(["a"], "query").tolist() == [[1, 4]]
-    assert grit.calls[1:] == [(2, "", 99), (1, "", 99), (1, "find", 99)]
+    assert grit.calls[1:] == [(2, "", "passage", 99), (1, "", "passage", 99), (1, "find", "query", 99)]
     assert embedder.embed([]).shape == (0, 2)
+
+
+def test_our_models_that_tell_sides_apart_have_no_vectors_in_common(grit):
+    assert GritEmbedder(grit, grit.folder, 99, 128, "").sides_alike
+    grit.config.embedding.brackets = "specb"
+    assert not GritEmbedder(grit, grit.folder, 99, 128, "").sides_alike
 
 
 def test_the_fingerprint_of_our_models_is_of_the_checkpoint_and_of_what_passages_follow_from(grit):
