@@ -103,7 +103,7 @@ def _new_tokens(names: list[str], model_vocab_size: int | None, tokenizer: Token
     found = {name: tokenizer.special_tokens[name] for name in names if name in tokenizer.special_tokens}
     missing = [name for name in names if name not in found]
     first, size = tokenizer.vocab_size, model_vocab_size or tokenizer.vocab_size
-    if first + len(missing) > size:
+    if missing and first + len(missing) > size:
         keys = "embedding.side_tokens" if missing[0] in _SIDES else "embedding.brackets speca"
         raise ConfigError(
             f"{keys}: the new tokens {' '.join(missing)} have the ids from {first} on, and the model's vocabulary has "

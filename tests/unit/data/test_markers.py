@@ -178,3 +178,8 @@ def test_markers_count_towards_the_longest_segment(indexed_prefixes: dict[str, s
 
 def test_without_options_there_are_none(tokenizer: Tokenizer) -> None:
     assert load_markers(EmbeddingConfig(), None, tokenizer) == SideMarkers(NO_MARKERS, NO_MARKERS)
+
+
+def test_no_markers_need_no_room(json_tokenizer: Tokenizer) -> None:
+    """A vocabulary that was cut below the tokenizer's trains on texts that do without the rest."""
+    assert load_markers(EmbeddingConfig(), json_tokenizer.vocab_size - 1, json_tokenizer) == SideMarkers()
