@@ -51,8 +51,8 @@ def _run(arguments: argparse.Namespace) -> None:
     is_export = (source / "state.json").is_file() or (source / "checkpoints").is_dir()
     for name, default in (_IMPORT_ONLY if is_export else _EXPORT_ONLY).items():
         if getattr(arguments, name) != default:
-            way = "a checkpoint is exported" if is_export else "a Hugging Face model is imported"
-            raise ConfigError(f"--{name.replace('_', '-')} has no meaning where {way}; leave it out")
+            way = "is a checkpoint, which is exported" if is_export else "holds no checkpoint of ours to export"
+            raise ConfigError(f"{source} {way}; --{name.replace('_', '-')} has no meaning here, leave it out")
     if is_export:
         from megatron_grit.convert.megatron_to_hf import export_checkpoint
         from megatron_grit.convert.merge_adapter import export_adapter

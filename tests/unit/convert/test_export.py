@@ -183,9 +183,9 @@ def test_options_of_the_other_way_are_refused(run: Path, tmp_path: Path, capsys:
     from megatron_grit.cli.convert import main
 
     assert main(["--from", str(run), "--to", str(tmp_path / "out"), "--revision", "main"]) == 2
-    assert "--revision has no meaning where a checkpoint is exported" in capsys.readouterr().err
+    assert "is a checkpoint, which is exported; --revision has no meaning here" in capsys.readouterr().err
     assert main(["--from", str(tmp_path), "--to", str(tmp_path / "out"), "--dtype", "bf16"]) == 2
-    assert "--dtype has no meaning where a Hugging Face model is imported" in capsys.readouterr().err
+    assert "holds no checkpoint of ours to export; --dtype has no meaning here" in capsys.readouterr().err
     assert main(["--from", str(run), "--to", str(tmp_path / "out"), "--max-shard-size", "many"]) == 2
     assert "max_shard_size 'many' is no size" in capsys.readouterr().err
     assert main(["--from", str(run), "--to", str(tmp_path / "out"), "--max-shard-size", "100KB"]) == 0
