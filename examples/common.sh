@@ -199,6 +199,20 @@ run_training() {
     fi
 }
 
+# epochs_to_steps BATCH EPOCHS PREFIX...: steps that see each record of the files EPOCHS times.
+epochs_to_steps() {
+    "$PYTHON" - "${0##*/}" "$@" <<'EOF'
+import json, sys
+name, batch, epochs, *prefixes = sys.argv[1:]
+try:
+    records = sum(json.load(open(f"{prefix}.json"))["num_records"] for prefix in prefixes)
+except (OSError, ValueError, KeyError) as error:
+    print(f"{name}: error: EMBEDDING_DATA: {error}; make it with tools/preprocess/build_grit.py", file=sys.stderr)
+    sys.exit(2)
+print(max(1, int(records * float(epochs)) // int(batch)))
+EOF
+}
+
 # tiny_data DIRECTORY: a few dozen records of each kind from Python's help texts, a tokenizer, and the indexed files.
 # Sets EMBEDDING_DATA, GENERATIVE_DATA and TOKENIZER.
 tiny_data() {

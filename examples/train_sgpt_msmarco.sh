@@ -54,20 +54,6 @@ EOF
         --query-max-len 298 --passage-max-len 298 --input "$directory/msmarco.jsonl" --output-prefix "$EMBEDDING_DATA"
 }
 
-# epochs_to_steps BATCH EPOCHS PREFIX...: steps that see each record of the files EPOCHS times.
-epochs_to_steps() {
-    "$PYTHON" - "${0##*/}" "$@" <<'EOF'
-import json, sys
-name, batch, epochs, *prefixes = sys.argv[1:]
-try:
-    records = sum(json.load(open(f"{prefix}.json"))["num_records"] for prefix in prefixes)
-except (OSError, ValueError, KeyError) as error:
-    print(f"{name}: error: EMBEDDING_DATA: {error}; make it with tools/preprocess/build_grit.py", file=sys.stderr)
-    sys.exit(2)
-print(max(1, int(records * float(epochs)) // int(batch)))
-EOF
-}
-
 RECIPE_ARGS=(--config "$ROOT/examples/configs/sgpt_msmarco.yaml")
 if [[ "${SCALE:-}" == tiny ]]; then
     OUTPUT_DIR="${OUTPUT_DIR:-runs/sgpt_msmarco_tiny}"

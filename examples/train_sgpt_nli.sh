@@ -49,20 +49,6 @@ EOF
         --query-max-len 75 --passage-max-len 75 --input "$directory/nli.jsonl" --output-prefix "$EMBEDDING_DATA"
 }
 
-# epochs_to_steps BATCH EPOCHS PREFIX...: steps that see each record of the files EPOCHS times.
-epochs_to_steps() {
-    "$PYTHON" - "${0##*/}" "$@" <<'EOF'
-import json, sys
-name, batch, epochs, *prefixes = sys.argv[1:]
-try:
-    records = sum(json.load(open(f"{prefix}.json"))["num_records"] for prefix in prefixes)
-except (OSError, ValueError, KeyError) as error:
-    print(f"{name}: error: EMBEDDING_DATA: {error}; make it with tools/preprocess/build_grit.py", file=sys.stderr)
-    sys.exit(2)
-print(max(1, int(records * float(epochs)) // int(batch)))
-EOF
-}
-
 RECIPE_ARGS=(--config "$ROOT/examples/configs/sgpt_nli.yaml")
 if [[ "${SCALE:-}" == tiny ]]; then
     OUTPUT_DIR="${OUTPUT_DIR:-runs/sgpt_nli_tiny}"
