@@ -34,8 +34,8 @@ def train_adapters(directory: Path, name: str, **adapter: Any) -> RunConfig:
     from megatron_grit.training.trainer import train
 
     config = tiny_run(directory)
-    config.training.audit, config.training.steps, config.training.lr = "off", 3, 0.02
-    config.training.lr_warmup_steps = 0
+    config.training.audit, config.training.steps = "off", 3
+    config.optimizer.lr, config.optimizer.warmup_steps = 0.02, 0
     config.model.pretrained, config.output_dir = str(directory / "hf"), str(directory / name)
     for key, value in ({"kind": "lora", "rank": 4} | adapter).items():
         setattr(config.adapter, key, value)
@@ -190,7 +190,7 @@ def test_a_merge_into_a_moved_base_and_a_trained_norm(directory: Path, tmp_path:
     from megatron_grit.training.trainer import train
 
     config = tiny_run(directory)
-    config.training.audit, config.training.steps, config.training.lr = "off", 2, 0.02
+    config.training.audit, config.training.steps, config.optimizer.lr = "off", 2, 0.02
     config.training.trainable = ["norms", "embeddings"]
     config.adapter.kind, config.adapter.rank = "lora", 2
     config.checkpoint.load, config.output_dir = str(directory / "base"), str(tmp_path / "run")
