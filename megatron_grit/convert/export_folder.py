@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from megatron_grit.errors import CheckpointError
-from megatron_grit.files import write_json
+from megatron_grit.files import sha256_of_file, write_json
 from megatron_grit.parallel.logs import get_logger
 from megatron_grit.training.manifest import sync_folder
 
@@ -119,8 +119,7 @@ class ExportFolder:
         path, entry = self.path / name, self._files.get(name)
         if entry is None or not path.is_file() or path.stat().st_size != entry["bytes"]:
             return False
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+        return bool(sha256_of_file(path) == entry["sha256"])
 
     @contextmanager
     def writing(self, name: str) -> Iterator[HashingFile]:

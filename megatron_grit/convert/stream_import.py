@@ -35,7 +35,7 @@ from megatron_grit.convert.hf_folder import WeightFolder
 from megatron_grit.convert.param_map import Conversion
 from megatron_grit.data.tokenizer import Tokenizer, copy_tokenizer
 from megatron_grit.errors import CheckpointError
-from megatron_grit.files import write_json
+from megatron_grit.files import sha256_of_file, write_json
 from megatron_grit.models.gpt import GritGPTModel, build_model
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
@@ -283,7 +283,7 @@ class Notes:
 
     def add(self, path: Path, parts: list[list[int]]) -> None:
         """Note that a file is whole."""
-        write_json(self._note(path), {"bytes": path.stat().st_size, "sha256": _sha256(path), "parts": parts})
+        write_json(self._note(path), {"bytes": path.stat().st_size, "sha256": sha256_of_file(path), "parts": parts})
 
     def find(self, path: Path, num_parts: int) -> list[list[int]] | None:
         """Take up a file of an earlier start. None: there is none that is whole."""
@@ -292,7 +292,7 @@ class Notes:
             said = json.loads(note.read_text())
             parts: list[list[int]] = said["parts"]
             same_size = kept.stat().st_size == said["bytes"] and len(parts) == num_parts
-            if same_size and _sha256(kept) == said["sha256"]:
+            if same_size and sha256_of_file(kept) == said["sha256"]:
                 kept.rename(path)
                 return parts
         kept.unlink(missing_ok=True)
@@ -319,8 +319,3 @@ def _fingerprint(config: RunConfig, weights: WeightFolder, tokenizer: Tokenizer)
         MAX_FILE_BYTES,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,10 +19,14 @@ Source: Muennighoff, SGPT: GPT Sentence Embeddings for Semantic Search (arXiv 22
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_grit.config.schema import EmbeddingConfig
 from megatron_grit.data.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError
+
+Side = Literal["query", "passage"]
+"""What a text is to be embedded as."""
 
 _BRACKETS = {
     "none": ((), ()),

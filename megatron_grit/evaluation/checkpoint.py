@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from megatron_grit.data.markers import Side
 from megatron_grit.errors import ConfigError
 from megatron_grit.evaluation.bootstrap import Interval
 from megatron_grit.evaluation.perplexity import evaluate_perplexity
@@ -54,7 +55,7 @@ def evaluate_checkpoint(
     intervals: dict[str, Interval] = {}
     if task is not None:
 
-        def embed(given: list[Instructed], side: Literal["query", "passage"]) -> np.ndarray:
+        def embed(given: list[Instructed], side: Side) -> np.ndarray:
             def encode(texts: list[str], instruction: str | None) -> np.ndarray:
                 return model.encode(texts, instruction, side=side, max_length=max_length, batch_tokens=batch_tokens)
 

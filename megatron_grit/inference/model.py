@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from megatron_grit.config.embedding_shape import tells_sides_apart
 from megatron_grit.config.schema import ParallelConfig, RunConfig
 from megatron_grit.convert.adapted_checkpoint import load_checkpoint
 from megatron_grit.data.indexed import IndexedRecords
-from megatron_grit.data.markers import load_markers
+from megatron_grit.data.markers import Side, load_markers
 from megatron_grit.data.roles import RowKind, supervised
 from megatron_grit.data.templates import encode_embedding, encode_prompt
 from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer
@@ -78,7 +78,7 @@ class GritModel:
         texts: str | Sequence[str],
         instruction: str | None = "",
         *,
-        side: Literal["query", "passage"] | None = None,
+        side: Side | None = None,
         max_length: int = 512,
         batch_tokens: int = 8192,
         progress: bool = True,
@@ -122,7 +122,7 @@ class GritModel:
         texts: Sequence[str],
         instruction: str | None = "",
         *,
-        side: Literal["query", "passage"] | None = None,
+        side: Side | None = None,
         max_length: int = 512,
     ) -> list[tuple[list[int], list[int]]]:
         """Ids of each text's instruction and of the text with its markers, as :meth:`encode` embeds them.

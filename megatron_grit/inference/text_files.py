@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
+from megatron_grit.data.markers import Side
 from megatron_grit.errors import DataError
 from megatron_grit.files import replacing
 
@@ -53,7 +53,7 @@ def encode_file(
     output_path: str | Path,
     *,
     instruction: str = "",
-    side: Literal["query", "passage"] | None = None,
+    side: Side | None = None,
     max_length: int = 512,
     batch_tokens: int = 8192,
     device: str = "auto",

@@ -6,17 +6,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from megatron_grit.config.embedding_shape import tells_sides_apart
+from megatron_grit.data.markers import Side
 from megatron_grit.errors import ConfigError, NumericsError
 
 if TYPE_CHECKING:
     from megatron_grit.inference.model import GritModel
 
-Side = Literal["passage", "query"]
 
 _WINDOW = 8192
 """Texts that one of our own models is given at a time."""

@@ -11,7 +11,6 @@ makes sense.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.files import replacing_path, write_json
+from megatron_grit.files import replacing_path, sha256_of_file, write_json
 from megatron_grit.parallel.logs import get_logger
 
 log = get_logger(__name__)
@@ -338,7 +337,7 @@ class VectorIndex:
             with replacing_path(path) as temporary:
                 faiss.write_index(self.index, str(temporary))
                 manifest.first_id = self.first_id
-                manifest.bytes, manifest.sha256 = temporary.stat().st_size, _sha256(temporary)
+                manifest.bytes, manifest.sha256 = temporary.stat().st_size, sha256_of_file(temporary)
             write_json(path.with_suffix(".json"), asdict(manifest))
         except (OSError, RuntimeError) as error:
             raise DataError(
@@ -474,15 +473,7 @@ def merge_nearest(parts: list[tuple[np.ndarray, np.ndarray]], k: int, metric: st
 
 def is_whole(path: Path, manifest: IndexManifest) -> bool:
     """Whether an index file is what its manifest says; reads it."""
-    return path.is_file() and path.stat().st_size == manifest.bytes and _sha256(path) == manifest.sha256
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+    return path.is_file() and path.stat().st_size == manifest.bytes and sha256_of_file(path) == manifest.sha256
 
 
 def _reason(error: BaseException) -> str:
