@@ -34,6 +34,9 @@ _PART = 4096
 """Rows that one thread works on."""
 _LARGEST_PART = 1 << 40
 """Bytes that any part of an index file may say it has."""
+_TABLES = (1 << 31) + 8
+"""Bytes of the tables that faiss computes for a product quantiser when it opens a file, above the most that it makes.
+They count as read, so the limit is never below them, however small the file."""
 
 
 def _faiss() -> Any:
@@ -376,7 +379,7 @@ class VectorIndex:
             raise DataError(
                 "does not match its checksum and is not opened; run the task that makes it again", path=path
             )
-        faiss.set_deserialization_vector_byte_limit(min(_LARGEST_PART, max(size, 1 << 20)))
+        faiss.set_deserialization_vector_byte_limit(min(_LARGEST_PART, max(size, _TABLES)))
         faiss.set_deserialization_loop_limit(max(manifest.num_vectors, 1 << 24))
         try:
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import numpy as np
 from tqdm import tqdm
 
 from megatron_grit.data.block_files import Arrays, Block, BlockFolder, shares
@@ -22,7 +23,7 @@ _MINUTES = 7 * 24 * 60
 T = TypeVar("T")
 
 
-def _alone(value: Any) -> list[Any]:
+def _alone(value: T) -> list[T]:
     return [value]
 
 
@@ -34,11 +35,19 @@ class Worker:
         rank: of 0 to ``world_size - 1``.
         world_size: processes.
         gather: every process's value, of what JSON can hold, on every process, in the order of ranks.
+        gather_arrays: likewise of arrays that have one type and number of axes, and may differ in length.
+        team: several processes may hold one embedder together; this process's such team, of 0 to ``num_teams - 1``.
+        num_teams: how many; teams share out the blocks.
+        leads: whether this process writes what its team computes.
     """
 
     rank: int = 0
     world_size: int = 1
     gather: Callable[[Any], list[Any]] = _alone
+    gather_arrays: Callable[[np.ndarray], list[np.ndarray]] = _alone
+    team: int = 0
+    num_teams: int = 1
+    leads: bool = True
 
     @property
     def is_first(self) -> bool:
@@ -93,10 +102,33 @@ def worker() -> Iterator[Worker]:
     place: Any = SimpleNamespace(rank=dist.get_rank(), world_size=dist.get_world_size(), device=torch.device("cpu"))
     try:
         with JobWatch(place, _MINUTES):
-            yield Worker(place.rank, place.world_size, lambda value: gather_json(value, place))
+            yield Worker(
+                place.rank,
+                place.world_size,
+                lambda value: gather_json(value, place),
+                lambda array: _gather_arrays(array, place.world_size),
+                team=place.rank,
+                num_teams=place.world_size,
+            )
     finally:
         if owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _gather_arrays(array: np.ndarray, world_size: int) -> list[np.ndarray]:
+    """Every process's array, along its first axis of any length, on every process."""
+    import torch
+    import torch.distributed as dist
+
+    content = torch.from_numpy(np.ascontiguousarray(array))
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(lengths, torch.tensor([len(content)]))
+    longest = max(int(length) for length in lengths)
+    padded = content.new_zeros(longest, *content.shape[1:])
+    padded[: len(content)] = content
+    parts = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(parts, padded)
+    return [part[: int(length)].numpy() for part, length in zip(parts, lengths, strict=True)]
 
 
 def compute_blocks(
@@ -106,7 +138,7 @@ def compute_blocks(
 
     Args:
         folder: where they are.
-        compute: a block's arrays; the same whichever process calls it.
+        compute: a block's arrays; the same whichever team calls it. All processes of the team do.
         worker: this process.
         what: for the progress bar, which is that of the first process and counts for all.
         unit: what a block has many of.
@@ -130,10 +162,12 @@ def compute_blocks(
         log.info(f"{what}: {folder.num_items - to_do:,} of {folder.num_items:,} {unit}s are there already")
     bar = tqdm(total=to_do, unit=unit, unit_scale=True, desc=what, disable=None if worker.is_first and to_do else True)
     with bar:
-        for place, block in enumerate(shares(missing, worker.rank, worker.world_size)):
-            folder.write(block, compute(block))
+        for place, block in enumerate(shares(missing, worker.team, worker.num_teams)):
+            arrays = compute(block)
+            if worker.leads:
+                folder.write(block, arrays)
             # The others are about as far.
-            bar.update(sum(len(other) for other in missing[place * worker.world_size :][: worker.world_size]))
+            bar.update(sum(len(other) for other in missing[place * worker.num_teams :][: worker.num_teams]))
     worker.barrier()
     unseen = [block for block in missing if not block.path.is_file()]
     if unseen:

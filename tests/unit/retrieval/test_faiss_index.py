@@ -173,6 +173,15 @@ def test_damaged_files_are_not_opened(tmp_path: Path, damage: object, words: str
         VectorIndex.load(path)
 
 
+def test_a_small_file_with_large_tables_opens(tmp_path: Path) -> None:
+    """faiss computes tables on opening: here 4 MB, from a file of a few hundred kB."""
+    vectors = clustered(1000)
+    path = saved(filled("IVF256,PQ16", vectors, num_train=1000), tmp_path / "i.faissindex")
+    assert path.stat().st_size < 1 << 19
+    _, ids = VectorIndex.load(path).search(vectors[:5], 1)
+    assert ids.shape == (5, 1)
+
+
 def test_an_index_of_something_else_is_refused(tmp_path: Path) -> None:
     path = saved(filled("Flat", clustered(20)), tmp_path / "a.faissindex")
     assert len(VectorIndex.load(path, embedder="e", chunks="c")) == 20
