@@ -38,7 +38,7 @@ from megatron_grit.files import write_json
 from megatron_grit.parallel.logs import configure_logging
 
 _SYLLABLES = "ka to mi re su no la vi pe du".split()
-POINTS = 45
+POINTS = 70
 """Renames that are died at: about as many as a build makes."""
 MAX_SECONDS = 300.0
 
@@ -64,6 +64,8 @@ def write_inputs(folder: Path, num_documents: int = 120) -> dict[str, Any]:
         "tokenizer": str(folder / "tokenizer.model"),
         "embedder": str(folder / "encoder"),
         "chunk_length": 16,
+        "duplicates": "near",
+        "minhash_permutations": 32,
         "doc_block_size": 20,
         "block_size": 128,
         "index": "IVF8,PQ4x4",

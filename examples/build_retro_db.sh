@@ -12,7 +12,9 @@
 #   EMBEDDER      directory of a Hugging Face encoder, or of a checkpoint or run of ours
 #   PROJECT_DIR   default: runs/retro_db
 #   TASKS         default: build
-#   PROCESSES     default: 8, one for each GPU
+#   PROCESSES     of a node; default: 8, one for each GPU
+#   NNODES        default: the nodes of the SLURM job, else 1; all of them see PROJECT_DIR
+#   RDZV_ENDPOINT HOST:PORT of one node, to start several without SLURM: run this script on every node
 #   DRY_RUN=1     print the command and end
 #   SCALE=tiny    the same in miniature on two CPU processes: Python's help texts, and an untrained model
 set -euo pipefail
@@ -46,7 +48,7 @@ PYTHON_END
 
 if [[ "${SCALE:-}" == tiny ]]; then
     PROJECT_DIR="${PROJECT_DIR:-runs/retro_db_tiny}"
-    PROCESSES=2
+    NODES=1 PROCESSES=2
     SIZE_ARGS=(--doc_block_size 16 --block_size 64 --num_neighbors_query 40 --num_neighbors_save 4)
     tiny_corpus "$PROJECT_DIR/data"
 else
@@ -54,21 +56,15 @@ else
     required TOKENIZER "the tokenizer of the data"
     required EMBEDDER "the directory of an encoder"
     PROJECT_DIR="${PROJECT_DIR:-runs/retro_db}"
-    PROCESSES="${PROCESSES:-8}"
+    NODES="${NNODES:-${SLURM_NNODES:-1}}" PROCESSES="${PROCESSES:-8}"
     SIZE_ARGS=()
 fi
 
+# faiss searches with all cores, which the processes of a node share out.
+CORES=$(($(nproc) / PROCESSES))
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES > 0 ? CORES : 1))}"
 # Prefixes are words: shellcheck disable=SC2086
-COMMAND=(
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$PROCESSES" "$ROOT/tools/retro/build_db.py"
-    --project-dir "$PROJECT_DIR" --tasks "${TASKS:-build}"
-    --data_paths "$(yaml_list $DATA)" --tokenizer "$TOKENIZER" --embedder "$EMBEDDER" ${SIZE_ARGS[@]+"${SIZE_ARGS[@]}"} "$@"
-)
-if [[ "${DRY_RUN:-0}" == 1 ]]; then
-    printf '%q ' "${COMMAND[@]}"
-    echo
-    exit
-fi
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-"${COMMAND[@]}"
-"$PYTHON" "$ROOT/tools/retro/inspect_db.py" --project-dir "$PROJECT_DIR"
+run_job "$NODES" "$PROCESSES" "$ROOT/tools/retro/build_db.py" --project-dir "$PROJECT_DIR" --tasks "${TASKS:-build}" \
+    --data_paths "$(yaml_list $DATA)" --tokenizer "$TOKENIZER" --embedder "$EMBEDDER" \
+    ${SIZE_ARGS[@]+"${SIZE_ARGS[@]}"} "$@"
+[[ "${DRY_RUN:-0}" == 1 ]] || "$PYTHON" "$ROOT/tools/retro/inspect_db.py" --project-dir "$PROJECT_DIR"

@@ -180,22 +180,37 @@ run_training() {
     fi
     # A mistake is one line here; from a job of many processes it would be a page from each.
     WORLD_SIZE="$world" "$PYTHON" -m megatron_grit.cli.train --dry-run "$@" >/dev/null || exit $?
+    # The engine's sequence parallel overlap relies on the order of one connection to the GPU.
+    export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+    run_job "$nodes" "$processes" -m megatron_grit.cli.train "$@"
+}
+
+# run_job NODES PROCESSES_PER_NODE PROGRAM OPTION...: start a program, a file or -m and a module, on all nodes.
+run_job() {
+    local nodes="$1" processes="$2" head
+    shift 2
     local command=("$PYTHON" -m torch.distributed.run --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-0}")
-    # One thread a process. The engine's sequence parallel overlap relies on the order of one connection to the GPU.
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     if ((nodes == 1)); then
-        "${command[@]}" --standalone -m megatron_grit.cli.train "$@"
+        command+=(--standalone)
     elif [[ -n "${SLURM_JOB_ID:-}" ]]; then
-        local head
         head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
-        srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit 1 "${command[@]}" \
-            --nnodes "$nodes" --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:29400" \
-            -m megatron_grit.cli.train "$@"
-    elif [[ -n "${RDZV_ENDPOINT:-}" ]]; then
-        "${command[@]}" --nnodes "$nodes" --rdzv-id "${RDZV_ID:-megatron_grit}" --rdzv-backend c10d \
-            --rdzv-endpoint "$RDZV_ENDPOINT" -m megatron_grit.cli.train "$@"
+        command=(
+            srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit 1 "${command[@]}"
+            --nnodes "$nodes" --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:29400"
+        )
+    elif [[ -n "${RDZV_ENDPOINT:-}" || "${DRY_RUN:-0}" == 1 ]]; then
+        command+=(--nnodes "$nodes" --rdzv-id "${RDZV_ID:-megatron_grit}" --rdzv-backend c10d)
+        command+=(--rdzv-endpoint "${RDZV_ENDPOINT:-HOST:PORT}")
     else
         die "$nodes nodes: submit this script with sbatch, or run it on every node with RDZV_ENDPOINT=HOST:PORT"
+    fi
+    command+=("$@")
+    if [[ "${DRY_RUN:-0}" == 1 ]]; then
+        printf '%q ' "${command[@]}"
+        echo
+    else
+        "${command[@]}"
     fi
 }
 

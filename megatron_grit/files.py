@@ -43,10 +43,16 @@ def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]
         yield file
 
 
-def sha256_of_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+def sha256_of_file(path: str | os.PathLike[str], num_bytes: int | None = None) -> str:
+    """SHA-256 of a file's content, or of its first bytes, in hexadecimal."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if num_bytes is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while num_bytes and (block := file.read(min(num_bytes, 1 << 24))):
+            digest.update(block)
+            num_bytes -= len(block)
+        return digest.hexdigest()
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_grit import __version__
 from megatron_grit.config.parse import TrainArguments
+from megatron_grit.config.retro_run import resolve_retro_project
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import EXIT_STATUS
 from megatron_grit.parallel.failures import tell
@@ -58,13 +59,15 @@ def guarded(command: Callable[[], object], prog: str = "megatron-grit") -> int:
     return 0
 
 
-def with_pretrained(arguments: TrainArguments, *, files: bool) -> RunConfig:
-    """The parsed configuration, with what ``model.pretrained`` decides filled in. ``files``: look at weights, too."""
-    if arguments.config.model.pretrained is None:
-        return arguments.config
+def resolved(arguments: TrainArguments, *, files: bool) -> RunConfig:
+    """The parsed configuration, with what ``data.retro_project`` and ``model.pretrained`` decide filled in. ``files``:
+    look at directories and weights, too."""
+    config = resolve_retro_project(arguments.config, arguments.origins, files=files)
+    if config.model.pretrained is None:
+        return config
     from megatron_grit.convert.pretrained import resolve_pretrained
 
-    return resolve_pretrained(arguments.config, arguments.origins, files=files)
+    return resolve_pretrained(config, arguments.origins, files=files)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 
-from megatron_grit.cli.main import guarded, with_pretrained
+from megatron_grit.cli.main import guarded, resolved
 from megatron_grit.config.parse import parse_train_arguments
 from megatron_grit.config.plan import TextLengths, make_plan
 from megatron_grit.config.plan_text import format_plan
@@ -51,7 +51,7 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> None:
     for name in ("world_size", "memory_gb", "peak_tflops", "efficiency", "link_gbs", "network_gbs", "devices_per_node"):
         if getattr(arguments, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be above 0, not {getattr(arguments, name)}")
-    config = with_pretrained(parse_train_arguments(rest), files=False)
+    config = resolved(parse_train_arguments(rest), files=False)
     plan = make_plan(
         config,
         arguments.world_size,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_grit.cli.main import guarded, with_pretrained
+from megatron_grit.cli.main import guarded, resolved
 from megatron_grit.config.checks import check, mesh_summary
 from megatron_grit.config.parse import dump_config, parse_train_arguments
 
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> None:
     arguments = parse_train_arguments(argv)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config = with_pretrained(arguments, files=not arguments.print_config)
+    config = resolved(arguments, files=not arguments.print_config)
     check(config, world_size, files=not arguments.print_config, origins=arguments.origins)
     if arguments.dry_run or arguments.print_config:
         print(f"# {mesh_summary(config, world_size)}\n{dump_config(config)}", end="")

@@ -11,6 +11,7 @@ import inspect
 import typing
 
 from megatron_grit.config.parse import describe_type, preset_names
+from megatron_grit.config.retro_db import RetroDbConfig
 from megatron_grit.config.schema import RunConfig
 
 HEADER = """# Configuration
@@ -29,6 +30,14 @@ The resolved configuration is written to `output_dir/config.yaml` and into every
 """
 
 
+RETRO = """## Retrieval databases
+
+{meaning} These are options of `tools/retro/build_db.py` ([retro.md](retro.md)), kept in the database's `config.json`,
+and no part of a run.
+
+"""
+
+
 def render() -> str:
     """The whole page."""
     parts = [HEADER.format(presets=", ".join(f"`{name}`" for name in preset_names()))]
@@ -37,6 +46,7 @@ def render() -> str:
         if dataclasses.is_dataclass(hint):
             section = typing.cast(type, hint)
             parts.append(f"## {name}\n\n{inspect.getdoc(section)}\n\n{_table(section, f'{name}.')}")
+    parts.append(RETRO.format(meaning=inspect.getdoc(RetroDbConfig)) + _table(RetroDbConfig, ""))
     return "\n".join(parts)
 
 

@@ -15,6 +15,8 @@ from megatron_grit.errors import ConfigError
 from megatron_grit.files import write_json
 
 CONFIG_FILE = "config.json"
+MOST_ON_GPU = 2048
+"""Neighbors, and lists, that one search on a GPU finds or visits at most (GPU_MAX_SELECTION_K of faiss)."""
 
 
 @dataclass(kw_only=True)
@@ -59,6 +61,17 @@ class RetroDbConfig:
     """Of the embedder's matrix products."""
     batch_tokens: int = 8192
     """Tokens of a forward pass of the embedder, padding included."""
+    embedder_tensor: int = 1
+    """Of our own models: tensor parallel size. With this, embedder_pipeline, embedder_context and embedder_expert a
+    model that one GPU cannot hold is spread over several processes, which embed together. The number of processes is a
+    multiple of embedder_tensor x embedder_pipeline x the least common multiple of the other two. Another mesh changes
+    the last digits of vectors."""
+    embedder_pipeline: int = 1
+    """Of our own models: pipeline stages."""
+    embedder_context: int = 1
+    """Of our own models: context parallel size."""
+    embedder_expert: int = 1
+    """Of our own models with a mixture of experts: expert parallel size."""
     embedding_dtype: Literal["float32", "float16"] = "float32"
     """To which vectors of chunks are rounded, and in which the task embed keeps them: 4 or 2 bytes a channel."""
     index: str = "auto"
@@ -76,12 +89,22 @@ class RetroDbConfig:
     """With index auto: memory for the index while it is searched."""
     recall: float = 0.95
     """With index auto, and where nprobe and ef_search are null: wanted recall of the nearest neighbors."""
+    recall_queries: str | None = None
+    """A text file, a query in each line, that chooses how the index is searched and measures its recall. null: chunks
+    of query_paths, or of the database where that is empty or part of it."""
     num_shards: int = 1
-    """Files that the index is spread over, each with a run of the chunks; searched one after the other."""
+    """Files that the index is spread over, each with a run of the chunks; searched one after the other, or by several
+    processes."""
     nprobe: int | None = None
     """Lists that are visited. null: the fewest that reach recall on a sample."""
     ef_search: int | None = None
     """Candidates of an HNSW search. null: as nprobe."""
+    index_placement: Literal["mapped", "memory", "spread"] = "mapped"
+    """Where query-neighbors has the index. mapped: on disk, of which the system reads what a search touches; memory:
+    whole in each process; spread: each process holds some of its files, and all of them search every query."""
+    index_on_gpu: bool = False
+    """Search on GPUs what a process holds in memory: that of its local rank under torchrun, else all. Needs the GPU
+    build of faiss."""
     query_paths: list[str] = field(default_factory=list)
     """Prefixes of indexed files whose chunks get neighbors. Empty: those of data_paths."""
     num_neighbors_query: int = 200
@@ -104,6 +127,10 @@ _AT_LEAST_ONE = (
     "block_size",
     "embedder_max_length",
     "batch_tokens",
+    "embedder_tensor",
+    "embedder_pipeline",
+    "embedder_context",
+    "embedder_expert",
     "num_shards",
     "num_neighbors_save",
     "ntrain",
@@ -137,9 +164,23 @@ def config_problems(config: RetroDbConfig) -> Iterator[str]:
         yield (
             f"num_neighbors_save {config.num_neighbors_save} is above num_neighbors_query {config.num_neighbors_query}"
         )
+    if config.index_on_gpu:
+        yield from _gpu_problems(config)
     repeated = {path for path in config.data_paths if config.data_paths.count(path) > 1}
     if repeated:
         yield f"data_paths names {min(repeated)} more than once"
+
+
+def _gpu_problems(config: RetroDbConfig) -> Iterator[str]:
+    if config.index_placement == "mapped":
+        yield "index_on_gpu needs the index in memory; set index_placement to memory or spread"
+    for name in ("num_neighbors_query", "nprobe"):
+        value = getattr(config, name)
+        if value is not None and value > MOST_ON_GPU:
+            yield (
+                f"{name} {value:,} is above {MOST_ON_GPU:,}, the most of a search on a GPU; lower it, or set "
+                "index_on_gpu to false"
+            )
 
 
 def save_project_config(config: RetroDbConfig, project: Path) -> None:

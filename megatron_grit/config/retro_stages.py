@@ -35,10 +35,10 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
     ),
     "embed": (*_EMBEDDER, "block_size"),
     "index-train": (*_EMBEDDER, "index", "metric", "ntrain", "train_load_fraction", "index_memory_gb"),
-    "index-add": ("add_load_fraction", "num_shards"),
+    "index-add": ("add_load_fraction", "num_shards", "recall_queries"),
 }
 """Those that a finished task fixes. What query-neighbors makes is kept apart for all settings of its own."""
-_PATHS = ("embedder", "tokenizer", "data_paths")
+_PATHS = ("embedder", "tokenizer", "data_paths", "recall_queries")
 _FOLLOWING: dict[str, tuple[str, ...]] = {"db-build": STAGES, "index-train": ("index-train", "index-add")}
 _TRACES: dict[str, tuple[str, ...]] = {
     "db-build": ("db/indexed_dataset_infos.json",),
@@ -52,7 +52,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "embed": ("embeddings",),
     "index-train": ("index",),
     "index-add": (
-        "index/recall_queries.hdf5",
+        "index/recall_queries",
         *(f"index/*/*/{name}" for name in ("added_*", "add_codes*", "exact_neighbors.hdf5", "search.json")),
     ),
     "query-neighbors": ("query",),

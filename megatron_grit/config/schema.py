@@ -224,6 +224,9 @@ class DataConfig:
     """
     generative: list[str] = field(default_factory=list)
     """Indexed files with texts or conversations, likewise. A batch mixes all sources."""
+    retro_project: str | None = None
+    """Directory of a retrieval database (tools/retro/build_db.py): the run trains on the documents that get neighbors
+    there, with their tokenizer. generative, where it is given, takes the place of these documents."""
     embedding_temperature: float = 1.0
     """An embedding source comes up in proportion to its weight ** (1 / embedding_temperature). Above 1 small sources
     come up more often."""

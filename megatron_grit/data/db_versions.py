@@ -23,9 +23,7 @@ from megatron_grit.data.chunk_db import DATASET, DOCUMENT, ChunkDb, map_dataset
 from megatron_grit.data.indexed import IndexedFile, file_paths, read_meta
 from megatron_grit.data.retro_project import DatasetInfo, Project, fingerprint, sha256_of_bin
 from megatron_grit.errors import DataError
-from megatron_grit.files import write_json
-
-_READ_BYTES = 1 << 24
+from megatron_grit.files import sha256_of_file, write_json
 
 
 @dataclass(kw_only=True)
@@ -150,7 +148,7 @@ def write_version(folder: Path, version: Version) -> None:
 def stored_file(folder: Path, path: Path, sha256: str | None = None) -> StoredFile:
     """A file of a project with its size and checksum, which is computed where it is not given."""
     name = path.relative_to(folder).as_posix()
-    return StoredFile(path=name, bytes=path.stat().st_size, sha256=sha256 or sha256_of(path))
+    return StoredFile(path=name, bytes=path.stat().st_size, sha256=sha256 or sha256_of_file(path))
 
 
 def check_stored(folder: Path, file: StoredFile, *, thorough: bool = False) -> Path:
@@ -167,7 +165,7 @@ def check_stored(folder: Path, file: StoredFile, *, thorough: bool = False) -> P
     path = folder / file.path
     if not path.is_file():
         raise DataError("is missing; a version of the database needs it", path=path)
-    if path.stat().st_size != file.bytes or (thorough and sha256_of(path) != file.sha256):
+    if path.stat().st_size != file.bytes or (thorough and sha256_of_file(path) != file.sha256):
         raise DataError("was changed since this version of the database was made; it cannot be opened", path=path)
     return path
 
@@ -182,16 +180,6 @@ def removed_documents(folder: Path, version: Version) -> np.ndarray:
         return np.empty((0, 2), dtype=np.int64)
     pairs: np.ndarray = np.load(check_stored(folder, version.tombstones, thorough=True), allow_pickle=False)
     return pairs
-
-
-def sha256_of(path: Path, num_bytes: int | None = None) -> str:
-    """SHA-256 of a file, or of its first bytes."""
-    digest, left = hashlib.sha256(), path.stat().st_size if num_bytes is None else num_bytes
-    with path.open("rb") as file:
-        while left and (block := file.read(min(_READ_BYTES, left))):
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()
 
 
 def source_of(prefix: str, path: Path) -> Source:
@@ -232,15 +220,15 @@ def begins_with(path: Path, source: Source) -> bool:
         and file.num_sequences >= source.num_sequences
         and file.bin_bytes >= source.bin_bytes
         and _index_digest(file, source.num_sequences, source.num_documents) == source.index_sha256
-        and sha256_of(file.bin_path, source.bin_bytes) == source.bin_sha256
+        and sha256_of_file(file.bin_path, source.bin_bytes) == source.bin_sha256
     )
 
 
 def _index_digest(file: IndexedFile, num_sequences: int, num_documents: int) -> str:
     digest = hashlib.sha256(file.dtype.str.encode())
     for array in (file.lengths[:num_sequences], file.documents[: num_documents + 1]):
-        for start in range(0, len(array), 1 << 20):
-            digest.update(array[start : start + (1 << 20)].tobytes())
+        for start in range(0, len(array), 1 << 16):
+            digest.update(array[start : start + (1 << 16)].tobytes())
     return digest.hexdigest()
 
 

@@ -173,6 +173,27 @@ def take_first(ids_QK: np.ndarray, keep_QK: np.ndarray, k: int) -> np.ndarray:
     return np.pad(taken, ((0, 0), (0, k - taken.shape[1])), constant_values=NONE).astype(np.int64)
 
 
+def chunk_at(
+    file: IndexedFile, starts: np.ndarray, place: int, chunk_length: int, eod_id: int
+) -> tuple[int, int, np.ndarray]:
+    """Document, first token and tokens of the chunk at a place.
+
+    Args:
+        file: the tokens.
+        starts: of :func:`write_starts`.
+        place: from 0 to ``starts[-1] - 1``.
+        chunk_length: tokens of a chunk.
+        eod_id: left out where it ends the document.
+    """
+    document = int(np.searchsorted(starts, place, side="right")) - 1
+    offset = (place - int(starts[document])) * chunk_length
+    first, last = file.sequences(document)
+    length = int(file.lengths[first:last].sum(dtype=np.int64))
+    tokens = file.read(first, last, offset, min(chunk_length, length - offset))
+    ends = offset + len(tokens) == length and len(tokens) and tokens[-1] == eod_id
+    return document, offset, tokens[:-1] if ends else tokens
+
+
 def write_starts(path: Path, file: IndexedFile, chunk_length: int, eod_id: int) -> None:
     """Write how many chunks there are before each document, and all of them: int64 [documents + 1]. A closing
     ``eod_id`` does not count. Takes the same memory for any number of documents.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from megatron_grit.config.retro_db import RetroDbConfig
 from megatron_grit.data.indexed import IndexedFile, file_paths, read_meta
 from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.files import write_json
+from megatron_grit.files import sha256_of_file, write_json
 
 
 @dataclass(kw_only=True)
@@ -37,6 +36,8 @@ class DatasetInfo:
     n_chunks_invalid: int = 0
     """Empty ones and those of fewer tokens than ``min_chunk_tokens``."""
     n_chunks_duplicate: int = 0
+    n_chunks_sampled: int = 0
+    """Of those that the index is trained on; 0 before the task index-train, and for an index that is not trained."""
 
 
 class Project:
@@ -169,8 +170,4 @@ def _fingerprint(prefix: Path, stamps: tuple[tuple[int, int], ...]) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _sha256(path: Path, stamp: tuple[int, int]) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of_file(path)

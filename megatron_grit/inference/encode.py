@@ -1,17 +1,29 @@
-"""Texts to embeddings: packed into rows, without padding to the longest."""
+"""Texts to embeddings at any layout: packed into rows, without padding to the longest.
+
+The rows of a window of texts go through the engine's pipeline schedule. The lanes of a team (see :mod:`team`) share
+them out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
 from tqdm import tqdm
 
 from megatron_grit.data.batch import PackedRow
 from megatron_grit.data.packing import pack
 from megatron_grit.data.roles import RowKind
+from megatron_grit.inference.team import Team
 from megatron_grit.models.gpt import GritGPTModel, Output
+from megatron_grit.parallel.collectives import from_last_stage, gather_in_order
+from megatron_grit.parallel.context import ParallelContext
 
 # Rows are packed for this many texts at a time, so that memory does not grow with the corpus.
 _WINDOW = 8192
@@ -23,58 +35,149 @@ def encode_tokens(
     model: GritGPTModel,
     texts: Sequence[tuple[list[int], list[int]]],
     *,
+    team: Team,
     batch_tokens: int,
     progress: bool = True,
     is_query: bool | None = None,
 ) -> np.ndarray:
-    """Embed tokenised texts.
+    """Embed tokenised texts. All processes of a team call it with the same texts; teams are on their own.
 
     Args:
-        model: one process's whole model (no pipeline parallelism).
+        model: this process's pipeline stage of the model, or all of it.
         texts: for each text its instruction's tokens, attended and not pooled, and its own.
-        batch_tokens: token budget of one forward pass; raised to the longest text.
-        progress: show a bar from 256 texts on.
+        team: this process's.
+        batch_tokens: token budget of one forward pass of a lane; raised to the longest text.
+        progress: show a bar from 256 texts on, in the process that leads the team.
         is_query: whether they are queries or passages, for a model whose linear layers differ between the two.
 
     Returns:
-        float32 [len(texts), D].
+        float32 [len(texts), D], on every process.
     """
     model.eval()
     lengths = np.array([len(head) + len(tail) for head, tail in texts], dtype=np.int64)
     budget = max(batch_tokens, int(lengths.max()))
-    embeddings: np.ndarray | None = None
-    with tqdm(total=len(texts), unit="text", disable=not progress or len(texts) < _PROGRESS_FROM) as bar:
+    embeddings = np.empty((len(texts), embedding_width(model)), dtype=np.float32)
+    shows = progress and team.leads and len(texts) >= _PROGRESS_FROM
+    with tqdm(total=len(texts), unit="text", disable=not shows) as bar:
         for start in range(0, len(texts), _WINDOW):
-            for members in pack(lengths[start : start + _WINDOW], budget):
-                indices = members + start
-                row = embedding_row([texts[i] for i in indices], is_query)
-                output = model(row.to(model.context.device), Output.EMBEDDINGS).float().cpu().numpy()
-                if embeddings is None:
-                    embeddings = np.empty((len(texts), output.shape[1]), dtype=np.float32)
-                embeddings[indices] = output
-                bar.update(len(indices))
-    assert embeddings is not None
+            window = slice(start, min(start + _WINDOW, len(texts)))
+            batches = share_out(lengths[window], budget, team.num_lanes)
+            row_length = _row_length(model.context, [int(lengths[window][batch].sum()) for batch in batches])
+            row_of = partial(_row_of, texts[window], is_query, row_length)
+            vectors_ND = _encode_batches(model, team, batches, row_of, row_length, bar.update)
+            embeddings[window] = vectors_ND.cpu().numpy()
     return embeddings
 
 
-def embedding_row(texts: Sequence[tuple[list[int], list[int]]], is_query: bool | None = None) -> PackedRow:
-    """A row of texts, each a segment: instruction tokens, then pooled tokens; no padding."""
-    sizes = torch.tensor([len(head) + len(tail) for head, tail in texts])
-    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-    total = int(bounds[-1])
-    segment_ids = torch.repeat_interleave(torch.arange(len(texts)), sizes)
-    positions = torch.arange(total) - bounds[segment_ids]
+def _row_of(
+    texts: Sequence[tuple[list[int], list[int]]], is_query: bool | None, row_length: int | None, members: np.ndarray
+) -> PackedRow:
+    return embedding_row([texts[member] for member in members.tolist()], is_query, row_length)
+
+
+def share_out(lengths: np.ndarray, budget: int, num_lanes: int) -> list[np.ndarray]:
+    """Batches of texts, as many as a multiple of the lanes where there are texts enough.
+
+    Args:
+        lengths: int [N], tokens of each text.
+        budget: tokens of a batch.
+        num_lanes: that take batches in turn.
+
+    Returns:
+        The texts of each batch: int64, together 0 to N - 1.
+    """
+    batches = pack(lengths, budget)
+    if len(batches) % num_lanes and -(-len(batches) // num_lanes) * num_lanes <= len(lengths):
+        return pack(lengths, budget, num_lanes)
+    return batches
+
+
+def _encode_batches(
+    model: GritGPTModel,
+    team: Team,
+    batches: list[np.ndarray],
+    row_of: Callable[[np.ndarray], PackedRow],
+    row_length: int | None,
+    advance: Callable[[int], Any],
+) -> Tensor:
+    """Embeddings of all batches' texts, on every process of the team: [N, D]."""
+    context, num_lanes = model.context, team.num_lanes
+    rounds = [batches[first : first + num_lanes] for first in range(0, len(batches), num_lanes)]
+
+    def forward_step(iterator: Iterator[list[np.ndarray]], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        several = next(iterator)
+        # In the last round there may be fewer batches than lanes. All of them compute: experts wait for each of them.
+        row = row_of(several[min(team.lane, len(several) - 1)])
+        output = stage(row.to(context.device), Output.EMBEDDINGS)
+        advance(sum(map(len, several)))
+        return output, lambda output: (output.new_zeros(()), {"output": output})
+
+    reported = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(rounds),
+        model=model,
+        num_microbatches=len(rounds),
+        seq_length=row_length,
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    places = [_joined(batches[lane::num_lanes]) for lane in range(num_lanes)]
+    if context.is_last_stage:
+        # What a lane without a batch computed comes last, and is no more than was asked of it.
+        own_LD = torch.cat([entry["output"] for entry in reported])[: len(places[team.lane])]
+        vectors_ND = gather_in_order(own_LD, places, team.lane_group or context.data_group)
+    else:
+        vectors_ND = torch.empty(sum(map(len, places)), embedding_width(model), device=context.device)
+    return from_last_stage(vectors_ND, context)
+
+
+def _joined(batches: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *batches]))
+
+
+def embedding_width(model: GritGPTModel) -> int:
+    """Channels of an embedding, which only the last stage makes."""
+    return model.embedding_config.projection_dim or model.config.hidden_size
+
+
+def _row_length(context: ParallelContext, lengths: list[int]) -> int | None:
+    """To which rows of these many tokens are padded: stages exchange tensors of one shape, and the ranks of a tensor
+    or context parallel group hold equal parts. None: they need not be."""
+    if context.tensor_size * context.context_size * context.pipeline_size == 1:
+        return None
+    multiple = context.row_multiple if context.tensor_size * context.context_size > 1 else 1
+    return -(-max(lengths) // multiple) * multiple
+
+
+def embedding_row(
+    texts: Sequence[tuple[list[int], list[int]]], is_query: bool | None = None, row_length: int | None = None
+) -> PackedRow:
+    """A row of texts, each a segment: instruction tokens, then pooled tokens.
+
+    Args:
+        texts: for each text its instruction's tokens and its own.
+        is_query: whether they are queries or passages. None: not known.
+        row_length: to which the row is padded. None: it is not.
+    """
+    sizes = [len(head) + len(tail) for head, tail in texts]
+    used = sum(sizes)
+    padding = 0 if row_length is None else row_length - used
+    bounds = torch.tensor([0, *sizes, padding] if padding else [0, *sizes]).cumsum(0)
+    segment_ids = torch.repeat_interleave(torch.arange(len(bounds) - 1), bounds.diff())
+    # Padding may be longer than the model has positions.
+    positions = F.pad(torch.arange(used) - bounds[segment_ids[:used]], (0, padding))
     heads = torch.tensor([len(head) for head, _ in texts])
+    pooled = positions[:used] >= heads[segment_ids[:used]]
     tokens = torch.tensor([token for head, tail in texts for token in (*head, *tail)])
     return PackedRow(
         kind=RowKind.EMBEDDING,
-        tokens_1T=tokens[None],
+        tokens_1T=F.pad(tokens, (0, padding))[None],
         positions_1T=positions[None],
         cu_seqlens=bounds.to(torch.int32),
-        max_seqlen=int(sizes.max()),
-        padding_mask_1T=torch.zeros(1, total, dtype=torch.bool),
+        max_seqlen=max(*sizes, padding),
+        padding_mask_1T=(torch.arange(used + padding) >= used)[None],
         segment_ids_T=segment_ids,
-        pool_mask_T=(positions >= heads[segment_ids]).float(),
+        pool_mask_T=F.pad(pooled.float(), (0, padding)),
         slots_S=torch.arange(len(texts)),
         is_query_S=None if is_query is None else torch.full((len(texts),), is_query),
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
+from megatron_grit.config.checks import find_problems
 from megatron_grit.config.embedding_shape import tells_sides_apart
 from megatron_grit.config.schema import ParallelConfig, RunConfig
 from megatron_grit.convert.adapted_checkpoint import load_checkpoint
@@ -16,10 +20,11 @@ from megatron_grit.data.markers import Side, load_markers
 from megatron_grit.data.roles import RowKind, supervised
 from megatron_grit.data.templates import encode_embedding, encode_prompt
 from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_grit.errors import CheckpointError, DataError
+from megatron_grit.errors import CheckpointError, ConfigError, DataError, MeshError
 from megatron_grit.inference.encode import encode_tokens
 from megatron_grit.inference.generate import generate_tokens
 from megatron_grit.inference.score import score_tokens
+from megatron_grit.inference.team import join_team
 from megatron_grit.models.gpt import GritGPTModel, build_model
 from megatron_grit.parallel.launch import initialize
 from megatron_grit.training.checkpoint import read_config, read_state, resolve_checkpoint, tokenizer_path
@@ -36,18 +41,27 @@ class GritModel:
     >>> similarity = queries @ passages.T
     >>> model.generate("What does json.dumps do?")
 
-    Use :meth:`load`; the constructor takes a model that is built already.
+    A model that one process cannot hold is spread over several, which then call :meth:`encode` together:
+
+    >>> model = GritModel.load("runs/mixtral", parallel=ParallelConfig(tensor=2, expert=8))
+
+    Use :meth:`load`; the constructor takes a model that is built already, on all processes of the job.
     """
 
     def __init__(self, config: RunConfig, model: GritGPTModel, tokenizer: Tokenizer) -> None:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.markers = load_markers(config.embedding, config.model.vocab_size, tokenizer)
+        self.team = join_team(model, config.parallel.timeout_minutes)
 
     @staticmethod
     def load(
-        path: str | Path, device: str = "auto", precision: str | None = None, base: str | Path | None = None
+        path: str | Path,
+        device: str = "auto",
+        precision: str | None = None,
+        base: str | Path | None = None,
+        parallel: ParallelConfig | None = None,
     ) -> GritModel:
-        """Load a checkpoint, saved from any layout, into this process.
+        """Load a checkpoint, saved from any layout, into each process of the job or into all of them together.
 
         Args:
             path: a checkpoint, or the output directory of a run for its newest one.
@@ -55,16 +69,22 @@ class GritModel:
             precision: fp32 or bf16. None: the precision of the training run, and fp32 on a CPU.
             base: of a run with adapters, where the model that they stand beside is now, if it is not where the run
                 read it: a checkpoint or a Hugging Face directory.
+            parallel: the mesh over the processes of the job, all of which call this; its ``device`` is not looked at.
+                A mixture of experts with tensor parallelism is given the sequence parallelism that it needs. None:
+                each process holds the whole model.
 
         Raises:
             CheckpointError: there is no checkpoint, it is damaged, or its adapters belong to another base.
+            MeshError: the mesh does not fit the model or the number of processes.
         """
         path = resolve_checkpoint(path)
         state, config = read_state(path), read_config(path)
         tokenizer_file = tokenizer_path(path)
         if tokenizer_file is None:
             raise CheckpointError(f"{path}: holds no tokenizer.model or tokenizer.json")
-        config.parallel = ParallelConfig(device=device)  # type: ignore[arg-type]
+        config.parallel = replace(parallel or ParallelConfig(), device=device)  # type: ignore[arg-type]
+        if parallel is not None:
+            _fit_mesh(config)
         context = initialize(config.parallel, config.training.seed)
         config.training.precision = precision or (  # type: ignore[assignment]
             "fp32" if context.device.type == "cpu" else config.training.precision
@@ -85,6 +105,8 @@ class GritModel:
     ) -> np.ndarray:
         """Embed texts with the pooling that the model was trained with.
 
+        Processes that hold the model together, a team, call this with the same texts, and each is given all vectors.
+
         Args:
             texts: one text or several; none empty.
             instruction: what the embedding is for; attended and not pooled. "": the template without instruction.
@@ -92,7 +114,7 @@ class GritModel:
             side: what the texts are, for a model that was trained to tell queries from passages (brackets, side
                 tokens, linear layers of their own); others do not look at it.
             max_length: tokens of a text with its instruction; the rest is cut off.
-            batch_tokens: token budget of one forward pass.
+            batch_tokens: token budget of one forward pass; of each lane of a team (see :class:`Team`).
             progress: show a bar from 256 texts on.
 
         Returns:
@@ -113,7 +135,7 @@ class GritModel:
         if not all(tail for _, tail in tokenised):
             raise DataError(f"the instruction fills max_length {max_length}; shorten it or raise max_length")
         embeddings = encode_tokens(
-            self.model, tokenised, batch_tokens=batch_tokens, progress=progress, is_query=is_query
+            self.model, tokenised, team=self.team, batch_tokens=batch_tokens, progress=progress, is_query=is_query
         )
         return embeddings[0] if isinstance(texts, str) else embeddings
 
@@ -165,7 +187,9 @@ class GritModel:
 
         Raises:
             DataError: a conversation that does not end with the user.
+            ConfigError: the model is spread over several processes.
         """
+        self._refuse_team("generate")
         conversations, single = _conversations(messages)
         prompts = [encode_prompt(self.tokenizer, conversation) for conversation in conversations]
         outputs = generate_tokens(
@@ -192,7 +216,9 @@ class GritModel:
 
         Raises:
             DataError: the file is damaged, of another kind or of another tokenizer.
+            ConfigError: the model is spread over several processes.
         """
+        self._refuse_team("token_losses")
         records = IndexedRecords(prefix)
         if records.kind is not RowKind.GENERATIVE:
             raise DataError(f"holds {records.meta.kind} records; next-token loss needs generative ones", path=prefix)
@@ -204,6 +230,32 @@ class GritModel:
             tokens = np.concatenate([ids for _, ids in spans])
             texts.append((tokens, np.repeat([supervised(role) for role, _ in spans], [len(ids) for _, ids in spans])))
         return score_tokens(self.model, texts, batch_tokens=batch_tokens)
+
+    def _refuse_team(self, what: str) -> None:
+        if self.team.size > 1:
+            raise ConfigError(
+                f"{what} takes a model that each process holds whole, and this one is spread over {self.team.size}; "
+                "load it without parallel"
+            )
+
+
+def _fit_mesh(config: RunConfig) -> None:
+    """Settings of a checkpoint that go with its mesh now, not with that of its training.
+
+    Raises:
+        MeshError: the mesh does not fit the model or the number of processes.
+    """
+    parallel, model = config.parallel, config.model
+    if parallel.virtual_pipeline is not None:
+        raise MeshError("parallel.virtual_pipeline is of training; leave it out")
+    if model.num_experts is not None and parallel.tensor > 1:
+        parallel.sequence_parallel = True
+    if parallel.context > 1 and model.attention_backend == "te":
+        model.attention_backend = "auto"
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    for problem in find_problems(config, world_size, files=False):
+        if problem.key.startswith("parallel."):
+            raise problem.error(problem.message)
 
 
 def _conversations(messages: str | Sequence[Any]) -> tuple[list[list[str]], bool]:

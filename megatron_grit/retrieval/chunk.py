@@ -13,19 +13,22 @@ from typing import Any
 import numpy as np
 
 from megatron_grit.data.block_files import Arrays, Block, BlockFolder, cannot_write, digest_of_settings, signature_of
+from megatron_grit.data.chunk_db import map_dataset
 from megatron_grit.data.chunking import VISIBLE, ChunkRules, chunk_documents, visible_tokens
 from megatron_grit.data.indexed import IndexedFile, file_paths
 from megatron_grit.data.retro_project import DatasetInfo, Project, sha256_of_bin
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.files import replacing_path, write_json
 from megatron_grit.parallel.logs import get_logger
-from megatron_grit.retrieval.duplicates import EQUAL, SIMILAR, Duplicates, find_duplicates
+from megatron_grit.retrieval.buckets import mix64
+from megatron_grit.retrieval.duplicates import EQUAL, SIMILAR, ChunkBlock, DuplicateSearch
 from megatron_grit.retrieval.work import Worker, compute_blocks
 
 log = get_logger(__name__)
 
 _MARGIN = 1 << 20
 """Bytes of a table file that are not rows, generously."""
+_NUM_EXAMPLES = 5
 REPORT_FILE = "report.json"
 COUNTS = ("empty", "too_short", "exact_duplicates", "near_duplicates", "validation", "train")
 """What becomes of the chunks of a dataset, in ``db/report.json``."""
@@ -45,10 +48,29 @@ def build_chunks(project: Project, worker: Worker) -> list[DatasetInfo]:
     for what, folder, compute in recompute_chunks(project):
         compute_blocks(folder, compute, worker, what, "document")
         folders.append(folder)
-    if worker.is_first and _is_stale(project, folders):
-        merge_chunks(project, folders)
+    between = project.folder / "db" / "duplicates"
+    if worker.from_first(lambda: _is_stale(project, folders)):
+        _find_and_merge(project, folders, between, worker)
+    if worker.is_first:
+        shutil.rmtree(between, ignore_errors=True)
     worker.barrier()
     return project.infos()
+
+
+def _find_and_merge(project: Project, folders: list[BlockFolder], between: Path, worker: Worker) -> None:
+    search = DuplicateSearch(project.config, between, [block for _, block in _all_blocks(folders)])
+    search.run(worker)
+    if worker.is_first:
+        merge_chunks(project, folders, search)
+
+
+def _all_blocks(folders: list[BlockFolder]) -> list[tuple[int, ChunkBlock]]:
+    """Blocks of chunks in their order, each with the number of its dataset."""
+    return [
+        (number, ChunkBlock(block.path, f"{folder.signature} {block.path.name}"))
+        for number, folder in enumerate(folders)
+        for block in folder.blocks
+    ]
 
 
 def recompute_chunks(project: Project) -> list[tuple[str, BlockFolder, Callable[[Block], Arrays]]]:
@@ -56,12 +78,25 @@ def recompute_chunks(project: Project) -> list[tuple[str, BlockFolder, Callable[
     visible, rules = visible_tokens(project.tokenizer), chunk_rules(project)
 
     def compute(file: IndexedFile) -> Callable[[Block], Arrays]:
-        return lambda block: chunk_documents(file, block.start, block.stop, rules, visible)
+        return lambda block: cut_documents(file, block.start, block.stop, rules, visible)
 
     return [
         (f"chunks of {prefix}", chunk_blocks(project, number), compute(project.file(number)))
         for number, prefix in enumerate(project.config.data_paths)
     ]
+
+
+def cut_documents(file: IndexedFile, first: int, last: int, rules: ChunkRules, visible: np.ndarray) -> Arrays:
+    """:func:`~megatron_grit.data.chunking.chunk_documents`.
+
+    Raises:
+        ConfigError: near duplicates are wanted and datasketch is not installed.
+        DataError: as said there.
+    """
+    try:
+        return chunk_documents(file, first, last, rules, visible)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"duplicates near needs {error.name}: pip install 'megatron-grit[retro]'") from None
 
 
 def chunk_rules(project: Project) -> ChunkRules:
@@ -101,15 +136,7 @@ def is_validation(prefix: str, documents: np.ndarray, fraction: float, seed: int
         bool [n].
     """
     salt = int.from_bytes(hashlib.sha256(f"{seed} {Path(prefix).name}".encode()).digest()[:8], "little")
-    return _mix(documents.astype(np.uint64) ^ np.uint64(salt)).astype(np.float64) / 2.0**64 < fraction
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer (Steele et al., 2014)."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return mix64(documents.astype(np.uint64) ^ np.uint64(salt)).astype(np.float64) / 2.0**64 < fraction
 
 
 def _is_stale(project: Project, folders: list[BlockFolder]) -> bool:
@@ -127,14 +154,19 @@ def _merge_signature(project: Project, folders: list[BlockFolder]) -> str:
     return digest_of_settings({"blocks": [folder.signature for folder in folders], **settings})
 
 
-def merge_chunks(project: Project, folders: list[BlockFolder]) -> None:
+def merge_chunks(project: Project, folders: list[BlockFolder], search: DuplicateSearch) -> None:
     """Leave out duplicates, part validation from the rest, and write the merged tables, the datasets and the report. In
     one process, which holds a byte for each chunk.
+
+    Args:
+        project: the database.
+        folders: blocks of chunks of each dataset.
+        search: for duplicates among them; it has run.
 
     Raises:
         DataError: no chunk is left.
     """
-    found = find_duplicates(project.config, folders)
+    state = search.state()
     infos: list[DatasetInfo] = []
     report: list[dict[str, Any]] = []
     for number, folder in enumerate(folders):
@@ -151,7 +183,7 @@ def merge_chunks(project: Project, folders: list[BlockFolder]) -> None:
         infos.append(info)
         report.append({"prefix": info.prefix, "documents": info.n_docs} | dict.fromkeys(COUNTS, 0))
     num_valid = 0
-    for part in _parts(project, folders, found):
+    for part in _parts(project, folders, state):
         info, counts = infos[part.number], report[part.number]
         info.n_docs_train += int((~part.held_out).sum())
         info.n_chunks += len(part.train) + len(part.valid)
@@ -175,10 +207,11 @@ def merge_chunks(project: Project, folders: list[BlockFolder]) -> None:
         writing_table(train, total, signature, num_documents) as of_train,
         writing_table(valid, num_valid, signature) as of_valid,
     ):
-        for part in _parts(project, folders, found):
+        for part in _parts(project, folders, state):
             of_train.add(part.train, part.doc_offsets)
             of_valid.add(part.valid)
-    write_json(project.merged.parent / REPORT_FILE, {"datasets": report, "near_duplicates": _examples(project, found)})
+    examples = _examples(project, folders, search, state)
+    write_json(project.merged.parent / REPORT_FILE, {"datasets": report, "near_duplicates": examples})
     # The last, for it says that the others are there.
     project.save_infos(infos)
     for line in report_lines(report):
@@ -210,13 +243,13 @@ class _Part:
     doc_offsets: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.uint64))
 
 
-def _parts(project: Project, folders: list[BlockFolder], found: Duplicates) -> Iterator[_Part]:
+def _parts(project: Project, folders: list[BlockFolder], states: np.ndarray) -> Iterator[_Part]:
     config, place, num_train = project.config, 0, 0
     for number, folder in enumerate(folders):
         for block in folder.blocks:
             arrays = folder.read(block, "chunks_valid", "chunks_invalid")
             rows = arrays["chunks_valid"]
-            state = found.state[place : place + len(rows)]
+            state = states[place : place + len(rows)]
             place += len(rows)
             documents = np.arange(block.start, block.stop)
             held_out = is_validation(config.data_paths[number], documents, config.valid_fraction, config.seed)
@@ -238,14 +271,18 @@ def _parts(project: Project, folders: list[BlockFolder], found: Duplicates) -> I
             )
 
 
-def _examples(project: Project, found: Duplicates) -> list[dict[str, str]]:
+def _examples(
+    project: Project, folders: list[BlockFolder], search: DuplicateSearch, state: np.ndarray
+) -> list[dict[str, str]]:
     """Texts of a few near duplicates, with those that they are like."""
-    examples = []
-    for pair in found.examples:
+    examples, blocks = [], _all_blocks(folders)
+    for pair in search.examples(state, _NUM_EXAMPLES):
         texts = []
-        for number, row in pair:
+        for chunk in pair:
+            place, row = search.place(chunk)
+            number, block = blocks[place]
             file = project.file(number)
-            document, start, stop = (int(value) for value in row[:3])
+            document, start, stop = map_dataset(block.path, "chunks_valid")[row, :3].tolist()
             tokens = file.read(*file.sequences(document), start, stop - start)
             texts.append(f"{project.config.data_paths[number]}#{document}:{start}-{stop}")
             texts.append(project.tokenizer.decode(tokens.tolist()))

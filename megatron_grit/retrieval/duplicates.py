@@ -1,117 +1,226 @@
-"""Chunks that stand in a database more than once, or nearly so."""
+"""Chunks that stand in a database more than once, or nearly so, found on disk.
+
+1. Keys: for each block of chunks, one sorted list of 64-bit keys for the hashes of the chunks and one for each band of
+   their signatures (:mod:`megatron_grit.retrieval.buckets`): 12 bytes a chunk and list, until duplicates are found.
+2. Equal chunks: the space of keys is cut into parts; a part reads its piece of every block's list, and compares whole
+   hashes of chunks with equal keys.
+3. Similar chunks: likewise for each band, without the chunks that are equal to an earlier one.
+
+Keys and parts are blocks that processes share out, and that are gone on with after a kill. A process holds a block of
+chunks or :data:`ENTRIES_IN_MEMORY` keys, 16 bytes for each chunk that a part leaves out, and where it reads or makes
+the state of all chunks, a byte for each; states are mapped while parts are computed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_grit.config.retro_db import RetroDbConfig
-from megatron_grit.data.block_files import Block, BlockFolder
-from megatron_grit.errors import ConfigError
+from megatron_grit.data.block_files import Arrays, Block, BlockFolder, read_arrays
+from megatron_grit.data.chunk_db import map_dataset
+from megatron_grit.errors import DataError
+from megatron_grit.files import replacing
+from megatron_grit.retrieval.buckets import Entries, band_keys, choose_bands, cut_runs, find_pairs
+from megatron_grit.retrieval.work import Worker, compute_blocks
 
 EQUAL, SIMILAR = 1, 2
-HASHES_IN_MEMORY = 1 << 27
-"""Chunk hashes that are compared at a time; with more chunks the comparison takes several passes over them."""
-_NUM_EXAMPLES = 5
-
-Example = tuple[tuple[int, np.ndarray], tuple[int, np.ndarray]]
-"""Dataset and row of a chunk that is kept, and of one that is left out."""
+ENTRIES_IN_MEMORY = 1 << 23
+"""Keys that a process sorts at a time, about 50 bytes each."""
+_MAPPED_ARRAYS = 1 << 14
+_MAX_KEY = 2**64 - 1
 
 
-@dataclass(kw_only=True)
-class Duplicates:
-    """Which valid chunks of all datasets, in their order, are duplicates of one before them."""
+@dataclass(frozen=True)
+class ChunkBlock:
+    """A block of chunks, with ``hashes`` and, for near duplicates, ``minhashes``."""
 
-    state: np.ndarray
-    """uint8 [chunks]: 0, EQUAL or SIMILAR."""
-    examples: list[Example] = field(default_factory=list)
-    """Near duplicates."""
+    path: Path
+    signature: str
+    """Of its content."""
 
 
-def find_duplicates(config: RetroDbConfig, folders: list[BlockFolder]) -> Duplicates:
-    """Find what ``duplicates`` says is to be left out.
+class DuplicateSearch:
+    """Which chunks of a list of blocks are duplicates of one before them.
+
+    A chunk is a near duplicate where at least ``near_threshold`` of its signature equals that of an earlier chunk that
+    leads a bucket of one of its bands, whether or not that chunk is kept itself. So the first of a chain of similar
+    chunks is kept, and which chunks are left out depends neither on the order of comparisons nor on the number of
+    processes, only on the order of chunks. See :func:`~megatron_grit.retrieval.buckets.find_pairs`, which also says how
+    many leaders a bucket has.
 
     Args:
         config: of the database.
-        folders: blocks of chunks, with ``hashes`` and, for near duplicates, ``minhashes``.
+        folder: for what is computed on the way; it may be deleted when the result was read.
+        blocks: in the order of their chunks.
+        num_old_blocks: chunks of so many first blocks are in the database already and are not left out.
 
     Raises:
-        ConfigError: near duplicates are wanted and datasketch is not installed.
+        DataError: a block is missing or damaged.
     """
-    num_chunks = sum(len(hashes) for _, _, _, hashes in _arrays(folders, "hashes"))
-    found = Duplicates(state=np.zeros(num_chunks, dtype=np.uint8))
-    if config.duplicates != "keep":
-        _mark_equal(found.state, folders)
-    if config.duplicates == "near":
-        _mark_similar(found, folders, config.near_threshold)
-    return found
 
+    def __init__(
+        self, config: RetroDbConfig, folder: Path, blocks: Sequence[ChunkBlock], num_old_blocks: int = 0
+    ) -> None:
+        self.blocks = list(blocks)
+        self.mode, self.threshold = config.duplicates, config.near_threshold
+        self.bands = choose_bands(config.near_threshold, config.minhash_permutations)
+        # A process that works on all parts opens each file often; there are limits to how many may be mapped.
+        self._map = functools.lru_cache(maxsize=_MAPPED_ARRAYS)(map_dataset)
+        self._ends = np.cumsum([len(self._map(block.path, "hashes")) for block in self.blocks], dtype=np.int64)
+        """Chunks up to the end of each block."""
+        self.num_chunks = int(self._ends[-1]) if self.blocks else 0
+        self.first_new = int(self._ends[num_old_blocks - 1]) if num_old_blocks else 0
+        is_near = self.mode == "near"
+        if is_near:
+            self._check_signatures(config.minhash_permutations)
+        # Where keys spread evenly a part takes half of what fits.
+        self._num_parts = -(-2 * self.num_chunks // ENTRIES_IN_MEMORY)
+        chunks = [block.signature for block in self.blocks]
+        signature: dict[str, Any] = {"task": "duplicate_keys", "chunks": chunks, "near": is_near, **vars(self.bands)}
+        self._keys = BlockFolder(folder / "keys", len(self.blocks), 1, signature)
+        signature = {"task": "duplicates", "keys": self._keys.signature, "first_new": self.first_new}
+        signature |= {"num_parts": self._num_parts}
+        self._equal = BlockFolder(folder / "equal", self._num_parts, 1, signature)
+        num_similar = self.bands.count * self._num_parts if is_near else 0
+        self._similar = BlockFolder(folder / "similar", num_similar, 1, {**signature, "near_threshold": self.threshold})
+        self._state_path = folder / "equal.npy"
 
-def _arrays(folders: list[BlockFolder], name: str) -> Iterator[tuple[int, int, Block, np.ndarray]]:
-    """An array of every block, with the number of chunks before it and that of its dataset."""
-    place = 0
-    for number, folder in enumerate(folders):
+    def _check_signatures(self, num_permutations: int) -> None:
+        for block in self.blocks:
+            columns = self._map(block.path, "minhashes").shape[1]
+            if columns != num_permutations:
+                raise DataError(
+                    f"has signatures of {columns} numbers, but minhash_permutations is {num_permutations}; set it to "
+                    f"{columns}",
+                    path=block.path,
+                )
+
+    def run(self, worker: Worker) -> None:
+        """Compare chunks. All processes call it.
+
+        Raises:
+            DataError: a block of chunks is damaged, or the disk is full.
+        """
+        if self.mode == "keep" or not self.num_chunks:
+            return
+        compute_blocks(self._keys, self._make_keys, worker, "keys of chunks", "block")
+        compute_blocks(self._equal, self._find_equal, worker, "exact duplicates", "part")
+        if self.mode == "near":
+            if worker.is_first:
+                with replacing(self._state_path, "wb") as file:
+                    np.save(file, self._equal_state(), allow_pickle=False)
+            worker.barrier()
+            compute_blocks(self._similar, self._find_similar, worker, "near duplicates", "part")
+
+    def state(self) -> np.ndarray:
+        """What was found, for each chunk: uint8 [chunks], 0, EQUAL or SIMILAR."""
+        state = self._equal_state()
+        for pairs in self._pairs(self._similar):
+            state[pairs[:, 0]] = SIMILAR
+        return state
+
+    def examples(self, state: np.ndarray, count: int) -> list[tuple[int, int]]:
+        """Near duplicates: a chunk that is kept, and one that was left out because of it; at most ``count``."""
+        found: dict[int, int] = {}
+        for pairs in self._pairs(self._similar):
+            for chunk, leader in pairs[state[pairs[:, 1]] == 0][:count].tolist():
+                found.setdefault(chunk, leader)
+            if len(found) >= count:
+                break
+        return [(leader, chunk) for chunk, leader in sorted(found.items())[:count]]
+
+    def place(self, chunk: int) -> tuple[int, int]:
+        """The block that holds a chunk, and its row there."""
+        number = int(np.searchsorted(self._ends, chunk, side="right"))
+        return number, chunk - self._start(number)
+
+    def _start(self, number: int) -> int:
+        return int(self._ends[number - 1]) if number else 0
+
+    def _equal_state(self) -> np.ndarray:
+        state = np.zeros(self.num_chunks, dtype=np.uint8)
+        if self.mode != "keep":
+            for pairs in self._pairs(self._equal):
+                state[pairs[:, 0]] = EQUAL
+        return state
+
+    def _pairs(self, folder: BlockFolder) -> Iterator[np.ndarray]:
         for block in folder.blocks:
-            array = folder.read(block, name)[name]
-            yield place, number, block, array
-            place += len(array)
+            yield folder.read(block)["pairs"]
 
+    def _make_keys(self, block: Block) -> Arrays:
+        """Keys of a block of chunks, uint64 [lists, chunks], each list sorted, and their rows, uint32."""
+        arrays = read_arrays(self.blocks[block.start].path)
+        keys = arrays["hashes"][:, 0][None]
+        if self.mode == "near":
+            keys = np.concatenate([keys, band_keys(arrays["minhashes"], self.bands)])
+        rows = np.argsort(keys, axis=1, kind="stable")
+        return {"keys": np.take_along_axis(keys, rows, axis=1), "rows": rows.astype(np.uint32)}
 
-def _mark_equal(state: np.ndarray, folders: list[BlockFolder]) -> None:
-    passes = -(-len(state) // HASHES_IN_MEMORY)
-    for number in range(passes):
-        hashes, places = [], []
-        for place, _, _, array in _arrays(folders, "hashes"):
-            mine = np.flatnonzero(array[:, 0] % np.uint64(passes) == number)
-            hashes.append(array[mine])
-            places.append(mine + place)
-        pairs, where = np.concatenate(hashes), np.concatenate(places)
-        order = np.lexsort((where, pairs[:, 1], pairs[:, 0]))
-        pairs, where = pairs[order], where[order]
-        repeated = np.concatenate(([False], (pairs[1:] == pairs[:-1]).all(axis=1)))
-        state[where[repeated]] = EQUAL
+    def _find_equal(self, block: Block) -> Arrays:
+        entries = self._entries(0, *self._range(block.start), None)
+        gather = functools.partial(self._gather, "hashes")
+        return {"pairs": find_pairs(entries, gather, 1.0, first_new=self.first_new)}
 
+    def _find_similar(self, block: Block) -> Arrays:
+        band, part = divmod(block.start, self._num_parts)
+        equal = np.load(self._state_path, mmap_mode="r", allow_pickle=False)
+        entries = self._entries(1 + band, *self._range(part), equal)
+        gather = functools.partial(self._gather, "minhashes")
+        return {"pairs": find_pairs(entries, gather, self.threshold, first_new=self.first_new)}
 
-def _mark_similar(found: Duplicates, folders: list[BlockFolder], threshold: float) -> None:
-    """Mark chunks whose signature is like that of one that is kept. Signatures and their index are held in memory."""
-    try:
-        from datasketch import MinHash, MinHashLSH
-    except ImportError:
-        raise ConfigError("duplicates near needs datasketch: pip install 'megatron-grit[retro]'") from None
-    index: Any = None
-    blank: Any = None
-    kept: dict[int, np.ndarray] = {}
-    state = found.state
-    with tqdm(total=len(state), unit="chunk", unit_scale=True, desc="near duplicates", disable=None) as bar:
-        for place, number, block, signatures in _arrays(folders, "minhashes"):
-            if index is None:
-                # It makes no tables for thresholds near 1; those of a lower one find more, which are then compared.
-                index = MinHashLSH(threshold=min(threshold, 0.9), num_perm=signatures.shape[1])
-                blank = MinHash(num_perm=signatures.shape[1], seed=1)
-            for row, signature in enumerate(signatures):
-                if state[place + row]:
-                    continue
-                sketch = blank.copy()
-                sketch.hashvalues = signature
-                # The index finds candidates; their signatures decide.
-                like = sorted(key for key in index.query(sketch) if (kept[key] == signature).mean() >= threshold)
-                if not like:
-                    index.insert(place + row, sketch)
-                    kept[place + row] = signature.copy()
-                    continue
-                state[place + row] = SIMILAR
-                if len(found.examples) < _NUM_EXAMPLES:
-                    rows = folders[number].read(block, "chunks_valid")["chunks_valid"]
-                    found.examples.append((_row_of(folders, like[0]), (number, rows[row])))
-            bar.update(len(signatures))
+    def _range(self, part: int) -> tuple[int, int]:
+        """First and last key of a part."""
+        first, stop = ((number << 64) // self._num_parts for number in (part, part + 1))
+        return first, stop - 1
 
+    def _entries(self, row: int, first: int, last: int, equal: np.ndarray | None) -> Iterator[Entries]:
+        """The sorted keys from ``first`` to ``last`` of all blocks, :data:`ENTRIES_IN_MEMORY` at most at a time."""
+        runs = []
+        for number, block in enumerate(self._keys.blocks):
+            keys = self._map(block.path, "keys")[row]
+            start = int(np.searchsorted(keys, np.uint64(first), side="left"))
+            runs.append((number, start, int(np.searchsorted(keys, np.uint64(last), side="right"))))
+        if first < last and sum(stop - start for _, start, stop in runs) > ENTRIES_IN_MEMORY:
+            middle = (first + last) // 2
+            yield from self._entries(row, first, middle, equal)
+            yield from self._entries(row, middle + 1, last, equal)
+            return
+        for part in cut_runs(runs, ENTRIES_IN_MEMORY):  # more than one where all keys are the same
+            yield self._load(row, part, equal)
 
-def _row_of(folders: list[BlockFolder], chunk: int) -> tuple[int, np.ndarray]:
-    for place, number, _, rows in _arrays(folders, "chunks_valid"):
-        if chunk < place + len(rows):
-            return number, rows[chunk - place]
-    raise IndexError(f"chunk {chunk}")
+    def _load(self, row: int, part: list[tuple[int, int, int]], equal: np.ndarray | None) -> Entries:
+        keys, chunks = [], []
+        for number, start, stop in part:
+            path = self._keys.blocks[number].path
+            keys.append(self._map(path, "keys")[row, start:stop])
+            chunks.append(self._map(path, "rows")[row, start:stop] + np.int64(self._start(number)))
+        joined, of = np.concatenate(keys), np.concatenate(chunks)
+        if equal is not None:
+            rest = equal[of] == 0
+            joined, of = joined[rest], of[rest]
+        # Stable: chunks of one key stay in their order.
+        order = np.argsort(joined, kind="stable")
+        return joined[order], of[order]
+
+    def _gather(self, name: str, chunks: np.ndarray) -> np.ndarray:
+        """Rows of an array of chunks, read block after block in the order in which they lie there."""
+        order = np.argsort(chunks, kind="stable")
+        ascending = chunks[order]
+        bounds = np.searchsorted(ascending, self._ends)
+        out: np.ndarray | None = None
+        start = 0
+        for number in np.flatnonzero(np.diff(bounds, prepend=0)).tolist():
+            table, stop = self._map(self.blocks[number].path, name), int(bounds[number])
+            if out is None:
+                out = np.empty((len(chunks), table.shape[1]), dtype=table.dtype)
+            out[order[start:stop]] = table[ascending[start:stop] - self._start(number)]
+            start = stop
+        assert out is not None
+        return out

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from megatron_grit.config.embedding_shape import tells_sides_apart
+from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.data.markers import Side
-from megatron_grit.errors import ConfigError, NumericsError
+from megatron_grit.errors import ConfigError, MeshError, NumericsError
+from megatron_grit.retrieval.work import Worker
 
 if TYPE_CHECKING:
     from megatron_grit.inference.model import GritModel
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 _WINDOW = 8192
 """Texts that one of our own models is given at a time."""
+MESH = ("tensor", "pipeline", "context", "expert")
+"""What one of our own models can be spread over; ``embedder_tensor`` and so on of a database."""
 
 
 class Embedder(Protocol):
@@ -52,6 +57,7 @@ def load_embedder(
     precision: str = "fp32",
     query_instruction: str = "",
     device: str = "auto",
+    parallel: ParallelConfig | None = None,
 ) -> Embedder:
     """The embedder that a directory holds.
 
@@ -64,9 +70,12 @@ def load_embedder(
         query_instruction: what our own models embed queries for; with a Hugging Face encoder the text in front of
             queries, in place of the prompt that its directory names.
         device: auto, cpu or cuda; under a launcher each process takes the GPU of its local rank.
+        parallel: the mesh that one of our own models is spread over; all processes of the job then call this, and those
+            of a team embed together. None: each process holds all of it.
 
     Raises:
-        ConfigError: the directory holds none of these, or a package is missing.
+        ConfigError: the directory holds none of these, a package is missing, or the mesh is not for this embedder or
+            not for this number of processes.
         DataError: a damaged file.
     """
     folder = Path(path)
@@ -77,9 +86,17 @@ def load_embedder(
             raise ConfigError(
                 f"embedder {path}: embedder_pooling is of Hugging Face encoders; ours are pooled as trained"
             )
-        model = GritModel.load(folder, device=device, precision=precision)
+        try:
+            model = GritModel.load(folder, device=device, precision=precision, parallel=parallel)
+        except MeshError as error:
+            raise MeshError(f"embedder {path} with {_sizes(parallel)}: {error}") from None
         return GritEmbedder(model, folder, max_length, batch_tokens, query_instruction)
     if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
+        if parallel is not None and any(getattr(parallel, name) > 1 for name in MESH):
+            raise ConfigError(
+                f"embedder {path}: each process holds an encoder of Hugging Face whole, and only a checkpoint of ours "
+                f"can be spread over several; leave out {_sizes(parallel)}"
+            )
         try:
             import transformers  # noqa: F401
         except ImportError:
@@ -92,8 +109,15 @@ def load_embedder(
     )
 
 
+def _sizes(parallel: ParallelConfig | None) -> str:
+    """As the settings of a database name them."""
+    return ", ".join(f"embedder_{name} {getattr(parallel or ParallelConfig(), name)}" for name in MESH)
+
+
 class GritEmbedder:
-    """The bidirectional pass of one of our models, whole in this process; several processes share out the blocks.
+    """The bidirectional pass of one of our models, whole in this process or spread over a team of several.
+
+    All processes of a team call :meth:`embed` with the same texts, and each is given all vectors.
 
     Args:
         model: it.
@@ -109,6 +133,7 @@ class GritEmbedder:
         from megatron_grit.training.checkpoint import resolve_checkpoint
 
         self._model, self._max_length, self._batch_tokens = model, max_length, batch_tokens
+        self.team = model.team
         self._instructions = {"query": query_instruction, "passage": ""}
         self.sides_alike = not query_instruction and not tells_sides_apart(model.config.embedding)
         checkpoint = resolve_checkpoint(folder)
@@ -134,6 +159,14 @@ class GritEmbedder:
             batch_tokens=self._batch_tokens,
             progress=False,
         )
+
+
+def in_teams(worker: Worker, embedder: Embedder | None) -> Worker:
+    """The worker for a stage with this embedder: teams share out the blocks, and one process of each writes them."""
+    if not isinstance(embedder, GritEmbedder):
+        return worker
+    team = embedder.team
+    return replace(worker, team=team.number, num_teams=team.num_teams, leads=team.leads)
 
 
 def finite(vectors_ND: np.ndarray, texts: Sequence[str]) -> np.ndarray:

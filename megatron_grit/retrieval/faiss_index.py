@@ -3,7 +3,8 @@
 An index is trained on a sample, then filled with codes that several processes may have made, each with the id of its
 chunk. Training and filling are deterministic: the same vectors give the same file, whatever the number of threads.
 
-With the GPU build of faiss the lists are trained and vectors are compared on all GPUs; with the CPU build, on the CPU.
+With the GPU build of faiss the lists are trained and vectors are compared on GPUs, and an index may be searched there;
+with the CPU build, on the CPU. No GPU has run this file yet: what is said of GPUs follows faiss's sources.
 
 A file is opened only when its SHA-256 is that of its manifest: faiss reads what it is given without looking whether it
 makes sense.
@@ -12,24 +13,25 @@ makes sense.
 from __future__ import annotations
 
 import json
-import math
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_grit.config.retro_db import MOST_ON_GPU
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.files import replacing_path, sha256_of_file, write_json
 from megatron_grit.parallel.logs import get_logger
+from megatron_grit.retrieval.index_factory import MIN_POINTS_PER_LIST, lists_of
 
 log = get_logger(__name__)
 
-MIN_POINTS_PER_LIST = 39
-"""Training vectors that k-means wants for each list (faiss's own default, below which it warns)."""
 _PART = 4096
 """Rows that one thread works on."""
 _LARGEST_PART = 1 << 40
@@ -45,6 +47,43 @@ def _faiss() -> Any:
     except ImportError:
         raise ConfigError("the index needs faiss: pip install 'megatron-grit[retro]'") from None
     return faiss
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs on which this process searches: one under a launcher, else all."""
+
+    devices: list[int]
+    resources: list[Any]
+    """Streams and scratch memory of each, shared by all that runs there."""
+
+
+def gpus_of_process() -> Gpus:
+    """GPUs to search on.
+
+    Raises:
+        ConfigError: faiss is the CPU build, or finds no GPU.
+    """
+    devices = _devices()
+    if not devices:
+        raise ConfigError(
+            "index_on_gpu: this faiss finds no GPU; install its GPU build (faiss-gpu) in place of faiss-cpu, or set "
+            "index_on_gpu to false"
+        )
+    return Gpus(devices, [_gpu_resources(device) for device in devices])
+
+
+def _devices() -> list[int]:
+    count = _faiss().get_num_gpus()
+    if count and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return [int(os.environ.get("LOCAL_RANK", "0")) % count]
+    return list(range(count))
+
+
+@cache
+def _gpu_resources(device: int) -> Any:
+    """Made once: each takes 1.5 GB of its GPU as scratch memory."""
+    return _faiss().StandardGpuResources()
 
 
 @dataclass(kw_only=True)
@@ -66,57 +105,6 @@ class IndexManifest:
     """Id of the first vector, in an index that holds no ids."""
     bytes: int = 0
     sha256: str = ""
-
-
-def choose_factory(num_vectors: int, dim: int, memory_bytes: float) -> str:
-    """A factory string for a corpus: exact search where that is fast, else lists, stored as precisely as fits. The
-    recall that it then has is measured when the index is there, and said.
-
-    Args:
-        num_vectors: of the whole database.
-        dim: channels.
-        memory_bytes: what the searched index may take.
-
-    Raises:
-        ConfigError: not even 8 bytes a vector fit.
-    """
-    if num_vectors <= 50_000 and 4 * dim * num_vectors <= memory_bytes:
-        return "Flat"
-    # Between 4 and 16 times the root, within what k-means can be trained with.
-    lists = 2 ** round(math.log2(8 * math.sqrt(num_vectors)))
-    lists = max(16, min(lists, 2 ** int(math.log2(max(num_vectors / MIN_POINTS_PER_LIST, 16)))))
-    coarse = f"IVF{lists}_HNSW32" if lists >= 16384 else f"IVF{lists}"
-    # Beside the code a list holds its id, and lists have some room to grow.
-    budget = (0.9 * memory_bytes - 4.0 * lists * dim) / num_vectors - 8
-    if budget >= 4 * dim:
-        return f"{coarse},Flat"
-    if budget >= dim:
-        return f"{coarse},SQ8"
-    sizes = [size for size in (128, 96, 64, 48, 32, 16, 8) if size <= budget and size <= dim]
-    if not sizes:
-        raise ConfigError(
-            f"{num_vectors:,} vectors do not fit into {memory_bytes / 2**30:.3g} GiB at 8 bytes each; raise "
-            "index_memory_gb, or give an index with shorter codes"
-        )
-    # OPQ turns the vectors so that the parts of the product quantiser hold alike much.
-    width = max(multiple for multiple in range(sizes[0], dim + 1, sizes[0]))
-    return f"OPQ{sizes[0]}_{min(width, 4 * sizes[0])},{coarse},PQ{sizes[0]}"
-
-
-def num_training_vectors(factory: str, num_vectors: int) -> int:
-    """How many vectors an index is trained on where nobody says: 64 for each list, at least 65,536 for a quantiser."""
-    lists = lists_of(factory)
-    if lists is None and not any(part in factory for part in ("PQ", "SQ")):
-        return 0
-    return min(num_vectors, max(64 * (lists or 0), 65_536))
-
-
-def lists_of(factory: str) -> int | None:
-    """Lists of an inverted file; None where there is none."""
-    import re
-
-    found = re.search(r"IVF(\d+)(k?)", factory)
-    return int(found[1]) * (1024 if found[2] else 1) if found else None
 
 
 def new_index(factory: str, metric: str, dim: int) -> Any:
@@ -184,6 +172,7 @@ class VectorIndex:
             self._transforms = [faiss.downcast_VectorTransform(chain.at(number)) for number in range(chain.size())]
         self._inner = index if chain is None else faiss.downcast_index(index.index)
         self._ivf = None if lists_of(factory) is None else self._inner
+        self._on_gpus: Any = None
 
     @staticmethod
     def train(factory: str, metric: str, vectors_ND: np.ndarray, *, num_threads: int | None = None) -> VectorIndex:
@@ -227,6 +216,9 @@ class VectorIndex:
             )
         for part in filter(None, (self._ivf, product)):
             part.cp.min_points_per_centroid = 1
+        if hasattr(self._inner, "do_polysemous_training"):
+            # It orders centres for a filter of codes that is not used here, and takes a second a byte of the code.
+            self._inner.do_polysemous_training = False
 
     def _train_lists(self, vectors: np.ndarray) -> None:
         """Centres of the lists, before the rest is trained. The engine would put them into an HNSW graph from several
@@ -250,10 +242,17 @@ class VectorIndex:
     def _train_transforms(self, vectors: np.ndarray) -> np.ndarray:
         """Train what turns vectors before they are stored, and apply it. In one thread: with more, the last bits of
         OPQ's matrix depend on their number."""
+        faiss = _faiss()
         for transform in self._transforms:
             if not transform.is_trained:
+                if isinstance(transform, faiss.OPQMatrix):
+                    # Its own, but for the warnings of each of its 200 clusterings where there are few vectors.
+                    transform.pq = quantizer = faiss.ProductQuantizer(transform.d_out, transform.M, 8)
+                    quantizer.cp.min_points_per_centroid = 1
                 with _threads(1):
                     transform.train(vectors)
+                if isinstance(transform, faiss.OPQMatrix):
+                    transform.pq = None
             vectors = _in_parts(transform.apply, vectors)
         return vectors
 
@@ -304,18 +303,51 @@ class VectorIndex:
         self._inner.add_sa_codes(codes)
         self.index.ntotal = self._inner.ntotal
 
-    def set_search(self, nprobe: int | None, ef_search: int | None) -> None:
-        """How thoroughly lists and an HNSW graph are searched. None: leave it."""
+    def to_gpus(self, gpus: Gpus) -> None:
+        """Copy the index to GPUs, of several each gets a part. Searches run there from now on, but for those of more
+        than :data:`MOST_ON_GPU` neighbors, for which the index stays in memory.
+
+        An HNSW graph over the lists is searched on the CPU: faiss has none on GPUs.
+
+        Raises:
+            ConfigError: faiss cannot put this kind of index on a GPU, or it does not fit.
+        """
         faiss = _faiss()
-        space = faiss.ParameterSpace()
-        if nprobe is not None and self._ivf is not None:
-            self._ivf.nprobe = min(nprobe, self._ivf.nlist)
-        if ef_search is None:
-            return
-        if self._ivf is not None and "HNSW" in self.factory:
-            space.set_index_parameter(self.index, "quantizer_efSearch", ef_search)
-        elif "HNSW" in self.factory:
-            space.set_index_parameter(self.index, "efSearch", ef_search)
+        options = faiss.GpuMultipleClonerOptions()
+        options.shard = len(gpus.devices) > 1
+        # cuVS, where faiss was built with it, would bring limits of its own.
+        options.use_cuvs = False
+        options.allowCpuCoarseQuantizer = True
+        try:
+            self._on_gpus = faiss.index_cpu_to_gpu_multiple_py(gpus.resources, self._inner, options, gpus.devices)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"index {self.factory!r} cannot be searched on GPU {gpus.devices[0]} ({_reason(error)}); set "
+                "index_on_gpu to false, or spread it over more processes where it does not fit"
+            ) from None
+
+    def set_search(self, nprobe: int | None, ef_search: int | None) -> None:
+        """How thoroughly lists and an HNSW graph are searched. None: leave it.
+
+        Raises:
+            ConfigError: more lists than are visited on a GPU.
+        """
+        if self._ivf is not None and nprobe is not None:
+            nprobe = min(nprobe, int(self._ivf.nlist))
+            if self._on_gpus is not None and nprobe > MOST_ON_GPU:
+                raise ConfigError(
+                    f"nprobe {nprobe:,} is above {MOST_ON_GPU:,}, the most lists that faiss visits on a GPU; lower it, "
+                    "or set index_on_gpu to false"
+                )
+            self._set("nprobe", nprobe)
+        if ef_search is not None and "HNSW" in self.factory:
+            self._set("efSearch" if self._ivf is None else "quantizer_efSearch", ef_search)
+
+    def _set(self, name: str, value: int) -> None:
+        faiss = _faiss()
+        faiss.ParameterSpace().set_index_parameter(self._inner, name, value)
+        if self._on_gpus is not None:
+            faiss.GpuParameterSpace().set_index_parameter(self._on_gpus, name, value)
 
     @property
     def num_lists(self) -> int:
@@ -326,7 +358,8 @@ class VectorIndex:
         """Nearest vectors: distances or products, float32 [N, k], and ids, int64 [N, k], -1 where there are fewer."""
         if vectors_ND.shape[1] != self.dim:
             raise DataError(f"queries have {vectors_ND.shape[1]} channels, the index {self.dim}")
-        scores, ids = self._inner.search(self._transform(vectors_ND), k)
+        searched = self._inner if self._on_gpus is None or k > MOST_ON_GPU else self._on_gpus
+        scores, ids = searched.search(self._transform(vectors_ND), k)
         return scores, np.where(ids < 0, -1, ids + self.first_id)
 
     def save(self, path: Path, manifest: IndexManifest) -> None:
@@ -394,38 +427,6 @@ class VectorIndex:
         return VectorIndex(index, manifest.factory, manifest.metric, manifest.first_id)
 
 
-class ShardedIndex:
-    """Several indexes that share out the ids, searched one after the other; their best are merged.
-
-    Args:
-        shards: at least one, of one factory string.
-    """
-
-    def __init__(self, shards: list[VectorIndex]) -> None:
-        self.shards = shards
-        self.factory, self.metric, self.num_lists = shards[0].factory, shards[0].metric, shards[0].num_lists
-        self.dim = shards[0].dim
-
-    @staticmethod
-    def load(paths: list[Path], **options: Any) -> ShardedIndex:
-        """Open shards; options as of :meth:`VectorIndex.load`."""
-        return ShardedIndex([VectorIndex.load(path, **options) for path in paths])
-
-    def __len__(self) -> int:
-        return sum(len(shard) for shard in self.shards)
-
-    def set_search(self, nprobe: int | None, ef_search: int | None) -> None:
-        """As :meth:`VectorIndex.set_search`."""
-        for shard in self.shards:
-            shard.set_search(nprobe, ef_search)
-
-    def search(self, vectors_ND: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As :meth:`VectorIndex.search`."""
-        if len(self.shards) == 1:
-            return self.shards[0].search(vectors_ND, k)
-        return merge_nearest([shard.search(vectors_ND, k) for shard in self.shards], k, self.metric)
-
-
 def read_manifest(path: Path) -> IndexManifest:
     """The manifest of an index file.
 
@@ -449,29 +450,13 @@ def exact_search(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int, metric:
     queries, vectors = np.ascontiguousarray(queries_QD, np.float32), np.ascontiguousarray(vectors_ND, np.float32)
     if not k:
         return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-    if faiss.get_num_gpus():
-        scores, ids = faiss.knn_gpu(faiss.StandardGpuResources(), queries, vectors, k, metric=kind)
+    devices = _devices()
+    if devices:
+        resources = _gpu_resources(devices[0])
+        scores, ids = faiss.knn_gpu(resources, queries, vectors, k, metric=kind, device=devices[0])
     else:
         scores, ids = faiss.knn(queries, vectors, k, metric=kind)
     return scores, ids
-
-
-def merge_nearest(parts: list[tuple[np.ndarray, np.ndarray]], k: int, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of several searches of the same queries: scores and ids, [Q, k], -1 where there are fewer."""
-    scores = np.concatenate([part[0] for part in parts], axis=1)
-    ids = np.concatenate([part[1] for part in parts], axis=1)
-    worst = np.inf if metric == "l2" else -np.inf
-    scores = np.where(ids < 0, worst, scores)
-    # Equal scores in the order of ids, so that the order of the parts does not matter.
-    order = np.lexsort((ids, scores if metric == "l2" else -scores), axis=1)[:, :k]
-    best = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
-    missing = k - best[0].shape[1]
-    if missing <= 0:
-        return best
-    return (
-        np.pad(best[0], ((0, 0), (0, missing)), constant_values=worst),
-        np.pad(best[1], ((0, 0), (0, missing)), constant_values=-1),
-    )
 
 
 def is_whole(path: Path, manifest: IndexManifest) -> bool:

@@ -21,7 +21,7 @@ from megatron_grit.data.block_files import (
     signature_of,
     write_arrays,
 )
-from megatron_grit.data.chunk_db import ChunkDb, map_dataset
+from megatron_grit.data.chunk_db import DATASET, ChunkDb, map_dataset
 from megatron_grit.data.permutation import derive_keys, permute
 from megatron_grit.data.retro_project import Project
 from megatron_grit.errors import ConfigError, DataError
@@ -30,18 +30,16 @@ from megatron_grit.parallel.logs import get_logger
 from megatron_grit.retrieval.embed import Embedder
 from megatron_grit.retrieval.faiss_index import (
     IndexManifest,
-    ShardedIndex,
     VectorIndex,
-    choose_factory,
     exact_search,
     is_whole,
-    lists_of,
-    merge_nearest,
     new_index,
-    num_training_vectors,
     read_manifest,
 )
-from megatron_grit.retrieval.recall import NUM_QUERIES, RECALL_AT, SearchSettings, choose_search, without_own
+from megatron_grit.retrieval.index_factory import choose_factory, lists_of, num_training_vectors
+from megatron_grit.retrieval.index_search import ShardedIndex, merge_nearest
+from megatron_grit.retrieval.recall import RECALL_AT, SearchSettings, choose_search, without_own
+from megatron_grit.retrieval.recall_queries import RecallQueries
 from megatron_grit.retrieval.vectors import ChunkVectors, chunks_fingerprint, open_vectors
 from megatron_grit.retrieval.work import Worker, compute_blocks
 
@@ -100,6 +98,7 @@ class IndexFiles:
             for shard in range(count)
         ]
         self.search = self.folder / "search.json"
+        self.queries = RecallQueries(project, self.chunks, embedder)
         self.exact = self.folder / "exact_neighbors.hdf5"
         self.training = digest_of_settings(
             {
@@ -117,16 +116,7 @@ class IndexFiles:
 
     def sample(self, num_chunks: int) -> np.ndarray:
         """Ids of the chunks that the index is trained on, at random, ascending: int64 [num_train]."""
-        return np.sort(self._order(np.arange(self.num_train), num_chunks))
-
-    def queries(self, num_chunks: int) -> np.ndarray:
-        """Ids of the chunks whose neighbors measure the recall, at random, in random order. None of them is in the
-        sample where others are enough: the centres of the lists lie too well for those that they were trained on."""
-        return self._order(np.arange(num_chunks - min(NUM_QUERIES, num_chunks), num_chunks), num_chunks)
-
-    def _order(self, places: np.ndarray, num_chunks: int) -> np.ndarray:
-        """What stands at places of a random order of all chunks, which is never made."""
-        return permute(places, num_chunks, derive_keys(0, self.config.seed))
+        return np.sort(permute(np.arange(self.num_train), num_chunks, derive_keys(0, self.config.seed)))
 
     def adding(self) -> str:
         """Of all that the filled index follows from.
@@ -149,10 +139,13 @@ def train_index(project: Project, worker: Worker, embedder: Embedder) -> None:
     if worker.from_first(lambda: _is_done(files.trained, files.training)):
         _clear(worker, project, _sample_blocks(project, files))
         return
+    files.queries.source()  # known before days of training
     vectors = open_vectors(project, worker, embedder)
-    if worker.is_first and signature_of(_sample_file(project)) != files.training:
-        ids = files.sample(len(db))
-        write_arrays(_sample_file(project), {"chunks": db.rows[ids], "ids": ids}, files.training)
+    if worker.is_first:
+        if signature_of(_sample_file(project)) != files.training:
+            ids = files.sample(len(db))
+            write_arrays(_sample_file(project), {"chunks": db.rows[ids], "ids": ids}, files.training)
+        _count_sample(project)
     worker.barrier()
     blocks, compute = recompute_sample(project, files, vectors)
     if not vectors.stored:
@@ -176,6 +169,15 @@ def train_index(project: Project, worker: Worker, embedder: Embedder) -> None:
 
 def _sample_file(project: Project) -> Path:
     return project.merged / "sampled.hdf5"
+
+
+def _count_sample(project: Project) -> None:
+    """Write how many chunks of each dataset are in the sample, as Retro's tools do."""
+    infos = project.infos()
+    datasets = map_dataset(_sample_file(project), "chunks")[:, DATASET].astype(np.int64)
+    for info, count in zip(infos, np.bincount(datasets, minlength=len(infos)).tolist(), strict=True):
+        info.n_chunks_sampled = count
+    project.save_infos(infos)
 
 
 def _sample_blocks(project: Project, files: IndexFiles) -> BlockFolder:
@@ -214,33 +216,19 @@ def add_to_index(project: Project, worker: Worker, embedder: Embedder) -> None:
         )
     adding = files.adding()
     vectors = open_vectors(project, worker, embedder)
+    is_added = worker.from_first(lambda: _is_added(files, adding))
+    if not is_added:
+        files.queries.prepare(vectors, worker)
     blocks, compute = recompute_codes(project, files, vectors, trained)
-    if not worker.from_first(lambda: _is_added(files, adding)):
-        path = files.root / "recall_queries.hdf5"
-        if worker.is_first and signature_of(path) != _queries_signature(files):
-            ids = files.queries(len(db))
-            write_arrays(path, {"ids": ids, "data": vectors.of(ids)}, _queries_signature(files))
-        worker.barrier()
+    if not is_added:
         compute_blocks(blocks, compute, worker, "codes")
         if worker.is_first:
-            exact = _exact_neighbors(blocks, _queries(files)[0], project.config.metric)
+            exact = _exact_neighbors(blocks, files.queries.read()[0], project.config.metric)
             write_arrays(files.exact, {"exact": exact}, adding)
             _join(files, blocks, len(db), adding)
     if worker.is_first:
         measure_search(files)
     _clear(worker, project, blocks)
-
-
-def _queries_signature(files: IndexFiles) -> str:
-    config = files.config
-    settings = {"chunks": files.chunks, "embedder": files.embedder, "seed": config.seed, "count": NUM_QUERIES}
-    return digest_of_settings(settings | {"dtype": config.embedding_dtype})
-
-
-def _queries(files: IndexFiles) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and vectors of the chunks that measure the recall."""
-    arrays = read_arrays(files.root / "recall_queries.hdf5")
-    return arrays["ids"], arrays["data"]
 
 
 def recompute_codes(
@@ -256,12 +244,13 @@ def recompute_codes(
 
     def compute(block: Block) -> Arrays:
         if not queries:
-            queries.append(_queries(files)[1])
+            queries.append(files.queries.read()[1])
         part = vectors.of_block(block, math.ceil(fraction * len(block)))
         scores, places = exact_search(queries[0], part, RECALL_AT + 1, metric)
         return {"codes": trained.encode(part), "exact_scores": scores, "exact_ids": places + block.start}
 
-    signature = {"task": "add_codes", "adding": files.adding(), "queries": _queries_signature(files)}
+    # Those that were drawn: query_paths may be others by now.
+    signature = {"task": "add_codes", "adding": files.adding(), "queries": files.queries.drawn.signature}
     folder = files.folder / "add_codes"
     return BlockFolder(folder, len(vectors.db), project.config.block_size, signature), compute
 
@@ -307,24 +296,38 @@ def measure_search(files: IndexFiles) -> SearchSettings:
         settings = read_search(files.search)
         if settings.signature == signature:
             return settings
-    query_ids, queries = _queries(files)
+    query_ids, queries = files.queries.read()
     exact = read_arrays(files.exact)["exact"]
     index = ShardedIndex.load(files.added, mapped=True, embedder=files.embedder, chunks=files.chunks)
     settings = choose_search(index, config, queries, query_ids, exact)
-    write_json(files.search, dataclasses.asdict(dataclasses.replace(settings, signature=signature)))
+    drawn = files.queries.drawn
+    settings = dataclasses.replace(
+        settings, signature=signature, queries=drawn.source, query_instruction=drawn.query_instruction
+    )
+    write_json(files.search, dataclasses.asdict(settings))
     log.info(
         f"recall@{settings.recall_at} against exact search: {settings.recall:.3f} "
-        f"({settings.recall_low:.3f} to {settings.recall_high:.3f}, {settings.num_queries:,} queries) with nprobe "
-        f"{settings.nprobe}, ef_search {settings.ef_search}"
+        f"({settings.recall_low:.3f} to {settings.recall_high:.3f}, {settings.num_queries:,} {settings.queries}) with "
+        f"nprobe {settings.nprobe}, ef_search {settings.ef_search}"
     )
     if config.nprobe is None and settings.recall < config.recall - _TOLERANCE:
-        remedy = "raise index_memory_gb" if config.index == "auto" else "give an index with longer codes, or auto"
-        log.warning(
-            f"index {files.factory} finds {settings.recall:.3f} of the nearest neighbors, not the wanted recall "
-            f"{config.recall}, even where all of it is searched: its codes are too coarse; {remedy} and build it again "
-            "with --overwrite index-train"
-        )
+        _warn_of_recall(files, settings, index.num_lists)
     return settings
+
+
+def _warn_of_recall(files: IndexFiles, settings: SearchSettings, num_lists: int) -> None:
+    wanted = files.config.recall
+    found = (
+        f"index {files.factory} finds {settings.recall:.3f} of the nearest neighbors, not the wanted recall {wanted}"
+    )
+    if settings.nprobe is not None and settings.nprobe < num_lists:
+        log.warning(f"{found}, which the queries that chose nprobe {settings.nprobe} had; set nprobe higher")
+        return
+    remedy = "raise index_memory_gb" if files.config.index == "auto" else "give an index with longer codes, or auto"
+    log.warning(
+        f"{found}, even where all of it is searched: its codes are too coarse; {remedy} and build it again with "
+        "--overwrite index-train"
+    )
 
 
 def read_search(path: Path) -> SearchSettings:

@@ -262,7 +262,7 @@ def inspect_database(
     report["chunks"] = [inspector.chunk(number) for number in chunks]
     report["documents"] = [inspector.document(name) for name in documents]
     report["neighbors"] = [inspector.neighbors(name, k) for name in neighbors]
-    embedder = project_embedder(inspector.project.config) if searches else None
+    embedder = project_embedder(inspector.project.config, alone=True) if searches else None
     report["searches"] = [inspector.search(text, embedder, k) for text in searches if embedder is not None]
     return {name: value for name, value in report.items() if value}
 
@@ -304,7 +304,8 @@ def _summary_lines(summary: Report) -> Iterator[str]:
     )
     yield (
         f"search: nprobe {search['nprobe']}, ef_search {search['ef_search']}; recall@{search['recall_at']} "
-        f"{search['recall']:.3f} ({search['recall_low']:.3f} to {search['recall_high']:.3f})"
+        f"{search['recall']:.3f} ({search['recall_low']:.3f} to {search['recall_high']:.3f}), measured with "
+        f"{search['num_queries']:,} {search['queries']}"
     )
     for table in summary["tables"]:
         recall = "not measured" if table["recall"] is None else f"{table['recall']:.3f}"

@@ -18,7 +18,6 @@ goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -29,7 +28,6 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_grit.data.block_files import Arrays, Block, BlockFolder
-from megatron_grit.data.chunk_db import map_dataset
 from megatron_grit.data.records import BadLine, Record, TextPair, read_records
 from megatron_grit.data.roles import RowKind
 from megatron_grit.errors import ConfigError, DataError
@@ -37,11 +35,24 @@ from megatron_grit.files import replacing, write_json
 from megatron_grit.parallel.logs import get_logger
 from megatron_grit.retrieval.cross_encoder import PairScorer, load_scorer
 from megatron_grit.retrieval.embed import Embedder, load_embedder
-from megatron_grit.retrieval.faiss_index import VectorIndex, choose_factory, num_training_vectors
-from megatron_grit.retrieval.work import Worker, compute_blocks
+from megatron_grit.retrieval.mine_corpus import (
+    Corpus,
+    DatabaseChunks,
+    Passage,
+    PassageFiles,
+    StoredVectors,
+    digest_of_texts,
+    normalized,
+    read_passages,
+    unit,
+)
+from megatron_grit.retrieval.query import MOST_TIMES_MORE
+from megatron_grit.retrieval.work import Worker, alone_in, compute_blocks
 
 log = get_logger(__name__)
 
+_SPARE = 16
+"""Candidates that are searched beyond the last rank, for positives among them."""
 REASONS = ("known_positive", "equal_text", "outside_ranks", "near_positive", "teacher", "cross_encoder", "no_score")
 """Why candidates were left out, in the order of the tests."""
 
@@ -54,10 +65,14 @@ class MineOptions:
     """JSONL of embedding records, or patterns of files."""
     output: Path
     """JSONL to write."""
-    embedder: str
+    embedder: str | None = None
     """The student: directory of a Hugging Face encoder or of one of our checkpoints."""
     corpus: list[Path] = field(default_factory=list)
     """JSONL with passages: plain texts ({"text": ...}) or embedding records. Empty: the passages of the input."""
+    project_dir: Path | None = None
+    """A retrieval database, whose chunks are the passages and whose embedder is the student, in place of both."""
+    version: int | None = None
+    """Of the database. None: the configured one, or the newest."""
     num_negatives: int = 7
     """Negatives of a record, at most."""
     min_negatives: int = 1
@@ -114,11 +129,17 @@ def mine_negatives(options: MineOptions, worker: Worker | None = None) -> dict[s
     """
     worker = worker or Worker()
     _check(options)
-    miner = Miner(options)
-    miner.embed_passages(worker)
-    compute_blocks(miner.blocks, miner.compute, worker, "negatives", "query")
-    report: dict[str, Any] = worker.from_first(miner.write)
-    return report
+    with alone_in(work_folder(options), worker):
+        miner = Miner(options)
+        miner.prepare(worker)
+        compute_blocks(miner.blocks, miner.compute, worker, "negatives", "query")
+        report: dict[str, Any] = worker.from_first(miner.write)
+        return report
+
+
+def work_folder(options: MineOptions) -> Path:
+    """Where blocks are until the output is whole."""
+    return options.output.with_name(f".{options.output.name}.work")
 
 
 def _check(options: MineOptions) -> None:
@@ -133,20 +154,10 @@ def _check(options: MineOptions) -> None:
     for name, wrong in problems.items():
         if wrong:
             raise ConfigError(f"{name} cannot be {getattr(options, name)}")
-
-
-@dataclass
-class Passage:
-    """A text of the corpus."""
-
-    instruction: str | None
-    text: str
-    has_instruction: bool
-
-
-def _key(text: str) -> bytes:
-    """Equal for texts that differ in white space and case alone."""
-    return hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=16).digest()
+    if (options.project_dir is None) == (options.embedder is None):
+        raise ConfigError("give an embedder, or a project_dir, whose embedder it then is")
+    if options.project_dir is not None and (options.corpus or options.query_instruction):
+        raise ConfigError("with project_dir passages and query_instruction are those of the database")
 
 
 def read_embedding_records(paths: Sequence[Path]) -> list[Record]:
@@ -166,62 +177,21 @@ def read_embedding_records(paths: Sequence[Path]) -> list[Record]:
     return records
 
 
-def read_passages(paths: Sequence[Path], records: Sequence[Record]) -> list[Passage]:
-    """Different passages of a corpus, in order; those of the records where no corpus is given.
+@dataclass(frozen=True)
+class Scores:
+    """An embedder, and the unit vectors of passages by it: float32 [n, D] of int64 [n]."""
 
-    Raises:
-        DataError: a line without a passage; names it.
-    """
-    found: dict[bytes, Passage] = {}
-
-    def add(pair: TextPair, has_instruction: bool) -> None:
-        if pair.text.strip():
-            found.setdefault(_key(pair.text), Passage(pair.instruction, pair.text, has_instruction))
-
-    for path in paths:
-        for record in read_records(path):
-            if isinstance(record, BadLine):
-                raise record.error
-            if record.text is None and not record.pairs:
-                raise DataError('has neither "text" nor passages', path=record.path, line=record.line)
-            if record.text is not None:
-                add(TextPair(None, record.text), False)
-            for pair in record.pairs[1:]:
-                add(pair, True)
-    if not paths:
-        for record in records:
-            for pair in record.pairs[1:]:
-                add(pair, True)
-    return list(found.values())
+    embedder: Embedder
+    vectors: Callable[[np.ndarray], np.ndarray]
 
 
-class Vectors:
-    """Unit vectors of all passages by one embedder, on disk."""
+@dataclass
+class _Unknown:
+    """Passages nearest to a query, without those that are known to be relevant."""
 
-    def __init__(self, embedder: Embedder, folder: Path, texts: Sequence[str], corpus: str, block_size: int) -> None:
-        self.embedder, self.texts = embedder, texts
-        signature = {"task": "passages", "corpus": corpus, "embedder": embedder.fingerprint}
-        self.blocks = BlockFolder(folder, len(texts), block_size, signature)
-
-    def compute(self, block: Block) -> Arrays:
-        """Embed a block of passages."""
-        return {"data": unit(self.embedder.embed(self.texts[block.start : block.stop]))}
-
-    def of(self, ids: np.ndarray) -> np.ndarray:
-        """Vectors of passages, float32 [n, dim]."""
-        out = np.empty((len(ids), self.embedder.dim), dtype=np.float32)
-        numbers = ids // self.blocks.block_size
-        for number in np.unique(numbers).tolist():
-            block = self.blocks.blocks[number]
-            here = numbers == number
-            out[here] = map_dataset(block.path, "data")[ids[here] - block.start]
-        return out
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors of length 1, float32; of length 0 where they were."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.maximum(norms, 1e-12), dtype=np.float32)
+    left: list[int] = field(default_factory=list)
+    num_positives: int = 0
+    num_equal: int = 0
 
 
 class Miner:
@@ -231,78 +201,86 @@ class Miner:
         options: of it.
     """
 
+    _stored: StoredVectors | None = None
+    """Of the teacher."""
+
     def __init__(self, options: MineOptions) -> None:
         self.options = options
         self.records = read_embedding_records(options.input)
-        self.passages = read_passages(options.corpus, self.records)
-        if not self.records or not self.passages:
-            raise DataError("holds no record" if not self.records else "holds no passage", path=options.input[0])
-        self.texts = [passage.text for passage in self.passages]
-        self.numbers = {_key(text): number for number, text in enumerate(self.texts)}
-        self.known: dict[bytes, set[bytes]] = {}
+        if not self.records:
+            raise DataError("holds no record", path=options.input[0])
+        self.known: dict[str, list[str]] = {}
         for record in self.records:
-            assert record.query is not None
-            keys = {_key(pair.text) for pair in record.positives}
-            self.known.setdefault(_key(record.query.text), set()).update(keys)
-        self.folder = options.output.with_name(f".{options.output.name}.work")
-        self.student = self._vectors(options.embedder, "student")
-        self.teacher = self._vectors(options.teacher, "teacher") if options.teacher else None
+            texts = self.known.setdefault(normalized(_query(record).text), [])
+            texts += [normalized(pair.text) for pair in record.positives]
+        self.folder = work_folder(options)
+        self.corpus = self._corpus()
+        self.teacher = self._teacher() if options.teacher else None
         self.scorer: PairScorer | None = load_scorer(options.cross_encoder) if options.cross_encoder else None
         self.blocks = self._blocks()
-        self._index: VectorIndex | None = None
 
-    def _vectors(self, path: str, name: str) -> Vectors:
+    def _corpus(self) -> Corpus:
         options = self.options
-        embedder = load_embedder(
+        if options.project_dir is not None:
+            return DatabaseChunks(options.project_dir, options.version)
+        passages = read_passages(options.corpus, self.records)
+        if not passages:
+            raise DataError("holds no passage", path=(options.corpus or options.input)[0])
+        assert options.embedder is not None
+        return PassageFiles(
+            passages,
+            self._embedder(options.embedder),
+            self.folder,
+            index=options.index,
+            memory_bytes=options.index_memory_gb * 2**30,
+            block_size=options.block_size,
+            seed=options.seed,
+        )
+
+    def _embedder(self, path: str) -> Embedder:
+        options = self.options
+        return load_embedder(
             path,
             max_length=options.max_length,
             batch_tokens=options.batch_tokens,
             precision=options.precision,
             query_instruction=options.query_instruction,
         )
-        corpus = _digest(self.texts)
-        return Vectors(embedder, self.folder / name, self.texts, corpus, options.block_size)
+
+    def _teacher(self) -> Scores:
+        assert self.options.teacher is not None
+        embedder, corpus = self._embedder(self.options.teacher), self.corpus
+        if isinstance(corpus, PassageFiles):
+            texts = [passage.text for passage in corpus.passages]
+            self._stored = StoredVectors(embedder, self.folder / "teacher", texts, self.options.block_size)
+            return Scores(embedder, self._stored.of)
+        # Of a database only candidates are embedded.
+        return Scores(
+            embedder, lambda numbers: unit(embedder.embed([corpus.passage(number).text for number in numbers.tolist()]))
+        )
 
     def _blocks(self) -> BlockFolder:
         signature = {name: value for name, value in dataclasses.asdict(self.options).items() if name not in _ELSEWHERE}
         signature["ranks"] = list(self.options.ranks)
-        signature["records"] = _digest([json.dumps([record.pairs]) for record in self.records])
-        signature["student"] = self.student.blocks.signature
-        signature["teacher"] = self.teacher.blocks.signature if self.teacher else None
+        signature["records"] = digest_of_texts([json.dumps([record.pairs]) for record in self.records])
+        signature["corpus"] = self.corpus.signature
+        signature["teacher"] = self.teacher.embedder.fingerprint if self.teacher else None
         signature["scorer"] = self.scorer.fingerprint if self.scorer else None
         return BlockFolder(self.folder / "mined", len(self.records), self.options.block_size, signature)
 
-    def embed_passages(self, worker: Worker) -> None:
-        """Embed the corpus with each embedder. All processes call it."""
-        for vectors in filter(None, (self.student, self.teacher)):
-            compute_blocks(
-                vectors.blocks, vectors.compute, worker, f"passages ({vectors.blocks.folder.name})", "passage"
-            )
-
-    @property
-    def index(self) -> VectorIndex:
-        """Over the student's vectors."""
-        if self._index is None:
-            count, dim, options = len(self.texts), self.student.embedder.dim, self.options
-            factory = options.index
-            if factory == "auto":
-                factory = choose_factory(count, dim, options.index_memory_gb * 2**30)
-            sample = np.random.default_rng(options.seed).permutation(count)[: num_training_vectors(factory, count)]
-            trained = self.student.of(np.sort(sample)) if len(sample) else np.empty((0, dim), np.float32)
-            index = VectorIndex.train(factory, "inner_product", trained)
-            for block in self.student.blocks.blocks:
-                index.add_codes(
-                    index.encode(self.student.blocks.read(block)["data"]), np.arange(block.start, block.stop)
-                )
-            self._index = index
-        return self._index
+    def prepare(self, worker: Worker) -> None:
+        """Embed what is embedded beforehand. All processes call it."""
+        self.corpus.prepare(worker, [_query(record).text for record in self.records])
+        if self._stored is not None:
+            self._stored.prepare(worker)
 
     def compute(self, block: Block) -> Arrays:
         """Negatives of a block of records: their numbers, int64 [n, num_negatives], -1 for none; and counts."""
         records = self.records[block.start : block.stop]
         queries = [_query(record).text for record in records]
         candidates, dropped = self._candidates(records, queries)
-        dropped["near_positive"] += self._keep_below(self.student, records, queries, candidates, self._limit)
+        student = Scores(self.corpus.embedder, self.corpus.vectors)
+        dropped["near_positive"] += self._keep_below(student, records, queries, candidates, self._limit)
         if self.teacher is not None:
             gap = self.options.teacher_gap
             dropped["teacher"] += self._keep_below(
@@ -322,25 +300,38 @@ class Miner:
     def _candidates(self, records: Sequence[Record], queries: Sequence[str]) -> tuple[list[np.ndarray], dict[str, int]]:
         """Passages within the ranks, nearest first, and how many of those before them were left out why."""
         first, last = self.options.ranks
-        excluded = []
-        for query in queries:
-            positives = {self.numbers[key] for key in self.known[_key(query)] if key in self.numbers}
-            equal = {self.numbers[_key(query)]} if _key(query) in self.numbers else set()
-            excluded.append((positives, equal - positives))
-        most = last + max(len(positives) + len(own) for positives, own in excluded)
-        vectors = unit(self.student.embedder.embed(queries, "query"))
-        _, ids = self.index.search(vectors, min(most, len(self.texts)))
+        vectors = self.corpus.embedder.embed(queries, "query")
+        found = [_Unknown()] * len(queries)
+        rows, most = np.arange(len(queries)), min(len(self.corpus), MOST_TIMES_MORE * (last + _SPARE))
+        k = min(last + _SPARE, most)
+        while len(rows):
+            short = []
+            for row, ids in zip(rows.tolist(), self.corpus.search(vectors[rows], k), strict=True):
+                found[row] = self._without_known(ids[ids >= 0], queries[row], last)
+                if len(found[row].left) < last and ids[-1] >= 0:
+                    short.append(row)
+            # A database may hold a positive in many chunks.
+            rows, k = np.array(short if k < most else [], dtype=np.int64), min(2 * k, most)
         dropped = dict.fromkeys(REASONS, 0)
-        found = []
-        for row, (positives, own) in zip(ids, excluded, strict=True):
-            row = row[row >= 0]
-            is_positive, is_equal = np.isin(row, list(positives)), np.isin(row, list(own))
-            left = row[~is_positive & ~is_equal]
-            dropped["known_positive"] += int(is_positive.sum())
-            dropped["equal_text"] += int(is_equal.sum())
-            dropped["outside_ranks"] += min(first - 1, len(left))
-            found.append(left[first - 1 : last])
-        return found, dropped
+        for unknown in found:
+            dropped["known_positive"] += unknown.num_positives
+            dropped["equal_text"] += unknown.num_equal
+            dropped["outside_ranks"] += min(first - 1, len(unknown.left))
+        return [np.array(unknown.left[first - 1 :], dtype=np.int64) for unknown in found], dropped
+
+    def _without_known(self, ids: np.ndarray, query: str, wanted: int) -> _Unknown:
+        """The first passages that are neither a positive of the query nor the query itself."""
+        out, own = _Unknown(), normalized(query)
+        for number in ids.tolist():
+            if len(out.left) == wanted:
+                break
+            if self.corpus.is_one_of(number, self.known[own]):
+                out.num_positives += 1
+            elif self.corpus.is_one_of(number, [own]):
+                out.num_equal += 1
+            else:
+                out.left.append(number)
+        return out
 
     def _limit(self, worst: float) -> float:
         """The highest score of a negative, given that of the worst positive."""
@@ -354,7 +345,7 @@ class Miner:
 
     def _keep_below(
         self,
-        vectors: Vectors,
+        scores: Scores,
         records: Sequence[Record],
         queries: Sequence[str],
         candidates: list[np.ndarray],
@@ -363,15 +354,15 @@ class Miner:
         """Keep candidates whose score is not above a limit that follows from the worst positive's; counts the rest."""
         if limit(0.0) == np.inf:
             return 0
-        query_vectors = unit(vectors.embedder.embed(queries, "query"))
+        query_vectors = unit(scores.embedder.embed(queries, "query"))
         texts = [pair.text for record in records for pair in record.positives]
-        positive_vectors = unit(vectors.embedder.embed(texts))
+        positive_vectors = unit(scores.embedder.embed(texts))
         dropped = place = 0
         for row, record in enumerate(records):
             positives = positive_vectors[place : place + len(record.positives)]
             place += len(record.positives)
             worst = float((positives @ query_vectors[row]).min())
-            keep = vectors.of(candidates[row]) @ query_vectors[row] <= limit(worst)
+            keep = scores.vectors(candidates[row]) @ query_vectors[row] <= limit(worst)
             dropped += int((~keep).sum())
             candidates[row] = candidates[row][keep]
         return dropped
@@ -384,7 +375,7 @@ class Miner:
         pairs: list[tuple[str, str]] = []
         for record, query, found in zip(records, queries, candidates, strict=True):
             pairs += [(query, pair.text) for pair in record.positives]
-            pairs += [(query, self.texts[number]) for number in found]
+            pairs += [(query, self.corpus.passage(number).text) for number in found.tolist()]
         scores, place = self.scorer.score(pairs), 0
         for row, record in enumerate(records):
             middle = place + len(record.positives)
@@ -405,7 +396,7 @@ class Miner:
                 arrays = self.blocks.read(block)
                 dropped += arrays["dropped"]
                 for record, row in zip(self.records[block.start : block.stop], arrays["negatives"], strict=True):
-                    mined = [self.passages[number] for number in row[row >= 0]]
+                    mined = [self.corpus.passage(number) for number in row[row >= 0].tolist()]
                     if len(mined) < options.min_negatives:
                         num_few += 1
                         continue
@@ -413,7 +404,7 @@ class Miner:
                     num_written, num_mined = num_written + 1, num_mined + len(mined)
         report = {
             "num_records": len(self.records),
-            "num_passages": len(self.passages),
+            "num_passages": len(self.corpus),
             "num_written": num_written,
             "num_negatives": num_mined,
             "num_records_with_too_few": num_few,
@@ -425,7 +416,10 @@ class Miner:
         return report
 
 
-_ELSEWHERE = ("input", "output", "corpus", "embedder", "teacher", "cross_encoder", "min_negatives", "keep_negatives")
+_ELSEWHERE = (
+    *("input", "output", "corpus", "embedder", "project_dir", "version", "teacher", "cross_encoder"),
+    *("min_negatives", "keep_negatives", "index", "index_memory_gb"),
+)
 """Options that blocks do not follow from, or by the content of files."""
 
 
@@ -457,14 +451,6 @@ def _with_negatives(record: Record, mined: Sequence[Passage], options: MineOptio
 
 def _value(pair: TextPair) -> str | list[str]:
     return pair.text if pair.instruction is None else [pair.instruction, pair.text]
-
-
-def _digest(texts: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        content = text.encode()
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:

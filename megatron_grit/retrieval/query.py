@@ -31,7 +31,7 @@ from megatron_grit.errors import DataError
 from megatron_grit.files import write_json
 from megatron_grit.parallel.logs import get_logger
 from megatron_grit.retrieval.embed import Embedder
-from megatron_grit.retrieval.faiss_index import ShardedIndex
+from megatron_grit.retrieval.index_search import SearchableIndex
 from megatron_grit.retrieval.overlap import Runs, shared_runs
 from megatron_grit.retrieval.vectors import ChunkVectors
 from megatron_grit.retrieval.versions import open_index, search_of, stored_vectors, version_to_use
@@ -53,23 +53,33 @@ def query_neighbors(project: Project, worker: Worker, embedder: Embedder) -> Non
     """
     version = version_to_use(project, worker, embedder)
     db = VersionedDb(project, version)
-    index: ShardedIndex | None = None
+    index: SearchableIndex | None = None
     vectors = stored_vectors(db, worker, embedder)
     for prefix in project.config.query_paths or project.config.data_paths[: len(version.sources)]:
         searcher = Searcher(project, db, prefix)
         if searcher.is_done:
             continue
-        index = index or open_index(project, version)
+        if index is None:
+            index = index_to_search(project, version, worker)
         searcher.prepare(worker)
         searcher.index, searcher.embedder, searcher.vectors = index, embedder, vectors
-        compute_blocks(searcher.blocks, searcher.compute, worker, f"neighbors for {prefix}")
+        during = None if index is None else index.serving()
+        compute_blocks(searcher.blocks, searcher.compute, worker, f"neighbors for {prefix}", during=during)
         if worker.is_first:
             searcher.write_table()
         worker.barrier()
 
 
+def index_to_search(project: Project, version: Version, worker: Worker) -> SearchableIndex | None:
+    """The index of a version where this process searches in it; None where another one of its team does that for it,
+    and no other needs it. All processes call it."""
+    if worker.leads or project.config.index_placement == "spread":
+        return open_index(project, version, worker)
+    return None
+
+
 def find_allowed(
-    index: ShardedIndex,
+    index: SearchableIndex,
     vectors_QD: np.ndarray,
     num_query: int,
     num_save: int,
@@ -91,12 +101,17 @@ def find_allowed(
     rows, most = np.arange(len(vectors_QD)), max(1, min(len(index), MOST_TIMES_MORE * num_query))
     k = min(num_query, most)
     while len(rows):
-        _, ids = index.search(vectors_QD[rows], k)
-        keep = (ids >= 0) & allowed(rows, ids)
-        out[rows] = take_first(ids, keep, num_save)
+        short = []
+        # No more candidates at a time than the first search has.
+        at_a_time = max(1, len(vectors_QD) * num_query // k)
+        for part in np.split(rows, range(at_a_time, len(rows), at_a_time)):
+            _, ids = index.search(vectors_QD[part], k)
+            keep = (ids >= 0) & allowed(part, ids)
+            out[part] = take_first(ids, keep, num_save)
+            short.append(part[(keep.sum(1) < num_save) & (ids[:, -1] >= 0)])
         if k == most:
             break
-        rows, k = rows[(keep.sum(1) < num_save) & (ids[:, -1] >= 0)], min(2 * k, most)
+        rows, k = np.concatenate(short), min(2 * k, most)
     return out
 
 
@@ -116,12 +131,12 @@ class Searcher:
         starts: int64 [documents + 1], places before each document, mapped; after :meth:`prepare`.
         blocks: of the places that are searched; after :meth:`prepare`.
         first: first place that is searched; after :meth:`prepare`.
-        index: set it before :meth:`compute`.
+        index: set it before :meth:`compute`. None: this process embeds with others, one of which searches.
         embedder: likewise.
         vectors: of the database's chunks, where they are stored.
     """
 
-    index: ShardedIndex
+    index: SearchableIndex | None = None
     embedder: Embedder
     vectors: ChunkVectors | None = None
     starts: np.ndarray
@@ -212,6 +227,8 @@ class Searcher:
             vectors = self.embedder.embed(texts, "query")
         else:
             vectors = self.vectors.of_queries(self.datasets[0], documents, offsets, texts)
+        if self.index is None:
+            return out
 
         def allowed(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
             keys = self.db.keys(ids)

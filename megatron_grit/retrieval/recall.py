@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_grit.config.retro_db import RetroDbConfig
-from megatron_grit.retrieval.faiss_index import ShardedIndex
+from megatron_grit.retrieval.index_search import ShardedIndex
 
-NUM_QUERIES = 4000
 RECALL_AT = 10
 _CHOOSING = 0.25
 """Share of the queries that choose the settings; the others measure them."""
@@ -29,6 +28,10 @@ class SearchSettings:
     """95% confidence interval, by bootstrap over queries."""
     recall_at: int
     num_queries: int
+    queries: str = ""
+    """What they were."""
+    query_instruction: str = ""
+    """With which they were embedded."""
     signature: str = ""
     """Of the index and of the settings that were given."""
 
@@ -71,7 +74,9 @@ def choose_search(
     choosing, measuring = slice(0, num_choosing), slice(num_choosing if len(queries) > 1 else 0, len(queries))
 
     def reaches(nprobe: int) -> bool:
-        return bool(recalls(choosing, nprobe, config.ef_search or _ef_search(nprobe)).mean() >= config.recall)
+        values = recalls(choosing, nprobe, config.ef_search or _ef_search(nprobe))
+        # Less a standard error: of a search that was chosen for its luck with these queries others find less.
+        return bool(values.mean() - values.std() / np.sqrt(len(values)) >= config.recall)
 
     nprobe, ef_search = config.nprobe, config.ef_search
     if nprobe is None and index.num_lists > 1:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,20 @@ from megatron_grit.config.retro_stages import (
     expand_tasks,
     with_following,
 )
+from megatron_grit.config.schema import ParallelConfig
+from megatron_grit.data.chunk_db import ChunkDb
 from megatron_grit.data.retro_project import Project
-from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.errors import ConfigError
 from megatron_grit.parallel.logs import get_logger
 from megatron_grit.retrieval.chunk import build_chunks
-from megatron_grit.retrieval.embed import Embedder, load_embedder
-from megatron_grit.retrieval.index import add_to_index, train_index
+from megatron_grit.retrieval.embed import MESH, Embedder, in_teams, load_embedder
+from megatron_grit.retrieval.faiss_index import gpus_of_process
+from megatron_grit.retrieval.index import IndexFiles, add_to_index, train_index
 from megatron_grit.retrieval.query import query_neighbors
 from megatron_grit.retrieval.validate import validate_stage
 from megatron_grit.retrieval.vectors import embed_chunks, open_vectors
 from megatron_grit.retrieval.versions import add_documents, is_grown, record_version, remove_documents
-from megatron_grit.retrieval.work import Worker, worker
+from megatron_grit.retrieval.work import MINUTES, Worker, alone_in, worker
 
 log = get_logger(__name__)
 
@@ -79,17 +81,20 @@ def run_tasks(
     problem = next(config_problems(config), None)
     if problem is not None:
         raise ConfigError(problem)
-    with worker() as this, _alone_in(project_dir, this):
+    if config.index_on_gpu and "query-neighbors" in stages:
+        gpus_of_process()  # refused here where there are none
+    with worker() as this, alone_in(project_dir, this):
+        # Before anything is removed or computed: what is wrong with the embedder is known at once.
+        needs_embedder = any(stage not in ("db-build", "tombstone") for stage in stages)
+        embedder = project_embedder(config) if needs_embedder else None
         if this.is_first and validate is None:
-            _prepare(project_dir, old, config, overwritten, growing="add" in stages)
+            _prepare(project_dir, old, config, overwritten, embedder, growing="add" in stages)
         this.barrier()
         project = Project(project_dir, config)
-        embedder: Embedder | None = None
         for stage in stages:
-            if stage not in ("db-build", "tombstone"):
-                embedder = embedder or project_embedder(config)
             if validate is not None:
-                validate_stage(stage, project, this, embedder, validate)
+                team = in_teams(this, embedder) if stage in _WITH_EMBEDDER else this
+                validate_stage(stage, project, team, embedder, validate)
                 continue
             if stage in ("db-build", "embed", "index-train", "index-add") and is_grown(project):
                 log.info(f"task {stage}: done, and documents were added since; the task add adds more")
@@ -102,7 +107,7 @@ def run_tasks(
                 remove_documents(project, this, tombstone)
             else:
                 assert embedder is not None
-                _WITH_EMBEDDER[stage](project, this, embedder)
+                _WITH_EMBEDDER[stage](project, in_teams(this, embedder), embedder)
 
 
 def _embed(project: Project, worker: Worker, embedder: Embedder) -> None:
@@ -124,7 +129,13 @@ _WITH_EMBEDDER: dict[str, Callable[[Project, Worker, Embedder], None]] = {
 
 
 def _prepare(
-    project_dir: Path, old: RetroDbConfig | None, config: RetroDbConfig, overwritten: list[str], *, growing: bool
+    project_dir: Path,
+    old: RetroDbConfig | None,
+    config: RetroDbConfig,
+    overwritten: list[str],
+    embedder: Embedder | None,
+    *,
+    growing: bool,
 ) -> None:
     """Check what changed, remove what is made again, and keep the settings. In one process."""
     if old is not None:
@@ -135,6 +146,9 @@ def _prepare(
         problem = next(changed_settings(old, config, built_stages(project_dir), overwritten), None)
         if problem is not None:
             raise ConfigError(f"{project_dir}: {problem}")
+    if embedder and {"index-train", "index-add"} & set(overwritten) and "db-build" not in overwritten:
+        project = Project(project_dir, config)
+        IndexFiles(project, ChunkDb(project), embedder.fingerprint, embedder.dim)  # the index can be made
     for path in project_dir.rglob(".*.tmp"):  # of a run that was killed
         path.unlink(missing_ok=True)
     # What follows goes first: a kill here leaves nothing that belongs to what is gone.
@@ -153,37 +167,19 @@ def _refuse_grown(project: Project) -> None:
         )
 
 
-@contextlib.contextmanager
-def _alone_in(project_dir: Path, worker: Worker) -> Iterator[None]:
-    """Hold the lock of a project directory: two builds at a time would remove each other's files."""
-    if not worker.is_first:
-        yield
-        return
-    import fcntl
-
-    try:
-        project_dir.mkdir(parents=True, exist_ok=True)
-        file = (project_dir / ".lock").open("w")
-    except OSError as error:
-        raise DataError(f"cannot be written ({error.strerror})", path=project_dir) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError("another command works on it; wait for it or end it", path=project_dir) from None
-        except OSError as error:  # a file system without locks
-            log.warning(f"{project_dir}: cannot be locked ({error.strerror}); start no second command on it")
-        yield
-
-
-def project_embedder(config: RetroDbConfig) -> Embedder:
+def project_embedder(config: RetroDbConfig, *, alone: bool = False) -> Embedder:
     """The embedder that a configuration names.
 
+    Args:
+        config: of the database.
+        alone: whole in this process, for a few texts, whatever mesh the database is built with.
+
     Raises:
-        ConfigError: it names none, or none that can be loaded.
+        ConfigError: it names none, or none that can be loaded by so many processes.
     """
     if config.embedder is None:
         raise ConfigError("embedder is not set; give the directory of an encoder or of one of our checkpoints")
+    mesh: dict[str, Any] = {name: 1 if alone else getattr(config, f"embedder_{name}") for name in MESH}
     return load_embedder(
         config.embedder,
         pooling=config.embedder_pooling,
@@ -191,4 +187,6 @@ def project_embedder(config: RetroDbConfig) -> Embedder:
         batch_tokens=config.batch_tokens,
         precision=config.embedder_precision,
         query_instruction=config.query_instruction,
+        # A process may wait for the others of its team as long as processes do anywhere in a build.
+        parallel=ParallelConfig(**mesh, timeout_minutes=MINUTES),
     )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_grit.data.block_files import Arrays, Block, BlockFolder, digest_of_settings, read_arrays
+from megatron_grit.data.block_files import Arrays, Block, BlockFolder, digest_of_settings, signature_of
 from megatron_grit.data.chunk_db import ChunkDb
-from megatron_grit.data.chunking import chunk_documents, visible_tokens
+from megatron_grit.data.chunking import visible_tokens
 from megatron_grit.data.db_versions import (
     Segment,
     TableDb,
@@ -31,12 +32,14 @@ from megatron_grit.data.db_versions import (
 )
 from megatron_grit.data.retro_project import Project
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.files import replacing, replacing_path
+from megatron_grit.files import replacing
 from megatron_grit.parallel.logs import get_logger
-from megatron_grit.retrieval.chunk import chunk_rules, is_validation
+from megatron_grit.retrieval.chunk import chunk_rules, cut_documents, is_validation, writing_table
+from megatron_grit.retrieval.duplicates import ChunkBlock, DuplicateSearch
 from megatron_grit.retrieval.embed import Embedder
-from megatron_grit.retrieval.faiss_index import ShardedIndex, VectorIndex, read_manifest
+from megatron_grit.retrieval.faiss_index import VectorIndex, gpus_of_process, read_manifest
 from megatron_grit.retrieval.index import IndexFiles, read_search
+from megatron_grit.retrieval.index_search import SearchableIndex, ShardedIndex, SpreadIndex
 from megatron_grit.retrieval.vectors import ChunkVectors
 from megatron_grit.retrieval.work import Worker, compute_blocks
 
@@ -117,20 +120,35 @@ def version_to_use(project: Project, worker: Worker, embedder: Embedder) -> Vers
     return version
 
 
-def open_index(project: Project, version: Version, *, mapped: bool = True) -> ShardedIndex:
+def open_index(project: Project, version: Version, worker: Worker | None = None) -> SearchableIndex:
     """The index of a version, ready to search.
 
+    Args:
+        project: the database.
+        version: of it.
+        worker: this process among those that search, which all call this; the index is then placed as the
+            configuration says. None: a few searches of this process alone, for which it is mapped.
+
     Raises:
+        ConfigError: it cannot be put on a GPU.
         DataError: a file is missing, damaged or was built again since.
     """
-    shards = []
+    paths = []
     for segment in version.segments:
         for file in segment.index:
-            path = check_stored(project.folder, file)
-            if read_manifest(path).sha256 != file.sha256:
-                raise DataError(f"was built again since version {version.number} of the database", path=path)
-            shards.append(VectorIndex.load(path, mapped=mapped, embedder=version.embedder))
-    index = ShardedIndex(shards)
+            paths.append(check_stored(project.folder, file))
+            if read_manifest(paths[-1]).sha256 != file.sha256:
+                raise DataError(f"was built again since version {version.number} of the database", path=paths[-1])
+    config = project.config
+    placement = "mapped" if worker is None else config.index_placement
+    gpus = gpus_of_process() if worker is not None and config.index_on_gpu else None
+    index: SearchableIndex
+    if worker is not None and placement == "spread":
+        index = SpreadIndex(paths, worker, version.embedder)
+    else:
+        index = ShardedIndex.load(paths, mapped=placement == "mapped", embedder=version.embedder)
+    if gpus is not None:
+        index.to_gpus(gpus)
     search = search_of(project, version)
     index.set_search(search.nprobe, search.ef_search)
     return index
@@ -154,7 +172,7 @@ class Search:
     nprobe: int | None
     ef_search: int | None
     recall: float | None
-    """Measured when the index was built. None: it was not measured with these settings."""
+    """Measured when the index was built. None: it was not measured with these settings, or this query_instruction."""
 
 
 def search_of(project: Project, version: Version) -> Search:
@@ -166,6 +184,7 @@ def search_of(project: Project, version: Version) -> Search:
     built = read_search(project.folder / version.search)
     nprobe, ef_search = project.config.nprobe, project.config.ef_search
     same = nprobe in (None, built.nprobe) and ef_search in (None, built.ef_search)
+    same &= project.config.query_instruction == built.query_instruction
     return Search(
         built.nprobe if nprobe is None else nprobe,
         built.ef_search if ef_search is None else ef_search,
@@ -189,9 +208,7 @@ def add_documents(project: Project, worker: Worker, embedder: Embedder) -> None:
         log.info(f"no documents are new since version {before.number}")
         return
     addition.cut(worker)
-    if worker.is_first:
-        addition.merge()
-    worker.barrier()
+    addition.leave_out(worker)
     addition.encode(worker)
     if worker.is_first:
         addition.finish()
@@ -284,6 +301,7 @@ class Addition:
         self.number = before.number + 1
         self.folder = project.folder / "db" / "versions" / f"{self.number:04d}"
         self.table = self.folder / "train.hdf5"
+        self._between = self.folder / "duplicates"
         VersionedDb(project, before)  # its documents are as they were
         paths = project.config.data_paths
         self.sources = [source_of(prefix, project.resolve(prefix)) for prefix in paths]
@@ -320,60 +338,56 @@ class Addition:
             file, first = self.project.file(number), self.first[number]
 
             def compute(block: Block, file: Any = file, first: int = first) -> Arrays:
-                return chunk_documents(file, first + block.start, first + block.stop, self.rules, visible)
+                return cut_documents(file, first + block.start, first + block.stop, self.rules, visible)
 
             if folder.num_items:
                 compute_blocks(folder, compute, worker, f"chunks of {self.sources[number].prefix}", "document")
 
-    def merge(self) -> None:
-        """Write the table of the new chunks that are in the database neither already nor twice."""
-        import h5py
+    def leave_out(self, worker: Worker) -> None:
+        """Write the table of the new chunks that are in the database neither already nor twice. All processes call it.
 
-        keep = self._kept()
-        config, place, parts = self.project.config, 0, []
+        Raises:
+            DataError: no chunk is left, or chunks of the database are missing, without which duplicates are not found.
+        """
+        config, new = self.project.config, [block for folder in self.folders for block in folder.blocks]
+        old = [] if config.duplicates == "keep" else list(self._earlier_blocks())
+        mine = [ChunkBlock(block.path, str(signature_of(block.path))) for block in new]
+        search = DuplicateSearch(config, self._between, [*old, *mine], num_old_blocks=len(old))
+        search.run(worker)
+        if worker.is_first:
+            self._merge(search.state()[search.first_new :])
+        worker.barrier()
+
+    def _merge(self, state: np.ndarray) -> None:
+        num_rows = sum(len(rows) for rows in self._kept_rows(state))
+        if not num_rows:
+            raise DataError("no new chunk is left after filtering: nothing to add", path=self.project.folder)
+        with writing_table(self.table, num_rows, self.chunks) as table:
+            for rows in self._kept_rows(state):
+                table.add(rows)
+        log.info(f"{num_rows:,} chunks are new; {np.count_nonzero(state):,} stand in the database already")
+
+    def _kept_rows(self, state: np.ndarray) -> Iterator[np.ndarray]:
+        """Rows of the table, block by block."""
+        config, place = self.project.config, 0
         for number, folder in enumerate(self.folders):
+            prefix = self.sources[number].prefix
             for block in folder.blocks:
                 rows = folder.read(block, "chunks_valid")["chunks_valid"]
-                kept = keep[place : place + len(rows)]
+                kept = state[place : place + len(rows)] == 0
                 place += len(rows)
-                prefix = self.sources[number].prefix
-                held_out = is_validation(prefix, rows[:, 0], config.valid_fraction, config.seed)
-                named = np.concatenate([np.full((len(rows), 1), number, np.uint32), rows], axis=1)
-                parts.append(named[kept & ~held_out])
-        rows = np.concatenate(parts)
-        if not len(rows):
-            raise DataError("no new chunk is left after filtering: nothing to add", path=self.project.folder)
-        with replacing_path(self.table) as temporary, h5py.File(temporary, "w") as file:
-            file.create_dataset("chunks", data=rows)
-            file.create_dataset("n_written", data=np.array([len(rows)], dtype=np.uint64))
-        log.info(f"{len(rows):,} chunks are new; {int((~keep).sum()):,} stand in the database already")
+                kept &= ~is_validation(prefix, rows[:, 0], config.valid_fraction, config.seed)
+                yield np.concatenate([np.full((len(rows), 1), number, np.uint32), rows], axis=1)[kept]
 
-    def _kept(self) -> np.ndarray:
-        hashes = [folder.read(block, "hashes")["hashes"] for folder in self.folders for block in folder.blocks]
-        keep = np.ones(sum(len(part) for part in hashes), dtype=bool)
-        if self.project.config.duplicates == "keep" or not len(keep):
-            return keep
-        mine = np.concatenate(hashes)
-        order = np.lexsort((np.arange(len(mine)), mine[:, 1], mine[:, 0]))
-        keep[order[1:][(mine[order[1:]] == mine[order[:-1]]).all(axis=1)]] = False
-        for arrays in self._earlier_chunks():
-            theirs = arrays["hashes"]
-            alike = np.flatnonzero(np.isin(mine[:, 0], theirs[:, 0]))
-            if len(alike):
-                whole = set(map(tuple, theirs[np.isin(theirs[:, 0], mine[alike, 0])].tolist()))
-                keep[[row for row in alike.tolist() if tuple(mine[row].tolist()) in whole]] = False
-        if self.project.config.duplicates == "near":
-            self._drop_similar(keep)
-        return keep
-
-    def _earlier_chunks(self) -> Iterator[Arrays]:
+    def _earlier_blocks(self) -> Iterator[ChunkBlock]:
         """Blocks of chunks of all segments before.
 
         Raises:
-            DataError: some are missing; without them duplicates are not found.
+            DataError: some are missing.
         """
-        roots = [self.project.folder / "db" / "individual"]
-        roots += [version_path(self.project.folder, n).with_suffix("") / "individual" for n in range(self.number)]
+        # db/merged/train.hdf5, of which db/individual was made, and db/versions/NNNN/train.hdf5 with NNNN/individual.
+        tables = [self.project.folder / segment.table.path for segment in self.before.segments]
+        roots = [tables[0].parent.parent / "individual", *(table.parent / "individual" for table in tables[1:])]
         paths = [path for root in roots for path in sorted(root.glob("*/*.hdf5"))]
         found = sum(int(stop) - int(start) for start, _, stop in (path.stem.partition("-") for path in paths))
         wanted = sum(source.num_documents for source in self.before.sources)
@@ -384,37 +398,7 @@ class Addition:
                 path=roots[0],
             )
         for path in paths:
-            yield read_arrays(path)
-
-    def _drop_similar(self, keep: np.ndarray) -> None:
-        """Leave out new chunks that are similar to one in the database, or to a new one before them."""
-        from datasketch import MinHash, MinHashLSH
-
-        parts = [folder.read(block, "minhashes")["minhashes"] for folder in self.folders for block in folder.blocks]
-        signatures, threshold = np.concatenate(parts), self.project.config.near_threshold
-        index = MinHashLSH(threshold=threshold, num_perm=signatures.shape[1])
-        blank = MinHash(num_perm=signatures.shape[1], seed=1)
-
-        def sketch(signature: np.ndarray) -> MinHash:
-            filled = blank.copy()
-            filled.hashvalues = signature
-            return filled
-
-        def drop_like(signature: np.ndarray, after: int) -> None:
-            """Leave out new chunks after one whose signature is like it. The index finds candidates only."""
-            for row in index.query(sketch(signature)):
-                if row > after and (signatures[row] == signature).mean() >= threshold:
-                    keep[row] = False
-                    index.remove(row)
-
-        for row in np.flatnonzero(keep).tolist():
-            index.insert(row, sketch(signatures[row]))
-        for arrays in self._earlier_chunks():
-            for signature in arrays["minhashes"]:
-                drop_like(signature, -1)
-        for row in np.flatnonzero(keep).tolist():
-            if keep[row]:
-                drop_like(signatures[row], row)
+            yield ChunkBlock(path, str(signature_of(path)))
 
     def encode(self, worker: Worker) -> None:
         """Embed and encode the new chunks. All processes call it."""
@@ -460,6 +444,7 @@ class Addition:
             chunks=self.chunks,
             notes=[f"added {', '.join(added)}"],
         )
+        shutil.rmtree(self._between, ignore_errors=True)
         write_version(self.project.folder, version)
         if not self.project.config.keep_embeddings:
             for block in self.codes.blocks:

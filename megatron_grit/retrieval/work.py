@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from megatron_grit.parallel.logs import get_logger
 
 log = get_logger(__name__)
 
-_MINUTES = 7 * 24 * 60
+MINUTES = 7 * 24 * 60
 """That processes wait for each other: one of them may train an index for days."""
 T = TypeVar("T")
 
@@ -36,6 +37,8 @@ class Worker:
         world_size: processes.
         gather: every process's value, of what JSON can hold, on every process, in the order of ranks.
         gather_arrays: likewise of arrays that have one type and number of axes, and may differ in length.
+        exchange: given an array for each process, in the order of ranks, the arrays that they have for this one; arrays
+            of one axis and one type.
         team: several processes may hold one embedder together; this process's such team, of 0 to ``num_teams - 1``.
         num_teams: how many; teams share out the blocks.
         leads: whether this process writes what its team computes.
@@ -45,6 +48,7 @@ class Worker:
     world_size: int = 1
     gather: Callable[[Any], list[Any]] = _alone
     gather_arrays: Callable[[np.ndarray], list[np.ndarray]] = _alone
+    exchange: Callable[[list[np.ndarray]], list[np.ndarray]] = list
     team: int = 0
     num_teams: int = 1
     leads: bool = True
@@ -94,25 +98,53 @@ def worker() -> Iterator[Worker]:
         # Processes wait for each other on the CPU: they would keep a GPU busy with waiting.
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if has_gpu else "gloo",
-            timeout=timedelta(minutes=_MINUTES),
+            timeout=timedelta(minutes=MINUTES),
             store=store,
             rank=rank,
             world_size=world_size,
         )
     place: Any = SimpleNamespace(rank=dist.get_rank(), world_size=dist.get_world_size(), device=torch.device("cpu"))
     try:
-        with JobWatch(place, _MINUTES):
+        with JobWatch(place, MINUTES):
             yield Worker(
                 place.rank,
                 place.world_size,
                 lambda value: gather_json(value, place),
                 lambda array: _gather_arrays(array, place.world_size),
+                _exchange,
                 team=place.rank,
                 num_teams=place.world_size,
             )
     finally:
         if owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def alone_in(folder: Path, worker: Worker) -> Iterator[None]:
+    """Hold the lock of a folder: two commands at a time would remove each other's files. All processes call it.
+
+    Raises:
+        DataError: another command holds it, or the folder cannot be made.
+    """
+    if not worker.is_first:
+        yield
+        return
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise DataError(f"cannot be written ({error.strerror})", path=folder) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError("another command works on it; wait for it or end it", path=folder) from None
+        except OSError as error:  # a file system without locks
+            log.warning(f"{folder}: cannot be locked ({error.strerror}); start no second command on it")
+        yield
 
 
 def _gather_arrays(array: np.ndarray, world_size: int) -> list[np.ndarray]:
@@ -131,8 +163,27 @@ def _gather_arrays(array: np.ndarray, world_size: int) -> list[np.ndarray]:
     return [part[: int(length)].numpy() for part, length in zip(parts, lengths, strict=True)]
 
 
+def _exchange(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """What each process has for this one."""
+    import torch
+    import torch.distributed as dist
+
+    lengths = torch.tensor([len(array) for array in arrays])
+    incoming = torch.empty_like(lengths)
+    dist.all_to_all_single(incoming, lengths)
+    content = torch.from_numpy(np.concatenate(arrays))
+    received = content.new_empty(int(incoming.sum()))
+    dist.all_to_all_single(received, content, incoming.tolist(), lengths.tolist())
+    return [part.numpy() for part in received.split(incoming.tolist())]
+
+
 def compute_blocks(
-    folder: BlockFolder, compute: Callable[[Block], Arrays], worker: Worker, what: str, unit: str = "chunk"
+    folder: BlockFolder,
+    compute: Callable[[Block], Arrays],
+    worker: Worker,
+    what: str,
+    unit: str = "chunk",
+    during: AbstractContextManager[None] | None = None,
 ) -> int:
     """Compute the blocks that are missing or damaged, each by one process, and wait until all are there.
 
@@ -142,6 +193,8 @@ def compute_blocks(
         worker: this process.
         what: for the progress bar, which is that of the first process and counts for all.
         unit: what a block has many of.
+        during: entered while this process computes its blocks, be they none; what all processes do together in
+            ``compute`` ends with it.
 
     Returns:
         Blocks that were computed, by all processes.
@@ -161,7 +214,7 @@ def compute_blocks(
     if worker.is_first and 0 < to_do < folder.num_items:
         log.info(f"{what}: {folder.num_items - to_do:,} of {folder.num_items:,} {unit}s are there already")
     bar = tqdm(total=to_do, unit=unit, unit_scale=True, desc=what, disable=None if worker.is_first and to_do else True)
-    with bar:
+    with bar, during or nullcontext():
         for place, block in enumerate(shares(missing, worker.team, worker.num_teams)):
             arrays = compute(block)
             if worker.leads:

@@ -15,7 +15,7 @@ PATHS = {"DATA": "a_text_document b_text_document", "TOKENIZER": "t", "EMBEDDER"
 
 
 def launch(repository: Path, cwd: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    names = {*PATHS, "PROJECT_DIR", "TASKS", "PROCESSES", "SCALE", "DRY_RUN"}
+    names = {*PATHS, "PROJECT_DIR", "TASKS", "PROCESSES", "SCALE", "DRY_RUN", "NNODES", "RDZV_ENDPOINT"}
     clean = {key: value for key, value in os.environ.items() if key not in names and not key.startswith("SLURM")}
     return subprocess.run(
         ["bash", str(repository / "examples" / "build_retro_db.sh"), *options],
@@ -39,6 +39,17 @@ def test_dry_run(environment: dict[str, str], repository: Path, tmp_path: Path) 
         assert json.loads(value_of["--data_paths"]) == environment.get("DATA", "$DATA").split()
         assert value_of["--embedder"] == environment.get("EMBEDDER", "$EMBEDDER")
     assert list(tmp_path.iterdir()) == [], "a dry run wrote something"
+
+
+def test_several_nodes(repository: Path, tmp_path: Path) -> None:
+    result = launch(repository, tmp_path, DRY_RUN="1", NNODES="4", RDZV_ENDPOINT="node0:29400", **PATHS)
+    assert result.returncode == 0, result.stderr
+    words = shlex.split(result.stdout)
+    value_of = dict(zip(words, words[1:], strict=False))
+    assert (value_of["--nnodes"], value_of["--rdzv-endpoint"]) == ("4", "node0:29400")
+    assert "--standalone" not in words and words.index("--nnodes") < words.index("--project-dir")
+    result = launch(repository, tmp_path, NNODES="4", **PATHS)
+    assert result.returncode == 2 and "4 nodes: submit this script with sbatch" in result.stderr
 
 
 @pytest.mark.parametrize("missing", PATHS)

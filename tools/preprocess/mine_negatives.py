@@ -7,6 +7,7 @@ Example:
       --ranks 10-100 --max-fraction 0.95
   python tools/preprocess/mine_negatives.py --input pairs.jsonl --output mined.jsonl --embedder runs/mine \\
       --corpus corpus.jsonl --teacher big-embedder --cross-encoder ms-marco-MiniLM-L-6-v2
+  python tools/preprocess/mine_negatives.py --input pairs.jsonl --output mined.jsonl --project-dir db
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--input", type=Path, nargs="+", required=True, help="JSONL of embedding records")
     add("--output", type=Path, required=True, help="JSONL to write")
-    add("--embedder", required=True, help="directory of a Hugging Face encoder or of one of our checkpoints")
+    add("--embedder", help="directory of a Hugging Face encoder or of one of our checkpoints")
     add("--corpus", type=Path, nargs="+", default=[], help="JSONL of passages (default: those of the input)")
+    add("--project-dir", type=Path, help="retrieval database whose chunks are the passages; its embedder and index")
+    add("--version", type=int, help="which state of it (default: that of its config.json, or the newest)")
     add("--num-negatives", type=int, default=7, help="of a record, at most")
     add("--min-negatives", type=int, default=1, help="records with fewer are left out")
     add("--ranks", default="10-100", help="first and last rank of candidates (default: 10-100)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import h5py
@@ -17,6 +18,7 @@ from megatron_grit.retrieval import duplicates
 from megatron_grit.retrieval.chunk import COUNTS, build_chunks, is_validation
 from megatron_grit.retrieval.work import Worker
 from tests.unit.retrieval.databases import CHUNK, make_project, make_texts, tokenizer_of, write_documents
+from tests.unit.retrieval.workers import run_together
 
 
 def project_of(folder: Path, *corpora: list[str], **settings: object) -> Project:
@@ -27,6 +29,10 @@ def project_of(folder: Path, *corpora: list[str], **settings: object) -> Project
 
 def report_of(project: Project) -> list[dict[str, int]]:
     return json.loads((project.folder / "db" / "report.json").read_text())["datasets"]
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def plain_chunks(project: Project) -> list[tuple[int, int, int, tuple[int, ...]]]:
@@ -61,14 +67,52 @@ def test_equal_chunks_are_kept_once(tmp_path: Path) -> None:
         assert sum(count[name] for name in COUNTS) == sum(chunk[0] == number for chunk in plain_chunks(project))
 
 
-def test_several_passes_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["exact", "near"])
+def test_neither_memory_nor_processes_change_what_is_built(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = make_texts(20)
-    once = project_of(tmp_path / "a", texts, texts[:7])
+    settings = {"duplicates": mode, "near_threshold": 0.6}
+    once = project_of(tmp_path / "a", texts, texts[:7], **settings)
     build_chunks(once, Worker())
-    monkeypatch.setattr(duplicates, "HASHES_IN_MEMORY", 10)
-    again = project_of(tmp_path / "b", texts, texts[:7])
-    build_chunks(again, Worker())
-    assert np.array_equal(ChunkDb(once).rows, ChunkDb(again).rows)
+    monkeypatch.setattr(duplicates, "ENTRIES_IN_MEMORY", 60)
+    again = project_of(tmp_path / "b", texts, texts[:7], **settings)
+    run_together(2, lambda worker: build_chunks(again, worker) and None)
+    assert sum(count[f"{mode}_duplicates"] for count in report_of(once)) > 3
+    found, wanted = (content_of(project.folder / "db") for project in (again, once))
+    assert found.keys() == wanted.keys() and not any("duplicates" in name for name in found)
+    # The report and the list of datasets name the files that the database was made of.
+    different = {name for name in found if found[name] != wanted[name]}
+    assert different <= {"report.json", "indexed_dataset_infos.json"}
+    assert report_of(again)[0]["train"] == report_of(once)[0]["train"]
+
+
+def test_a_merge_that_was_killed_finds_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = make_texts(20)
+    settings = {"duplicates": "near", "near_threshold": 0.6}
+    straight = project_of(tmp_path / "a", texts, texts[:7], **settings)
+    build_chunks(straight, Worker())
+    project = project_of(tmp_path / "b", texts, texts[:7], **settings)
+    folder = project.folder / "db" / "duplicates"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("megatron_grit.retrieval.chunk.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        build_chunks(project, Worker())
+    assert any(folder.rglob("*.hdf5"))
+    with monkeypatch.context() as patch:
+        patch.setattr(duplicates, "find_pairs", None)
+        build_chunks(project, Worker())
+    assert not folder.exists()
+    assert np.array_equal(ChunkDb(project).rows, ChunkDb(straight).rows)
+    # Killed before the last folder was removed.
+    folder.mkdir()
+    build_chunks(project, Worker())
+    assert not folder.exists()
+
+
+def test_near_duplicates_need_datasketch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    with pytest.raises(ConfigError, match=r"duplicates near needs datasketch: pip install 'megatron-grit\[retro\]'"):
+        build_chunks(project_of(tmp_path, make_texts(3), duplicates="near"), Worker())
 
 
 def test_similar_chunks_are_left_out_and_shown(tmp_path: Path) -> None:

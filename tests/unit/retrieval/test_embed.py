@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.errors import ConfigError, DataError, NumericsError
-from megatron_grit.retrieval.embed import GritEmbedder, finite, load_embedder
+from megatron_grit.retrieval.embed import finite, in_teams, load_embedder
+from megatron_grit.retrieval.work import Worker
 
 pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -414,65 +414,11 @@ def test_finite_gives_what_it_gets():
     assert finite(vectors, ["a", "b"]) is vectors
 
 
-# Our own models.
-
-
-@pytest.fixture
-def grit(monkeypatch, tmp_path) -> SimpleNamespace:
-    """A stand-in for a model that keeps what it is asked."""
-    (tmp_path / "manifest.json").write_text("{}")
-    monkeypatch.setattr("megatron_grit.training.checkpoint.resolve_checkpoint", lambda folder: tmp_path)
-    calls = []
-
-    def encode(texts, instruction, **options):
-        calls.append((len(texts), instruction, options["side"], options["max_length"]))
-        return np.array([[len(text), len(instruction)] for text in texts], dtype=np.float32)
-
-    config = RunConfig()
-    config.training.precision = "fp32"
-    return SimpleNamespace(encode=encode, config=config, calls=calls, folder=tmp_path)
-
-
-def test_our_models_get_the_instruction_with_queries_alone(grit, monkeypatch):
-    monkeypatch.setattr("megatron_grit.retrieval.embed._WINDOW", 2)
-    embedder = GritEmbedder(grit, grit.folder, 99, 128, "find")
-    assert embedder.dim == 2 and not embedder.sides_alike
-    assert embedder.embed(["a", "bb", "ccc"]).tolist() == [[1, 0], [2, 0], [3, 0]]
-    assert embedder.embed(["a"], "query").tolist() == [[1, 4]]
-    assert grit.calls[1:] == [(2, "", "passage", 99), (1, "", "passage", 99), (1, "find", "query", 99)]
-    assert embedder.embed([]).shape == (0, 2)
-
-
-def test_our_models_that_tell_sides_apart_have_no_vectors_in_common(grit):
-    assert GritEmbedder(grit, grit.folder, 99, 128, "").sides_alike
-    grit.config.embedding.brackets = "specb"
-    assert not GritEmbedder(grit, grit.folder, 99, 128, "").sides_alike
-
-
-def test_the_fingerprint_of_our_models_is_of_the_checkpoint_and_of_what_passages_follow_from(grit):
-    def fingerprint(max_length=64, instruction=""):
-        return GritEmbedder(grit, grit.folder, max_length, 128, instruction).fingerprint
-
-    before = fingerprint()
-    assert fingerprint(instruction="find") == before
-    assert fingerprint(max_length=65) != before
-    (grit.folder / "manifest.json").write_text("{} ")
-    assert fingerprint() != before
-
-
-def test_a_checkpoint_of_ours_embeds_as_the_model_itself(tmp_path):
-    from megatron_grit.inference.model import GritModel
-    from megatron_grit.training.trainer import train
-    from tests.corpus import sentences, tiny_run
-
-    config = tiny_run(tmp_path)
-    config.training.steps = 1
-    train(config)
-    texts = [answer for _, answer in sentences(12)]
-    embedder = load_embedder(str(config.output_dir), query_instruction="Answer the question", device="cpu")
-    model = GritModel.load(config.output_dir, device="cpu")
-    assert embedder.dim == 64
-    np.testing.assert_allclose(embedder.embed(texts), model.encode(texts), atol=1e-6)
-    np.testing.assert_allclose(embedder.embed(texts, "query"), model.encode(texts, "Answer the question"), atol=1e-6)
-    with pytest.raises(ConfigError, match="ours are pooled as trained"):
-        load_embedder(str(config.output_dir), pooling="mean")
+def test_an_encoder_of_hugging_face_is_not_spread(bert):
+    with pytest.raises(
+        ConfigError, match=r"only a checkpoint of ours can be spread over several; leave out .*expert 2"
+    ):
+        load_embedder(str(bert), parallel=ParallelConfig(expert=2))
+    embedder = load_embedder(str(bert), parallel=ParallelConfig())
+    worker = Worker(rank=1, world_size=2, team=1, num_teams=2)
+    assert in_teams(worker, embedder) == in_teams(worker, None) == worker

@@ -12,17 +12,14 @@ import pytest
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.faiss_index import (
     IndexManifest,
-    ShardedIndex,
     VectorIndex,
-    choose_factory,
     exact_search,
     is_whole,
-    lists_of,
-    merge_nearest,
     new_index,
-    num_training_vectors,
     read_manifest,
 )
+from megatron_grit.retrieval.index_factory import choose_factory, lists_of, num_training_vectors
+from megatron_grit.retrieval.index_search import ShardedIndex, merge_nearest
 
 DIM = 16
 
@@ -176,7 +173,7 @@ def test_damaged_files_are_not_opened(tmp_path: Path, damage: object, words: str
 def test_a_small_file_with_large_tables_opens(tmp_path: Path) -> None:
     """faiss computes tables on opening: here 4 MB, from a file of a few hundred kB."""
     vectors = clustered(1000)
-    path = saved(filled("IVF256,PQ16", vectors, num_train=1000), tmp_path / "i.faissindex")
+    path = saved(filled("IVF256,PQ16np", vectors, num_train=1000), tmp_path / "i.faissindex")
     assert path.stat().st_size < 1 << 19
     _, ids = VectorIndex.load(path).search(vectors[:5], 1)
     assert ids.shape == (5, 1)

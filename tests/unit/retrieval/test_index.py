@@ -15,15 +15,15 @@ from megatron_grit.data.retro_project import Project
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.chunk import build_chunks
 from megatron_grit.retrieval.faiss_index import (
-    ShardedIndex,
     VectorIndex,
-    choose_factory,
     exact_search,
-    num_training_vectors,
     read_manifest,
 )
 from megatron_grit.retrieval.index import IndexFiles, add_to_index, read_search, train_index
-from megatron_grit.retrieval.recall import NUM_QUERIES, RECALL_AT, choose_search, fewest, recall_of, without_own
+from megatron_grit.retrieval.index_factory import choose_factory, num_training_vectors
+from megatron_grit.retrieval.index_search import ShardedIndex
+from megatron_grit.retrieval.recall import RECALL_AT, choose_search, fewest, recall_of, without_own
+from megatron_grit.retrieval.recall_queries import NUM_QUERIES, query_ids
 from megatron_grit.retrieval.vectors import embed_chunks, find_chunks, open_vectors
 from megatron_grit.retrieval.work import Worker
 from tests.unit.retrieval.databases import (
@@ -201,12 +201,23 @@ def test_the_sample_is_random_and_whole(project: Project) -> None:
     assert (np.diff(sample) > 0).all()
     assert sample.tolist() != list(range(60))
     assert 0.25 * size < sample.mean() < 0.75 * size
-    assert len(files.queries(10**6)) == NUM_QUERIES
-    assert not set(files.sample(10**6).tolist()) & set(files.queries(10**6).tolist())
-    assert sorted(files.queries(size).tolist()) == list(range(size))
+    seed = files.config.seed
+    assert len(query_ids(10**6, seed)) == NUM_QUERIES
+    assert not set(files.sample(10**6).tolist()) & set(query_ids(10**6, seed).tolist())
+    assert sorted(query_ids(size, seed).tolist()) == list(range(size))
     # Of 19 billion chunks no permutation is made.
     many = files.sample(19 * 10**9)
     assert len(many) == 60 and many.max() > 2**32
+
+
+def test_the_sample_is_counted_for_each_dataset(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "db").unlink()
+    build_chunks(project, Worker())
+    assert [info.n_chunks_sampled for info in project.infos()] == [0, 0]
+    built(project, index="IVF4,Flat", ntrain=60)
+    rows = read_arrays(project.merged / "sampled.hdf5")["chunks"]
+    counts = [info.n_chunks_sampled for info in project.infos()]
+    assert counts == np.bincount(rows[:, 0], minlength=2).tolist() and sum(counts) == 60 and min(counts) > 0
 
 
 def test_one_chunk(tmp_path: Path) -> None:
@@ -217,6 +228,62 @@ def test_one_chunk(tmp_path: Path) -> None:
     _, files = built(project)
     assert len(VectorIndex.load(files.added[0])) == 1
     assert read_search(files.search).recall == 1.0
+
+
+class Sides(Words):
+    """Queries and passages are embedded in different ways."""
+
+    sides_alike = False
+
+    def embed(self, texts: Any, side: str = "passage") -> np.ndarray:
+        return super().embed(texts, side) * (3 if side == "query" else 1)
+
+
+def test_recall_is_measured_as_queries_are_embedded(project: Project) -> None:
+    embedder = Sides()
+    _, files = built(project, embedder, index="IVF4,Flat", nprobe=4)
+    _, vectors = files.queries.read()
+    drawn = files.queries.drawn
+    assert embedder.num_queries == len(drawn.texts)
+    np.testing.assert_array_equal(vectors, Sides().embed(drawn.texts, "query"))
+    assert drawn.texts == ChunkDb(project).texts(np.array(drawn.ids))
+    assert read_search(files.search).queries == "chunks of the database"
+
+
+def test_recall_is_measured_on_what_gets_neighbors(project: Project, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tmp_path)
+    texts = make_texts(30, seed=77)
+    other = write_documents(tmp_path / "questions", texts, tokenizer)
+    config = project.config
+    _, files = built(project, query_paths=[other, config.data_paths[0]], index="IVF4,Flat")
+    drawn, db = files.queries.drawn, ChunkDb(project)
+    ids = np.array(drawn.ids)
+    assert drawn.source == "chunks of query_paths"
+    own = np.flatnonzero(ids >= 0)
+    assert db.texts(ids[own]) == [drawn.texts[place] for place in own]
+    assert set(db.rows[ids[own], 0].tolist()) == {0}
+    tokens = [tokenizer.encode(text) for text in texts]
+    asked = {tokenizer.decode(ids[place : place + 8]) for ids in tokens for place in range(0, len(ids), 8)}
+    assert asked <= set(drawn.texts)
+    assert len(drawn.texts) > len(own) >= len(db) / 2
+    # Neighbors for other files later change nothing of what was measured.
+    again, _ = built(project, query_paths=[], index="IVF4,Flat")
+    assert read_search(files.search).queries == "chunks of query_paths"
+
+
+def test_recall_is_measured_on_given_texts(project: Project, tmp_path: Path) -> None:
+    path = tmp_path / "questions.txt"
+    path.write_text("what is a file\n\nwho wrote it\nwho wrote it\n  \n", encoding="utf-8")
+    _, files = built(project, recall_queries=str(path), index="IVF4,Flat")
+    assert sorted(files.queries.drawn.texts) == ["what is a file", "who wrote it"]
+    assert files.queries.drawn.ids == [-1, -1]
+    assert read_search(files.search).num_queries == 1
+    for content, words in ((b"\n  \n", "has no text"), (b"\xff\xfe", "not UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=words):
+            built(project, recall_queries=str(path), index="IVF2,Flat")
+    with pytest.raises(DataError, match="no such file; recall_queries is"):
+        built(project, recall_queries="nowhere.txt", index="IVF2,Flat")
 
 
 def test_recall_counts_what_exists() -> None:

@@ -37,7 +37,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     prefix = write_documents(tmp_path / "corpus", TEXTS, tokenizer_of(tmp_path))
     project = build(make_project(tmp_path / "db", [prefix], tmp_path, embedder="words"), WordEmbedder())
     save_project_config(project.config, project.folder)
-    monkeypatch.setattr(inspect, "project_embedder", lambda config: WordEmbedder())
+    monkeypatch.setattr(inspect, "project_embedder", lambda config, **_: WordEmbedder())
     return project
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import re
@@ -13,13 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_grit.config.retro_db import save_project_config
+from megatron_grit.data.chunk_db import ChunkDb
 from megatron_grit.data.records import parse_record
+from megatron_grit.data.retro_project import Project
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.retrieval import mine
+from megatron_grit.retrieval import mine, mine_corpus
 from megatron_grit.retrieval.cross_encoder import load_scorer
 from megatron_grit.retrieval.mine import MineOptions, mine_negatives
+from megatron_grit.retrieval.versions import remove_documents
+from megatron_grit.retrieval.work import Worker
 from tests.corpus import sentences, write_jsonl
-from tests.unit.retrieval.databases import WordEmbedder
+from tests.unit.retrieval.databases import WordEmbedder, build, make_project, tokenizer_of, write_documents
 
 PAIRS = sentences(60, seed=9)
 
@@ -46,8 +52,9 @@ def words(monkeypatch: pytest.MonkeyPatch) -> list[WordEmbedder]:
 
 def run(pairs: Path, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     output = pairs.with_name("mined.jsonl")
-    values: dict[str, Any] = {"num_negatives": 3, "ranks": (1, 20), "block_size": 16, "min_negatives": 0} | options
-    report = mine_negatives(MineOptions(input=[pairs], output=output, embedder="student", **values))
+    values: dict[str, Any] = {"num_negatives": 3, "ranks": (1, 20), "block_size": 16, "min_negatives": 0}
+    values |= {"embedder": "student"} | options
+    report = mine_negatives(MineOptions(input=[pairs], output=output, **values))
     return [json.loads(line) for line in output.read_text().splitlines()], report
 
 
@@ -199,6 +206,88 @@ def test_another_corpus(pairs: Path, tmp_path: Path) -> None:
 def test_options_that_cannot_be(pairs: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(pairs, **options)
+
+
+@pytest.fixture
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """Chunks of eight tokens of the answers, each answer a document."""
+    tokenizer = tokenizer_of(tmp_path)
+    prefix = write_documents(tmp_path / "answers", [answer for _, answer in PAIRS], tokenizer)
+    project = make_project(tmp_path / "db", [prefix], tmp_path, index="IVF4,Flat", nprobe=4)
+    build(project, WordEmbedder(name="student"), query=False)
+    save_project_config(project.config, project.folder)
+    monkeypatch.setattr(mine_corpus, "project_embedder", lambda config, **_: WordEmbedder(name="student"))
+    return project
+
+
+def test_chunks_of_a_database(pairs: Path, database: Project) -> None:
+    options = {"embedder": None, "project_dir": database.folder, "sampling": "top", "ranks": (1, 5)}
+    records, report = run(pairs, **options)
+    db = ChunkDb(database)
+    texts = db.texts(np.arange(len(db)))
+    assert report["num_passages"] == len(db) and report["dropped_candidates"]["known_positive"] > 0
+    known = {q: [mine.normalized(a) for other, a in PAIRS if other == q] for q, _ in PAIRS}
+    vectors = WordEmbedder().embed(texts)
+    for record in records:
+        query, found = record["query"][1], [text for _, text in record["neg"]]
+        assert len(found) == 3
+        assert not any(mine.normalized(text) in answer for text in found for answer in known[query])
+        # The index compares by distance, and the nearest come first.
+        distances = ((vectors - WordEmbedder().embed([query])[0]) ** 2).sum(1)
+        order = [texts[place] for place in np.argsort(distances, kind="stable")]
+        allowed = [text for text in order if not any(mine.normalized(text) in answer for answer in known[query])]
+        assert set(found) <= set(allowed[:10])
+    first = records[0]["neg"][0][1]
+    document = db.rows[texts.index(first), 1]
+    remove_documents(database, Worker(), f"answers:{document}")
+    again, _ = run(pairs, **options)
+    assert first not in {text for record in again for _, text in record["neg"]}
+
+
+def test_a_database_takes_the_place_of_embedder_and_corpus(pairs: Path, database: Project) -> None:
+    for options, words in (
+        ({"project_dir": database.folder}, "give an embedder, or a project_dir"),
+        ({"embedder": None}, "give an embedder, or a project_dir"),
+        ({"embedder": None, "project_dir": database.folder, "corpus": [pairs]}, "those of the database"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run(pairs, **options)
+    with pytest.raises(DataError, match="no project directory"):
+        run(pairs, embedder=None, project_dir=pairs.parent / "nowhere")
+
+
+def test_the_teacher_reads_candidates_of_a_database(pairs: Path, database: Project) -> None:
+    mined, report = run(pairs, embedder=None, project_dir=database.folder, teacher="teacher", teacher_gap=0.2)
+    teacher = WordEmbedder(dim=24)
+    for record in mined:
+        query, worst = record["query"][1], cosine(teacher, record["query"][1], [record["pos"][0][1]])[0]
+        if record["neg"]:
+            assert cosine(teacher, query, [text for _, text in record["neg"]]).max() <= worst - 0.2 + 1e-5
+    assert report["dropped_candidates"]["teacher"] > 0
+
+
+def test_lists_are_searched_for_the_wanted_recall(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With faiss's own default, one list, most of the nearest would be missed."""
+    random = np.random.default_rng(0)
+    texts = [" ".join(f"w{number}" for number in random.integers(0, 300, 6)) for _ in range(1500)]
+    passages = [mine_corpus.Passage(None, text, False) for text in texts]
+    corpus = mine_corpus.PassageFiles(passages, WordEmbedder(), tmp_path, index="IVF32,Flat")
+    queries = [" ".join(f"w{number}" for number in random.integers(0, 300, 6)) for _ in range(200)]
+    corpus.prepare(Worker(), queries)
+    found = corpus.search(WordEmbedder().embed(queries), 10)
+    exact = np.argsort(-mine.unit(WordEmbedder().embed(queries)) @ mine.unit(WordEmbedder().embed(texts)).T, axis=1)
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, exact[:, :10], strict=True)])
+    assert recall >= 0.9
+    assert corpus._index is not None and corpus._index.shards[0].index.nprobe > 1
+
+
+def test_only_one_command_at_a_time(pairs: Path) -> None:
+    folder = pairs.with_name(".mined.jsonl.work")
+    folder.mkdir()
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another command works on it"):
+            run(pairs)
 
 
 def test_other_records_are_refused(tmp_path: Path) -> None:

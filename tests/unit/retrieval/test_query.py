@@ -13,8 +13,9 @@ from megatron_grit.data.db_versions import VersionedDb, read_version
 from megatron_grit.data.neighbor_table import NeighborTable, read_table_manifest
 from megatron_grit.data.retro_project import Project
 from megatron_grit.errors import DataError
-from megatron_grit.retrieval.faiss_index import ShardedIndex, VectorIndex
+from megatron_grit.retrieval.faiss_index import VectorIndex
 from megatron_grit.retrieval.index import open_vectors
+from megatron_grit.retrieval.index_search import ShardedIndex
 from megatron_grit.retrieval.overlap import Runs, shared_runs
 from megatron_grit.retrieval.query import Searcher, find_allowed, query_neighbors, tables_of
 from megatron_grit.retrieval.vectors import embed_chunks

@@ -28,7 +28,7 @@ class Words(WordEmbedder):
 def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Settings of a small build, whose embedder needs no model."""
     tokenizer = tokenizer_of(tmp_path)
-    monkeypatch.setattr(stages, "project_embedder", lambda config: Words(name=str(config.embedder)))
+    monkeypatch.setattr(stages, "project_embedder", lambda config, **_: Words(name=str(config.embedder)))
     return {
         "data_paths": [write_documents(tmp_path / "a", make_texts(25), tokenizer)],
         "tokenizer": str(tmp_path / "tokenizer.model"),
@@ -91,12 +91,33 @@ def test_settings_that_may_change(project: Path, given: dict[str, Any]) -> None:
 def test_overwriting_makes_anew_what_follows(project: Path) -> None:
     trained = {path: path.stat().st_mtime_ns for path in project.glob("embeddings/*")}
     run_tasks(project, "index-build", {"index": "Flat"}, overwrite="index-train")
-    assert [path.name for path in project.glob("index/*/*")] == ["Flat"]
+    assert [path.name for path in project.glob("index/faiss-par-add/*")] == ["Flat"]
     assert {path: path.stat().st_mtime_ns for path in project.glob("embeddings/*")} == trained
     run_tasks(project, "db-build", {"chunk_length": 16}, overwrite="db-build")
     assert not list(project.glob("index/*")) + list(project.glob("embeddings/*")) + list(project.glob("query/*"))
     with pytest.raises(ConfigError, match="overwrite names embed, which is not among the tasks db-build"):
         run_tasks(project, "db-build", {}, overwrite="embed")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"index": "IVF4,Flat", "ntrain": 10**6}, "ntrain 1,000,000 is above"),
+        ({"index": "IVF100000,Flat"}, "is below the 100000 lists"),
+        ({"index": "HNSW32"}, "more than codes"),
+        ({"embedder": None}, "embedder is not set"),
+    ],
+)
+def test_what_cannot_be_made_destroys_nothing(
+    project: Path, change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    if change.get("embedder", "") is not None:
+        monkeypatch.setattr(stages, "project_embedder", lambda config, **_: Words(name=str(config.embedder)))
+    before = files_of(project)
+    with pytest.raises(ConfigError, match=words):
+        run_tasks(project, "build", change, overwrite="embed,index-train")
+    assert files_of(project) == before
 
 
 def test_validation_compares_every_stage(project: Path, caplog: pytest.LogCaptureFixture) -> None:

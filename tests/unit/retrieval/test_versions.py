@@ -37,6 +37,7 @@ from tests.unit.retrieval.databases import (
     tokenizer_of,
     write_documents,
 )
+from tests.unit.retrieval.workers import run_together
 
 TEXTS, MORE, OTHER = make_texts(12), make_texts(7, seed=1), make_texts(9, seed=2)
 
@@ -240,6 +241,44 @@ def test_an_addition_that_was_stopped_goes_on(project: Project, other: str, monk
     straight = make_project(project.folder.parent / "db3", project.config.data_paths, project.folder.parent)
     whole = grow(build(straight, WordEmbedder()), data_paths=paths)
     assert {file.path: file.sha256 for file in read_version(whole.folder).files()} == fresh
+
+
+def test_an_addition_that_was_given_up_is_not_part_of_the_database(
+    project: Project, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its chunks would all be there already."""
+    from megatron_grit.retrieval import versions
+
+    paths = [*project.config.data_paths, other]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(versions, "writing_table", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        grow(project, data_paths=paths)
+    remove_documents(project, Worker(), "corpus:2")
+    grown = grow(project, data_paths=paths)
+    before, after = read_version(grown.folder, 2), read_version(grown.folder)
+    assert after.number == 3 and after.num_chunks > before.num_chunks
+
+
+def test_an_addition_is_the_same_from_several_processes(tmp_path: Path) -> None:
+    pytest.importorskip("datasketch")
+    tokenizer = tokenizer_of(tmp_path)
+    near = [text.replace("queue", "cursor") + " The end." for text in TEXTS[:4]]
+    paths = [write_documents(tmp_path / "corpus", TEXTS, tokenizer)]
+    new = write_documents(tmp_path / "other", [*near, *OTHER, *near[:2]], tokenizer)
+    contents = []
+    for name, num_workers in (("alone", 1), ("shared", 2)):
+        project = make_project(tmp_path / name, paths, tmp_path, duplicates="near", near_threshold=0.6)
+        build(project, WordEmbedder(), query=False)
+        run_together(
+            num_workers,
+            lambda worker, built=project: add_documents(
+                another(built, data_paths=[*paths, new]), worker, WordEmbedder()
+            ),
+        )
+        contents.append(content(project))
+        assert not (project.folder / "db" / "versions" / "0002" / "duplicates").exists()
+    assert contents[0].keys() == contents[1].keys()
+    assert {name for name in contents[0] if contents[0][name] != contents[1][name]} == set()
 
 
 def test_changed_documents_are_refused(project: Project) -> None:

@@ -1,0 +1,173 @@
+"""The recall that an index promises, against what is found for queries that it never saw.
+
+Documents of four collections (WikiText-2, Cranfield, Dolly, XQuAD) are parted at random: one half is the database, a
+quarter are the documents whose chunks choose how the index is searched and measure its recall, a quarter are asked
+afterwards. all-MiniLM-L6-v2 embeds them, in chunks of 64 tokens. Each index is built by the stages of build_db.py, its
+promise is read from search.json, and what is found is counted against a comparison with all vectors in numpy.
+
+Then people's questions (Cranfield's 225) are asked of the same database: once with the promise for chunks, once with
+half of the questions as recall_queries, which then choose and promise, and the other half asked.
+
+"auto@M" is index auto with M megabytes of memory.
+
+Example:
+    python -m benchmarks.index_recall --data ../shared/data --json index_recall.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.preprocess import paragraphs
+from benchmarks.retrieval_quality import Remembering, index_texts, make_tokenizer, minilm_folder, read_cranfield
+from megatron_grit.config.retro_db import RetroDbConfig
+from megatron_grit.data.chunk_db import ChunkDb
+from megatron_grit.data.db_versions import read_version
+from megatron_grit.data.retro_project import Project
+from megatron_grit.errors import EXIT_STATUS, GritError
+from megatron_grit.retrieval.chunk import build_chunks
+from megatron_grit.retrieval.embed import load_embedder
+from megatron_grit.retrieval.index import add_to_index, train_index
+from megatron_grit.retrieval.versions import open_index, record_version
+from megatron_grit.retrieval.work import Worker
+
+TOLERANCE = 0.01
+AT = 10
+INDEXES = ("IVF64,Flat", "auto@10", "auto@2", "auto@1", "auto@0.4")
+
+
+def read_documents(folder: Path) -> list[str]:
+    """Texts of all collections, in an order that is always the same."""
+    lines = paragraphs(folder)
+    texts = ["\n".join(lines[start : start + 5]) for start in range(0, len(lines), 5)]
+    texts += read_cranfield(folder).documents
+    with (folder / "alpagasus_3k_dolly.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            texts.append("\n".join(turn["content"] for turn in json.loads(line)["messages"]))
+    squad = json.loads((folder / "xquad_en_part1.json").read_text(encoding="utf-8"))
+    texts += [part["context"] for article in squad["data"] for part in article["paragraphs"]]
+    texts = list(dict.fromkeys(text for text in texts if text.strip()))
+    return [texts[place] for place in np.random.default_rng(0).permutation(len(texts))]
+
+
+def numpy_nearest(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int) -> np.ndarray:
+    """Places of the ``k`` nearest by squared distance, in float64, by comparing all."""
+    vectors = vectors_ND.astype(np.float64)
+    sizes, out = (vectors**2).sum(1), []
+    for start in range(0, len(queries_QD), 512):
+        part = queries_QD[start : start + 512].astype(np.float64)
+        out.append(np.argsort(sizes - 2 * part @ vectors.T, axis=1, kind="stable")[:, :k])
+    return np.concatenate(out)
+
+
+def found_share(project: Project, embedder: Remembering, queries: np.ndarray, exact: np.ndarray) -> float:
+    """Share of the exact neighbors that a search as it was chosen finds."""
+    version = read_version(project.folder)
+    _, ids = open_index(project, version).search(queries, AT)
+    return float((exact[:, :, None] == ids[:, None, :]).any(2).mean())
+
+
+def build(folder: Path, tokenizer: Path, documents: Path, embedder: Remembering, index: str, **given: Any) -> Project:
+    """Chunks and index of a database."""
+    factory, _, megabytes = index.partition("@")
+    memory = {"index_memory_gb": float(megabytes) * 1e6 / 2**30} if megabytes else {}
+    settings: dict[str, Any] = {"tokenizer": str(tokenizer), "data_paths": [str(documents)], "duplicates": "exact"}
+    project, alone = Project(folder, RetroDbConfig(index=factory, **settings | memory | given)), Worker()
+    folder.mkdir(parents=True)
+    build_chunks(project, alone)
+    train_index(project, alone, embedder)
+    add_to_index(project, alone, embedder)
+    record_version(project, alone, embedder)
+    return project
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """A row for each index and kind of query."""
+    texts = read_documents(arguments.data)[: arguments.documents]
+    tokenizer = folder / "tokenizer.json"
+    make_tokenizer(texts[:3000], tokenizer)
+    half, quarter = len(texts) // 2, 3 * len(texts) // 4
+    parts = {"documents": texts[:half], "choosing": texts[half:quarter], "asked": texts[quarter:]}
+    prefix = {name: index_texts(folder, name, part, tokenizer) for name, part in parts.items()}
+    embedder = Remembering(load_embedder(str(minilm_folder()), precision="bf16"))
+    questions = read_cranfield(arguments.data).queries
+    chosen = folder / "questions.txt"
+    chosen.write_text("".join(" ".join(text.split()) + "\n" for text in questions[::2]), encoding="utf-8")
+    kinds: dict[str, Any] = {
+        "chunks": ({"query_paths": [str(prefix["choosing"])]}, chunk_texts(folder, tokenizer, prefix["asked"])),
+        "questions, promise for chunks": ({}, questions[1::2]),
+        "questions": ({"recall_queries": str(chosen)}, questions[1::2]),
+    }
+    rows = []
+    exact: dict[str, np.ndarray] = {}
+    print(f"{'index':28s} {'queries':30s} {'chunks':>7s} {'promised':>8s} {'[95%]':>15s} {'found':>7s} {'diff':>7s}")
+    for index in arguments.indexes:
+        for kind, (given, asked) in kinds.items():
+            place = folder / f"{index}_{kind}".replace(",", "_")
+            project = build(place, tokenizer, prefix["documents"], embedder, index, **given)
+            vectors, db = embedder.embed(asked, "query"), ChunkDb(project)
+            if kind not in exact:
+                exact[kind] = numpy_nearest(vectors, embedder.embed(db.texts(np.arange(len(db)))), AT)
+            search_path = next(project.folder.glob("index/faiss-par-add/*/search.json"))
+            search = json.loads(search_path.read_text(encoding="utf-8"))
+            row = {"index": index, "factory": search_path.parent.name, "queries": kind, "asked": len(asked)}
+            row |= {"chunks": len(db), "promised": search["recall"]}
+            row |= {"interval": [search["recall_low"], search["recall_high"]], "nprobe": search["nprobe"]}
+            row["found"] = found_share(project, embedder, vectors, exact[kind])
+            row["difference"] = row["found"] - row["promised"]
+            rows.append(row)
+            print_row(row)
+    return rows
+
+
+def chunk_texts(folder: Path, tokenizer: Path, prefix: Path) -> list[str]:
+    """Texts of the chunks of an indexed file."""
+    config = RetroDbConfig(tokenizer=str(tokenizer), data_paths=[str(prefix)])
+    project = Project(folder / "asked_chunks", config)
+    build_chunks(project, Worker())
+    db = ChunkDb(project)
+    return db.texts(np.arange(len(db)))
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """A line of the table."""
+    low, high = row["interval"]
+    what = f"{row['index']} = {row['factory']}" if "auto" in row["index"] else row["index"]
+    print(
+        f"{what:28s} {row['queries']:30s} {row['chunks']:7,} {row['promised']:8.4f} [{low:.3f}, {high:.3f}] "
+        f"{row['found']:7.4f} {row['difference']:+7.4f}  ({row['asked']:,} asked, nprobe {row['nprobe']})",
+        flush=True,
+    )
+
+
+def main() -> int:
+    """Parse the command line and measure. Status 1 where chunks find less or more than promised."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the collections")
+    parser.add_argument("--documents", type=int, help="keep only so many documents")
+    parser.add_argument("--indexes", nargs="+", default=list(INDEXES), help="faiss factory strings, or auto@MEGABYTES")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    arguments = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            rows = measure(arguments, Path(name))
+    except GritError as error:
+        print(f"index_recall: error: {error}", file=sys.stderr)
+        return EXIT_STATUS
+    worst = max(abs(row["difference"]) for row in rows if row["queries"] == "chunks")
+    met = worst <= TOLERANCE
+    print(f"chunks that the index never saw: at most {worst:.4f} from what was promised (target {TOLERANCE})")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

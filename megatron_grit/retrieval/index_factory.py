@@ -1,0 +1,60 @@
+"""Which kind of index a corpus gets, by the strings that faiss makes one from."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from megatron_grit.errors import ConfigError
+
+MIN_POINTS_PER_LIST = 39
+"""Training vectors that k-means wants for each list (faiss's own default, below which it warns)."""
+
+
+def choose_factory(num_vectors: int, dim: int, memory_bytes: float) -> str:
+    """A factory string for a corpus: exact search where that is fast, else lists, stored as precisely as fits. The
+    recall that it then has is measured when the index is there, and said.
+
+    Args:
+        num_vectors: of the whole database.
+        dim: channels.
+        memory_bytes: what the searched index may take.
+
+    Raises:
+        ConfigError: not even 8 bytes a vector fit.
+    """
+    if num_vectors <= 50_000 and 4 * dim * num_vectors <= memory_bytes:
+        return "Flat"
+    # Between 4 and 16 times the root, within what k-means can be trained with.
+    lists = 2 ** round(math.log2(8 * math.sqrt(num_vectors)))
+    lists = max(16, min(lists, 2 ** int(math.log2(max(num_vectors / MIN_POINTS_PER_LIST, 16)))))
+    coarse = f"IVF{lists}_HNSW32" if lists >= 16384 else f"IVF{lists}"
+    # Beside the code a list holds its id, and lists have some room to grow.
+    budget = (0.9 * memory_bytes - 4.0 * lists * dim) / num_vectors - 8
+    if budget >= 4 * dim:
+        return f"{coarse},Flat"
+    if budget >= dim:
+        return f"{coarse},SQ8"
+    sizes = [size for size in (128, 96, 64, 48, 32, 16, 8) if size <= budget and size <= dim]
+    if not sizes:
+        raise ConfigError(
+            f"{num_vectors:,} vectors do not fit into {memory_bytes / 2**30:.3g} GiB at 8 bytes each; raise "
+            "index_memory_gb, or give an index with shorter codes"
+        )
+    # OPQ turns the vectors so that the parts of the product quantiser hold alike much.
+    width = max(multiple for multiple in range(sizes[0], dim + 1, sizes[0]))
+    return f"OPQ{sizes[0]}_{min(width, 4 * sizes[0])},{coarse},PQ{sizes[0]}"
+
+
+def num_training_vectors(factory: str, num_vectors: int) -> int:
+    """How many vectors an index is trained on where nobody says: 64 for each list, at least 65,536 for a quantiser."""
+    lists = lists_of(factory)
+    if lists is None and not any(part in factory for part in ("PQ", "SQ")):
+        return 0
+    return min(num_vectors, max(64 * (lists or 0), 65_536))
+
+
+def lists_of(factory: str) -> int | None:
+    """Lists of an inverted file; None where there is none."""
+    found = re.search(r"IVF(\d+)(k?)", factory)
+    return int(found[1]) * (1024 if found[2] else 1) if found else None

@@ -1,0 +1,156 @@
+"""A model that is spread over several processes embeds as in one, and builds databases in teams of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.retro_kill_campaign import digests
+from megatron_grit.config.schema import ParallelConfig, RunConfig
+from megatron_grit.data.markers import Side
+from megatron_grit.data.tokenizer import load_tokenizer
+from megatron_grit.errors import ConfigError
+from megatron_grit.training.trainer import train
+from tests.corpus import sentences, tiny_run
+from tests.distributed.harness import run_on_ranks
+from tests.unit.retrieval.databases import make_texts, write_documents
+
+TEXTS = [f"{answer} {question}" if i % 3 else answer for i, (question, answer) in enumerate(sentences(30))]
+CALLS: dict[str, tuple[list[str], str, Side]] = {
+    "instructed": (TEXTS, "Find the sentence that answers", "query"),
+    "plain": (TEXTS, "", "passage"),
+    "two": (TEXTS[3:5], "", "query"),
+    "one": (TEXTS[:1], "", "passage"),
+}
+BATCH_TOKENS = 96
+"""Of some three texts, so that there are more batches than stages and lanes."""
+LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "dense, 2 processes": {
+        "tp2": {"tensor": 2},
+        "pp2": {"pipeline": 2},
+        "cp2": {"context": 2},
+        "sp2": {"tensor": 2, "sequence_parallel": True},
+        "causal": {"tensor": 2},
+    },
+    "dense, 4 processes": {"tp2_twice": {"tensor": 2}, "tp2_pp2": {"tensor": 2, "pipeline": 2}},
+    "mixture, 2 processes": {"ep2": {"expert": 2}, "tp2": {"tensor": 2}, "cp2_ep2": {"context": 2, "expert": 2}},
+    "mixture, 4 processes": {
+        "ep2_twice": {"expert": 2},
+        "ep2_pp2": {"expert": 2, "pipeline": 2},
+        "tp2_ep2": {"tensor": 2, "expert": 2},
+        "cp2_ep4": {"context": 2, "expert": 4},
+    },
+}
+TEAMS = {"tp2_twice": 2, "ep2_twice": 2}
+"""Of a layout; one where it is not named."""
+LANES = {"ep2": 2, "ep2_twice": 2, "ep2_pp2": 2, "tp2_ep2": 2, "cp2_ep4": 2}
+
+
+def embed(run: str, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Place in the team, and vectors of each call, by layout. A second team makes fewer calls than the first."""
+    from megatron_grit.inference.model import GritModel
+
+    results: dict[str, Any] = {}
+    for name, layout in layouts.items():
+        model = GritModel.load(run, device="cpu", parallel=ParallelConfig(**layout))
+        model.model.embedding_config.causal = name == "causal"
+        team = model.team
+        vectors = {
+            call: model.encode(texts, instruction, side=side, batch_tokens=BATCH_TOKENS).tolist()
+            for call, (texts, instruction, side) in CALLS.items()
+            if team.number == 0 or call == "two"
+        }
+        place = {key: getattr(team, key) for key in ("number", "num_teams", "size", "leads", "lane", "num_lanes")}
+        results[name] = {"team": place, "vectors": vectors}
+        with pytest.raises(ConfigError, match=f"generate takes a model .* spread over {team.size}"):
+            model.generate("a")
+        with pytest.raises(ConfigError, match="token_losses takes a model"):
+            model.token_losses("nowhere")
+    return results
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunConfig]:
+    """A trained step of a dense model, whose sides have linear layers of their own, and of a mixture of experts."""
+    configs = {}
+    for name, experts in (("dense", None), ("mixture", 4)):
+        configs[name] = config = tiny_run(tmp_path_factory.mktemp(name), experts=experts)
+        config.training.steps = 1
+        if name == "dense":
+            config.embedding.projection_dim, config.embedding.asymmetric = 24, "heads"
+        train(config)
+    return configs
+
+
+def in_one_process(config: RunConfig) -> dict[str, np.ndarray]:
+    from megatron_grit.inference.model import GritModel
+
+    model = GritModel.load(config.output_dir, device="cpu")
+    assert (model.team.size, model.team.num_teams, model.team.leads) == (1, 1, True)
+    return {
+        call: model.encode(texts, instruction, side=side, batch_tokens=BATCH_TOKENS)
+        for call, (texts, instruction, side) in CALLS.items()
+    }
+
+
+def furthest(found: dict[str, Any], expected: dict[str, np.ndarray]) -> float:
+    """Largest distance of a vector from what it is to be; vectors have length 1."""
+    return max(np.linalg.norm(np.array(vectors) - expected[call], axis=1).max() for call, vectors in found.items())
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_vectors_are_those_of_one_process(runs: dict[str, RunConfig], tmp_path: Path, case: str) -> None:
+    config, world_size = runs[case.split(",")[0]], int(case.split()[1])
+    expected = in_one_process(config)
+    results = run_on_ranks(embed, world_size, tmp_path, str(config.output_dir), LAYOUTS[case])
+    for name in LAYOUTS[case]:
+        teams = [result[name]["team"] for result in results]
+        num_teams = TEAMS.get(name, 1)
+        assert {(t["num_teams"], t["size"], t["num_lanes"]) for t in teams} == {
+            (num_teams, world_size // num_teams, LANES.get(name, 1))
+        }
+        assert [t["number"] for t in teams if t["leads"]] == list(range(num_teams))
+        for result in results:
+            apart = furthest(result[name]["vectors"], expected)
+            assert apart > 1e-3 if name == "causal" else apart < 1e-5, (name, apart)
+
+
+def build(project: str, settings: dict[str, Any]) -> None:
+    from megatron_grit.retrieval.stages import run_tasks
+
+    tasks = "db-build,index-build,query-neighbors"
+    run_tasks(Path(project), tasks, settings)
+    run_tasks(Path(project), tasks, {}, validate=1.0)
+
+
+@pytest.mark.parametrize(("kind", "mesh"), [("dense", "tensor"), ("mixture", "expert")])
+def test_teams_build_the_same_database(
+    runs: dict[str, RunConfig], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, kind: str, mesh: str
+) -> None:
+    pytest.importorskip("faiss")
+    pytest.importorskip("h5py")
+    tokenizer = load_tokenizer(str(runs[kind].data.tokenizer))
+    settings = {
+        "data_paths": [write_documents(tmp_path / "corpus", make_texts(10, longest=6), tokenizer)],
+        "tokenizer": runs[kind].data.tokenizer,
+        "embedder": runs[kind].output_dir,
+        f"embedder_{mesh}": 2,
+        "query_instruction": "Find what follows",
+        "batch_tokens": 128,
+        "chunk_length": 16,
+        "block_size": 8,
+        "index": "IVF4,Flat",
+        "num_neighbors_query": 10,
+        "num_neighbors_save": 3,
+        "keep_embeddings": True,
+    }
+    for world_size in (2, 4):
+        ranks = tmp_path_factory.mktemp("ranks")
+        run_on_ranks(build, world_size, ranks, str(tmp_path / f"of_{world_size}"), settings)
+    found = digests(tmp_path / "of_2")
+    for stage in ("train_emb", "add_codes", "query/"):
+        assert sum(stage in name for name in found) > 2, f"{stage} has no block for each team"
+    assert found == digests(tmp_path / "of_4")

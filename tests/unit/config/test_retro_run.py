@@ -1,0 +1,55 @@
+"""A run takes documents and tokenizer from a retrieval database."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_grit.config.parse import parse_train_arguments
+from megatron_grit.config.retro_db import RetroDbConfig, save_project_config
+from megatron_grit.config.retro_run import resolve_retro_project
+from megatron_grit.errors import ConfigError
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    folder = tmp_path / "db"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "own.idx").touch()
+    config = RetroDbConfig(data_paths=["data/own", "elsewhere/other"], tokenizer="elsewhere/tokenizer.model")
+    save_project_config(config, folder)
+    return folder
+
+
+def resolve(project: Path, *options: str, files: bool = True):
+    arguments = parse_train_arguments(["--data.retro_project", str(project), *options])
+    return resolve_retro_project(arguments.config, arguments.origins, files=files).data
+
+
+def test_documents_and_tokenizer_are_those_of_the_database(project: Path) -> None:
+    data = resolve(project)
+    # Below the project directory where it is there, else as it was given.
+    assert data.generative == [str(project / "data" / "own"), "elsewhere/other"]
+    assert data.tokenizer == "elsewhere/tokenizer.model"
+
+
+def test_documents_that_get_neighbors_come_first(project: Path) -> None:
+    config = RetroDbConfig(data_paths=["data/own"], query_paths=["trained/on"], tokenizer="t.model")
+    save_project_config(config, project)
+    assert resolve(project).generative == ["trained/on"]
+
+
+def test_what_is_given_stays(project: Path) -> None:
+    data = resolve(project, "--data.generative", "[mine]", "--data.tokenizer", "./elsewhere/tokenizer.model")
+    assert (data.generative, data.tokenizer) == (["mine"], "./elsewhere/tokenizer.model")
+    with pytest.raises(ConfigError, match=r"command line: data.tokenizer x.model is not that of data.retro_project"):
+        resolve(project, "--data.tokenizer", "x.model")
+
+
+def test_a_directory_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no config.json; give the --project-dir"):
+        resolve(tmp_path / "nowhere")
+    assert resolve(tmp_path / "nowhere", files=False).generative == []
+    arguments = parse_train_arguments([])
+    assert resolve_retro_project(arguments.config, arguments.origins) == arguments.config

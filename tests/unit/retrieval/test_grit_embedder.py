@@ -1,0 +1,100 @@
+"""Our own models as embedders: what they are asked, what they are known by, and which processes hold them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from megatron_grit.config.retro_db import RetroDbConfig, config_problems
+from megatron_grit.config.schema import ParallelConfig, RunConfig
+from megatron_grit.errors import ConfigError, MeshError
+from megatron_grit.inference.model import GritModel
+from megatron_grit.inference.team import Team
+from megatron_grit.retrieval.embed import MESH, GritEmbedder, in_teams, load_embedder
+from megatron_grit.retrieval.work import Worker
+from megatron_grit.training.trainer import train
+from tests.corpus import sentences, tiny_run
+
+
+@pytest.fixture
+def grit(monkeypatch, tmp_path) -> SimpleNamespace:
+    """A stand-in for a model that keeps what it is asked."""
+    (tmp_path / "manifest.json").write_text("{}")
+    monkeypatch.setattr("megatron_grit.training.checkpoint.resolve_checkpoint", lambda folder: tmp_path)
+    calls = []
+
+    def encode(texts, instruction, **options):
+        calls.append((len(texts), instruction, options["side"], options["max_length"]))
+        return np.array([[len(text), len(instruction)] for text in texts], dtype=np.float32)
+
+    config = RunConfig()
+    config.training.precision = "fp32"
+    team = Team(number=1, num_teams=3, size=4, leads=False, lane=0, num_lanes=1, lane_group=None)
+    return SimpleNamespace(encode=encode, config=config, calls=calls, folder=tmp_path, team=team)
+
+
+def test_our_models_get_the_instruction_with_queries_alone(grit, monkeypatch):
+    monkeypatch.setattr("megatron_grit.retrieval.embed._WINDOW", 2)
+    embedder = GritEmbedder(grit, grit.folder, 99, 128, "find")
+    assert embedder.dim == 2 and not embedder.sides_alike
+    assert embedder.embed(["a", "bb", "ccc"]).tolist() == [[1, 0], [2, 0], [3, 0]]
+    assert embedder.embed(["a"], "query").tolist() == [[1, 4]]
+    assert grit.calls[1:] == [(2, "", "passage", 99), (1, "", "passage", 99), (1, "find", "query", 99)]
+    assert embedder.embed([]).shape == (0, 2)
+
+
+def test_our_models_that_tell_sides_apart_have_no_vectors_in_common(grit):
+    assert GritEmbedder(grit, grit.folder, 99, 128, "").sides_alike
+    grit.config.embedding.brackets = "specb"
+    assert not GritEmbedder(grit, grit.folder, 99, 128, "").sides_alike
+
+
+def test_the_fingerprint_of_our_models_is_of_the_checkpoint_and_of_what_passages_follow_from(grit):
+    def fingerprint(max_length=64, instruction=""):
+        return GritEmbedder(grit, grit.folder, max_length, 128, instruction).fingerprint
+
+    before = fingerprint()
+    assert fingerprint(instruction="find") == before
+    assert fingerprint(max_length=65) != before
+    (grit.folder / "manifest.json").write_text("{} ")
+    assert fingerprint() != before
+
+
+def test_a_team_is_one_worker_of_which_one_process_writes(grit):
+    alone = Worker(rank=7, world_size=12, team=7, num_teams=12)
+    assert in_teams(alone, GritEmbedder(grit, grit.folder, 64, 128, "")) == Worker(
+        rank=7, world_size=12, team=1, num_teams=3, leads=False
+    )
+
+
+def test_a_checkpoint_of_ours_embeds_as_the_model_itself(tmp_path):
+    config = tiny_run(tmp_path)
+    config.training.steps = 1
+    train(config)
+    texts = [answer for _, answer in sentences(12)]
+    embedder = load_embedder(str(config.output_dir), query_instruction="Answer the question", device="cpu")
+    model = GritModel.load(config.output_dir, device="cpu")
+    assert embedder.dim == 64
+    np.testing.assert_allclose(embedder.embed(texts), model.encode(texts), atol=1e-6)
+    np.testing.assert_allclose(embedder.embed(texts, "query"), model.encode(texts, "Answer the question"), atol=1e-6)
+    with pytest.raises(ConfigError, match="ours are pooled as trained"):
+        load_embedder(str(config.output_dir), pooling="mean")
+    assert in_teams(Worker(rank=1, world_size=2, team=1, num_teams=2), embedder) == Worker(rank=1, world_size=2)
+    for sizes, message in (
+        ({"tensor": 2}, "the number of processes, 1, is no multiple of tensor 2 x pipeline 1 x context 1; start a"),
+        ({"tensor": 3}, "parallel.tensor 3 does not divide model.num_attention_heads 4|no multiple of tensor 3"),
+        ({"expert": 2}, "parallel.expert 2 needs a mixture of experts"),
+        ({"pipeline": 2, "virtual_pipeline": 2}, "parallel.virtual_pipeline is of training"),
+    ):
+        named = "".join(rf".*embedder_{name} {sizes.get(name, 1)}" for name in MESH)
+        with pytest.raises(MeshError, match=f"embedder .*run with{named}: .*({message})"):
+            load_embedder(str(config.output_dir), device="cpu", parallel=ParallelConfig(**sizes))
+
+
+def test_sizes_of_the_mesh_are_checked():
+    for name in MESH:
+        assert next(config_problems(RetroDbConfig(**{f"embedder_{name}": 0}))) == (
+            f"embedder_{name} must be at least 1, not 0"
+        )
