@@ -40,7 +40,7 @@ from megatron_grit.retrieval.work import Worker
 
 TOLERANCE = 0.01
 AT = 10
-INDEXES = ("IVF64,Flat", "auto@10", "auto@2", "auto@1", "auto@0.4")
+INDEXES = ("IVF64,Flat", "auto@10", "auto@2")
 
 
 def read_documents(folder: Path) -> list[str]:

@@ -46,8 +46,8 @@ from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import EXIT_STATUS, GritError
 from megatron_grit.retrieval.chunk import build_chunks
 from megatron_grit.retrieval.embed import Side, load_embedder
-from megatron_grit.retrieval.index_search import ShardedIndex
 from megatron_grit.retrieval.index import add_to_index, train_index
+from megatron_grit.retrieval.index_search import ShardedIndex
 from megatron_grit.retrieval.query import query_neighbors
 from megatron_grit.retrieval.work import Worker
 

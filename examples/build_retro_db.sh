@@ -15,7 +15,7 @@
 #   PROCESSES     of a node; default: 8, one for each GPU
 #   NNODES        default: the nodes of the SLURM job, else 1; all of them see PROJECT_DIR
 #   RDZV_ENDPOINT HOST:PORT of one node, to start several without SLURM: run this script on every node
-#   DRY_RUN=1     print the command and end
+#   DRY_RUN=1     print the command and end; the option --dry-run checks everything and says what would be done
 #   SCALE=tiny    the same in miniature on two CPU processes: Python's help texts, and an untrained model
 set -euo pipefail
 # sbatch runs a copy of this file from elsewhere; submit it from the root of the checkout.
@@ -64,7 +64,15 @@ fi
 CORES=$(($(nproc) / PROCESSES))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES > 0 ? CORES : 1))}"
 # Prefixes are words: shellcheck disable=SC2086
-run_job "$NODES" "$PROCESSES" "$ROOT/tools/retro/build_db.py" --project-dir "$PROJECT_DIR" --tasks "${TASKS:-build}" \
-    --data_paths "$(yaml_list $DATA)" --tokenizer "$TOKENIZER" --embedder "$EMBEDDER" \
+COMMAND=(
+    "$ROOT/tools/retro/build_db.py" --project-dir "$PROJECT_DIR" --tasks "${TASKS:-build}"
+    --data_paths "$(yaml_list $DATA)" --tokenizer "$TOKENIZER" --embedder "$EMBEDDER"
     ${SIZE_ARGS[@]+"${SIZE_ARGS[@]}"} "$@"
+)
+if [[ "${DRY_RUN:-0}" != 1 ]]; then
+    # A mistake is one line here; from a job of many processes it would be a page.
+    WORLD_SIZE=$((NODES * PROCESSES)) "$PYTHON" "${COMMAND[@]}" --dry-run || exit $?
+    [[ " $* " != *" --dry-run "* ]] || exit 0
+fi
+run_job "$NODES" "$PROCESSES" "${COMMAND[@]}"
 [[ "${DRY_RUN:-0}" == 1 ]] || "$PYTHON" "$ROOT/tools/retro/inspect_db.py" --project-dir "$PROJECT_DIR"

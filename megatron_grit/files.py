@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from megatron_grit.errors import ConfigError
 
 
 @contextmanager
@@ -31,16 +35,41 @@ def replacing_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_text_path(path: str | os.PathLike[str]) -> None:
+    """Refuse a name that :func:`replacing` would refuse, before there is something to write.
+
+    Raises:
+        ConfigError: one that says it is compressed in a way that is read and not written.
+    """
+    if Path(path).suffix == ".zst":
+        raise ConfigError(f"{path}: .zst is read and not written; name it .gz, or without either")
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """A file to write, as :func:`replacing_path`.
 
     Args:
-        path: the file to write; its folder is made where it is not there.
+        path: the file to write; its folder is made where it is not there. Text is compressed where it ends in ``.gz``.
         mode: "w" for UTF-8 text, "wb" for bytes.
+
+    Raises:
+        ConfigError: text for a ``.zst``, which is read and not written.
     """
-    with replacing_path(path) as temporary, temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-        yield file
+    if mode == "w":
+        check_text_path(path)
+    with replacing_path(path) as temporary:
+        if mode == "w" and Path(path).suffix == ".gz":
+            # Without a name and a time, equal texts are equal files.
+            with (
+                temporary.open("wb") as raw,
+                gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
+                io.TextIOWrapper(packed, encoding="utf-8") as file,
+            ):
+                yield file
+        else:
+            with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
 
 
 def sha256_of_file(path: str | os.PathLike[str], num_bytes: int | None = None) -> str:

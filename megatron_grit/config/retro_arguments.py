@@ -21,6 +21,7 @@ class RetroArguments:
     overwrite: str
     validate: float | None
     tombstone: str
+    dry_run: bool
     given: dict[str, Any]
     """Settings that were given, and only those."""
 
@@ -57,6 +58,12 @@ def parse_retro_arguments(argv: list[str], description: str) -> RetroArguments:
         help="documents that the task tombstone removes: DATASET:DOCUMENT[,...], or a file with one of them a line; a "
         "dataset is its prefix, the last part of it, or its number",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check settings, data, tokenizer, embedder and index in this process, say what would be done, and change "
+        "nothing",
+    )
     parser.add_class_arguments(RetroDbConfig)
     names = {field.name for field in dataclasses.fields(RetroDbConfig)}
     argv = [_spelled(argument, names) for argument in argv]
@@ -72,6 +79,7 @@ def parse_retro_arguments(argv: list[str], description: str) -> RetroArguments:
         overwrite=values["overwrite"],
         validate=values["validate"],
         tombstone=values["tombstone"],
+        dry_run=values["dry_run"],
         given=given,
     )
 

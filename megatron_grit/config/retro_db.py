@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from megatron_grit.errors import ConfigError
 from megatron_grit.files import write_json
@@ -141,6 +142,9 @@ _AT_LEAST_ONE = (
 
 def config_problems(config: RetroDbConfig) -> Iterator[str]:
     """What is wrong with a configuration by itself."""
+    yield from _value_problems(config)
+    if any(_is_null(config)):
+        return
     for name in _AT_LEAST_ONE:
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -166,9 +170,29 @@ def config_problems(config: RetroDbConfig) -> Iterator[str]:
         )
     if config.index_on_gpu:
         yield from _gpu_problems(config)
-    repeated = {path for path in config.data_paths if config.data_paths.count(path) > 1}
-    if repeated:
-        yield f"data_paths names {min(repeated)} more than once"
+    places = [Path(path).resolve() for path in config.data_paths]
+    repeated = next((path for n, path in enumerate(config.data_paths) if places[n] in places[:n]), None)
+    if repeated is not None:
+        yield f"data_paths names {repeated} more than once"
+
+
+def _value_problems(config: RetroDbConfig) -> Iterator[str]:
+    """Values that JSON or a command line can give and no setting can have."""
+    for name in _is_null(config):
+        yield f"{name} must not be null; leave it out for its default"
+    for field_ in dataclasses.fields(config):
+        value = getattr(config, field_.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{field_.name} must be a finite number, not {value}"
+    if config.seed is not None and not 0 <= config.seed < 2**63:
+        yield f"seed must be at least 0 and below 2**63, not {config.seed}"
+
+
+def _is_null(config: RetroDbConfig) -> Iterator[str]:
+    """Settings that are null and may not be."""
+    for name, hint in get_type_hints(RetroDbConfig).items():
+        if getattr(config, name) is None and type(None) not in get_args(hint):
+            yield name
 
 
 def _gpu_problems(config: RetroDbConfig) -> Iterator[str]:
@@ -192,10 +216,10 @@ def load_project_config(project: Path) -> RetroDbConfig | None:
     """The configuration of a project directory. None: it has none yet.
 
     Raises:
-        ConfigError: the file cannot be read or has an unknown key.
+        ConfigError: the file cannot be read, or has an unknown key or a value of the wrong type.
     """
     path = project / CONFIG_FILE
-    if not path.is_file():
+    if not path.exists():
         return None
     from jsonargparse import ArgumentParser
 
@@ -203,8 +227,10 @@ def load_project_config(project: Path) -> RetroDbConfig | None:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds no settings of a database ({{...}}); put it back from a copy")
     known = [field.name for field in dataclasses.fields(RetroDbConfig)]
-    for key in values if isinstance(values, dict) else ():
+    for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ", perhaps of another version; remove it"
@@ -212,6 +238,10 @@ def load_project_config(project: Path) -> RetroDbConfig | None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RetroDbConfig)
     try:
-        return RetroDbConfig(**parser.parse_object(values).as_dict())
+        config = RetroDbConfig(**parser.parse_object(values).as_dict())
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    problem = next(_value_problems(config), None)
+    if problem is not None:
+        raise ConfigError(f"{path}: {problem}")
+    return config

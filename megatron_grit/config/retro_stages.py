@@ -48,7 +48,10 @@ _TRACES: dict[str, tuple[str, ...]] = {
     "query-neighbors": ("query/*/table.json",),
 }
 FILES: dict[str, tuple[str, ...]] = {
-    "db-build": ("db",),
+    "db-build": (
+        *(f"db/{name}" for name in ("individual", "merged", "duplicates", "report.json", "indexed_dataset_infos.json")),
+        "db/versions/[0-9]*",
+    ),
     "embed": ("embeddings",),
     "index-train": ("index",),
     "index-add": (
@@ -58,6 +61,8 @@ FILES: dict[str, tuple[str, ...]] = {
     "query-neighbors": ("query",),
 }
 """What a task makes, as patterns in the project directory."""
+FOLDERS = ("db", "embeddings", "index", "query")
+"""Of a project directory that are ours."""
 
 
 def expand_tasks(text: str) -> list[str]:
@@ -104,7 +109,7 @@ def changed_settings(
     kept = [stage for stage in built if stage not in with_following(overwritten)]
     for name in dict.fromkeys(name for stage in kept for name in _SETTINGS.get(stage, ())):
         before, now = getattr(old, name), getattr(new, name)
-        if not _matters(name, old, new) or _comparable(name, before) == _comparable(name, now):
+        if not _matters(name, old, new) or same_value(name, before, now):
             continue
         fixed = [stage for stage in kept if name in _SETTINGS.get(stage, ())]
         # What follows a stage is made again with it.
@@ -113,8 +118,10 @@ def changed_settings(
             f"{name} is {before!r} in what was built (by {', '.join(fixed)}) and now {now!r}; leave it, or build again "
             f"with --overwrite {','.join(first)}"
         )
-        if name == "data_paths" and list(now)[: len(before)] == list(before):
+        if name == "data_paths" and same_value(name, before, list(now)[: len(before)]):
             line += "; documents are added with --tasks add"
+        elif name == "data_paths":
+            line += "; where the same files were only moved, leave links to them in the old place"
         elif name in _PATHS:
             line += "; where the same files were only moved, change it in config.json"
         yield line
@@ -124,6 +131,17 @@ def _matters(name: str, old: RetroDbConfig, new: RetroDbConfig) -> bool:
     if name in ("near_threshold", "minhash_permutations"):
         return "near" in (old.duplicates, new.duplicates)
     return name != "index_memory_gb" or "auto" in (old.index, new.index)
+
+
+def setting_in_use(config: RetroDbConfig, name: str) -> Any:
+    """A setting for the signature of what is built with it: its default where it does not matter, so that changing it
+    then makes nothing anew."""
+    return getattr(config if _matters(name, config, config) else RetroDbConfig, name)
+
+
+def same_value(name: str, first: Any, second: Any) -> bool:
+    """Whether two values of a setting mean the same: paths may be spelled in several ways."""
+    return bool(_comparable(name, first) == _comparable(name, second))
 
 
 def _comparable(name: str, value: Any) -> Any:

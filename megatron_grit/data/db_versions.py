@@ -25,6 +25,9 @@ from megatron_grit.data.retro_project import DatasetInfo, Project, fingerprint, 
 from megatron_grit.errors import DataError
 from megatron_grit.files import sha256_of_file, write_json
 
+_GIVEN_UP = "given_up"
+"""Folder of versions that were built over."""
+
 
 @dataclass(kw_only=True)
 class Source:
@@ -106,6 +109,24 @@ def version_path(folder: Path, number: int) -> Path:
     return folder / "db" / "versions" / f"{number:04d}.json"
 
 
+def next_version_number(folder: Path) -> int:
+    """Number of a version that would be written now; none is used twice."""
+    return 1 + max([*version_numbers(folder), *_given_up(folder)], default=0)
+
+
+def give_up_versions(folder: Path) -> None:
+    """Take away all versions, whose files are about to be made anew. Their numbers stay used."""
+    for number in version_numbers(folder):
+        path = version_path(folder, number)
+        (path.parent / _GIVEN_UP).mkdir(exist_ok=True)
+        path.replace(path.parent / _GIVEN_UP / path.name)
+
+
+def _given_up(folder: Path) -> list[int]:
+    paths = (folder / "db" / "versions" / _GIVEN_UP).glob("*.json")
+    return [int(path.stem) for path in paths if path.stem.isdigit()]
+
+
 def read_version(folder: Path, number: int | None = None) -> Version:
     """A version of a project.
 
@@ -119,8 +140,9 @@ def read_version(folder: Path, number: int | None = None) -> Version:
     numbers = version_numbers(folder)
     path = version_path(folder, number if number is not None else max(numbers, default=1))
     if not path.is_file():
+        gone = "was given up when the database was built again" if number in _given_up(folder) else "is missing"
         raise DataError(
-            f"is missing; versions that are there: {', '.join(map(str, numbers)) or 'none, run query-neighbors'}",
+            f"{gone}; versions that are there: {', '.join(map(str, numbers)) or 'none, run query-neighbors'}",
             path=path,
         )
     try:
@@ -166,8 +188,22 @@ def check_stored(folder: Path, file: StoredFile, *, thorough: bool = False) -> P
     if not path.is_file():
         raise DataError("is missing; a version of the database needs it", path=path)
     if path.stat().st_size != file.bytes or (thorough and sha256_of_file(path) != file.sha256):
-        raise DataError("was changed since this version of the database was made; it cannot be opened", path=path)
+        raise DataError(
+            "was changed since this version of the database was made; put it back from a copy (db-build makes those "
+            "in db/merged again)",
+            path=path,
+        )
     return path
+
+
+def is_damaged(folder: Path, path: Path) -> bool:
+    """Whether a file belongs to the newest version and is no longer what it was; reads it.
+
+    Raises:
+        DataError: the version cannot be read.
+    """
+    files = read_version(folder).files() if version_numbers(folder) else iter(())
+    return any(folder / file.path == path and sha256_of_file(path) != file.sha256 for file in files)
 
 
 def removed_documents(folder: Path, version: Version) -> np.ndarray:
@@ -224,6 +260,28 @@ def begins_with(path: Path, source: Source) -> bool:
     )
 
 
+def shares_documents(path: Path, own: Path, source: Source) -> bool:
+    """Whether an indexed file is a source, the first documents of it, or the source and more after it. Document ``n``
+    of one is then document ``n`` of the other.
+
+    Args:
+        path: of the file.
+        own: of the file of the source, which begins with it.
+        source: what is compared.
+    """
+    if path.resolve() == own.resolve():
+        return True
+    file = IndexedFile(path)
+    if not file.num_documents or not source.num_documents:
+        return False
+    if file.num_documents >= source.num_documents:
+        return begins_with(path, source)
+    known, counts = IndexedFile(own), (file.num_sequences, file.num_documents)
+    if known.num_sequences < file.num_sequences or _index_digest(known, *counts) != _index_digest(file, *counts):
+        return False  # known without reading a ``.bin``
+    return begins_with(own, source_of(str(path), path))
+
+
 def _index_digest(file: IndexedFile, num_sequences: int, num_documents: int) -> str:
     digest = hashlib.sha256(file.dtype.str.encode())
     for array in (file.lengths[:num_sequences], file.documents[: num_documents + 1]):
@@ -260,11 +318,13 @@ def infos_of(sources: Sequence[Source]) -> list[DatasetInfo]:
 
 
 class JoinedRows:
-    """Several mapped tables, one after the other, read like one array."""
+    """Several mapped tables, one after the other, read like one array: by a row, a slice, an array or a mask of rows,
+    and after it by a column or a slice of them."""
 
     def __init__(self, tables: Sequence[np.ndarray]) -> None:
         self._tables = list(tables)
         self._ends = np.cumsum([len(table) for table in tables])
+        self._starts = self._ends - [len(table) for table in tables]
         self.shape = (int(self._ends[-1]), *tables[0].shape[1:])
         self.dtype = tables[0].dtype
 
@@ -272,9 +332,21 @@ class JoinedRows:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> np.ndarray:
+        index, *columns = index if isinstance(index, tuple) else (index,)
+        if any(not isinstance(column, int | slice) for column in columns):
+            raise IndexError("columns are a number or a slice")
         if isinstance(index, slice):
-            index = np.arange(*index.indices(len(self)))
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                bounds = [(max(start - first, 0), max(stop - first, 0)) for first in self._starts.tolist()]
+                pairs = zip(self._tables, bounds, strict=True)
+                return np.concatenate([table[first:last][(slice(None), *columns)] for table, (first, last) in pairs])
+            index = np.arange(start, stop, step)
         ids = np.asarray(index)
+        if ids.dtype == bool:
+            if ids.shape != (len(self),):
+                raise IndexError(f"a mask of shape {ids.shape} for {len(self)} chunks")
+            ids = np.flatnonzero(ids)
         if ids.ndim == 0 and -len(self) <= ids < 0:
             ids = ids + len(self)
         if ids.size and not (0 <= ids.min() and ids.max() < len(self)):
@@ -283,8 +355,8 @@ class JoinedRows:
         out = np.empty((*ids.shape, *self.shape[1:]), dtype=self.dtype)
         for number, table in enumerate(self._tables):
             here = which == number
-            out[here] = table[ids[here] - (self._ends[number] - len(table))]
-        return out
+            out[here] = table[ids[here] - self._starts[number]]
+        return np.asarray(out[(..., *columns)])
 
 
 class TableDb(ChunkDb):
@@ -360,11 +432,23 @@ class VersionedDb(ChunkDb):
         rows = self.rows[np.maximum(chunks, 0)]
         return document_keys(rows[..., DATASET], rows[..., DOCUMENT])
 
+    def chunks_of(self, keys: np.ndarray) -> np.ndarray:
+        """Ids of the chunks of some documents, ascending: int64 [n]. Reads the whole table, in parts.
+
+        Args:
+            keys: of the documents, ascending, of :func:`document_keys`.
+        """
+        found, step = [np.empty(0, dtype=np.int64)], 1 << 20
+        for start in range(0, len(self) if len(keys) else 0, step):
+            rows = self.rows[start : start + step]
+            found.append(np.flatnonzero(is_among(document_keys(rows[:, DATASET], rows[:, DOCUMENT]), keys)) + start)
+        return np.concatenate(found)
+
     def dataset_numbers(self, path: Path) -> list[int]:
-        """Datasets of the database that a file is, by its place or its content."""
-        resolved, content = path.resolve(), fingerprint(path)
+        """Datasets of the database that hold documents of a file under the same numbers, as of
+        :func:`shares_documents`."""
         return [
             number
             for number, source in enumerate(self.version.sources)
-            if source.fingerprint == content or self.project.resolve(source.prefix).resolve() == resolved
+            if shares_documents(path, self.project.resolve(source.prefix), source)
         ]

@@ -25,6 +25,7 @@ from megatron_grit.errors import DataError
 from megatron_grit.files import replacing_path, write_json
 
 NONE = -1
+_REMEDY = "run the task query-neighbors again, or delete its folder where it is of other settings"
 _DOCUMENTS_AT_A_TIME = 1 << 16
 
 
@@ -53,7 +54,9 @@ class TableManifest:
     num_taken_over: int = 0
     """Places whose neighbors an earlier table had."""
     sha256: str = ""
-    """Of ``neighbors.npy``."""
+    """Of the numbers of ``neighbors.npy``."""
+    starts_sha256: str = ""
+    """Of those of ``starts.npy``."""
 
 
 def read_table_manifest(folder: Path) -> TableManifest:
@@ -67,7 +70,7 @@ def read_table_manifest(folder: Path) -> TableManifest:
         values = json.loads(path.read_text(encoding="utf-8"))
         return TableManifest(**values | {"source": Source(**values["source"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"cannot be read ({error}); run the task query-neighbors", path=path) from None
+        raise DataError(f"cannot be read ({error}); {_REMEDY}", path=path) from None
 
 
 class NeighborTable:
@@ -106,12 +109,12 @@ class NeighborTable:
         Raises:
             DataError: they differ.
         """
-        digest, path = hashlib.sha256(), self.folder / "neighbors.npy"
-        step = max(1, (1 << 24) // max(self.manifest.num_neighbors * 8, 1))
-        for start in range(0, len(self.neighbors), step):
-            digest.update(self.neighbors[start : start + step].tobytes())
-        if digest.hexdigest() != self.manifest.sha256:
-            raise DataError("does not match its checksum; delete it and run query-neighbors again", path=path)
+        for name, array, sha256 in (
+            ("neighbors.npy", self.neighbors, self.manifest.sha256),
+            ("starts.npy", self.starts, self.manifest.starts_sha256),
+        ):
+            if _digest(array) != sha256:
+                raise DataError(f"does not match its checksum; {_REMEDY}", path=self.folder / name)
 
     def places(self, chunks: Sequence[tuple[int, int]] | np.ndarray) -> np.ndarray:
         """Rows of chunks, by document and first token: int64 [n].
@@ -238,7 +241,7 @@ def write_table(folder: Path, parts: Iterable[np.ndarray], manifest: TableManife
     Args:
         folder: made where it is not there.
         parts: int64 [places, neighbors] in runs, in order.
-        manifest: what it is of; its checksum is filled in.
+        manifest: what it is of; its checksums are filled in.
     """
     shape = (manifest.num_places, manifest.num_neighbors)
     digest = hashlib.sha256()
@@ -249,16 +252,23 @@ def write_table(folder: Path, parts: Iterable[np.ndarray], manifest: TableManife
             digest.update(content)
             file.write(content)
     manifest.sha256 = digest.hexdigest()
+    manifest.starts_sha256 = _digest(np.load(folder / "starts.npy", mmap_mode="r", allow_pickle=False))
     write_json(folder / "table.json", asdict(manifest))
+
+
+def _digest(array: np.ndarray) -> str:
+    """SHA-256 of the numbers of an array, read in parts."""
+    digest, step = hashlib.sha256(), max(1, (1 << 24) // max(array[:1].nbytes, 1))
+    for start in range(0, len(array), step):
+        digest.update(array[start : start + step].tobytes())
+    return digest.hexdigest()
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False) if 0 not in shape else np.load(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read ({error}); run the task query-neighbors again", path=path) from None
+        raise DataError(f"cannot be read ({error}); {_REMEDY}", path=path) from None
     if array.shape != shape or array.dtype != np.int64:
-        raise DataError(
-            f"holds {array.dtype} {array.shape} and not int64 {shape}; run the task query-neighbors again", path=path
-        )
+        raise DataError(f"holds {array.dtype} {array.shape} and not int64 {shape}; {_REMEDY}", path=path)
     return np.asarray(array)

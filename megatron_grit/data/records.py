@@ -10,7 +10,8 @@
                                                             turn at its end that nobody answers is dropped
 ==========================================================  ===================================================
 
-Other keys are ignored. The format is found for each record, not for each file, in this order of the keys.
+Other keys mean nothing here; those of embedding records are kept beside what was read. The format is found for each
+record, not for each file, in this order of the keys.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class Record:
     messages: list[Message] = field(default_factory=list)
     """User and assistant in turn, beginning with the user and ending with the assistant; before a user's message any
     number of system messages."""
+    other: dict[str, object] = field(default_factory=dict)
+    """What an embedding record holds besides, by its keys."""
 
     @property
     def pairs(self) -> list[TextPair]:
@@ -86,7 +89,8 @@ def parse_record(value: object) -> Record:
         if not positives:
             raise DataError('"pos" is empty; a query needs at least one relevant passage')
         negatives = _text_pairs(value, "neg") if "neg" in value else []
-        return Record(kind=RowKind.EMBEDDING, query=query, positives=positives, negatives=negatives)
+        other = {key: held for key, held in value.items() if key not in ("query", "pos", "neg")}
+        return Record(kind=RowKind.EMBEDDING, query=query, positives=positives, negatives=negatives, other=other)
     if "text" in value:
         text = value["text"]
         if isinstance(text, str):

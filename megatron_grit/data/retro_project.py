@@ -61,10 +61,25 @@ class Project:
         return self.folder / "db" / "individual" / f"{number:03d}_{Path(self.config.data_paths[number]).name}"
 
     def file(self, number: int) -> IndexedFile:
-        """The tokens of a dataset, open."""
-        prefix = self.config.data_paths[number]
+        """The tokens of a dataset, open.
+
+        Raises:
+            DataError: as :meth:`open`.
+        """
+        return self.open(self.config.data_paths[number])
+
+    def open(self, prefix: str) -> IndexedFile:
+        """An indexed file of documents of the project's tokenizer.
+
+        Raises:
+            DataError: it is missing or damaged, or was made with another tokenizer.
+        """
         if prefix not in self._files:
-            self._files[prefix] = IndexedFile(self.resolve(prefix))
+            path = self.resolve(prefix)
+            file = IndexedFile(path)
+            if self.config.tokenizer is not None:
+                self._check_tokenizer(path)
+            self._files[prefix] = file
         return self._files[prefix]
 
     def resolve(self, prefix: str) -> Path:
@@ -76,7 +91,9 @@ class Project:
         for candidate in (self.folder / prefix, Path(prefix)):
             if file_paths(candidate)[1].is_file():
                 return candidate
-        raise DataError("no such indexed file; give the prefix, without extension", path=prefix)
+        raise DataError(
+            f"no such indexed file; give the prefix, without extension{self._looked_for(f'{prefix}.idx')}", path=prefix
+        )
 
     def fingerprint(self, number: int) -> str:
         """Of a dataset's tokens."""
@@ -93,16 +110,24 @@ class Project:
             if self.config.tokenizer is None:
                 raise ConfigError("tokenizer is not set; give the one that the documents were made with")
             given = self.folder / self.config.tokenizer
-            self._tokenizer = load_tokenizer(given if given.exists() else self.config.tokenizer)
-            self._check_tokenizer()
+            path = given if given.exists() else Path(self.config.tokenizer)
+            if not path.exists():
+                raise DataError(f"no such tokenizer{self._looked_for(str(path))}", path=path)
+            self._tokenizer = load_tokenizer(path)
         return self._tokenizer
 
-    def _check_tokenizer(self) -> None:
-        assert self._tokenizer is not None
-        for prefix in self.config.data_paths:
-            path = self.resolve(prefix)
-            if file_paths(path)[2].is_file() and read_meta(path).tokenizer_fingerprint != self._tokenizer.fingerprint:
-                raise DataError(f"was made with another tokenizer than {self._tokenizer.path}", path=path)
+    def _check_tokenizer(self, path: Path) -> None:
+        if file_paths(path)[2].is_file() and read_meta(path).tokenizer_fingerprint != self.tokenizer.fingerprint:
+            raise DataError(f"was made with another tokenizer than {self.tokenizer.path}", path=path)
+
+    def _looked_for(self, name: str) -> str:
+        """Where a file is not, in words."""
+        if Path(name).is_absolute():
+            return ""
+        return (
+            f"; looked for {(self.folder / name).resolve()} and {Path(name).resolve()}: a relative path counts from "
+            "the project directory, or from where the command is run"
+        )
 
     def save_infos(self, infos: list[DatasetInfo]) -> None:
         """Write ``indexed_dataset_infos.json``."""
@@ -114,16 +139,30 @@ class Project:
         Raises:
             DataError: there is none, or its files have changed since.
         """
+        infos = self.listed()
+        for info in infos:
+            self._check_unchanged(info)
+        return infos
+
+    def listed(self) -> list[DatasetInfo]:
+        """As :meth:`infos`, without a look at the files.
+
+        Raises:
+            DataError: the list is missing or damaged.
+        """
         if not self.infos_path.is_file():
             raise DataError("is missing; run the task db-build first", path=self.infos_path)
         try:
             values: list[dict[str, Any]] = json.loads(self.infos_path.read_text(encoding="utf-8"))
+            if not isinstance(values, list) or not values:
+                raise ValueError("lists no datasets")
             infos = [DatasetInfo(**value) for value in values]
-        except (ValueError, TypeError) as error:
+            for name, value in ((name, value) for info in infos for name, value in vars(info).items()):
+                if isinstance(value, str) != (name in ("prefix", "fingerprint", "bin_sha256")):
+                    raise ValueError(f"{name} is {value!r}")
+            return infos
+        except (OSError, ValueError, TypeError) as error:
             raise DataError(f"cannot be read ({error}); run db-build again", path=self.infos_path) from None
-        for info in infos:
-            self._check_unchanged(info)
-        return infos
 
     def _check_unchanged(self, info: DatasetInfo) -> None:
         path = self.resolve(info.prefix)

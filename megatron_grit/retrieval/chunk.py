@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_grit.config.retro_stages import setting_in_use
 from megatron_grit.data.block_files import Arrays, Block, BlockFolder, cannot_write, digest_of_settings, signature_of
 from megatron_grit.data.chunk_db import map_dataset
 from megatron_grit.data.chunking import VISIBLE, ChunkRules, chunk_documents, visible_tokens
+from megatron_grit.data.db_versions import begins_with, is_damaged, is_unchanged, read_version, version_numbers
 from megatron_grit.data.indexed import IndexedFile, file_paths
 from megatron_grit.data.retro_project import DatasetInfo, Project, sha256_of_bin
 from megatron_grit.errors import ConfigError, DataError
@@ -29,6 +31,8 @@ log = get_logger(__name__)
 _MARGIN = 1 << 20
 """Bytes of a table file that are not rows, generously."""
 _NUM_EXAMPLES = 5
+_ELSE = "or build another database, in another --project-dir or with --overwrite db-build"
+_ROWS_AT_A_TIME = 1 << 20
 REPORT_FILE = "report.json"
 COUNTS = ("empty", "too_short", "exact_duplicates", "near_duplicates", "validation", "train")
 """What becomes of the chunks of a dataset, in ``db/report.json``."""
@@ -39,15 +43,18 @@ def build_chunks(project: Project, worker: Worker) -> list[DatasetInfo]:
 
     Raises:
         ConfigError: settings that do not go together.
-        DataError: an input that is missing or damaged.
+        DataError: an input that is missing or damaged, or, once there is a version of the database, another one.
     """
     config = project.config
     if not config.data_paths:
         raise ConfigError("data_paths is empty; give the prefixes of indexed files")
-    folders = []
-    for what, folder, compute in recompute_chunks(project):
+    datasets = recompute_chunks(project)
+    folders = [folder for _, folder, _ in datasets]
+    if worker.is_first:
+        _refuse_other_chunks(project, folders)
+    worker.barrier()
+    for what, folder, compute in datasets:
         compute_blocks(folder, compute, worker, what, "document")
-        folders.append(folder)
     between = project.folder / "db" / "duplicates"
     if worker.from_first(lambda: _is_stale(project, folders)):
         _find_and_merge(project, folders, between, worker)
@@ -55,6 +62,45 @@ def build_chunks(project: Project, worker: Worker) -> list[DatasetInfo]:
         shutil.rmtree(between, ignore_errors=True)
     worker.barrier()
     return project.infos()
+
+
+def refuse_other_sources(project: Project) -> None:
+    """See that the datasets are what the newest version holds, if there is one.
+
+    Raises:
+        DataError: documents were appended or changed.
+    """
+    if not version_numbers(project.folder):
+        return
+    version = read_version(project.folder)
+    for source in version.sources:
+        path = project.resolve(source.prefix)
+        if is_unchanged(path, source):
+            continue
+        count = project.open(source.prefix).num_documents - source.num_documents
+        if not begins_with(path, source):
+            problem = f"no longer begins with the {source.num_documents} documents of"
+            remedy = "put the old file back"
+        elif count:
+            problem = f"{count} documents were appended since"
+            remedy = "add them with --tasks add"
+        else:
+            problem, remedy = "its .json was removed or made anew since", "put it back as it was"
+        raise DataError(f"{problem} version {version.number} of the database; {remedy}, {_ELSE}", path=path)
+
+
+def _refuse_other_chunks(project: Project, folders: list[BlockFolder]) -> None:
+    """See that the files which versions are made of would be made again as they were."""
+    if not version_numbers(project.folder):
+        return
+    refuse_other_sources(project)
+    table, version = project.merged / "train.hdf5", read_version(project.folder)
+    if len(version.segments) > 1 or signature_of(table) not in (None, _merge_signature(project, folders)):
+        raise DataError(
+            f"is part of version {version.number} of the database, and would be made of other documents, with another "
+            f"tokenizer or other settings; put back what was changed, {_ELSE}",
+            path=table,
+        )
 
 
 def _find_and_merge(project: Project, folders: list[BlockFolder], between: Path, worker: Worker) -> None:
@@ -145,12 +191,35 @@ def _is_stale(project: Project, folders: list[BlockFolder]) -> bool:
     for path in (project.merged / "train.hdf5", project.merged / "valid.hdf5"):
         if not path.is_file() or signature_of(path) != wanted:
             return True
-    return not project.infos_path.is_file() or not (project.merged.parent / REPORT_FILE).is_file()
+    try:
+        infos = project.listed()
+        counts = sum(info.n_chunks_train for info in infos), sum(info.n_chunks - info.n_chunks_train for info in infos)
+        tables = (map_dataset(project.merged / name, "chunks") for name in ("train.hdf5", "valid.hdf5"))
+        if [info.prefix for info in infos] != project.config.data_paths or counts != tuple(map(len, tables)):
+            return True
+    except (DataError, TypeError):
+        return True
+    if not (project.merged.parent / REPORT_FILE).is_file():
+        return True
+    path = project.merged / "train.hdf5"
+    # A version knows the whole file; before there is one the rows are compared with what was written.
+    return is_damaged(project.folder, path) or (not version_numbers(project.folder) and not _holds_its_rows(path))
+
+
+def _holds_its_rows(path: Path) -> bool:
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        written = file.attrs.get("rows_sha256")
+    digest, rows = hashlib.sha256(), map_dataset(path, "chunks")
+    for start in range(0, len(rows), _ROWS_AT_A_TIME):
+        digest.update(rows[start : start + _ROWS_AT_A_TIME].tobytes())
+    return bool(written == digest.hexdigest())
 
 
 def _merge_signature(project: Project, folders: list[BlockFolder]) -> str:
     names = ("duplicates", "near_threshold", "valid_fraction", "seed")
-    settings = {name: getattr(project.config, name) for name in names}
+    settings = {name: setting_in_use(project.config, name) for name in names}
     return digest_of_settings({"blocks": [folder.signature for folder in folders], **settings})
 
 
@@ -293,10 +362,12 @@ def _examples(
 class _Tables:
     def __init__(self, rows: Any, offsets: Any) -> None:
         self._rows, self._offsets, self._row, self._offset = rows, offsets, 0, 0
+        self.digest = hashlib.sha256()
 
     def add(self, rows: np.ndarray, offsets: np.ndarray | None = None) -> None:
         self._rows[self._row : self._row + len(rows)] = rows
         self._row += len(rows)
+        self.digest.update(np.ascontiguousarray(rows, dtype="<u4").tobytes())
         if offsets is not None:
             self._offsets[self._offset : self._offset + len(offsets)] = offsets
             self._offset += len(offsets)
@@ -323,4 +394,6 @@ def writing_table(path: Path, num_rows: int, signature: str, num_documents: int 
         offsets = None
         if num_documents is not None:
             offsets = file.create_dataset("doc_offsets", (num_documents, 3), dtype="u8")
-        yield _Tables(rows, offsets)
+        tables = _Tables(rows, offsets)
+        yield tables
+        file.attrs["rows_sha256"] = tables.digest.hexdigest()

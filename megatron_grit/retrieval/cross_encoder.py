@@ -60,18 +60,42 @@ class ScoreFile:
 
 
 class CrossEncoder:
-    """A sequence classifier of transformers with one output."""
+    """A sequence classifier of transformers with one output.
+
+    Raises:
+        ConfigError: one with more outputs, or transformers is missing.
+        DataError: files that cannot be read, or that lack weights or the model's tokenizer.
+    """
 
     def __init__(self, folder: Path, max_length: int, batch_size: int = 64) -> None:
         try:
             import torch
-            from transformers import AutoModelForSequenceClassification, AutoTokenizer
+            from safetensors import SafetensorError
+            from transformers import AutoModelForSequenceClassification
         except ImportError as error:
             raise ConfigError(f"a cross-encoder of Hugging Face needs the package {error.name}") from None
+        from megatron_grit.retrieval.encoder import check_vocabulary, load_tokenizer, quiet
+
         self._torch, self._max_length, self._batch_size = torch, max_length, batch_size
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        model = AutoModelForSequenceClassification.from_pretrained(str(folder), use_safetensors=True)
+        self._tokenizer = load_tokenizer(folder)
+        try:
+            with quiet():
+                model, report = AutoModelForSequenceClassification.from_pretrained(
+                    str(folder),
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise DataError(f"holds no cross-encoder that transformers reads ({reason})", path=folder) from None
+        if report["missing_keys"] or report["mismatched_keys"]:
+            name = next(iter([*report["missing_keys"], *report["mismatched_keys"]]))
+            raise DataError(f"its weights are not those of a cross-encoder: {name} is missing or another", path=folder)
+        check_vocabulary(folder, self._tokenizer, model)
         if model.config.num_labels != 1:
             raise ConfigError(f"cross_encoder {folder}: has {model.config.num_labels} outputs; one score is needed")
         self._model = model.to(self._device).eval()

@@ -49,7 +49,7 @@ class HuggingFaceEmbedder:
 
     Raises:
         ConfigError: an encoder, or a module of it, that is not known here.
-        DataError: a file that is missing or damaged, or weights that are not those of the encoder.
+        DataError: a file that is missing or damaged, or weights or a tokenizer that are not those of the encoder.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class HuggingFaceEmbedder:
         self.sides_alike = self.prompts["query"] == self.prompts["passage"]
         self._tokenizer = _load_tokenizer(modules)
         self._model = _load_model(modules).to(self.device).eval()
+        check_vocabulary(modules.encoder_folder, self._tokenizer, self._model)
         if self.device.type == "cpu" and precision == "fp32":
             use_onednn(self._model)
         self._steps = nn.ModuleList(modules.steps).to(self.device).eval()
@@ -226,16 +227,56 @@ def _device(wanted: str) -> torch.device:
     return torch.device("cpu") if wanted == "cpu" else select_device(wanted)
 
 
-def _load_tokenizer(modules: SentenceModules) -> Any:
+def load_tokenizer(folder: Path, **options: Any) -> Any:
+    """The tokenizer of a directory.
+
+    Args:
+        folder: it.
+        options: for ``AutoTokenizer.from_pretrained``.
+
+    Raises:
+        DataError: there is none that can be read.
+    """
     from transformers import AutoTokenizer
 
-    folder = modules.encoder_folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False, **modules.tokenizer_kwargs
-        )
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"has no tokenizer that transformers reads ({_line(error)})", path=folder) from None
+
+
+def check_vocabulary(folder: Path, tokenizer: Any, model: Any) -> None:
+    """Refuse a tokenizer that is not the model's. Where its files are missing, transformers makes one that knows only
+    special tokens, and every word is an unknown one.
+
+    Args:
+        folder: of both, for the message.
+        tokenizer: of transformers.
+        model: likewise.
+
+    Raises:
+        DataError: no words, numbers beyond the model's table of tokens, or far fewer than it has.
+    """
+    numbers = tokenizer.get_vocab()
+    if not set(numbers) - set(tokenizer.all_special_tokens):
+        raise DataError(
+            "its tokenizer knows no word; copy tokenizer.json, or its vocabulary file, from where the model is from",
+            path=folder,
+        )
+    try:
+        num_rows = len(model.get_input_embeddings().weight)
+    except (AttributeError, NotImplementedError):  # a model that hashes characters has no such table
+        return
+    if max(numbers.values()) >= num_rows or 2 * len(numbers) < num_rows:
+        raise DataError(
+            f"its tokenizer has {len(numbers):,} tokens, numbered up to {max(numbers.values()):,}, and its model a "
+            f"table of {num_rows:,}: it is damaged, or another model's; copy it from where the model is from",
+            path=folder,
+        )
+
+
+def _load_tokenizer(modules: SentenceModules) -> Any:
+    tokenizer = load_tokenizer(modules.encoder_folder, **modules.tokenizer_kwargs)
     if modules.lower_case:
         from tokenizers.normalizers import Lowercase, Sequence
 
@@ -264,7 +305,7 @@ def _load_model(modules: SentenceModules) -> Any:
         )
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError(f"embedder {folder}: {config.model_type} has a decoder; give an encoder")
-        with _quiet():
+        with quiet():
             model, report = AutoModel.from_pretrained(
                 str(folder),
                 config=config,
@@ -285,7 +326,7 @@ def _load_model(modules: SentenceModules) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bar and its report of weights, which is checked here."""
     from transformers.utils import logging
 

@@ -12,7 +12,6 @@ makes sense.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +27,17 @@ from megatron_grit.config.retro_db import MOST_ON_GPU
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.files import replacing_path, sha256_of_file, write_json
 from megatron_grit.parallel.logs import get_logger
+from megatron_grit.parallel.progress import still_at_work
 from megatron_grit.retrieval.index_factory import MIN_POINTS_PER_LIST, lists_of
+from megatron_grit.retrieval.index_manifest import IndexManifest, is_whole, read_manifest
 
 log = get_logger(__name__)
 
+_KINDS = ("Flat", "PQ", "ScalarQuantizer", "RaBitQ")
+"""Of faiss's classes Index... and IndexIVF... . Those of 4-bit codes in blocks (...FastScan) crash when codes are added
+to their lists; additive quantisers, and LSH that turns vectors, learn something else with each number of threads."""
+_GRAPHS = ("IndexHNSWFlat", "IndexHNSWSQ", "IndexHNSWPQ")
+"""Built by one process, which is given vectors in place of codes."""
 _PART = 4096
 """Rows that one thread works on."""
 _LARGEST_PART = 1 << 40
@@ -86,32 +92,12 @@ def _gpu_resources(device: int) -> Any:
     return _faiss().StandardGpuResources()
 
 
-@dataclass(kw_only=True)
-class IndexManifest:
-    """What is known of an index file, in the ``.json`` beside it."""
-
-    factory: str
-    metric: str
-    dim: int
-    embedder: str
-    """Fingerprint of what made the vectors."""
-    chunks: str
-    """Fingerprint of the chunks that they are of."""
-    num_trained: int
-    num_vectors: int
-    signature: str = ""
-    """Of the settings that the content follows from."""
-    first_id: int = 0
-    """Id of the first vector, in an index that holds no ids."""
-    bytes: int = 0
-    sha256: str = ""
-
-
 def new_index(factory: str, metric: str, dim: int) -> Any:
     """An untrained index of faiss.
 
     Raises:
-        ConfigError: faiss does not know the string, or vectors cannot be coded by several processes for it.
+        ConfigError: faiss does not know the string, or it is not one that several processes can fill, with the same
+            result whatever their number.
     """
     faiss = _faiss()
     kind = {"l2": faiss.METRIC_L2, "inner_product": faiss.METRIC_INNER_PRODUCT}[metric]
@@ -120,11 +106,18 @@ def new_index(factory: str, metric: str, dim: int) -> Any:
     except RuntimeError as error:
         raise ConfigError(f"index {factory!r}: faiss does not make one ({_reason(error)})") from None
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-    known = faiss.IndexIVF if lists_of(factory) is not None else faiss.IndexFlatCodes
-    if not isinstance(inner, known):
+    lists = "" if lists_of(factory) is None else "IVF"
+    kind_of = type(inner).__name__
+    if kind_of not in [f"Index{lists}{name}" for name in _KINDS] and kind_of not in _GRAPHS:
         raise ConfigError(
-            f"index {factory!r} is made of more than codes, which processes could not share out; give one with lists "
-            "(IVF...), Flat, PQ or SQ, perhaps after OPQ or PCA"
+            f"index {factory!r} ({kind_of}) is made of more than codes, or of codes that processes could not share "
+            "out; give Flat, PQ, SQ or RaBitQ, after lists (IVF...,) and OPQ or PCA where wanted, or an HNSW graph"
+        )
+    coarse = faiss.downcast_index(inner.quantizer) if lists else None
+    if lists and not isinstance(coarse, (faiss.IndexFlat, faiss.IndexHNSWFlat)):
+        raise ConfigError(
+            f"index {factory!r}: its lists are found by a {type(coarse).__name__}, which is not known here; give "
+            "IVF<lists> or IVF<lists>_HNSW<links>"
         )
     return index
 
@@ -161,6 +154,9 @@ class VectorIndex:
         factory: the string it was made from.
         metric: l2 or inner_product.
         first_id: id of the first vector, where the index holds no ids.
+
+    Attributes:
+        is_graph: whether it is an HNSW graph, and not lists or codes alone.
     """
 
     def __init__(self, index: Any, factory: str, metric: str, first_id: int = 0) -> None:
@@ -172,10 +168,18 @@ class VectorIndex:
             self._transforms = [faiss.downcast_VectorTransform(chain.at(number)) for number in range(chain.size())]
         self._inner = index if chain is None else faiss.downcast_index(index.index)
         self._ivf = None if lists_of(factory) is None else self._inner
+        self.is_graph = type(self._inner).__name__ in _GRAPHS
         self._on_gpus: Any = None
 
     @staticmethod
-    def train(factory: str, metric: str, vectors_ND: np.ndarray, *, num_threads: int | None = None) -> VectorIndex:
+    def train(
+        factory: str,
+        metric: str,
+        vectors_ND: np.ndarray,
+        *,
+        num_threads: int | None = None,
+        remedy: str = "raise ntrain, or choose a smaller index",
+    ) -> VectorIndex:
         """A trained index without vectors.
 
         Args:
@@ -183,20 +187,18 @@ class VectorIndex:
             metric: l2 or inner_product.
             vectors_ND: the sample.
             num_threads: None: as many as OpenMP says.
+            remedy: what to do about too few vectors.
 
         Raises:
-            ConfigError: faiss does not know the string, or there are fewer vectors than lists.
+            ConfigError: faiss does not know the string, or there are too few vectors.
         """
         index = new_index(factory, metric, vectors_ND.shape[1])
-        lists = lists_of(factory)
-        if lists is not None and len(vectors_ND) < lists:
-            raise ConfigError(f"index {factory!r} has {lists} lists, but ntrain is {len(vectors_ND)}; raise ntrain")
         made = VectorIndex(index, factory, metric)
-        made._warn_of_few(len(vectors_ND))
+        made._check_number(len(vectors_ND), remedy)
         vectors = np.ascontiguousarray(vectors_ND, dtype=np.float32)
         if not index.is_trained:
             try:
-                with _threads(num_threads):
+                with _threads(num_threads), still_at_work(f"training index {factory}"):
                     vectors = made._train_transforms(vectors)
                     made._train_lists(vectors)
                     made._inner.train(vectors)
@@ -205,14 +207,21 @@ class VectorIndex:
             index.is_trained = True
         return made
 
-    def _warn_of_few(self, num_vectors: int) -> None:
-        """Say once what faiss would print for each clustering that has few vectors for its centres."""
+    def _check_number(self, num_vectors: int, remedy: str) -> None:
+        """Refuse too few vectors to learn from, and say once of few what faiss would print for each clustering."""
         product = getattr(self._inner, "pq", None)
         centres = max(0 if self._ivf is None else self._ivf.nlist, 0 if product is None else product.ksub)
+        if any(isinstance(transform, _faiss().OPQMatrix) for transform in self._transforms):
+            centres = max(centres, 256)
+        if num_vectors < max(centres, not self.index.is_trained):
+            raise ConfigError(
+                f"index {self.factory!r} needs {max(centres, 1):,} vectors at least to be trained on, and there are "
+                f"{num_vectors:,}; {remedy}"
+            )
         if num_vectors < MIN_POINTS_PER_LIST * centres:
             log.warning(
                 f"index {self.factory}: {num_vectors:,} vectors to train {centres:,} centres on; "
-                f"{MIN_POINTS_PER_LIST * centres:,} would be better: raise ntrain, or choose a smaller index"
+                f"{MIN_POINTS_PER_LIST * centres:,} would be better: {remedy}"
             )
         for part in filter(None, (self._ivf, product)):
             part.cp.min_points_per_centroid = 1
@@ -276,7 +285,9 @@ class VectorIndex:
         return self._ivf is not None
 
     def encode(self, vectors_ND: np.ndarray) -> np.ndarray:
-        """Codes to add, uint8 [N, bytes], of any process."""
+        """Codes to add, uint8 [N, bytes], of any process; for a graph the vectors, float32 [N, D]."""
+        if self.is_graph:
+            return self._transform(vectors_ND)
         return _in_parts(self._inner.sa_encode, self._transform(vectors_ND))
 
     def add_codes(self, codes: np.ndarray, ids: np.ndarray) -> None:
@@ -300,7 +311,12 @@ class VectorIndex:
         start = self.first_id + len(self)
         if not (ids == np.arange(start, start + len(ids))).all():
             raise ConfigError(f"index {self.factory!r} holds no ids; set add_load_fraction to 1")
-        self._inner.add_sa_codes(codes)
+        if self.is_graph:
+            # From several threads at once the graph would be another one each time.
+            with _threads(1):
+                self._inner.add(codes)
+        else:
+            self._inner.add_sa_codes(codes)
         self.index.ntotal = self._inner.ntotal
 
     def to_gpus(self, gpus: Gpus) -> None:
@@ -427,21 +443,6 @@ class VectorIndex:
         return VectorIndex(index, manifest.factory, manifest.metric, manifest.first_id)
 
 
-def read_manifest(path: Path) -> IndexManifest:
-    """The manifest of an index file.
-
-    Raises:
-        DataError: it is missing or cannot be read.
-    """
-    file = path.with_suffix(".json")
-    if not file.is_file():
-        raise DataError("is missing; run the task that makes the index", path=file)
-    try:
-        return IndexManifest(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"cannot be read ({error}); build the index again", path=file) from None
-
-
 def exact_search(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Nearest vectors by comparing all: scores, float32 [Q, min(k, N)], and places among ``vectors_ND``."""
     faiss = _faiss()
@@ -457,11 +458,6 @@ def exact_search(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int, metric:
     else:
         scores, ids = faiss.knn(queries, vectors, k, metric=kind)
     return scores, ids
-
-
-def is_whole(path: Path, manifest: IndexManifest) -> bool:
-    """Whether an index file is what its manifest says; reads it."""
-    return path.is_file() and path.stat().st_size == manifest.bytes and sha256_of_file(path) == manifest.sha256
 
 
 def _reason(error: BaseException) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from megatron_grit.config.retro_db import RetroDbConfig
 from megatron_grit.data.block_files import (
     Arrays,
     Block,
@@ -27,16 +27,11 @@ from megatron_grit.data.retro_project import Project
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.files import write_json
 from megatron_grit.parallel.logs import get_logger
+from megatron_grit.parallel.progress import Progress
 from megatron_grit.retrieval.embed import Embedder
-from megatron_grit.retrieval.faiss_index import (
-    IndexManifest,
-    VectorIndex,
-    exact_search,
-    is_whole,
-    new_index,
-    read_manifest,
-)
+from megatron_grit.retrieval.faiss_index import VectorIndex, exact_search, new_index
 from megatron_grit.retrieval.index_factory import choose_factory, lists_of, num_training_vectors
+from megatron_grit.retrieval.index_manifest import IndexManifest, is_whole, read_manifest
 from megatron_grit.retrieval.index_search import ShardedIndex, merge_nearest
 from megatron_grit.retrieval.recall import RECALL_AT, SearchSettings, choose_search, without_own
 from megatron_grit.retrieval.recall_queries import RecallQueries
@@ -47,6 +42,42 @@ log = get_logger(__name__)
 
 _TOLERANCE = 0.005
 """Recall below the wanted one that is not worth a warning."""
+
+
+def check_index(config: RetroDbConfig, dim: int, num_chunks: int, *, at_most: bool = False) -> tuple[str, int]:
+    """The factory string of a database's index, and how many chunks it is trained on.
+
+    Args:
+        config: of the database.
+        dim: channels of a vector.
+        num_chunks: of the database.
+        at_most: they may be fewer, so that only what is wrong with any such number is refused; index auto then stays
+            auto.
+
+    Raises:
+        ConfigError: an index that cannot be made of such a database.
+    """
+    factory = config.index
+    there = f"{'at most ' if at_most else ''}{num_chunks:,} chunks of the database"
+    if config.ntrain is not None and config.ntrain > num_chunks:
+        raise ConfigError(f"ntrain {config.ntrain:,} is above the {there}; lower it")
+    if config.num_shards > num_chunks:
+        raise ConfigError(f"num_shards {config.num_shards} is above the {there}; lower it")
+    if factory == "auto":
+        if at_most:
+            return factory, 0
+        factory = choose_factory(num_chunks, dim, config.index_memory_gb * 2**30)
+    new_index(factory, config.metric, dim)
+    num_train = num_training_vectors(factory, num_chunks) if config.ntrain is None else config.ntrain
+    lists = lists_of(factory)
+    if lists is None and config.add_load_fraction < 1:
+        raise ConfigError(f"index {factory} holds no ids; set add_load_fraction to 1, or give one with lists (IVF...)")
+    if lists is not None and num_train * config.train_load_fraction < lists:
+        raise ConfigError(
+            f"ntrain {num_train:,} x train_load_fraction {config.train_load_fraction} is below the {lists} lists of "
+            f"index {factory}; raise ntrain or take fewer lists"
+        )
+    return factory, num_train
 
 
 class IndexFiles:
@@ -66,28 +97,8 @@ class IndexFiles:
         config = project.config
         self.config, self.embedder = config, embedder
         self.chunks = chunks_fingerprint(project)
-        factory = config.index
-        if factory == "auto":
-            factory = choose_factory(len(db), dim, config.index_memory_gb * 2**30)
+        factory, self.num_train = check_index(config, dim, len(db))
         self.factory = factory
-        new_index(factory, config.metric, dim)
-        self.num_train = num_training_vectors(factory, len(db)) if config.ntrain is None else config.ntrain
-        if self.num_train > len(db):
-            raise ConfigError(f"ntrain {self.num_train:,} is above the {len(db):,} chunks of the database; lower it")
-        lists = lists_of(factory)
-        if lists is None and config.add_load_fraction < 1:
-            raise ConfigError(
-                f"index {factory} holds no ids; set add_load_fraction to 1, or give one with lists (IVF...)"
-            )
-        if lists is not None and self.num_train * config.train_load_fraction < lists:
-            raise ConfigError(
-                f"ntrain {self.num_train:,} x train_load_fraction {config.train_load_fraction} is below the {lists} "
-                f"lists of index {factory}; raise ntrain or take fewer lists"
-            )
-        if config.num_shards > len(db):
-            raise ConfigError(
-                f"num_shards {config.num_shards} is above the {len(db):,} chunks of the database; lower it"
-            )
         self.root = project.folder / "index"
         self.folder = self.root / "faiss-par-add" / factory.replace("/", "_")
         self.trained = self.folder / f"empty_{config.train_load_fraction:.3f}.faissindex"
@@ -124,7 +135,9 @@ class IndexFiles:
         Raises:
             DataError: there is no trained index.
         """
-        settings = {"trained": read_manifest(self.trained).sha256, "fraction": self.config.add_load_fraction}
+        # The file alone does not tell embedders apart: an index that needs no training is the same for all.
+        trained, fraction = read_manifest(self.trained).sha256, self.config.add_load_fraction
+        settings = {"trained": trained, "training": self.training, "fraction": fraction}
         return digest_of_settings(settings | {"chunks": self.chunks, "shards": len(self.added)})
 
 
@@ -137,6 +150,10 @@ def train_index(project: Project, worker: Worker, embedder: Embedder) -> None:
     db = ChunkDb(project)
     files = IndexFiles(project, db, embedder.fingerprint, embedder.dim)
     if worker.from_first(lambda: _is_done(files.trained, files.training)):
+        # The list of datasets may have been made anew since.
+        counted = any(info.n_chunks_sampled for info in db.infos)
+        if worker.is_first and not counted and signature_of(_sample_file(project)) == files.training:
+            _count_sample(project)
         _clear(worker, project, _sample_blocks(project, files))
         return
     files.queries.source()  # known before days of training
@@ -263,7 +280,7 @@ def _join(files: IndexFiles, blocks: BlockFolder, num_chunks: int, adding: str) 
     """Fill the index, or each of its shards with a run of chunks."""
     count, size = len(files.added), blocks.block_size
     num_trained = read_manifest(files.trained).num_trained
-    with tqdm(total=num_chunks, unit="chunk", unit_scale=True, desc="index", disable=None) as bar:
+    with Progress(num_chunks, "index", "chunk") as bar:
         for shard, path in enumerate(files.added):
             first, last = shard * num_chunks // count, (shard + 1) * num_chunks // count
             index = VectorIndex.load(files.trained)
@@ -292,10 +309,12 @@ def measure_search(files: IndexFiles) -> SearchSettings:
     digests = [read_manifest(path).sha256 for path in files.added]
     wanted = {"nprobe": config.nprobe, "ef_search": config.ef_search, "recall": config.recall}
     signature = digest_of_settings({"index": digests, **wanted})
-    if files.search.is_file():
-        settings = read_search(files.search)
-        if settings.signature == signature:
-            return settings
+    try:
+        known = read_search(files.search)
+        if known.signature == signature:
+            return known
+    except DataError:  # missing or damaged
+        pass
     query_ids, queries = files.queries.read()
     exact = read_arrays(files.exact)["exact"]
     index = ShardedIndex.load(files.added, mapped=True, embedder=files.embedder, chunks=files.chunks)
@@ -320,14 +339,17 @@ def _warn_of_recall(files: IndexFiles, settings: SearchSettings, num_lists: int)
     found = (
         f"index {files.factory} finds {settings.recall:.3f} of the nearest neighbors, not the wanted recall {wanted}"
     )
-    if settings.nprobe is not None and settings.nprobe < num_lists:
+    if settings.nprobe is not None and settings.nprobe < num_lists and settings.most_recall is None:
         log.warning(f"{found}, which the queries that chose nprobe {settings.nprobe} had; set nprobe higher")
         return
+    if settings.most_nprobe in (None, num_lists):
+        found += ", even where all of it is searched"
+    else:
+        found += f", even with nprobe {settings.most_nprobe:,}"
+    if settings.most_recall is not None:
+        found += f" ({settings.most_recall:.3f})"
     remedy = "raise index_memory_gb" if files.config.index == "auto" else "give an index with longer codes, or auto"
-    log.warning(
-        f"{found}, even where all of it is searched: its codes are too coarse; {remedy} and build it again with "
-        "--overwrite index-train"
-    )
+    log.warning(f"{found}: its codes are too coarse; {remedy} and build it again with --overwrite index-train")
 
 
 def read_search(path: Path) -> SearchSettings:

@@ -9,6 +9,8 @@ from megatron_grit.errors import ConfigError
 
 MIN_POINTS_PER_LIST = 39
 """Training vectors that k-means wants for each list (faiss's own default, below which it warns)."""
+_UNTRAINED = re.compile(r"(HNSW\d*_?)?(Flat|SQ(fp16|bf16|8_direct|8_direct_signed))|HNSW\d*|L2norm|Pad\d+")
+"""Parts of a factory string that learn nothing from vectors."""
 
 
 def choose_factory(num_vectors: int, dim: int, memory_bytes: float) -> str:
@@ -47,11 +49,11 @@ def choose_factory(num_vectors: int, dim: int, memory_bytes: float) -> str:
 
 
 def num_training_vectors(factory: str, num_vectors: int) -> int:
-    """How many vectors an index is trained on where nobody says: 64 for each list, at least 65,536 for a quantiser."""
-    lists = lists_of(factory)
-    if lists is None and not any(part in factory for part in ("PQ", "SQ")):
+    """How many vectors an index is trained on where nobody says: 64 for each list, at least 65,536 for whatever learns
+    from them, such as a quantiser or PCA."""
+    if all(_UNTRAINED.fullmatch(part) for part in factory.split(",")):
         return 0
-    return min(num_vectors, max(64 * (lists or 0), 65_536))
+    return min(num_vectors, max(64 * (lists_of(factory) or 0), 65_536))
 
 
 def lists_of(factory: str) -> int | None:

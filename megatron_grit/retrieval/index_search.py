@@ -11,8 +11,9 @@ import numpy as np
 
 from megatron_grit.errors import DataError
 from megatron_grit.parallel.logs import get_logger
-from megatron_grit.retrieval.faiss_index import Gpus, VectorIndex, read_manifest
+from megatron_grit.retrieval.faiss_index import Gpus, VectorIndex
 from megatron_grit.retrieval.index_factory import lists_of
+from megatron_grit.retrieval.index_manifest import read_manifest
 from megatron_grit.retrieval.work import Worker
 
 log = get_logger(__name__)
@@ -34,7 +35,7 @@ class ShardedIndex:
     def __init__(self, shards: list[VectorIndex]) -> None:
         self.shards = shards
         self.factory, self.metric, self.num_lists = shards[0].factory, shards[0].metric, shards[0].num_lists
-        self.dim = shards[0].dim
+        self.dim, self.is_graph = shards[0].dim, shards[0].is_graph
 
     @staticmethod
     def load(paths: Sequence[Path], **options: Any) -> ShardedIndex:

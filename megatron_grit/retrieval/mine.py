@@ -4,6 +4,7 @@ The passages nearest to a query are the best negatives and, where judgements are
 marked. What is left out here:
 
 * known positives of the query, in any record with the same query, and passages with the text of one or of the query;
+* negatives that the record has already, where these are kept;
 * ranks outside a window, counted without these;
 * passages whose score is too near that of the query's positives: by a margin or a share of the worst one (NV-Retriever,
   arXiv 2407.15831, TopK-MarginPos and TopK-PercPos);
@@ -23,14 +24,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from megatron_grit.data.block_files import Arrays, Block, BlockFolder
 from megatron_grit.data.records import BadLine, Record, TextPair, read_records
 from megatron_grit.data.roles import RowKind
-from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.errors import DataError
 from megatron_grit.files import replacing, write_json
 from megatron_grit.parallel.logs import get_logger
 from megatron_grit.retrieval.cross_encoder import PairScorer, load_scorer
@@ -46,6 +47,7 @@ from megatron_grit.retrieval.mine_corpus import (
     read_passages,
     unit,
 )
+from megatron_grit.retrieval.mine_options import MineOptions, check_options, most_negatives, report_path, work_folder
 from megatron_grit.retrieval.query import MOST_TIMES_MORE
 from megatron_grit.retrieval.work import Worker, alone_in, compute_blocks
 
@@ -53,64 +55,11 @@ log = get_logger(__name__)
 
 _SPARE = 16
 """Candidates that are searched beyond the last rank, for positives among them."""
-REASONS = ("known_positive", "equal_text", "outside_ranks", "near_positive", "teacher", "cross_encoder", "no_score")
+REASONS = (
+    *("known_positive", "equal_text", "kept_negative", "outside_ranks"),
+    *("near_positive", "teacher", "cross_encoder", "no_score"),
+)
 """Why candidates were left out, in the order of the tests."""
-
-
-@dataclass(kw_only=True)
-class MineOptions:
-    """What is mined and how."""
-
-    input: list[Path]
-    """JSONL of embedding records, or patterns of files."""
-    output: Path
-    """JSONL to write."""
-    embedder: str | None = None
-    """The student: directory of a Hugging Face encoder or of one of our checkpoints."""
-    corpus: list[Path] = field(default_factory=list)
-    """JSONL with passages: plain texts ({"text": ...}) or embedding records. Empty: the passages of the input."""
-    project_dir: Path | None = None
-    """A retrieval database, whose chunks are the passages and whose embedder is the student, in place of both."""
-    version: int | None = None
-    """Of the database. None: the configured one, or the newest."""
-    num_negatives: int = 7
-    """Negatives of a record, at most."""
-    min_negatives: int = 1
-    """Records that end up with fewer are left out."""
-    ranks: tuple[int, int] = (10, 100)
-    """First and last rank of candidates, from 1 on."""
-    margin: float | None = None
-    """A negative's score is at least so much below that of the worst positive."""
-    max_fraction: float | None = None
-    """A negative's score is at most this share of the worst positive's (0.95 in NV-Retriever)."""
-    teacher: str | None = None
-    """Directory of a better embedder."""
-    teacher_gap: float = 0.05
-    """A negative's score by the teacher is at least so much below that of the worst positive."""
-    cross_encoder: Path | None = None
-    """Directory of a Hugging Face cross-encoder, or a JSONL of "query", "passage" and "score"."""
-    cross_margin: float = 3.0
-    """A negative's score by the cross-encoder is at least so much below that of the worst positive."""
-    sampling: Literal["random", "top"] = "random"
-    """Which of the candidates that are left: any, or the nearest."""
-    keep_negatives: bool = False
-    """Keep the negatives that records have, in front."""
-    seed: int = 0
-    """Of the sampling."""
-    query_instruction: str = ""
-    """What the embedders embed queries for. Instructions in records are kept and not read."""
-    max_length: int = 256
-    """Tokens of an embedder to which texts are cut."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the embedders' matrix products."""
-    batch_tokens: int = 8192
-    """Tokens of a forward pass."""
-    index: str = "auto"
-    """A faiss factory string. auto: chosen from the number of passages and index_memory_gb."""
-    index_memory_gb: float = 16.0
-    """With index auto: memory for the index."""
-    block_size: int = 10_000
-    """Passages and records of a block."""
 
 
 def mine_negatives(options: MineOptions, worker: Worker | None = None) -> dict[str, Any]:
@@ -121,43 +70,20 @@ def mine_negatives(options: MineOptions, worker: Worker | None = None) -> dict[s
         worker: this process. None: it is alone.
 
     Returns:
-        The report, which is also in OUTPUT.report.json.
+        The report, which is also in a file beside the output: ``mined.report.json`` for ``mined.jsonl``.
 
     Raises:
         ConfigError: options that cannot be.
-        DataError: input that cannot be read, or is no embedding record.
+        DataError: input that cannot be read, or is no embedding record; or no record has negatives left.
     """
     worker = worker or Worker()
-    _check(options)
+    check_options(options)
     with alone_in(work_folder(options), worker):
         miner = Miner(options)
         miner.prepare(worker)
         compute_blocks(miner.blocks, miner.compute, worker, "negatives", "query")
         report: dict[str, Any] = worker.from_first(miner.write)
         return report
-
-
-def work_folder(options: MineOptions) -> Path:
-    """Where blocks are until the output is whole."""
-    return options.output.with_name(f".{options.output.name}.work")
-
-
-def _check(options: MineOptions) -> None:
-    first, last = options.ranks
-    problems = {
-        "ranks": not 1 <= first <= last,
-        "num_negatives": options.num_negatives < 1,
-        "min_negatives": not 0 <= options.min_negatives <= options.num_negatives,
-        "max_fraction": options.max_fraction is not None and not 0 < options.max_fraction <= 1,
-        "block_size": options.block_size < 1,
-    }
-    for name, wrong in problems.items():
-        if wrong:
-            raise ConfigError(f"{name} cannot be {getattr(options, name)}")
-    if (options.project_dir is None) == (options.embedder is None):
-        raise ConfigError("give an embedder, or a project_dir, whose embedder it then is")
-    if options.project_dir is not None and (options.corpus or options.query_instruction):
-        raise ConfigError("with project_dir passages and query_instruction are those of the database")
 
 
 def read_embedding_records(paths: Sequence[Path]) -> list[Record]:
@@ -192,6 +118,7 @@ class _Unknown:
     left: list[int] = field(default_factory=list)
     num_positives: int = 0
     num_equal: int = 0
+    num_kept: int = 0
 
 
 class Miner:
@@ -288,7 +215,7 @@ class Miner:
             )
         if self.scorer is not None:
             self._keep_scored(records, queries, candidates, dropped)
-        out = np.full((len(records), self.options.num_negatives), -1, dtype=np.int64)
+        out = np.full((len(records), most_negatives(self.options)), -1, dtype=np.int64)
         for row, found in enumerate(candidates):
             chosen = found[: self.options.num_negatives]
             if self.options.sampling == "random" and len(found) > len(chosen):
@@ -302,12 +229,13 @@ class Miner:
         first, last = self.options.ranks
         vectors = self.corpus.embedder.embed(queries, "query")
         found = [_Unknown()] * len(queries)
+        kept = [[normalized(pair.text) for pair in self._kept(record)] for record in records]
         rows, most = np.arange(len(queries)), min(len(self.corpus), MOST_TIMES_MORE * (last + _SPARE))
         k = min(last + _SPARE, most)
         while len(rows):
             short = []
             for row, ids in zip(rows.tolist(), self.corpus.search(vectors[rows], k), strict=True):
-                found[row] = self._without_known(ids[ids >= 0], queries[row], last)
+                found[row] = self._without_known(ids[ids >= 0], queries[row], kept[row], last)
                 if len(found[row].left) < last and ids[-1] >= 0:
                     short.append(row)
             # A database may hold a positive in many chunks.
@@ -316,11 +244,21 @@ class Miner:
         for unknown in found:
             dropped["known_positive"] += unknown.num_positives
             dropped["equal_text"] += unknown.num_equal
+            dropped["kept_negative"] += unknown.num_kept
             dropped["outside_ranks"] += min(first - 1, len(unknown.left))
         return [np.array(unknown.left[first - 1 :], dtype=np.int64) for unknown in found], dropped
 
-    def _without_known(self, ids: np.ndarray, query: str, wanted: int) -> _Unknown:
-        """The first passages that are neither a positive of the query nor the query itself."""
+    def _kept(self, record: Record) -> list[TextPair]:
+        """The negatives of a record that stay: each once, none with the text of a positive of its query or of that."""
+        own, out = normalized(_query(record).text), dict[str, TextPair]()
+        for pair in record.negatives if self.options.keep_negatives else []:
+            text = normalized(pair.text)
+            if text and text != own and text not in self.known[own]:
+                out.setdefault(text, pair)
+        return list(out.values())
+
+    def _without_known(self, ids: np.ndarray, query: str, kept: Sequence[str], wanted: int) -> _Unknown:
+        """The first passages that are neither a positive of the query, nor the query itself, nor a kept negative."""
         out, own = _Unknown(), normalized(query)
         for number in ids.tolist():
             if len(out.left) == wanted:
@@ -329,6 +267,8 @@ class Miner:
                 out.num_positives += 1
             elif self.corpus.is_one_of(number, [own]):
                 out.num_equal += 1
+            elif self.corpus.is_one_of(number, kept):
+                out.num_kept += 1
             else:
                 out.left.append(number)
         return out
@@ -388,9 +328,14 @@ class Miner:
             candidates[row] = candidates[row][keep]
 
     def write(self) -> dict[str, Any]:
-        """Write the records and the report, and remove the blocks. In one process."""
+        """Write the records and the report, and remove the blocks. In one process.
+
+        Raises:
+            DataError: nothing would be written; what is there stays.
+        """
         options = self.options
         dropped, num_written, num_mined, num_few = np.zeros(len(REASONS), dtype=np.int64), 0, 0, 0
+        num_had = num_kept = 0
         with replacing(options.output) as file:
             for block in self.blocks.blocks:
                 arrays = self.blocks.read(block)
@@ -400,25 +345,37 @@ class Miner:
                     if len(mined) < options.min_negatives:
                         num_few += 1
                         continue
-                    file.write(json.dumps(_with_negatives(record, mined, options), ensure_ascii=False) + "\n")
+                    kept = self._kept(record)
+                    file.write(json.dumps(_with_negatives(record, kept, mined), ensure_ascii=False) + "\n")
                     num_written, num_mined = num_written + 1, num_mined + len(mined)
+                    num_had, num_kept = num_had + len(record.negatives), num_kept + len(kept)
+            if not num_written:
+                reasons = ", ".join(f"{name} {count:,}" for name, count in zip(REASONS, dropped, strict=True) if count)
+                raise DataError(
+                    f"none of {len(self.records):,} records has {options.min_negatives} negatives left among "
+                    f"{len(self.corpus):,} passages (left out: {reasons or 'none'}), so nothing is written; give other "
+                    "ranks, more passages, or weaker filters",
+                    path=options.input[0],
+                )
         report = {
             "num_records": len(self.records),
             "num_passages": len(self.corpus),
             "num_written": num_written,
             "num_negatives": num_mined,
             "num_records_with_too_few": num_few,
+            "num_kept_negatives": num_kept,
+            "num_kept_negatives_left_out": num_had - num_kept if options.keep_negatives else 0,
             "dropped_candidates": dict(zip(REASONS, dropped.tolist(), strict=True)),
             "options": {name: _plain(value) for name, value in dataclasses.asdict(options).items()},
         }
-        write_json(options.output.with_suffix(".report.json"), report)
+        write_json(report_path(options.output), report)
         shutil.rmtree(self.folder)
         return report
 
 
 _ELSEWHERE = (
     *("input", "output", "corpus", "embedder", "project_dir", "version", "teacher", "cross_encoder"),
-    *("min_negatives", "keep_negatives", "index", "index_memory_gb"),
+    *("min_negatives", "index", "index_memory_gb"),
 )
 """Options that blocks do not follow from, or by the content of files."""
 
@@ -429,6 +386,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"{report['num_written']:,} of {report['num_records']:,} records written, {report['num_negatives']:,} "
         f"negatives from {report['num_passages']:,} passages; {report['num_records_with_too_few']:,} had too few"
     ]
+    if report["num_kept_negatives_left_out"]:
+        lines.append(f"  negatives of the input that were left out: {report['num_kept_negatives_left_out']:,}")
     dropped = report["dropped_candidates"]
     return lines + [f"  left out, {name}: {count:,}" for name, count in dropped.items() if count]
 
@@ -438,14 +397,16 @@ def _query(record: Record) -> TextPair:
     return record.query
 
 
-def _with_negatives(record: Record, mined: Sequence[Passage], options: MineOptions) -> dict[str, Any]:
+def _with_negatives(record: Record, kept: Sequence[TextPair], mined: Sequence[Passage]) -> dict[str, Any]:
     instruction = record.positives[0].instruction
-    negatives = list(record.negatives) if options.keep_negatives else []
-    negatives += [TextPair(p.instruction if p.has_instruction else instruction, p.text) for p in mined]
+    negatives = [*kept, *(TextPair(p.instruction if p.has_instruction else instruction, p.text) for p in mined)]
+    # What is said of each negative, such as neg_scores, is of others.
+    other = {key: value for key, value in record.other.items() if not key.startswith("neg_")}
     return {
         "query": _value(_query(record)),
         "pos": [_value(pair) for pair in record.positives],
         "neg": [_value(pair) for pair in negatives],
+        **other,
     }
 
 

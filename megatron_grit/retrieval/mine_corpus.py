@@ -16,11 +16,11 @@ from megatron_grit.data.chunk_db import map_dataset
 from megatron_grit.data.db_versions import VersionedDb, is_among, read_version
 from megatron_grit.data.records import BadLine, Record, TextPair, read_records
 from megatron_grit.data.retro_project import Project
-from megatron_grit.errors import DataError
+from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.parallel.logs import get_logger
 from megatron_grit.retrieval.embed import Embedder
-from megatron_grit.retrieval.faiss_index import VectorIndex, exact_search
-from megatron_grit.retrieval.index_factory import choose_factory, num_training_vectors
+from megatron_grit.retrieval.faiss_index import VectorIndex, exact_search, new_index
+from megatron_grit.retrieval.index_factory import choose_factory, lists_of, num_training_vectors
 from megatron_grit.retrieval.index_search import ShardedIndex, merge_nearest
 from megatron_grit.retrieval.recall import RECALL_AT, choose_search, without_own
 from megatron_grit.retrieval.stages import project_embedder
@@ -178,6 +178,9 @@ class PassageFiles:
         memory_bytes: with auto, what the index may take.
         block_size: passages of a block.
         seed: of the index's training sample.
+
+    Raises:
+        ConfigError: an index that cannot be made of these passages.
     """
 
     def __init__(
@@ -197,6 +200,9 @@ class PassageFiles:
         self.stored = StoredVectors(embedder, folder / "student", texts, block_size)
         count = len(passages)
         self._factory = choose_factory(count, embedder.dim, memory_bytes) if index == "auto" else index
+        new_index(self._factory, "inner_product", embedder.dim)
+        if (lists_of(self._factory) or 0) > count:
+            raise ConfigError(f"index {self._factory} has more lists than there are passages, {count:,}; give fewer")
         settings = {"vectors": self.stored.blocks.signature, "index": self._factory, "seed": seed}
         self.signature = digest_of_settings(settings)
         self._index: ShardedIndex | None = None
@@ -232,7 +238,9 @@ class PassageFiles:
         count, dim = len(self.passages), self.embedder.dim
         sample = np.random.default_rng(self._seed).permutation(count)[: num_training_vectors(self._factory, count)]
         trained = self.stored.of(np.sort(sample)) if len(sample) else np.empty((0, dim), np.float32)
-        made = VectorIndex.train(self._factory, "inner_product", trained)
+        made = VectorIndex.train(
+            self._factory, "inner_product", trained, remedy="give a smaller index, or more passages"
+        )
         chosen = np.random.default_rng(self._seed).permutation(len(self._queries))[:_NUM_PROBING]
         queries = unit(self.embedder.embed([self._queries[number] for number in np.sort(chosen)], "query"))
         best: tuple[np.ndarray, np.ndarray] | None = None

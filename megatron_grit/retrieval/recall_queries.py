@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_grit.data.block_files import Arrays, Block, BlockFolder, digest_of_settings
 from megatron_grit.data.chunk_db import ChunkDb
+from megatron_grit.data.db_versions import shares_documents, source_of
 from megatron_grit.data.indexed import IndexedFile
 from megatron_grit.data.neighbor_table import chunk_at, write_starts
 from megatron_grit.data.permutation import derive_keys, permute
@@ -71,6 +72,7 @@ class RecallQueries:
         self._settings = {"chunks": chunks, "embedder": embedder, "seed": self._config.seed, "count": NUM_QUERIES}
         self.folder = project.folder / "index" / "recall_queries"
         self._file = self.folder / "queries.json"
+        self._datasets: dict[str, int | None] = {}
 
     def source(self) -> tuple[str, str]:
         """What the settings say that the queries are, in words, and the signature of it.
@@ -152,7 +154,7 @@ class RecallQueries:
 
     def _asks_others(self) -> bool:
         """Whether something else than the documents of the database gets neighbors."""
-        return any(self._dataset(self._project.resolve(prefix)) is None for prefix in self._config.query_paths)
+        return any(self._dataset(prefix) is None for prefix in self._config.query_paths)
 
     def _text_file(self) -> Path:
         assert self._config.recall_queries is not None
@@ -202,17 +204,20 @@ class RecallQueries:
                 )
                 text = tokenizer.decode(tokens.tolist())
                 if text.strip():
-                    dataset = self._dataset(project.resolve(config.query_paths[number]))
+                    dataset = self._dataset(config.query_paths[number])
                     where = (np.array([document]), np.array([offset]))
                     ids.append(-1 if dataset is None else int(find_chunks(db.rows, dataset, *where)[0]))
                     texts.append(text)
         return ids, texts
 
-    def _dataset(self, path: Path) -> int | None:
-        """Number that a file has in the database."""
-        content = fingerprint(path)
-        for number, prefix in enumerate(self._config.data_paths):
-            own = self._project.resolve(prefix)
-            if own.resolve() == path.resolve() or fingerprint(own) == content:
-                return number
-        return None
+    def _dataset(self, prefix: str) -> int | None:
+        """Number that a file of ``query_paths`` has in the database."""
+        if prefix not in self._datasets:
+            path, owns = self._project.resolve(prefix), map(self._project.resolve, self._config.data_paths)
+            same = (  # a source is looked at only where the path does not tell
+                number
+                for number, own in enumerate(owns)
+                if own.resolve() == path.resolve() or shares_documents(path, own, source_of(str(own), own))
+            )
+            self._datasets[prefix] = next(same, None)
+        return self._datasets[prefix]

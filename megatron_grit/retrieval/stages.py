@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_grit.config.retro_db import (
-    RetroDbConfig,
-    config_problems,
-    load_project_config,
-    save_project_config,
-)
-from megatron_grit.config.retro_stages import (
-    FILES,
-    STAGES,
-    built_stages,
-    changed_settings,
-    expand_tasks,
-    with_following,
-)
+from megatron_grit.config.retro_db import RetroDbConfig, load_project_config, save_project_config
 from megatron_grit.config.schema import ParallelConfig
+from megatron_grit.data.block_files import signature_of
 from megatron_grit.data.chunk_db import ChunkDb
 from megatron_grit.data.retro_project import Project
-from megatron_grit.errors import ConfigError
+from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.parallel.logs import get_logger
 from megatron_grit.retrieval.chunk import build_chunks
 from megatron_grit.retrieval.embed import MESH, Embedder, in_teams, load_embedder
-from megatron_grit.retrieval.faiss_index import gpus_of_process
 from megatron_grit.retrieval.index import IndexFiles, add_to_index, train_index
+from megatron_grit.retrieval.preparation import MAKING, Preparation
 from megatron_grit.retrieval.query import query_neighbors
 from megatron_grit.retrieval.validate import validate_stage
 from megatron_grit.retrieval.vectors import embed_chunks, open_vectors
-from megatron_grit.retrieval.versions import add_documents, is_grown, record_version, remove_documents
+from megatron_grit.retrieval.versions import add_documents, record_version, remove_documents
 from megatron_grit.retrieval.work import MINUTES, Worker, alone_in, worker
 
 log = get_logger(__name__)
@@ -49,7 +37,8 @@ def run_tasks(
     validate: float | None = None,
     tombstone: str = "",
 ) -> None:
-    """Build a database, or the part of it that tasks name. Under torchrun all processes call it.
+    """Build a database, or the part of it that tasks name. Under torchrun all processes call it. Whatever can be known
+    to be wrong is refused before anything is removed, computed or kept.
 
     Args:
         project_dir: the database's directory; its config.json is made, or read and completed.
@@ -63,55 +52,98 @@ def run_tasks(
         ConfigError: a wrong setting, or one that differs from what was built.
         DataError: a missing or damaged input; with ``validate``, a block that differs.
     """
-    stages = expand_tasks(tasks)
-    overwritten = expand_tasks(overwrite) if overwrite else []
-    for stage in overwritten:
-        if stage not in stages:
-            raise ConfigError(f"overwrite names {stage}, which is not among the tasks {', '.join(stages)}")
-    if validate is not None and (overwritten or not 0 < validate <= 1):
-        raise ConfigError(
-            "validate compares and overwrites nothing"
-            if overwritten
-            else f"validate must be above 0 and at most 1, not {validate}"
-        )
-    if ("tombstone" in stages) != bool(tombstone):
-        raise ConfigError("the task tombstone goes with --tombstone DATASET:DOCUMENT[,...] or a file of them")
-    old = load_project_config(project_dir)
-    config = dataclasses.replace(old or RetroDbConfig(), **given)
-    problem = next(config_problems(config), None)
-    if problem is not None:
-        raise ConfigError(problem)
-    if config.index_on_gpu and "query-neighbors" in stages:
-        gpus_of_process()  # refused here where there are none
+    prepared = Preparation(project_dir, tasks, given, overwrite=overwrite, validate=validate, tombstone=tombstone)
     with worker() as this, alone_in(project_dir, this):
-        # Before anything is removed or computed: what is wrong with the embedder is known at once.
-        needs_embedder = any(stage not in ("db-build", "tombstone") for stage in stages)
-        embedder = project_embedder(config) if needs_embedder else None
-        if this.is_first and validate is None:
-            _prepare(project_dir, old, config, overwritten, embedder, growing="add" in stages)
+        embedder = project_embedder(prepared.wanted) if prepared.needs_embedder else None
+        if this.is_first:
+            if load_project_config(project_dir) != prepared.old:
+                raise DataError("was changed by another command just now; start again", path=project_dir)
+            prepared.check(embedder)
+            if validate is None:
+                prepared.remove()
+                save_project_config(prepared.kept, project_dir)
         this.barrier()
-        project = Project(project_dir, config)
-        for stage in stages:
-            if validate is not None:
-                team = in_teams(this, embedder) if stage in _WITH_EMBEDDER else this
-                validate_stage(stage, project, team, embedder, validate)
-                continue
-            if stage in ("db-build", "embed", "index-train", "index-add") and is_grown(project):
-                log.info(f"task {stage}: done, and documents were added since; the task add adds more")
-                continue
+        for stage in prepared.stages:
             if this.is_first:
                 log.info(f"task {stage}")
-            if stage == "db-build":
-                build_chunks(project, this)
-            elif stage == "tombstone":
-                remove_documents(project, this, tombstone)
+            _run_stage(stage, prepared, this, embedder, tombstone)
+
+
+def dry_run(project_dir: Path, tasks: str, given: Mapping[str, Any], **options: Any) -> list[str]:
+    """Check all that :func:`run_tasks` checks first, in one process, and change nothing.
+
+    Args:
+        project_dir: as there, and so are the others.
+        tasks: likewise.
+        given: likewise.
+        options: likewise. The number of processes that will run is that of the environment (WORLD_SIZE).
+
+    Returns:
+        What is there and what would be done, a line each.
+
+    Raises:
+        ConfigError: as there.
+        DataError: as there.
+    """
+    prepared = Preparation(project_dir, tasks, given, **options)
+    embedder, config = None, prepared.wanted
+    lines = prepared.outline()
+    with _one_process() as num_processes:
+        if prepared.needs_embedder:
+            prepared.check_mesh(num_processes)
+            if any(getattr(config, f"embedder_{name}") > 1 for name in MESH):
+                lines.append(f"embedder: {config.embedder}, not loaded here, for it is spread over processes")
             else:
-                assert embedder is not None
-                _WITH_EMBEDDER[stage](project, in_teams(this, embedder), embedder)
+                embedder = project_embedder(config, alone=True)
+        return lines + prepared.check(embedder) + prepared.losses()
+
+
+@contextmanager
+def _one_process() -> Iterator[int]:
+    """Be the only process, whatever a launcher's environment says; how many it says there will be."""
+    before = os.environ.pop("WORLD_SIZE", None)
+    try:
+        yield int(before or "1")
+    finally:
+        if before is not None:
+            os.environ["WORLD_SIZE"] = before
+
+
+def _run_stage(stage: str, prepared: Preparation, worker: Worker, embedder: Embedder | None, tombstone: str) -> None:
+    # What comes after the task add sees its documents.
+    project = Project(prepared.folder, prepared.kept if stage in MAKING else prepared.wanted)
+    if prepared.validate is not None:
+        team = in_teams(worker, embedder) if stage in _WITH_EMBEDDER else worker
+        validate_stage(stage, project, team, embedder, prepared.validate)
+    elif stage in MAKING and prepared.is_grown:
+        log.info(f"task {stage}: left as it is; the task add adds documents")
+    elif stage == "db-build":
+        build_chunks(project, worker)
+    elif stage == "tombstone":
+        remove_documents(project, worker, tombstone)
+    else:
+        assert embedder is not None
+        if stage == "embed" and "index-train" in prepared.stages:
+            # Known before days of embedding.
+            IndexFiles(project, ChunkDb(project), embedder.fingerprint, embedder.dim)
+        _WITH_EMBEDDER[stage](project, in_teams(worker, embedder), embedder)
+    if stage == "add" and prepared.validate is None and worker.is_first:
+        save_project_config(prepared.kept_after_adding(), prepared.folder)
 
 
 def _embed(project: Project, worker: Worker, embedder: Embedder) -> None:
-    embed_chunks(open_vectors(project, worker, embedder), worker)
+    vectors = open_vectors(project, worker, embedder)
+    if worker.is_first:
+        signatures = [signature_of(block.path) for block in vectors.blocks.blocks]
+        count = sum(signature not in (None, vectors.blocks.signature) for signature in signatures)
+        if count:
+            raise DataError(
+                f"{count} of {len(signatures)} blocks are of another embedder or of other chunks; put back what was "
+                "changed, or make them again with --overwrite embed",
+                path=vectors.blocks.folder,
+            )
+    worker.barrier()
+    embed_chunks(vectors, worker)
 
 
 def _add_to_index(project: Project, worker: Worker, embedder: Embedder) -> None:
@@ -128,45 +160,6 @@ _WITH_EMBEDDER: dict[str, Callable[[Project, Worker, Embedder], None]] = {
 }
 
 
-def _prepare(
-    project_dir: Path,
-    old: RetroDbConfig | None,
-    config: RetroDbConfig,
-    overwritten: list[str],
-    embedder: Embedder | None,
-    *,
-    growing: bool,
-) -> None:
-    """Check what changed, remove what is made again, and keep the settings. In one process."""
-    if old is not None:
-        if growing and config.data_paths[: len(old.data_paths)] == old.data_paths:
-            old = dataclasses.replace(old, data_paths=config.data_paths)
-        if overwritten and "db-build" not in overwritten and set(overwritten) & set(STAGES[:-1]):
-            _refuse_grown(Project(project_dir, config))
-        problem = next(changed_settings(old, config, built_stages(project_dir), overwritten), None)
-        if problem is not None:
-            raise ConfigError(f"{project_dir}: {problem}")
-    if embedder and {"index-train", "index-add"} & set(overwritten) and "db-build" not in overwritten:
-        project = Project(project_dir, config)
-        IndexFiles(project, ChunkDb(project), embedder.fingerprint, embedder.dim)  # the index can be made
-    for path in project_dir.rglob(".*.tmp"):  # of a run that was killed
-        path.unlink(missing_ok=True)
-    # What follows goes first: a kill here leaves nothing that belongs to what is gone.
-    for stage in [stage for stage in reversed(FILES) if stage in with_following(overwritten)]:
-        for pattern in FILES[stage]:
-            for path in sorted(project_dir.glob(pattern)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    save_project_config(config, project_dir)
-
-
-def _refuse_grown(project: Project) -> None:
-    if is_grown(project):
-        raise ConfigError(
-            f"{project.folder}: documents were added since the index was trained; to train it on all of them build the "
-            "whole database again with --tasks build --overwrite db-build, or in another project directory"
-        )
-
-
 def project_embedder(config: RetroDbConfig, *, alone: bool = False) -> Embedder:
     """The embedder that a configuration names.
 
@@ -179,6 +172,11 @@ def project_embedder(config: RetroDbConfig, *, alone: bool = False) -> Embedder:
     """
     if config.embedder is None:
         raise ConfigError("embedder is not set; give the directory of an encoder or of one of our checkpoints")
+    if not Path(config.embedder).exists():
+        where = Path(config.embedder).absolute()
+        raise ConfigError(
+            f"embedder {config.embedder}: is not there ({where}); give a local directory, by its full path"
+        )
     mesh: dict[str, Any] = {name: 1 if alone else getattr(config, f"embedder_{name}") for name in MESH}
     return load_embedder(
         config.embedder,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_grit.config.retro_stages import setting_in_use
 from megatron_grit.data.block_files import Arrays, Block, BlockFolder, digest_of_settings
 from megatron_grit.data.chunk_db import DOCUMENT, START, ChunkDb, map_dataset
 from megatron_grit.data.retro_project import Project
@@ -134,7 +135,7 @@ def find_chunks(rows: np.ndarray, dataset: int, documents: np.ndarray, offsets: 
 def chunks_fingerprint(project: Project) -> str:
     """Of the chunks of a database: what they were cut from and how."""
     names = ("chunk_length", "min_chunk_tokens", "duplicates", "near_threshold", "valid_fraction", "seed")
-    settings = {name: getattr(project.config, name) for name in names}
+    settings = {name: setting_in_use(project.config, name) for name in names}
     infos = [[info.prefix, info.fingerprint, info.n_docs, info.n_chunks_train] for info in project.infos()]
     return digest_of_settings({"infos": infos, "tokenizer": project.tokenizer.fingerprint} | settings)
 

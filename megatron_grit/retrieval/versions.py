@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from megatron_grit.data.chunk_db import ChunkDb
 from megatron_grit.data.chunking import visible_tokens
 from megatron_grit.data.db_versions import (
     Segment,
+    Source,
+    StoredFile,
     TableDb,
     Version,
     VersionedDb,
     begins_with,
     check_stored,
     infos_of,
+    next_version_number,
     read_version,
     removed_documents,
     source_of,
@@ -37,9 +41,11 @@ from megatron_grit.parallel.logs import get_logger
 from megatron_grit.retrieval.chunk import chunk_rules, cut_documents, is_validation, writing_table
 from megatron_grit.retrieval.duplicates import ChunkBlock, DuplicateSearch
 from megatron_grit.retrieval.embed import Embedder
-from megatron_grit.retrieval.faiss_index import VectorIndex, gpus_of_process, read_manifest
+from megatron_grit.retrieval.faiss_index import VectorIndex, gpus_of_process
 from megatron_grit.retrieval.index import IndexFiles, read_search
+from megatron_grit.retrieval.index_manifest import read_manifest
 from megatron_grit.retrieval.index_search import SearchableIndex, ShardedIndex, SpreadIndex
+from megatron_grit.retrieval.removal import live_blocks, segment_blocks, warn_of_duplicates
 from megatron_grit.retrieval.vectors import ChunkVectors
 from megatron_grit.retrieval.work import Worker, compute_blocks
 
@@ -83,12 +89,13 @@ def _record(project: Project, embedder: Embedder) -> None:
             if wanted != found:
                 raise DataError(f"was built of another {what}; build the index again", path=path)
     digests = [manifest.sha256 for manifest in manifests]
-    if latest is not None and [file.sha256 for file in latest.segments[0].index] == digests:
+    indexes = [] if latest is None else [file.sha256 for file in latest.segments[0].index]
+    if latest is not None and latest.embedder == files.embedder and indexes == digests:
         return
     index = [stored_file(project.folder, path, sha) for path, sha in zip(files.added, digests, strict=True)]
     table = stored_file(project.folder, db.path)
     version = Version(
-        number=(latest.number if latest else 0) + 1,
+        number=next_version_number(project.folder),
         sources=[source_of(info.prefix, project.resolve(info.prefix)) for info in db.infos],
         segments=[Segment(table=table, num_chunks=len(db), index=index)],
         trained=stored_file(project.folder, files.trained, read_manifest(files.trained).sha256),
@@ -107,7 +114,7 @@ def version_to_use(project: Project, worker: Worker, embedder: Embedder) -> Vers
     """The version that the configuration names, or the newest. All processes call it.
 
     Raises:
-        DataError: there is none, or it is of another embedder.
+        DataError: there is none, or it is of another embedder, or its chunks were changed.
     """
     if project.config.version is None:
         record_version(project, worker, embedder)
@@ -117,6 +124,10 @@ def version_to_use(project: Project, worker: Worker, embedder: Embedder) -> Vers
             "is of another embedder; set the embedder it was built with, or build the index again",
             path=version_path(project.folder, version.number),
         )
+    if worker.is_first:  # what is made of damaged chunks would look like any other
+        for segment in version.segments:
+            check_stored(project.folder, segment.table, thorough=True)
+    worker.barrier()
     return version
 
 
@@ -244,31 +255,34 @@ def remove_documents(project: Project, worker: Worker, text: str) -> None:
             note = f"removed {len(pairs) - len(there)} documents"
             tombstones = stored_file(project.folder, path)
             changes: dict[str, Any] = {"tombstones": tombstones, "num_tombstones": len(pairs), "notes": [note]}
-            write_version(project.folder, dataclasses.replace(before, number=number, **changes))
+            after = dataclasses.replace(before, number=number, **changes)
+            write_version(project.folder, after)
             log.info(f"version {number} of the database: {note}")
+            warn_of_duplicates(project, after, asked)
     worker.barrier()
 
 
-def parse_documents(text: str, datasets: Sequence[tuple[str, int]]) -> list[tuple[int, int]]:
+def parse_documents(text: str, datasets: Sequence[tuple[str, int]], what: str = "tombstone") -> list[tuple[int, int]]:
     """Documents that a command names.
 
     Args:
         text: as for :func:`remove_documents`.
         datasets: prefix and number of documents of each.
+        what: names it in messages.
 
     Returns:
         (dataset, document) of each.
 
     Raises:
-        ConfigError: no such dataset or document.
+        ConfigError: no such dataset or document, or none at all.
     """
-    path, names = Path(text), text.split(",")
-    if ":" not in text or path.is_file():
+    names = text.split(",")
+    if ":" not in text or os.path.isfile(text):  # which takes a list that is too long for a path
         try:
-            names = path.read_text(encoding="utf-8").split("\n")
-        except OSError as error:
+            names = Path(text).read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError) as error:
             raise ConfigError(
-                f"tombstone {text!r}: neither DATASET:DOCUMENT nor a file that can be read ({error})"
+                f"{what} {text!r}: neither DATASET:DOCUMENT nor a file that can be read ({error})"
             ) from None
     found = []
     for name in filter(None, (name.strip() for name in names)):
@@ -276,12 +290,19 @@ def parse_documents(text: str, datasets: Sequence[tuple[str, int]]) -> list[tupl
         numbers = [n for n, (prefix, _) in enumerate(datasets) if dataset in (prefix, str(n), Path(prefix).name)]
         if len(numbers) != 1:
             known = ", ".join(f"{n} = {prefix}" for n, (prefix, _) in enumerate(datasets))
-            raise ConfigError(f"tombstone {name!r}: {len(numbers)} datasets are called {dataset!r}; there are {known}")
+            raise ConfigError(f"{what} {name!r}: {len(numbers)} datasets are called {dataset!r}; there are {known}")
         count = datasets[numbers[0]][1]
-        if not document.isdigit() or int(document) >= count:
-            raise ConfigError(f"tombstone {name!r}: {dataset} has documents 0 to {count - 1}")
+        if not is_number(document) or int(document) >= count:
+            raise ConfigError(f"{what} {name!r}: {dataset} has documents 0 to {count - 1}")
         found.append((numbers[0], int(document)))
+    if not found:
+        raise ConfigError(f"{what} {text!r}: names no document; give DATASET:DOCUMENT, or a file of them")
     return found
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number of decimal digits, at most 18 of them."""
+    return text.isascii() and text.isdecimal() and len(text) <= 18
 
 
 class Addition:
@@ -291,12 +312,15 @@ class Addition:
         project: the database.
         before: its newest version.
         embedder: that of its index.
+        sources: of the version that it made. None: the files as they are now.
 
     Raises:
         DataError: documents of the version were changed.
     """
 
-    def __init__(self, project: Project, before: Version, embedder: Embedder) -> None:
+    def __init__(
+        self, project: Project, before: Version, embedder: Embedder, sources: list[Source] | None = None
+    ) -> None:
         self.project, self.before, self.embedder = project, before, embedder
         self.number = before.number + 1
         self.folder = project.folder / "db" / "versions" / f"{self.number:04d}"
@@ -304,9 +328,9 @@ class Addition:
         self._between = self.folder / "duplicates"
         VersionedDb(project, before)  # its documents are as they were
         paths = project.config.data_paths
-        self.sources = [source_of(prefix, project.resolve(prefix)) for prefix in paths]
+        self.sources = sources or [source_of(prefix, project.resolve(prefix)) for prefix in paths]
         old = [source.num_documents for source in before.sources]
-        self.first = old + [0] * (len(paths) - len(old))
+        self.first = old + [0] * (len(self.sources) - len(old))
         """First new document of each dataset."""
         for source, earlier in zip(self.sources, before.sources, strict=False):
             path = project.resolve(source.prefix)
@@ -317,7 +341,7 @@ class Addition:
         parent = (project.folder / before.trained.path).parent
         self.added = parent / f"added_v{self.number:04d}.faissindex"
         self.rules = chunk_rules(project)
-        self.folders = [self._chunk_blocks(number) for number in range(len(paths))]
+        self.folders = [self._chunk_blocks(number) for number in range(len(self.sources))]
 
     @property
     def num_documents(self) -> int:
@@ -331,8 +355,9 @@ class Addition:
         count = self.sources[number].num_documents - self.first[number]
         return BlockFolder(self.folder / "individual" / name, count, self.project.config.doc_block_size, signature)
 
-    def cut(self, worker: Worker) -> None:
-        """Cut the new documents into chunks. All processes call it."""
+    def recompute_chunks(self) -> Iterator[tuple[str, BlockFolder, Callable[[Block], Arrays]]]:
+        """For each dataset of which there are new documents its name, the blocks of their chunks, and what makes one
+        again."""
         visible = visible_tokens(self.project.tokenizer)
         for number, folder in enumerate(self.folders):
             file, first = self.project.file(number), self.first[number]
@@ -341,16 +366,21 @@ class Addition:
                 return cut_documents(file, first + block.start, first + block.stop, self.rules, visible)
 
             if folder.num_items:
-                compute_blocks(folder, compute, worker, f"chunks of {self.sources[number].prefix}", "document")
+                yield f"chunks of {self.sources[number].prefix}", folder, compute
+
+    def cut(self, worker: Worker) -> None:
+        """Cut the new documents into chunks. All processes call it."""
+        for what, folder, compute in self.recompute_chunks():
+            compute_blocks(folder, compute, worker, what, "document")
 
     def leave_out(self, worker: Worker) -> None:
         """Write the table of the new chunks that are in the database neither already nor twice. All processes call it.
 
         Raises:
-            DataError: no chunk is left, or chunks of the database are missing, without which duplicates are not found.
+            DataError: chunks of the database are missing, without which duplicates are not found.
         """
         config, new = self.project.config, [block for folder in self.folders for block in folder.blocks]
-        old = [] if config.duplicates == "keep" else list(self._earlier_blocks())
+        old = [] if config.duplicates == "keep" else self._earlier_blocks(worker)
         mine = [ChunkBlock(block.path, str(signature_of(block.path))) for block in new]
         search = DuplicateSearch(config, self._between, [*old, *mine], num_old_blocks=len(old))
         search.run(worker)
@@ -360,8 +390,6 @@ class Addition:
 
     def _merge(self, state: np.ndarray) -> None:
         num_rows = sum(len(rows) for rows in self._kept_rows(state))
-        if not num_rows:
-            raise DataError("no new chunk is left after filtering: nothing to add", path=self.project.folder)
         with writing_table(self.table, num_rows, self.chunks) as table:
             for rows in self._kept_rows(state):
                 table.add(rows)
@@ -379,48 +407,72 @@ class Addition:
                 kept &= ~is_validation(prefix, rows[:, 0], config.valid_fraction, config.seed)
                 yield np.concatenate([np.full((len(rows), 1), number, np.uint32), rows], axis=1)[kept]
 
-    def _earlier_blocks(self) -> Iterator[ChunkBlock]:
-        """Blocks of chunks of all segments before.
+    def _earlier_blocks(self, worker: Worker) -> list[ChunkBlock]:
+        """Blocks of the chunks of all segments before, without those that were removed.
 
         Raises:
             DataError: some are missing.
         """
-        # db/merged/train.hdf5, of which db/individual was made, and db/versions/NNNN/train.hdf5 with NNNN/individual.
-        tables = [self.project.folder / segment.table.path for segment in self.before.segments]
-        roots = [tables[0].parent.parent / "individual", *(table.parent / "individual" for table in tables[1:])]
-        paths = [path for root in roots for path in sorted(root.glob("*/*.hdf5"))]
-        found = sum(int(stop) - int(start) for start, _, stop in (path.stem.partition("-") for path in paths))
+        blocks = segment_blocks(self.project, self.before)
+        found = sum(int(stop) - int(start) for start, _, stop in (block.path.stem.partition("-") for block in blocks))
         wanted = sum(source.num_documents for source in self.before.sources)
         if found < wanted:
             raise DataError(
                 f"holds chunks of {found} documents, the database has {wanted}; put the files back, or set duplicates "
                 "to keep",
-                path=roots[0],
+                path=self.project.folder / "db",
             )
-        for path in paths:
-            yield ChunkBlock(path, str(signature_of(path)))
+        return live_blocks(self.project, self.before, blocks, self._between / "live", worker)
 
-    def encode(self, worker: Worker) -> None:
-        """Embed and encode the new chunks. All processes call it."""
-        self.new = TableDb(self.project, self.table, infos_of(self.sources))
+    def recompute_codes(self) -> tuple[BlockFolder, Callable[[Block], Arrays]]:
+        """The blocks of the new chunks' codes, and what makes one again.
+
+        Raises:
+            DataError: the trained index is missing or of another embedder.
+        """
+        new = self.new = TableDb(self.project, self.table, infos_of(self.sources))
         trained = VectorIndex.load(
             check_stored(self.project.folder, self.before.trained), embedder=self.before.embedder
         )
         signature: dict[str, Any] = {"task": "add_codes", "chunks": self.chunks, "trained": self.before.trained.sha256}
         signature |= {"embedder": self.before.embedder, "add_load_fraction": self.project.config.add_load_fraction}
         folder = self.added.parent / f"add_codes_v{self.number:04d}"
-        self.codes = BlockFolder(folder, len(self.new), self.project.config.block_size, signature)
 
         def compute(block: Block) -> Arrays:
             count = math.ceil(self.project.config.add_load_fraction * len(block))
-            return {
-                "codes": trained.encode(self.embedder.embed(self.new.texts(range(block.start, block.start + count))))
-            }
+            return {"codes": trained.encode(self.embedder.embed(new.texts(range(block.start, block.start + count))))}
 
+        return BlockFolder(folder, len(new), self.project.config.block_size, signature), compute
+
+    def encode(self, worker: Worker) -> None:
+        """Embed and encode the new chunks. All processes call it."""
+        self.codes, compute = self.recompute_codes()
         compute_blocks(self.codes, compute, worker, "codes")
 
     def finish(self) -> None:
-        """Fill the index of the new chunks and write the version. In one process."""
+        """Fill the index of the new chunks, where there are any, and write the version. In one process."""
+        index_files = [self._fill()] if len(self.new) else []
+        segment = Segment(
+            table=stored_file(self.project.folder, self.table), num_chunks=len(self.new), index=index_files
+        )
+        counts = [source.num_documents - first for source, first in zip(self.sources, self.first, strict=True)]
+        added = [f"{n} documents of {s.prefix}" for n, s in zip(counts, self.sources, strict=True) if n]
+        note = f"added {', '.join(added)}" + ("" if index_files else ", whose chunks were all there")
+        version = dataclasses.replace(
+            self.before,
+            number=self.number,
+            sources=self.sources,
+            segments=[*self.before.segments, segment],
+            chunks=self.chunks,
+            notes=[note],
+        )
+        shutil.rmtree(self._between, ignore_errors=True)
+        write_version(self.project.folder, version)
+        if not self.project.config.keep_embeddings:
+            self.codes.remove()
+        log.info(f"version {version.number} of the database: {version.num_chunks:,} chunks; {version.notes[0]}")
+
+    def _fill(self) -> StoredFile:
         index = VectorIndex.load(check_stored(self.project.folder, self.before.trained))
         base = self.before.num_chunks
         for block in self.codes.blocks:
@@ -429,24 +481,4 @@ class Addition:
         trained = read_manifest(self.project.folder / self.before.trained.path)
         manifest = dataclasses.replace(trained, chunks=self.chunks, num_vectors=len(index))
         index.save(self.added, manifest)
-        segment = Segment(
-            table=stored_file(self.project.folder, self.table),
-            num_chunks=len(self.new),
-            index=[stored_file(self.project.folder, self.added, manifest.sha256)],
-        )
-        counts = [source.num_documents - first for source, first in zip(self.sources, self.first, strict=True)]
-        added = [f"{n} documents of {s.prefix}" for n, s in zip(counts, self.sources, strict=True) if n]
-        version = dataclasses.replace(
-            self.before,
-            number=self.number,
-            sources=self.sources,
-            segments=[*self.before.segments, segment],
-            chunks=self.chunks,
-            notes=[f"added {', '.join(added)}"],
-        )
-        shutil.rmtree(self._between, ignore_errors=True)
-        write_version(self.project.folder, version)
-        if not self.project.config.keep_embeddings:
-            for block in self.codes.blocks:
-                block.path.unlink(missing_ok=True)
-        log.info(f"version {version.number} of the database: {version.num_chunks:,} chunks; {version.notes[0]}")
+        return stored_file(self.project.folder, self.added, manifest.sha256)

@@ -1,4 +1,4 @@
-"""How the processes of a job share the blocks of a stage, with one progress bar for all of them."""
+"""How the processes of a job share the blocks of a stage, and show how far all of them are."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_grit.data.block_files import Arrays, Block, BlockFolder, shares
 from megatron_grit.errors import DataError
 from megatron_grit.parallel.logs import get_logger
+from megatron_grit.parallel.progress import Progress
 
 log = get_logger(__name__)
 
@@ -191,7 +191,7 @@ def compute_blocks(
         folder: where they are.
         compute: a block's arrays; the same whichever team calls it. All processes of the team do.
         worker: this process.
-        what: for the progress bar, which is that of the first process and counts for all.
+        what: for the progress, which is that of the first process and counts for all.
         unit: what a block has many of.
         during: entered while this process computes its blocks, be they none; what all processes do together in
             ``compute`` ends with it.
@@ -213,7 +213,7 @@ def compute_blocks(
     to_do = sum(len(block) for block in missing)
     if worker.is_first and 0 < to_do < folder.num_items:
         log.info(f"{what}: {folder.num_items - to_do:,} of {folder.num_items:,} {unit}s are there already")
-    bar = tqdm(total=to_do, unit=unit, unit_scale=True, desc=what, disable=None if worker.is_first and to_do else True)
+    bar = Progress(to_do, what, unit, enabled=worker.is_first and to_do > 0)
     with bar, during or nullcontext():
         for place, block in enumerate(shares(missing, worker.team, worker.num_teams)):
             arrays = compute(block)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.retrieval.databases import make_texts, tokenizer_of, write_documents
+
 PATHS = {"DATA": "a_text_document b_text_document", "TOKENIZER": "t", "EMBEDDER": "e"}
 
 
@@ -48,7 +50,11 @@ def test_several_nodes(repository: Path, tmp_path: Path) -> None:
     value_of = dict(zip(words, words[1:], strict=False))
     assert (value_of["--nnodes"], value_of["--rdzv-endpoint"]) == ("4", "node0:29400")
     assert "--standalone" not in words and words.index("--nnodes") < words.index("--project-dir")
-    result = launch(repository, tmp_path, NNODES="4", **PATHS)
+    pytest.importorskip("faiss")
+    data = write_documents(tmp_path / "a", make_texts(3), tokenizer_of(tmp_path))
+    inputs = {"DATA": data, "TOKENIZER": str(tmp_path / "tokenizer.model"), "EMBEDDER": "e", "TASKS": "db-build"}
+    result = launch(repository, tmp_path, NNODES="4", **inputs)
+    assert "documents: " in result.stdout and "task db-build: to do" in result.stdout
     assert result.returncode == 2 and "4 nodes: submit this script with sbatch" in result.stderr
 
 
@@ -60,6 +66,18 @@ def test_a_missing_path_is_named(missing: str, repository: Path, tmp_path: Path)
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_mistake_is_one_line(repository: Path, tmp_path: Path) -> None:
+    """Before processes are started, each of which would say it."""
+    for name in PATHS:
+        (tmp_path / PATHS[name]).mkdir()
+    for options in ((), ("--dry-run",)):
+        result = launch(repository, tmp_path, *options, PROJECT_DIR="db", PROCESSES="2", **PATHS)
+        assert result.returncode == 2
+        lines = result.stderr.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("build_db: error: embedder e: holds neither"), result.stderr
+        assert not (tmp_path / "db").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_build_in_miniature(repository: Path, tmp_path: Path) -> None:
@@ -69,6 +87,8 @@ def test_the_build_in_miniature(repository: Path, tmp_path: Path) -> None:
     assert "version 1: " in result.stdout and "recall@10" in result.stdout
     (table,) = (tmp_path / "db" / "query").glob("*/table.json")
     content = table.with_name("neighbors.npy").read_bytes()
+    said = launch(repository, tmp_path, "--dry-run", SCALE="tiny", PROJECT_DIR=str(tmp_path / "db")).stdout
+    assert "task query-neighbors: there" in said and "recall@10" not in said
     # Again: nothing is left to do.
     again = launch(repository, tmp_path, SCALE="tiny", PROJECT_DIR=str(tmp_path / "db"))
     assert again.returncode == 0, again.stderr

@@ -1,6 +1,7 @@
 """Mine hard negatives for embedding records: passages that a model ranks high and that are most likely not relevant.
 
-The input is JSONL as build_grit.py reads it; so is the output. OUTPUT.report.json says what was left out and why.
+The input is JSONL as build_grit.py reads it; so is the output, with the other keys of each record but neg_*. A report
+beside the output, mined.report.json for mined.jsonl, says what was left out and why.
 
 Example:
   python tools/preprocess/mine_negatives.py --input pairs.jsonl --output mined.jsonl --embedder all-MiniLM-L6-v2 \\
@@ -13,6 +14,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from megatron_grit.cli.main import guarded
@@ -23,7 +25,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--input", type=Path, nargs="+", required=True, help="JSONL of embedding records")
-    add("--output", type=Path, required=True, help="JSONL to write")
+    add("--output", type=Path, required=True, help="JSONL to write; .jsonl.gz is compressed")
     add("--embedder", help="directory of a Hugging Face encoder or of one of our checkpoints")
     add("--corpus", type=Path, nargs="+", default=[], help="JSONL of passages (default: those of the input)")
     add("--project-dir", type=Path, help="retrieval database whose chunks are the passages; its embedder and index")
@@ -38,7 +40,11 @@ def _arguments() -> argparse.Namespace:
     add("--cross-encoder", type=Path, help="directory of a cross-encoder, or JSONL of query, passage, score")
     add("--cross-margin", type=float, default=3.0, help="by so much below the worst positive")
     add("--sampling", choices=("random", "top"), default="random", help="which of those that are left")
-    add("--keep-negatives", action="store_true", help="keep the negatives that records have, in front")
+    add(
+        "--keep-negatives",
+        action="store_true",
+        help="keep the negatives that records have, in front; a positive among them is left out",
+    )
     add("--seed", type=int, default=0, help="of the sampling")
     add("--query-instruction", default="", help="what the embedders embed queries for")
     add("--max-length", type=int, default=256, help="tokens to which texts are cut")
@@ -57,14 +63,15 @@ def main() -> int:
 
 def _run() -> None:
     values = vars(_arguments())
-    first, _, last = values["ranks"].partition("-")
-    if not (first.isdigit() and last.isdigit()):
+    ranks = re.fullmatch("([0-9]{1,18})-([0-9]{1,18})", values["ranks"])
+    if ranks is None:
         raise ConfigError(f"--ranks {values['ranks']!r} is no range; give FIRST-LAST, such as 10-100")
-    from megatron_grit.retrieval.mine import MineOptions, mine_negatives, report_lines
+    from megatron_grit.retrieval.mine import mine_negatives, report_lines
+    from megatron_grit.retrieval.mine_options import MineOptions
     from megatron_grit.retrieval.work import worker
 
     with worker() as this:
-        report = mine_negatives(MineOptions(**values | {"ranks": (int(first), int(last))}), this)
+        report = mine_negatives(MineOptions(**values | {"ranks": (int(ranks[1]), int(ranks[2]))}), this)
     if this.is_first:
         print("\n".join(report_lines(report)))
 

@@ -12,7 +12,8 @@ Tasks, as a comma list:
 Without embed the later tasks embed what they need themselves: chunks twice, and nothing is kept on disk.
 
 The same command goes on where it was stopped. Settings are kept in DIR/config.json and need not be given again. One
-that something was built with is changed only together with --overwrite TASK.
+that something was built with is changed only together with --overwrite TASK. With --dry-run it is checked, in one
+process, and nothing is changed.
 
 Example:
   python tools/retro/build_db.py --project-dir db --tasks build --data_paths '[data/corpus_text_document]' \\
@@ -24,6 +25,7 @@ Example:
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from megatron_grit.cli.main import guarded
 from megatron_grit.config.retro_arguments import parse_retro_arguments
@@ -36,16 +38,17 @@ def main() -> int:
 
 def _run() -> None:
     arguments = parse_retro_arguments(sys.argv[1:], __doc__ or "")
-    from megatron_grit.retrieval.stages import run_tasks
+    from megatron_grit.retrieval.stages import dry_run, run_tasks
 
-    run_tasks(
-        arguments.project_dir,
-        arguments.tasks,
-        arguments.given,
-        overwrite=arguments.overwrite,
-        validate=arguments.validate,
-        tombstone=arguments.tombstone,
-    )
+    options: dict[str, Any] = {
+        "overwrite": arguments.overwrite,
+        "validate": arguments.validate,
+        "tombstone": arguments.tombstone,
+    }
+    if arguments.dry_run:
+        print("\n".join(dry_run(arguments.project_dir, arguments.tasks, arguments.given, **options)))
+        return
+    run_tasks(arguments.project_dir, arguments.tasks, arguments.given, **options)
 
 
 if __name__ == "__main__":

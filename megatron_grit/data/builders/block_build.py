@@ -347,7 +347,7 @@ class _Job:
             ):
                 for ref, block in results:
                     filler.add(ref, block)
-                    bar.update(ref.num_disk_bytes, max(len(tokens.documents) for tokens in block.outputs.values()))
+                    bar.count(ref.num_disk_bytes, max(len(tokens.documents) for tokens in block.outputs.values()))
                     if time.monotonic() - committed > self.journal_seconds:
                         piece.commit()
                         committed = time.monotonic()

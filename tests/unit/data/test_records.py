@@ -36,6 +36,7 @@ def test_formats_are_found_for_each_line(write_jsonl: Callable[..., Path]) -> No
         query=TextPair(None, "q"),
         positives=[TextPair(None, "p")],
         negatives=[TextPair(None, "n"), TextPair(None, "m")],
+        other={"source": "extra keys are ignored"},
     )
     assert instructed.query == TextPair("i", "q")
     assert instructed.positives == [TextPair("", "p"), TextPair(None, "plain")]

@@ -195,6 +195,20 @@ def test_no_chunk_is_left(tmp_path: Path) -> None:
         build_chunks(project, Worker())
 
 
+def test_a_damaged_table_is_made_again_before_there_is_a_version(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tmp_path)
+    prefix = write_documents(tmp_path / "a", make_texts(30), tokenizer)
+    project = make_project(tmp_path / "db", [prefix], tmp_path)
+    build_chunks(project, Worker())
+    path = project.merged / "train.hdf5"
+    whole = path.read_bytes()
+    rows = ChunkDb(project).rows
+    place = whole.index(np.asarray(rows).tobytes()) + 7
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    build_chunks(Project(project.folder, project.config), Worker())
+    assert path.read_bytes() == whole
+
+
 def test_a_table_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = project_of(tmp_path, make_texts(3))
     usage = shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)  # type: ignore[attr-defined]

@@ -92,6 +92,62 @@ def test_vectors_depend_neither_on_batches_nor_on_order(bert, monkeypatch):
     assert embedder.embed([]).shape == (0, embedder.dim)
 
 
+def test_threads_change_nothing_but_the_last_bits(bert):
+    embedder, before = load_embedder(str(bert)), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.append(embedder.embed(TEXTS))
+    finally:
+        torch.set_num_threads(before)
+    for vectors in found[1:]:
+        np.testing.assert_allclose(vectors, found[0], atol=2e-6, rtol=1e-5)
+
+
+def drop_tokenizer(folder):
+    for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def replace_vocabulary(folder, words):
+    from transformers import BertTokenizer
+
+    drop_tokenizer(folder)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (drop_tokenizer, "its tokenizer knows no word; copy tokenizer.json|has no tokenizer that transformers reads"),
+        (lambda folder: replace_vocabulary(folder, []), "its tokenizer knows no word"),
+        (
+            lambda folder: replace_vocabulary(folder, WORDS[:8]),
+            "its tokenizer has 13 tokens, numbered up to 12.*a table of 29",
+        ),
+        (
+            lambda folder: replace_vocabulary(folder, [f"w{n}" for n in range(25)]),
+            "its tokenizer has 30 tokens, numbered up to 29",
+        ),
+    ],
+    ids=["none", "special tokens only", "of fewer words", "of more words"],
+)
+def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path, damage, words):
+    folder = save_bert(tmp_path / "bert")
+    damage(folder)
+    with pytest.raises(DataError, match=f"{folder}: ({words})"):
+        load_embedder(str(folder))
+
+
+def test_a_tokenizer_with_a_few_words_less_than_rows_is_the_models(tmp_path):
+    """Tables are often padded to a round number of rows."""
+    folder = save_bert(tmp_path / "bert")
+    replace_vocabulary(folder, WORDS)
+    load_embedder(str(folder)).embed(TEXTS[:2])
+
+
 def test_long_texts_are_cut_to_the_shortest_limit(bert):
     text = " ".join(WORDS * 10)
     assert load_embedder(str(bert)).max_length == 64  # the position table's

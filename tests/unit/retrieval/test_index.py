@@ -14,13 +14,10 @@ from megatron_grit.data.chunk_db import ChunkDb
 from megatron_grit.data.retro_project import Project
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.chunk import build_chunks
-from megatron_grit.retrieval.faiss_index import (
-    VectorIndex,
-    exact_search,
-    read_manifest,
-)
+from megatron_grit.retrieval.faiss_index import VectorIndex, exact_search
 from megatron_grit.retrieval.index import IndexFiles, add_to_index, read_search, train_index
 from megatron_grit.retrieval.index_factory import choose_factory, num_training_vectors
+from megatron_grit.retrieval.index_manifest import read_manifest
 from megatron_grit.retrieval.index_search import ShardedIndex
 from megatron_grit.retrieval.recall import RECALL_AT, choose_search, fewest, recall_of, without_own
 from megatron_grit.retrieval.recall_queries import NUM_QUERIES, query_ids
@@ -83,6 +80,18 @@ def test_the_whole_path_is_exact_search(project: Project, index: str, num_shards
     distances = ((vectors[:50, None].astype(np.float64) - vectors[None]) ** 2).sum(2)
     np.testing.assert_allclose(scores, np.sort(distances, axis=1)[:, :5], rtol=1e-4, atol=1e-3)
     assert read_search(files.search).recall > 0.98
+
+
+@pytest.mark.parametrize("index", ["HNSW8", "PCA8,HNSW8_SQ8"])
+def test_a_graph_is_searched_for_the_wanted_recall(project: Project, index: str) -> None:
+    project, files = built(project, index=index, recall=0.6)
+    search = read_search(files.search)
+    assert search.nprobe is None and search.ef_search is not None and search.recall > 0.55
+    again = digests(files)
+    for path in files.added:
+        path.unlink()
+    built(project, index=index, recall=0.6, block_size=project.config.block_size)
+    assert digests(files) == again
 
 
 def test_more_shards_than_blocks(project: Project) -> None:
@@ -167,7 +176,7 @@ def test_search_settings_are_measured_anew(project: Project) -> None:
         ({"index": "IVF64,Flat", "ntrain": 50}, "below the 64 lists of index IVF64,Flat; raise ntrain"),
         ({"index": "IVF64,Flat", "ntrain": 100, "train_load_fraction": 0.5}, "below the 64 lists"),
         ({"index": "Flat", "add_load_fraction": 0.5}, "holds no ids; set add_load_fraction to 1"),
-        ({"index": "HNSW8"}, "more than codes"),
+        ({"index": "NSG8"}, "more than codes"),
         ({"index": "auto", "index_memory_gb": 1e-7}, "raise index_memory_gb"),
     ],
 )

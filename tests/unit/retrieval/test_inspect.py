@@ -10,18 +10,21 @@ from pathlib import Path
 import pytest
 
 from megatron_grit.config.retro_db import save_project_config
+from megatron_grit.data.chunk_db import ChunkDb
 from megatron_grit.data.db_versions import VersionedDb, read_version
 from megatron_grit.data.neighbor_table import NeighborTable
 from megatron_grit.data.retro_project import Project
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval import inspect
+from megatron_grit.retrieval.chunk import build_chunks
 from megatron_grit.retrieval.inspect import inspect_database, report_lines
-from megatron_grit.retrieval.query import tables_of
-from megatron_grit.retrieval.versions import remove_documents
+from megatron_grit.retrieval.query import query_neighbors, tables_of
+from megatron_grit.retrieval.versions import add_documents, remove_documents
 from megatron_grit.retrieval.work import Worker
 from tests.unit.retrieval.databases import (
     CHUNK,
     WordEmbedder,
+    another,
     build,
     make_project,
     make_texts,
@@ -100,6 +103,12 @@ def test_search(project: Project) -> None:
         ({"documents": ["corpus:99"]}, "documents 0 to 9"),
         ({"neighbors": ["corpus:3:5"]}, "no chunk at token 5; chunks begin at multiples of 8"),
         ({"neighbors": ["nothing:3:0"]}, "there are tables of"),
+        ({"neighbors": ["corpus:²:0"]}, "give PREFIX:DOCUMENT:OFFSET"),
+        ({"neighbors": ["corpus:3:" + "9" * 30]}, "give PREFIX:DOCUMENT:OFFSET"),
+        ({"documents": ["corpus:²"]}, "document 'corpus:²': corpus has documents 0 to 9"),
+        ({"documents": ["corpus:1,corpus:2"]}, "names 2 documents"),
+        ({"chunks": [0], "k": 0}, "num must be at least 1"),
+        ({"chunks": [0], "k": -1}, "num must be at least 1"),
     ],
 )
 def test_what_is_not_there(project: Project, options: dict[str, list[object]], message: str) -> None:
@@ -117,6 +126,65 @@ def test_verify_reads_every_file(project: Project) -> None:
         with pytest.raises(DataError, match="was changed|does not match its checksum"):
             inspect_database(project.folder, verify=True)
         path.write_bytes(whole)
+
+
+def test_a_database_that_has_grown(project: Project, tmp_path: Path) -> None:
+    other = write_documents(tmp_path / "other", make_texts(5, seed=3), project.tokenizer)
+    grown = another(project, data_paths=[*project.config.data_paths, other])
+    add_documents(grown, Worker(), WordEmbedder())
+    save_project_config(grown.config, grown.folder)
+    query_neighbors(grown, Worker(), WordEmbedder())
+    report = inspect_database(project.folder, documents=["other:2"], neighbors=["corpus:3:0"], verify=True, k=2)
+    summary, db = report["summary"], VersionedDb(grown, read_version(grown.folder))
+    old = [segment.num_chunks for segment in db.version.segments][0]
+    assert [dataset["num_chunks"] for dataset in summary["datasets"]] == [old, len(db) - old]
+    assert report["documents"][0]["chunks"] == [n for n, row in enumerate(db.rows[:].tolist()) if row[:2] == [1, 2]]
+    assert len(list(report_lines(report))) > 10 and report["neighbors"][0]["version"] == 2
+    # An earlier version has tables of its own, and neighbors of its own.
+    (found,) = inspect_database(project.folder, version=1, neighbors=["corpus:3:0"], k=5)["neighbors"]
+    assert found["version"] == 1 and all(chunk["chunk"] < old for chunk in found["neighbors"])
+    with pytest.raises(ConfigError, match="up to version 1 there are tables of"):
+        inspect_database(project.folder, version=1, neighbors=["other:0:0"])
+
+
+def test_a_database_without_an_index(tmp_path: Path) -> None:
+    prefix = write_documents(tmp_path / "corpus", TEXTS, tokenizer_of(tmp_path))
+    project = make_project(tmp_path / "db", [prefix], tmp_path)
+    save_project_config(project.config, project.folder)
+    with pytest.raises(DataError, match="run the task db-build"):
+        inspect_database(project.folder)
+    build_chunks(project, Worker())
+    db = ChunkDb(project)
+    report = inspect_database(project.folder, chunks=[3], documents=["corpus:4"], verify=True)
+    summary = report["summary"]
+    assert (summary["version"], summary["index"], summary["num_chunks"]) == (None, None, len(db))
+    assert summary["datasets"][0]["num_chunks"] == summary["built"]["datasets"][0]["train"] == len(db)
+    assert report["chunks"][0]["text"] == db.texts([3])[0] and not report["chunks"][0]["removed"]
+    assert report["documents"][0]["chunks"] == [n for n, row in enumerate(db.rows.tolist()) if row[1] == 4]
+    lines = list(report_lines(report))
+    assert any("no index yet" in line for line in lines) and any("exact duplicates" in line for line in lines)
+    for options in ({"searches": ["a"]}, {"neighbors": ["corpus:3:0"]}):
+        with pytest.raises(ConfigError, match="no index yet|run the task query-neighbors"):
+            inspect_database(project.folder, **options)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="versions that are there: none"):
+        inspect_database(project.folder, version=1)
+    path = project.merged / "train.hdf5"
+    whole = path.read_bytes()
+    place = whole.index(db.rows[7].tobytes())
+    for offset in range(0, 20, 4):  # a number of each column
+        path.write_bytes(whole[: place + offset] + bytes([whole[place + offset] ^ 2]) + whole[place + offset + 1 :])
+        with pytest.raises(DataError, match="are no chunks of the documents"):
+            inspect_database(project.folder, verify=True)
+
+
+@pytest.mark.parametrize("name", ["index/*/*/search.json", "db/report.json", "query/*/table.json"])
+@pytest.mark.parametrize("content", ["", "null", "[]", "{}"])
+def test_damaged_files_are_named(project: Project, name: str, content: str) -> None:
+    (path,) = project.folder.glob(name)
+    path.write_text(content)
+    with pytest.raises(DataError, match="cannot be read") as error:
+        inspect_database(project.folder)
+    assert path.name in str(error.value)
 
 
 def test_command(project: Project, repository: Path, tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
 import importlib.util
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +24,8 @@ from megatron_grit.data.retro_project import Project
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval import mine, mine_corpus
 from megatron_grit.retrieval.cross_encoder import load_scorer
-from megatron_grit.retrieval.mine import MineOptions, mine_negatives
+from megatron_grit.retrieval.mine import mine_negatives
+from megatron_grit.retrieval.mine_options import MineOptions
 from megatron_grit.retrieval.versions import remove_documents
 from megatron_grit.retrieval.work import Worker
 from tests.corpus import sentences, write_jsonl
@@ -162,6 +166,13 @@ def test_a_cross_encoder_of_hugging_face(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "cross")
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(source))
     tokenizer.save_pretrained(tmp_path / "cross")
+    # What it is not: damaged, of words alone, or an encoder without the layer that scores.
+    shutil.copytree(tmp_path / "cross", tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"{")
+    with pytest.raises(DataError, match="holds no cross-encoder that transformers reads"):
+        load_scorer(tmp_path / "damaged")
+    with pytest.raises(DataError, match="not those of a cross-encoder: classifier"):
+        load_scorer(source)
     texts = [("what is it", "a file"), ("why", "because the parser reads every byte of the table"), ("who", "nobody")]
     found = load_scorer(tmp_path / "cross").score(texts)
     for (query, passage), score in zip(texts, found, strict=True):
@@ -200,12 +211,128 @@ def test_another_corpus(pairs: Path, tmp_path: Path) -> None:
         ({"ranks": (5, 2)}, "ranks cannot be"),
         ({"num_negatives": 0}, "num_negatives cannot be 0"),
         ({"max_fraction": 1.5}, "max_fraction cannot be 1.5"),
+        ({"max_fraction": math.nan}, "max_fraction cannot be nan"),
+        ({"min_negatives": 3, "ranks": (5, 6)}, "min_negatives cannot be 3"),
+        ({"seed": -1}, "seed cannot be -1"),
+        ({"margin": math.nan}, "margin cannot be nan"),
+        ({"teacher_gap": math.nan}, "teacher_gap cannot be nan"),
+        ({"cross_margin": math.inf}, "cross_margin cannot be inf"),
+        ({"max_length": 0}, "max_length cannot be 0"),
+        ({"batch_tokens": 0}, "batch_tokens cannot be 0"),
+        ({"index_memory_gb": math.inf}, "index_memory_gb cannot be inf"),
+        ({"index": "Nonsense"}, "index 'Nonsense': faiss does not make one"),
+        ({"index": "IVF8,PQ8x4fs"}, "IndexIVFPQFastScan"),
+        ({"index": "IVF4096,Flat"}, "has more lists than there are passages, [0-9]+; give fewer"),
         ({"cross_encoder": Path("nowhere")}, "neither the directory of a Hugging Face model nor a file"),
     ],
 )
 def test_options_that_cannot_be(pairs: Path, options: dict[str, Any], message: str) -> None:
+    pairs.with_name("mined.jsonl").write_text("what was there")
     with pytest.raises(ConfigError, match=message):
         run(pairs, **options)
+    assert pairs.with_name("mined.jsonl").read_text() == "what was there"
+    assert not list(pairs.parent.glob(".mined.jsonl.work/student/*")), "passages were embedded first"
+
+
+@pytest.mark.parametrize("ranks", ["²-³", "1-", "-3", "1-2-3", "9" * 5000 + "-1", "", "1.0-2"])
+def test_ranks_that_are_no_range(repository: Path, pairs: Path, ranks: str) -> None:
+    command = [sys.executable, str(repository / "tools" / "preprocess" / "mine_negatives.py"), f"--ranks={ranks}"]
+    command += ["--input", str(pairs), "--output", str(pairs.with_name("mined.jsonl")), "--embedder", "e"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "is no range; give FIRST-LAST" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_as_many_negatives_as_there_are_ranks(pairs: Path) -> None:
+    """And no more memory than for these."""
+    records, _ = run(pairs, num_negatives=10**11, ranks=(2, 5))
+    assert {len(record["neg"]) for record in records} == {4}
+
+
+def test_an_output_that_is_read_is_refused(pairs: Path, tmp_path: Path) -> None:
+    before = pairs.read_bytes()
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "a passage"}])
+    scores = write_jsonl(tmp_path / "scores.jsonl", [{"query": "q", "passage": "p", "score": 1}])
+    (tmp_path / "link.jsonl").symlink_to(pairs)
+    report = write_jsonl(tmp_path / "mined.report.json", [{"text": "a passage"}])
+    for output, options in (
+        (pairs, {}),
+        (tmp_path / "sub" / ".." / pairs.name, {}),
+        (tmp_path / "link.jsonl", {}),
+        (corpus, {"corpus": [corpus]}),
+        (corpus, {"corpus": [tmp_path / "corp*.jsonl"]}),
+        (scores, {"cross_encoder": scores}),
+        (tmp_path / "mined.jsonl", {"corpus": [report]}),
+    ):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match="would take the place of .*, which is read; give another output"):
+            mine_negatives(MineOptions(input=[pairs], output=output, embedder="student", **options))
+    with pytest.raises(ConfigError, match="is a folder"):
+        mine_negatives(MineOptions(input=[pairs], output=tmp_path, embedder="student"))
+    assert pairs.read_bytes() == before and not list(tmp_path.glob(".*.work"))
+
+
+def test_other_keys_are_carried_over(tmp_path: Path) -> None:
+    records: list[dict[str, object]] = [
+        {
+            "id": 7,
+            "query": "a table",
+            "meta": {"of": ["é", None]},
+            "pos": ["the table"],
+            "neg": ["x"],
+            "neg_scores": [1],
+        },
+        {"query": "a chair", "pos": ["chair"], "pos_scores": [0.5]},
+    ]
+    mined, _ = run(write_jsonl(tmp_path / "pairs.jsonl", records))
+    assert mined[0]["id"] == 7 and mined[0]["meta"] == {"of": ["é", None]} and mined[1]["pos_scores"] == [0.5]
+    assert "neg_scores" not in mined[0], "scores of the negatives that were replaced"
+    assert parse_record(mined[0]).other == {"id": 7, "meta": {"of": ["é", None]}}
+
+
+def test_kept_negatives_stand_once_and_are_no_positives(tmp_path: Path) -> None:
+    records: list[dict[str, object]] = [
+        {"query": "the table", "pos": ["a table"], "neg": ["chair", "A  table ", "desk", " Chair", "THE table", ""]},
+        {"query": "the  Table", "pos": ["one desk"], "neg": ["One DESK", "a table", "sofa"]},
+    ]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", records)
+    mined, report = run(pairs, num_negatives=9, keep_negatives=True)
+    for record, kept in zip(mined, (["chair", "desk"], ["sofa"]), strict=True):
+        assert record["neg"][: len(kept)] == kept
+        assert sorted(record["neg"]) == ["chair", "desk", "sofa"], "mined again, or a positive of the same query"
+    assert report["num_kept_negatives"] == 3 and report["num_kept_negatives_left_out"] == 6
+    assert report["dropped_candidates"]["kept_negative"] == 3
+    without, report = run(pairs, num_negatives=9)
+    assert all(sorted(record["neg"]) == ["chair", "desk", "sofa"] for record in without)
+    assert report["num_kept_negatives_left_out"] == 0
+
+
+def test_an_output_of_nothing_is_not_written(tmp_path: Path) -> None:
+    records: list[dict[str, object]] = [{"query": f"what {n}", "pos": [f"answer {n}"]} for n in range(8)]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", records)
+    output = pairs.with_name("mined.jsonl")
+    output.write_text("what was there")
+    with pytest.raises(
+        DataError, match=r"none of 8 records has 1 negatives left among 8 passages \(.*outside_ranks 56"
+    ):
+        run(pairs, ranks=(10, 100), min_negatives=1)
+    assert output.read_text() == "what was there" and not list(tmp_path.glob("*.report.json"))
+    mined, _ = run(pairs, ranks=(1, 3), min_negatives=1)
+    assert len(mined) == 8
+
+
+def test_a_compressed_output_is_compressed(pairs: Path) -> None:
+    plain, _ = run(pairs)
+    contents = set()
+    for name in ("a.jsonl.gz", "b.jsonl.gz"):
+        output = pairs.with_name(name)
+        options: dict[str, Any] = {"num_negatives": 3, "ranks": (1, 20), "block_size": 16, "min_negatives": 0}
+        mine_negatives(MineOptions(input=[pairs], output=output, embedder="student", **options))
+        assert [json.loads(line) for line in gzip.decompress(output.read_bytes()).splitlines()] == plain
+        contents.add(output.read_bytes())
+        assert output.with_name(f"{name[0]}.report.json").is_file()
+    assert len(contents) == 1
+    with pytest.raises(ConfigError, match="zst is read and not written"):
+        mine_negatives(MineOptions(input=[pairs], output=pairs.with_name("c.jsonl.zst"), embedder="student", **options))
 
 
 @pytest.fixture

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from megatron_grit.data.db_versions import VersionedDb, read_version
@@ -18,8 +22,10 @@ from megatron_grit.retrieval.index import open_vectors
 from megatron_grit.retrieval.index_search import ShardedIndex
 from megatron_grit.retrieval.overlap import Runs, shared_runs
 from megatron_grit.retrieval.query import Searcher, find_allowed, query_neighbors, tables_of
+from megatron_grit.retrieval.recall_queries import RecallQueries
+from megatron_grit.retrieval.validate import validate_stage
 from megatron_grit.retrieval.vectors import embed_chunks
-from megatron_grit.retrieval.versions import open_index
+from megatron_grit.retrieval.versions import open_index, remove_documents
 from megatron_grit.retrieval.work import Worker
 from tests.unit.retrieval.databases import (
     CHUNK,
@@ -31,6 +37,7 @@ from tests.unit.retrieval.databases import (
     tokenizer_of,
     write_documents,
 )
+from tests.unit.retrieval.workers import run_together
 
 
 def open_table(project: Project) -> tuple[VersionedDb, NeighborTable]:
@@ -121,6 +128,128 @@ def test_a_file_of_the_database_is_known_by_another_path(tmp_path: Path) -> None
         document = np.repeat(np.arange(8), np.diff(table.starts))
         ids = table.neighbors
         assert ((ids < 0) | (rows[np.maximum(ids, 0), 1] != document[:, None])).all()
+
+
+@pytest.mark.parametrize("change", ["no json", "longer", "shorter"])
+def test_a_copy_of_documents_of_the_database_is_known(tmp_path: Path, change: str) -> None:
+    """Without its checksums, with documents after it, or only the first ones: no neighbor of a chunk's own document."""
+    tokenizer, texts = tokenizer_of(tmp_path), make_texts(8)
+    prefix = write_documents(tmp_path / "corpus", texts, tokenizer)
+    asked = {"longer": texts + make_texts(3, seed=9), "shorter": texts[:5], "no json": texts}[change]
+    copy = write_documents(tmp_path / "copy", asked, tokenizer)
+    Path(f"{copy}.json").unlink()
+    project = make_project(tmp_path / "db", [prefix], tmp_path, query_paths=[copy])
+    build(project, WordEmbedder())
+    db, table = open_table(project)
+    assert table.manifest.datasets == [0]
+    document = np.repeat(np.arange(len(asked)), np.diff(table.starts))
+    assert ((table.neighbors < 0) | (db.rows[np.maximum(table.neighbors, 0), 1] != document[:, None])).all()
+    queries = RecallQueries(project, "chunks", "embedder")
+    assert queries.source()[0] == "chunks of the database"
+
+
+def other_bit(path: Path, place: int) -> None:
+    whole = path.read_bytes()
+    place %= len(whole)
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "neighbors missing": lambda folder: (folder / "neighbors.npy").unlink(),
+    "neighbors short": lambda folder: os.truncate(folder / "neighbors.npy", 200),
+    "neighbors flipped": lambda folder: other_bit(folder / "neighbors.npy", -6),
+    "starts missing": lambda folder: (folder / "starts.npy").unlink(),
+    "starts short": lambda folder: os.truncate(folder / "starts.npy", 140),
+    "starts flipped": lambda folder: other_bit(folder / "starts.npy", -8),
+    "manifest empty": lambda folder: (folder / "table.json").write_text(""),
+    "manifest null": lambda folder: (folder / "table.json").write_text("null"),
+    "manifest {}": lambda folder: (folder / "table.json").write_text("{}"),
+    "other datasets": lambda folder: (folder / "table.json").write_text(
+        json.dumps(json.loads((folder / "table.json").read_text()) | {"datasets": []})
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_table_is_made_again(tmp_path: Path, damage: str) -> None:
+    prefix = write_documents(tmp_path / "corpus", make_texts(6), tokenizer_of(tmp_path))
+    project = build(make_project(tmp_path / "db", [prefix], tmp_path), WordEmbedder())
+    (folder,) = tables_of(project).values()
+    before = content_of(folder)
+    DAMAGE[damage](folder)
+    with pytest.raises(DataError):
+        validate_stage("query-neighbors", project, Worker(), WordEmbedder(), 1.0)
+    embedder = WordEmbedder()
+    run_together(2, lambda worker: query_neighbors(another(project), worker, embedder))
+    assert content_of(folder) == before
+    assert embedder.num_embedded == 0, "its blocks were there still"
+    assert validate_stage("query-neighbors", project, Worker(), WordEmbedder(), 1.0) > 0
+
+
+@settings(deadline=None, max_examples=6, phases=[Phase.generate], derandomize=True)
+@given(st.data())
+def test_after_a_removal_only_what_it_changes_is_searched(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Removals one after the other, with documents appended to what is queried between them: each table is that of a
+    search for everything."""
+    folder = tmp_path_factory.mktemp("removal")
+    tokenizer, num_documents = tokenizer_of(folder), data.draw(st.integers(4, 12))
+    base = write_documents(folder / "base", make_texts(num_documents, seed=num_documents, longest=6), tokenizer)
+    texts = make_texts(12, seed=num_documents + 1, longest=6)
+    asked = write_documents(folder / "asked", texts[:8], tokenizer)
+    settings = {
+        "index": data.draw(st.sampled_from(["Flat", "IVF3,Flat"])),
+        "max_overlap": data.draw(st.sampled_from([None, 0.3])),
+        "num_neighbors_query": data.draw(st.integers(4, 12)),
+        "num_neighbors_save": data.draw(st.integers(1, 4)),
+        "query_paths": [asked, base],
+    }
+    settings["nprobe"] = 2 if settings["index"] != "Flat" else None
+    project = build(make_project(folder / "db", [base], folder, **settings), WordEmbedder())
+    num_versions = 1
+    for number in range(data.draw(st.integers(1, 3))):
+        removed = data.draw(st.lists(st.integers(0, num_documents - 1), min_size=1, max_size=3))
+        remove_documents(project, Worker(), ",".join(f"base:{document}" for document in removed))
+        if read_version(project.folder).number == num_versions:
+            continue  # all of them were removed before
+        num_versions += 1
+        if data.draw(st.booleans()):
+            write_documents(folder / "asked", texts[: 9 + number], tokenizer)
+        fresh = Project(folder / f"fresh{number}", project.config)
+        shutil.copytree(project.folder, fresh.folder)
+        shutil.rmtree(fresh.folder / "query")
+        embedder, all_embedder = WordEmbedder(), WordEmbedder()
+        query_neighbors(another(project), Worker(), embedder)
+        query_neighbors(fresh, Worker(), all_embedder)
+        rows = VersionedDb(project, read_version(project.folder)).rows
+        num_taken = num_places = 0
+        for prefix, path in tables_of(project).items():
+            table, whole = NeighborTable(path, rows), NeighborTable(tables_of(fresh)[prefix], rows)
+            table.verify()
+            assert (table.neighbors == whole.neighbors).all()
+            num_taken += table.manifest.num_taken_over
+            num_places += table.manifest.num_places
+        assert whole.manifest.num_taken_over == 0
+        assert embedder.num_queries == all_embedder.num_queries - num_taken
+        num_blocks = validate_stage("query-neighbors", another(project), Worker(), WordEmbedder(), 1.0)
+        assert (num_blocks > 0) == (num_taken < num_places)
+
+
+def test_a_removal_that_concerns_few_costs_little(tmp_path: Path) -> None:
+    prefix = write_documents(tmp_path / "corpus", make_texts(40, longest=4), tokenizer_of(tmp_path))
+    project = build(make_project(tmp_path / "db", [prefix], tmp_path, num_neighbors_save=2), WordEmbedder())
+    db, table = open_table(project)
+    concerned = (db.rows[np.maximum(table.neighbors, 0), 1] == 3) & (table.neighbors >= 0)
+    remove_documents(project, Worker(), "corpus:3")
+    embedder = WordEmbedder()
+    query_neighbors(project, Worker(), embedder)
+    assert 0 < embedder.num_queries == concerned.any(axis=1).sum() < len(table.neighbors) / 4
+    # A pinned version with fewer removals goes on from none that had more.
+    shutil.rmtree(table.folder)
+    embedder = WordEmbedder()
+    query_neighbors(another(project, version=1), Worker(), embedder)
+    assert embedder.num_queries == len(table.neighbors)
 
 
 def test_a_new_seed_batch_or_sequence_length_searches_nothing(small: Project) -> None:
@@ -250,9 +379,9 @@ def test_searching_around_a_filter_is_searching_without_what_it_drops(
 
 def test_a_finished_table_is_not_gone_on_from(small: Project) -> None:
     """As --validate opens it: its blocks are those that were searched."""
-    searcher = Searcher(small, VersionedDb(small, read_version(small.folder)), small.config.data_paths[0])
+    searcher = Searcher(small, VersionedDb(small, read_version(small.folder)), small.config.data_paths[0], Worker())
     before = content_of(searcher.folder)
-    searcher.prepare(Worker())
+    searcher.open()
     assert searcher.first == 0 and content_of(searcher.folder) == before
     searcher.index, searcher.embedder = open_index(small, searcher.db.version), WordEmbedder()
     for block in searcher.blocks.blocks:

@@ -82,7 +82,9 @@ def test_what_was_built_keeps_its_settings(project: Path, change: dict[str, Any]
 
 def test_settings_that_may_change(project: Path, given: dict[str, Any]) -> None:
     tables = set(project.glob("query/*"))
+    before = {path: path.stat().st_mtime_ns for path in [*project.glob("db/merged/*"), *project.glob("index/*/*/*")]}
     run_tasks(project, "build", {"num_neighbors_save": 2, "doc_block_size": 7, "near_threshold": 0.5})
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(set(project.glob("query/*")) - tables) == 1
     config = load_project_config(project)
     assert config is not None and config.num_neighbors_save == 2
@@ -104,20 +106,36 @@ def test_overwriting_makes_anew_what_follows(project: Path) -> None:
     [
         ({"index": "IVF4,Flat", "ntrain": 10**6}, "ntrain 1,000,000 is above"),
         ({"index": "IVF100000,Flat"}, "is below the 100000 lists"),
-        ({"index": "HNSW32"}, "more than codes"),
+        ({"index": "NSG32"}, "more than codes"),
         ({"embedder": None}, "embedder is not set"),
+        ({"embedder": "no/such"}, r"embedder no/such: is not there \(/.*/no/such\)"),
+        ({"data_paths": ["typo"]}, r"typo: no such indexed file.*; looked for /.*/typo.idx and /.*/typo.idx: a rel"),
+        ({"tokenizer": "typo.model"}, r"typo.model: no such tokenizer; looked for /.*/typo.model and /.*: a rel"),
+        ({"num_shards": 10**5}, "num_shards 100000 is above the at most"),
+        ({"index": "IVF4,PQ7"}, "index 'IVF4,PQ7': faiss does not make one"),
+        ({"version": 7}, "would make anew what version 7 is made of"),
+        ({"recall_queries": "typo.txt"}, "typo.txt: no such file; recall_queries"),
+        ({"query_paths": ["typo"]}, "typo: no such indexed file"),
     ],
 )
 def test_what_cannot_be_made_destroys_nothing(
     project: Path, change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = (project / "config.json").read_text()
     monkeypatch.undo()
-    if change.get("embedder", "") is not None:
+    if "embedder" not in change:
         monkeypatch.setattr(stages, "project_embedder", lambda config, **_: Words(name=str(config.embedder)))
     before = files_of(project)
-    with pytest.raises(ConfigError, match=words):
-        run_tasks(project, "build", change, overwrite="embed,index-train")
-    assert files_of(project) == before
+    with pytest.raises((ConfigError, DataError), match=words):
+        run_tasks(project, "build", change, overwrite="db-build,embed,index-train")
+    assert files_of(project) == before and (project / "config.json").read_text() == config
+    # Nor is anything begun in a new directory.
+    if "version" not in change:
+        built = json.loads(config)
+        given = {name: built[name] for name in ("data_paths", "tokenizer", "chunk_length")}
+        with pytest.raises((ConfigError, DataError), match=words):
+            run_tasks(project.parent / "new", "build", {"embedder": "words"} | given | change)
+        assert [path.name for path in (project.parent / "new").glob("*") if path.name != ".lock"] == []
 
 
 def test_validation_compares_every_stage(project: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -169,7 +187,7 @@ def test_a_changed_corpus_is_refused(project: Path, given: dict[str, Any]) -> No
     content = bytearray(path.read_bytes())
     content[10] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match="has changed since the database was built"):
+    with pytest.raises(DataError, match="a: no longer begins with the 25 documents of version 1"):
         run_tasks(project, "embed", {})
 
 
@@ -211,6 +229,27 @@ def test_unknown_keys_are_refused(project: Path) -> None:
         run_tasks(project, "build", {})
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[]", "holds no settings"),
+        ("null", "holds no settings"),
+        ('"x"', "holds no settings"),
+        ('{"chunk_length": null}', "chunk_length must not be null"),
+        ('{"data_paths": null}', "data_paths must not be null"),
+        ('{"index_memory_gb": Infinity}', "index_memory_gb must be a finite number, not inf"),
+        (None, "cannot be read .*directory"),
+    ],
+)
+def test_what_is_no_configuration(content: str | None, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(ConfigError, match=f"config.json: {words}"):
+        run_tasks(tmp_path, "build", {})
+    with pytest.raises(ConfigError, match=f"config.json: {words}"):
+        load_project_config(tmp_path)
+
+
 def test_tasks_in_their_order() -> None:
     assert expand_tasks("index-add, db-build,index-train") == ["db-build", "index-train", "index-add"]
     assert expand_tasks("build") == list(STAGES)
@@ -241,6 +280,11 @@ def test_a_moved_path_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         {"max_overlap": 1.5},
         {"minhash_permutations": 2},
         {"data_paths": ["a", "a"]},
+        {"data_paths": ["a", "./a"]},
+        {"index_memory_gb": float("inf")},
+        {"index_memory_gb": float("nan")},
+        {"seed": -1},
+        {"seed": 2**63},
     ],
 )
 def test_wrong_settings(change: dict[str, Any]) -> None:

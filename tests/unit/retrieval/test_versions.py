@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,15 @@ from megatron_grit.data.db_versions import (
     JoinedRows,
     VersionedDb,
     read_version,
+    shares_documents,
+    sorted_keys,
     source_of,
     version_numbers,
 )
 from megatron_grit.data.neighbor_table import NeighborTable
 from megatron_grit.data.retro_project import Project
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.retrieval.chunk import build_chunks, is_validation
 from megatron_grit.retrieval.query import query_neighbors, tables_of
 from megatron_grit.retrieval.versions import (
     add_documents,
@@ -210,6 +214,129 @@ def test_documents_that_are_not_there(text: str, message: str) -> None:
         parse_documents(text, [("data/corpus", 12), ("a/same", 3), ("b/same", 3)])
 
 
+@pytest.mark.parametrize("text", ["corpus:²", "corpus:-1", "corpus:", "corpus:" + "1" * 30])
+def test_a_document_is_a_number(text: str) -> None:
+    with pytest.raises(ConfigError, match="documents 0 to 11"):
+        parse_documents(text, [("data/corpus", 12)])
+
+
+def test_lists_of_documents(tmp_path: Path) -> None:
+    listed = tmp_path / "removed.txt"
+    for content in (b"", b"\n \n"):
+        listed.write_bytes(content)
+        with pytest.raises(ConfigError, match="names no document"):
+            parse_documents(str(listed), [("data/corpus", 12)])
+    listed.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="neither DATASET:DOCUMENT nor a file that can be read"):
+        parse_documents(str(listed), [("data/corpus", 12)])
+    # Longer than the name of a file may be.
+    assert len(parse_documents(",".join(["corpus:3"] * 600), [("data/corpus", 12)])) == 600
+
+
+@pytest.mark.parametrize("duplicates", ["exact", "near"])
+def test_what_was_removed_may_come_again(tmp_path: Path, duplicates: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Document 5 equals document 2, so its chunks were left out; with document 2 they are gone."""
+    if duplicates == "near":
+        pytest.importorskip("datasketch")
+    tokenizer = tokenizer_of(tmp_path)
+    prefix = write_documents(tmp_path / "corpus", [*TEXTS[:5], TEXTS[2], TEXTS[6]], tokenizer)
+
+    def held_out(seed: int) -> list[list[int]]:
+        return [np.flatnonzero(is_validation(name, np.arange(7), 0.3, seed)).tolist() for name in ("corpus", "again")]
+
+    seed = next(seed for seed in range(10_000) if held_out(seed) == [[6], []])
+    settings = {"duplicates": duplicates, "near_threshold": 0.9, "valid_fraction": 0.3, "seed": seed}
+    project = make_project(tmp_path / "db", [prefix], tmp_path, **settings)
+    build(project, WordEmbedder(), query=False)
+    texts = set(texts_of(project))
+    db = VersionedDb(project, read_version(project.folder))
+    gone = set(db.texts(np.flatnonzero(db.rows[:, 1] == 2)))
+    assert gone and not (db.rows[:, 1] == 5).any()
+    with caplog.at_level("WARNING"):
+        remove_documents(project, Worker(), "corpus:3")
+        assert not caplog.records
+        remove_documents(project, Worker(), "corpus:2")
+    assert f"any more either: {len(gone)}, of other documents: 1 (as {prefix}, document 5)" in caplog.text
+
+    again = write_documents(tmp_path / "again", [TEXTS[2], TEXTS[1], TEXTS[6], *OTHER], tokenizer)
+    contents = []
+    for num_workers in (1, 2):
+        copy = Project(tmp_path / f"copy{num_workers}", project.config)
+        shutil.copytree(project.folder, copy.folder)
+        run_together(
+            num_workers,
+            lambda worker, copy=copy: add_documents(another(copy, data_paths=[prefix, again]), worker, WordEmbedder()),
+        )
+        contents.append(content(copy))
+        assert not (copy.folder / "db" / "versions" / "0004" / "duplicates").exists()
+    assert contents[0] == contents[1]
+    grown = another(copy, data_paths=[prefix, again])
+    db = VersionedDb(grown, read_version(grown.folder))
+    new = db.rows[db.version.segments[0].num_chunks :]
+    assert {db.texts([place])[0] for place in np.flatnonzero((db.rows[:, 0] == 1) & (db.rows[:, 1] == 0))} == gone
+    assert not {1, 2} & set(new[:, 1].tolist()), "what is there still, or is kept for validation, came in"
+    assert len(new) > len(gone) and not gone & (texts - gone)
+
+
+def test_an_addition_of_what_is_there_already(project: Project, other: str, tmp_path: Path) -> None:
+    """A version without new chunks, so that the same command has nothing to do the next time."""
+    repeated = write_documents(tmp_path / "again", TEXTS[2:6], project.tokenizer)
+    paths = [*project.config.data_paths, repeated]
+    grown = grow(project, data_paths=paths)
+    before, after = read_version(grown.folder, 1), read_version(grown.folder)
+    assert (after.number, after.num_chunks, len(after.segments)) == (2, before.num_chunks, 2)
+    assert "whose chunks were all there" in after.notes[0] and is_grown(grown)
+    grow(project, data_paths=paths)
+    assert version_numbers(grown.folder) == [1, 2]
+    query_neighbors(grown, Worker(), WordEmbedder())
+    assert len(tables_of(grown)) == 2
+    # And it grows on from there.
+    embedder = WordEmbedder()
+    larger = grow(grown, embedder, data_paths=[*paths, other])
+    version = read_version(larger.folder)
+    assert [len(segment.index) for segment in version.segments] == [1, 0, 1] and embedder.num_embedded
+    index = open_index(larger, version)
+    _, ids = index.search(WordEmbedder().embed(texts_of(larger)), 1)
+    assert (ids[:, 0] == np.arange(version.num_chunks)).all()
+
+
+def test_chunks_of_documents(project: Project, other: str) -> None:
+    grown = grow(project, data_paths=[*project.config.data_paths, other])
+    db = VersionedDb(grown, read_version(grown.folder))
+    pairs = [(0, 3), (1, 0), (1, 5)]
+    wanted = [n for n, row in enumerate(db.rows[:].tolist()) if tuple(row[:2]) in pairs]
+    assert db.chunks_of(sorted_keys(pairs)).tolist() == wanted and len(db.chunks_of(sorted_keys([]))) == 0
+
+
+@pytest.mark.parametrize("change", ["same", "no json", "longer", "shorter", "one token", "another order"])
+def test_documents_under_the_same_numbers(tmp_path: Path, change: str) -> None:
+    tokenizer = tokenizer_of(tmp_path)
+    own = Path(write_documents(tmp_path / "corpus", TEXTS, tokenizer))
+    texts = {"longer": TEXTS + MORE, "shorter": TEXTS[:4], "another order": TEXTS[::-1]}.get(change, TEXTS)
+    if change == "one token":
+        texts = [*TEXTS[:-1], f"{TEXTS[-1][:-1]}!"]
+    path = Path(write_documents(tmp_path / "copy", texts, tokenizer))
+    if change in ("no json", "longer", "shorter"):
+        Path(f"{path}.json").unlink()
+    wanted = change in ("same", "no json", "longer", "shorter")
+    assert shares_documents(path, own, source_of(str(own), own)) == wanted
+
+
+def test_chunks_that_were_damaged_are_found_and_made_again(project: Project, other: str) -> None:
+    table = project.merged / "train.hdf5"
+    whole = table.read_bytes()
+    place = whole.index(np.asarray(VersionedDb(project, read_version(project.folder)).rows[5]).tobytes())
+    table.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    for task in (query_neighbors, add_documents):
+        with pytest.raises(DataError, match="was changed since this version"):
+            task(another(project, data_paths=[*project.config.data_paths, other]), Worker(), WordEmbedder())
+    build_chunks(project, Worker())
+    assert table.read_bytes() == whole
+    stamp = table.stat().st_mtime_ns
+    build_chunks(project, Worker())
+    assert table.stat().st_mtime_ns == stamp
+
+
 def test_adding_nothing_makes_no_version(project: Project) -> None:
     grow(project)
     assert version_numbers(project.folder) == [1] and not is_grown(project)
@@ -340,8 +467,15 @@ def test_joined_rows_read_like_one_array() -> None:
     ids = np.random.default_rng(1).integers(0, 23, (4, 6))
     for index in (0, 6, 7, 22, -1, slice(5, 21), ids, ids[0], np.empty(0, np.int64)):
         assert (joined[index] == rows[index]).all() and joined[index].shape == rows[index].shape
-    with pytest.raises(IndexError):
-        joined[23]
+    mask = np.random.default_rng(2).random(23) < 0.5
+    for index in (mask, slice(6, 21), slice(None), slice(20, 3), slice(21, 2, -3), ids, 9, -1):
+        assert np.array_equal(joined[index], rows[index])
+        for column in (0, -1, slice(1, 3)):
+            found, wanted = joined[index, column], rows[index][..., column]
+            assert np.array_equal(found, wanted) and found.dtype == wanted.dtype
+    for index in (23, mask[:7], (slice(None), [0, 1])):
+        with pytest.raises(IndexError):
+            joined[index]
 
 
 def test_a_source_without_its_json_is_read(tmp_path: Path) -> None:
