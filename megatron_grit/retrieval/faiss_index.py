@@ -209,7 +209,8 @@ class VectorIndex:
 
     def _check_number(self, num_vectors: int, remedy: str) -> None:
         """Refuse too few vectors to learn from, and say once of few what faiss would print for each clustering."""
-        product = getattr(self._inner, "pq", None)
+        codes = _faiss().downcast_index(self._inner.storage) if self.is_graph else self._inner
+        product = getattr(codes, "pq", None)
         centres = max(0 if self._ivf is None else self._ivf.nlist, 0 if product is None else product.ksub)
         if any(isinstance(transform, _faiss().OPQMatrix) for transform in self._transforms):
             centres = max(centres, 256)
@@ -225,9 +226,9 @@ class VectorIndex:
             )
         for part in filter(None, (self._ivf, product)):
             part.cp.min_points_per_centroid = 1
-        if hasattr(self._inner, "do_polysemous_training"):
+        if hasattr(codes, "do_polysemous_training"):
             # It orders centres for a filter of codes that is not used here, and takes a second a byte of the code.
-            self._inner.do_polysemous_training = False
+            codes.do_polysemous_training = False
 
     def _train_lists(self, vectors: np.ndarray) -> None:
         """Centres of the lists, before the rest is trained. The engine would put them into an HNSW graph from several

@@ -195,7 +195,7 @@ def test_factories_that_work_find_what_faiss_finds(factory: str, metric: str, tm
     for scores, ids in found[1:3]:
         assert (ids == found[0][1]).all() and (scores == found[0][0]).all()
     if index.is_graph:  # the engine's own, made by several threads, is another one
-        assert metric == "inner_product" or (found[3][1] == found[0][1]).mean() > 0.9
+        assert metric == "inner_product" or np.isclose(found[3][0], found[0][0]).mean() > 0.9
     else:
         np.testing.assert_allclose(found[3][0], found[0][0], rtol=1e-3, atol=1e-3)
 
