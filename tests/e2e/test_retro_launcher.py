@@ -93,3 +93,18 @@ def test_the_build_in_miniature(repository: Path, tmp_path: Path) -> None:
     again = launch(repository, tmp_path, SCALE="tiny", PROJECT_DIR=str(tmp_path / "db"))
     assert again.returncode == 0, again.stderr
     assert table.with_name("neighbors.npy").read_bytes() == content
+    train_on_the_same_documents(repository, tmp_path)
+
+
+def train_on_the_same_documents(repository: Path, tmp_path: Path) -> None:
+    """A run that names the database trains on its documents with its tokenizer."""
+    command = [sys.executable, "-m", "megatron_grit.cli.train", "--model", "tiny_mistral", "--parallel.device", "cpu"]
+    command += ["--config", str(repository / "examples" / "configs" / "tiny.yaml"), "--training.steps", "2"]
+    command += ["--data.retro_project", str(tmp_path / "db"), "--data.over_long", "split"]
+    command += ["--training.objective", "generative", "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2] and all(step["loss_gen"] > 0 for step in steps)
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert f"{tmp_path}/db/data/corpus_text_document" in config and f"{tmp_path}/db/data/tokenizer.model" in config
