@@ -218,8 +218,8 @@ def recompute_sample(
 
 
 def add_to_index(project: Project, worker: Worker, embedder: Embedder) -> None:
-    """The stage index-add: codes by all processes, joined in the order of the chunks by one; then the recall, if it is
-    not known for these settings of the search. All processes call it.
+    """The stage index-add: codes by all processes, joined in the order of the chunks; then the recall, if it is not
+    known for these settings of the search. All processes call it.
 
     Raises:
         DataError: the trained index is missing, damaged or of another embedder.
@@ -242,7 +242,7 @@ def add_to_index(project: Project, worker: Worker, embedder: Embedder) -> None:
         if worker.is_first:
             exact = _exact_neighbors(blocks, files.queries.read()[0], project.config.metric)
             write_arrays(files.exact, {"exact": exact}, adding)
-            _join(files, blocks, len(db), adding)
+        _join(files, blocks, len(db), adding, worker)
     if worker.is_first:
         measure_search(files)
     _clear(worker, project, blocks)
@@ -276,13 +276,19 @@ def _is_added(files: IndexFiles, adding: str) -> bool:
     return all(_is_done(path, adding) for path in files.added) and signature_of(files.exact) == adding
 
 
-def _join(files: IndexFiles, blocks: BlockFolder, num_chunks: int, adding: str) -> None:
-    """Fill the index, or each of its shards with a run of chunks."""
+def _join(files: IndexFiles, blocks: BlockFolder, num_chunks: int, adding: str, worker: Worker) -> None:
+    """Fill the index, or each of its shards with a run of chunks. Where processes will each hold some of the shards,
+    they fill them at the same time, spread over nodes; else one process does, a shard at a time."""
     count, size = len(files.added), blocks.block_size
+    bounds = [shard * num_chunks // count for shard in range(count + 1)]
+    fillers = worker.world_size if files.config.index_placement == "spread" else 1
+    mine = [shard for shard in range(count) if shard * fillers // count == worker.rank]
+    mine = [shard for shard in mine if not _is_done(files.added[shard], adding)]
     num_trained = read_manifest(files.trained).num_trained
-    with Progress(num_chunks, "index", "chunk") as bar:
-        for shard, path in enumerate(files.added):
-            first, last = shard * num_chunks // count, (shard + 1) * num_chunks // count
+    total = sum(bounds[shard + 1] - bounds[shard] for shard in mine)
+    with Progress(total, "index", "chunk", enabled=worker.is_first) as bar:
+        for shard in mine:
+            path, first, last = files.added[shard], bounds[shard], bounds[shard + 1]
             index = VectorIndex.load(files.trained)
             for block in blocks.blocks[first // size : -(-last // size)]:
                 begin, end = max(first, block.start) - block.start, min(last, block.stop) - block.start
@@ -290,6 +296,7 @@ def _join(files: IndexFiles, blocks: BlockFolder, num_chunks: int, adding: str) 
                 index.add_codes(codes, np.arange(len(codes)) + block.start + begin)
                 bar.update(end - begin)
             index.save(path, _manifest(files, index, num_trained, adding))
+    worker.barrier()
 
 
 def _exact_neighbors(blocks: BlockFolder, query_ids: np.ndarray, metric: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tests.unit.retrieval.databases import (
     tokenizer_of,
     write_documents,
 )
+from tests.unit.retrieval.workers import run_together
 
 
 class Words(WordEmbedder):
@@ -99,6 +101,32 @@ def test_more_shards_than_blocks(project: Project) -> None:
     assert [len(VectorIndex.load(path)) > 0 for path in files.added] == [True] * 5
     with pytest.raises(ConfigError, match="num_shards 100000 is above"):
         built(project, num_shards=100_000)
+
+
+def test_shards_are_filled_together(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, files = built(project, index="IVF4,PQ4x4", num_shards=3)
+    wanted = digests(files)
+    filled: list[tuple[int, str]] = []
+    save = VectorIndex.save
+
+    def noted(self: VectorIndex, path: Path, manifest: Any) -> None:
+        filled.append((threading.get_ident(), path.name))
+        save(self, path, manifest)
+
+    monkeypatch.setattr(VectorIndex, "save", noted)
+    spread = another(project, index="IVF4,PQ4x4", num_shards=3, index_placement="spread")
+    # One was there already when the others were lost.
+    for path in files.added[1:]:
+        path.unlink()
+    run_together(2, lambda worker: add_to_index(spread, worker, Words()))
+    assert digests(files) == wanted
+    assert sorted(name for _, name in filled) == [path.name for path in files.added[1:]]
+    for path in files.added:
+        path.unlink()
+    filled.clear()
+    run_together(2, lambda worker: add_to_index(spread, worker, Words()))
+    assert digests(files) == wanted
+    assert len({thread for thread, _ in filled}) == 2 and len(filled) == 3
 
 
 def test_stored_vectors_are_embedded_once_and_give_the_same(project: Project, tmp_path: Path) -> None:
