@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -252,27 +251,27 @@ def test_two_at_a_time_are_refused(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_at_any_moment(run: Path, tmp_path: Path) -> None:
-    """Six kills at random moments, then an end: the very files of an undisturbed export, and never a half one."""
+    """Six kills, each at a random write, then an end: the very files of an undisturbed export, and never a half one."""
     expected = digests(export_checkpoint(run, tmp_path / "whole", max_shard_size="30KB"))
     target = tmp_path / "out"
-    # Files are made slow, so that the kills fall among them; what is written is the same.
     program = (
-        "import sys, time\n"
+        "import os, signal, sys\n"
         "from megatron_grit.convert import export_folder, megatron_to_hf\n"
-        "write = export_folder.HashingFile.write\n"
-        "export_folder.HashingFile.write = lambda self, content: (time.sleep(0.01), write(self, content))[1]\n"
-        "print('ready', flush=True)\n"
+        "write, left = export_folder.HashingFile.write, [int(sys.argv[1])]\n"
+        "def counted(self, content):\n"
+        "    left[0] -= 1\n"
+        "    if not left[0]:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return write(self, content)\n"
+        "export_folder.HashingFile.write = counted\n"
         f"megatron_to_hf.export_checkpoint({str(run)!r}, {str(target)!r}, max_shard_size='30KB')\n"
     )
     generator, kept, kills = random.Random(5), [], 0
     while not target.exists():
-        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        if kills < 6:
-            time.sleep(generator.uniform(0.2, 1.5))
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        assert process.wait(120) in (0, -signal.SIGKILL)
+        moment = generator.randint(2, 12) if kills < 6 else 0
+        process = subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(moment)], timeout=120)
+        assert process.returncode == (-signal.SIGKILL if moment else 0)
+        kills += bool(moment)
         journal = tmp_path / ".out.partial" / "export.journal.json"
         kept.append(len(json.loads(journal.read_text())["files"]) if journal.exists() else 0)
         if target.exists():
