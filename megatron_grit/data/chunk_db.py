@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_grit.data.chunking import document_tokens
 from megatron_grit.data.retro_project import Project
 from megatron_grit.errors import DataError
 
@@ -85,13 +86,9 @@ class ChunkDb:
             raise IndexError(f"chunk {chunk} of {len(self.rows)}")
         dataset, document, start, stop, _ = (int(value) for value in self.rows[chunk])
         file = self.project.file(dataset)
-        sequences = file.sequences(document)
         if num_tokens is None:
-            return file.read(*sequences, start, stop - start)
-        length = int(file.lengths[sequences[0] : sequences[1]].sum(dtype=np.int64))
-        tokens = file.read(*sequences, start, min(num_tokens, length - start))
-        eod = self.project.tokenizer.eos_id
-        return tokens[:-1] if start + len(tokens) == length and len(tokens) and tokens[-1] == eod else tokens
+            return file.read(*file.sequences(document), start, stop - start)
+        return document_tokens(file, document, start, num_tokens, self.project.tokenizer.eos_id)
 
     def texts(self, chunks: Sequence[int] | np.ndarray) -> list[str]:
         """Texts of chunks."""

@@ -115,6 +115,15 @@ def _documents(
     return tokens, begins, lengths
 
 
+def document_tokens(file: IndexedFile, document: int, begin: int, count: int, eod_id: int) -> np.ndarray:
+    """Tokens of a document from one on, without its closing ``eod_id``; fewer than ``count`` at its end."""
+    first, last = file.sequences(document)
+    length = int(file.lengths[first:last].sum(dtype=np.int64))
+    tokens = file.read(first, last, begin, min(count, length - begin))
+    ends = begin + len(tokens) == length and len(tokens) and tokens[-1] == eod_id
+    return tokens[:-1] if ends else tokens
+
+
 def _hashes(tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
     content = np.ascontiguousarray(tokens)
     view = content.data.cast("B") if content.size else memoryview(b"")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_grit.data.chunking import document_tokens
 from megatron_grit.data.db_versions import Source, begins_with, document_keys, is_among, sorted_keys
 from megatron_grit.data.indexed import IndexedFile
 from megatron_grit.errors import DataError
@@ -190,11 +191,7 @@ def chunk_at(
     """
     document = int(np.searchsorted(starts, place, side="right")) - 1
     offset = (place - int(starts[document])) * chunk_length
-    first, last = file.sequences(document)
-    length = int(file.lengths[first:last].sum(dtype=np.int64))
-    tokens = file.read(first, last, offset, min(chunk_length, length - offset))
-    ends = offset + len(tokens) == length and len(tokens) and tokens[-1] == eod_id
-    return document, offset, tokens[:-1] if ends else tokens
+    return document, offset, document_tokens(file, document, offset, chunk_length, eod_id)
 
 
 def write_starts(path: Path, file: IndexedFile, chunk_length: int, eod_id: int) -> None:

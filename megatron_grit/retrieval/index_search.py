@@ -22,7 +22,23 @@ Found = tuple[np.ndarray, np.ndarray]
 """Scores, float32 [Q, k], and ids, int64 [Q, k]: the best first, -1 where there are fewer."""
 
 
-class ShardedIndex:
+class _Shards:
+    """The files of an index that this process holds."""
+
+    shards: list[VectorIndex]
+
+    def to_gpus(self, gpus: Gpus) -> None:
+        """As :meth:`VectorIndex.to_gpus`, of what this process holds."""
+        for shard in self.shards:
+            shard.to_gpus(gpus)
+
+    def set_search(self, nprobe: int | None, ef_search: int | None) -> None:
+        """As :meth:`VectorIndex.set_search`."""
+        for shard in self.shards:
+            shard.set_search(nprobe, ef_search)
+
+
+class ShardedIndex(_Shards):
     """Several indexes that share out the ids, searched one after the other; their best are merged.
 
     Of equal scores the smaller id comes first. Which of those that share the last place are found may differ from one
@@ -45,16 +61,6 @@ class ShardedIndex:
     def __len__(self) -> int:
         return sum(len(shard) for shard in self.shards)
 
-    def to_gpus(self, gpus: Gpus) -> None:
-        """As :meth:`VectorIndex.to_gpus`."""
-        for shard in self.shards:
-            shard.to_gpus(gpus)
-
-    def set_search(self, nprobe: int | None, ef_search: int | None) -> None:
-        """As :meth:`VectorIndex.set_search`."""
-        for shard in self.shards:
-            shard.set_search(nprobe, ef_search)
-
     def search(self, vectors_ND: np.ndarray, k: int) -> Found:
         """As :meth:`VectorIndex.search`."""
         return merge_nearest([shard.search(vectors_ND, k) for shard in self.shards], k, self.metric)
@@ -64,7 +70,7 @@ class ShardedIndex:
         return nullcontext()
 
 
-class SpreadIndex:
+class SpreadIndex(_Shards):
     """An index of which each process holds some of the files. A search is made by all processes together: each sends
     its queries to all, searches all queries in what it holds, and merges what the others found for its own.
 
@@ -103,16 +109,6 @@ class SpreadIndex:
 
     def __len__(self) -> int:
         return self._length
-
-    def to_gpus(self, gpus: Gpus) -> None:
-        """As :meth:`VectorIndex.to_gpus`, of what this process holds."""
-        for shard in self.shards:
-            shard.to_gpus(gpus)
-
-    def set_search(self, nprobe: int | None, ef_search: int | None) -> None:
-        """As :meth:`VectorIndex.set_search`."""
-        for shard in self.shards:
-            shard.set_search(nprobe, ef_search)
 
     def search(self, vectors_ND: np.ndarray, k: int) -> Found:
         """As :meth:`VectorIndex.search`. All processes call it, or are :meth:`serving`; k may differ."""

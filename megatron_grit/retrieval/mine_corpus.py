@@ -12,7 +12,6 @@ import numpy as np
 
 from megatron_grit.config.retro_db import RetroDbConfig, load_project_config
 from megatron_grit.data.block_files import Arrays, Block, BlockFolder, digest_of_settings
-from megatron_grit.data.chunk_db import map_dataset
 from megatron_grit.data.db_versions import VersionedDb, is_among, read_version
 from megatron_grit.data.records import BadLine, Record, TextPair, read_records
 from megatron_grit.data.retro_project import Project
@@ -24,6 +23,7 @@ from megatron_grit.retrieval.index_factory import choose_factory, lists_of, num_
 from megatron_grit.retrieval.index_search import ShardedIndex, merge_nearest
 from megatron_grit.retrieval.recall import RECALL_AT, choose_search, without_own
 from megatron_grit.retrieval.stages import project_embedder
+from megatron_grit.retrieval.vectors import rows_of
 from megatron_grit.retrieval.versions import open_index, stored_vectors
 from megatron_grit.retrieval.work import Worker, compute_blocks
 
@@ -158,13 +158,7 @@ class StoredVectors:
 
     def of(self, ids: np.ndarray) -> np.ndarray:
         """Vectors of texts, float32 [n, D]."""
-        out = np.empty((len(ids), self.embedder.dim), dtype=np.float32)
-        numbers = ids // self.blocks.block_size
-        for number in np.unique(numbers).tolist():
-            block = self.blocks.blocks[number]
-            here = numbers == number
-            out[here] = map_dataset(block.path, "data")[ids[here] - block.start]
-        return out
+        return rows_of(self.blocks, ids, self.embedder.dim)
 
 
 class PassageFiles:

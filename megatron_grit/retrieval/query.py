@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_grit.data.block_files import Arrays, Block, BlockFolder, digest_of_settings
+from megatron_grit.data.chunking import document_tokens
 from megatron_grit.data.db_versions import (
     Version,
     VersionedDb,
@@ -350,11 +351,7 @@ class Searcher:
 
     def _span(self, document: int, begin: int, count: int) -> np.ndarray:
         """Tokens of a document from one on, without its end-of-document token; fewer at its end."""
-        first, last = self.file.sequences(document)
-        length = int(self.file.lengths[first:last].sum(dtype=np.int64))
-        tokens = self.file.read(first, last, begin, min(count, length - begin))
-        ends = begin + len(tokens) == length and len(tokens) and tokens[-1] == self.project.tokenizer.eos_id
-        return tokens[:-1] if ends else tokens
+        return document_tokens(self.file, document, begin, count, self.project.tokenizer.eos_id)
 
     def _drop_overlapping(self, documents: np.ndarray, offsets: np.ndarray, ids: np.ndarray, keep: np.ndarray) -> None:
         """Clear ``keep`` where a neighbor and its continuation repeat the query's chunk or the one after it. Neighbors

@@ -57,13 +57,7 @@ class ChunkVectors:
         """
         if not self.stored:
             return self.embedder.embed(self.db.texts(ids)).astype(self.dtype).astype(np.float32)
-        out = np.empty((len(ids), self.embedder.dim), dtype=np.float32)
-        numbers = ids // self.blocks.block_size
-        order = np.argsort(numbers, kind="stable")
-        for part in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1) if len(ids) else []:
-            block = self.blocks.blocks[int(numbers[part[0]])]
-            out[part] = map_dataset(block.path, "data")[ids[part] - block.start]
-        return out
+        return rows_of(self.blocks, ids, self.embedder.dim)
 
     def of_block(self, block: Block, count: int) -> np.ndarray:
         """Vectors of the first ``count`` chunks of a block, float32 [count, dim]; stored ones are compared with their
@@ -101,6 +95,18 @@ class ChunkVectors:
         if len(rest):
             out[rest] = self.embedder.embed([texts[number] for number in rest], "query")
         return out
+
+
+def rows_of(blocks: BlockFolder, ids: np.ndarray, dim: int) -> np.ndarray:
+    """Rows of the arrays ``data`` of blocks, by item and in any order: float32 [n, dim]. What is not asked for is not
+    read."""
+    out = np.empty((len(ids), dim), dtype=np.float32)
+    numbers = ids // blocks.block_size
+    order = np.argsort(numbers, kind="stable")
+    for part in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1) if len(ids) else []:
+        block = blocks.blocks[int(numbers[part[0]])]
+        out[part] = map_dataset(block.path, "data")[ids[part] - block.start]
+    return out
 
 
 def find_chunks(rows: np.ndarray, dataset: int, documents: np.ndarray, offsets: np.ndarray) -> np.ndarray:
