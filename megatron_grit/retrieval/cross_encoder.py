@@ -74,7 +74,7 @@ class CrossEncoder:
             from transformers import AutoModelForSequenceClassification
         except ImportError as error:
             raise ConfigError(f"a cross-encoder of Hugging Face needs the package {error.name}") from None
-        from megatron_grit.retrieval.encoder import check_vocabulary, load_tokenizer, quiet
+        from megatron_grit.retrieval.encoder import check_vocabulary, load_tokenizer, quiet, reason_of
 
         self._torch, self._max_length, self._batch_size = torch, max_length, batch_size
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,8 +90,9 @@ class CrossEncoder:
                     output_loading_info=True,
                 )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise DataError(f"holds no cross-encoder that transformers reads ({reason})", path=folder) from None
+            raise DataError(
+                f"holds no cross-encoder that transformers reads ({reason_of(error)})", path=folder
+            ) from None
         if report["missing_keys"] or report["mismatched_keys"]:
             name = next(iter([*report["missing_keys"], *report["mismatched_keys"]]))
             raise DataError(f"its weights are not those of a cross-encoder: {name} is missing or another", path=folder)

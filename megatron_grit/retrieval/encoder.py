@@ -242,7 +242,7 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"has no tokenizer that transformers reads ({_line(error)})", path=folder) from None
+        raise DataError(f"has no tokenizer that transformers reads ({reason_of(error)})", path=folder) from None
 
 
 def check_vocabulary(folder: Path, tokenizer: Any, model: Any) -> None:
@@ -316,7 +316,7 @@ def _load_model(modules: SentenceModules) -> Any:
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"holds no encoder that transformers reads ({_line(error)})", path=folder) from None
+        raise DataError(f"holds no encoder that transformers reads ({reason_of(error)})", path=folder) from None
     # The pooler is not used.
     missing = [name for name in report["missing_keys"] if not name.startswith("pooler.")]
     if missing or report["mismatched_keys"]:
@@ -358,5 +358,6 @@ def _files_of(place: Path) -> list[Path]:
     return [path for path in place.iterdir() if path.is_file() and path.suffix in _READ_SUFFIXES]
 
 
-def _line(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
