@@ -20,10 +20,10 @@ import torch
 
 from megatron_grit.config.parse import parse_train_arguments
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.models.gpt import build_chunks
+from megatron_grit.models.decoder import build_chunks
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
-from megatron_grit.parallel.logs import configure_logging
+from megatron_grit.store.logs import configure_logging
 from megatron_grit.training.audit.run import audit_model, audit_weights
 
 VOCAB = 32000

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from megatron_grit.config.schema import ModelConfig
 from megatron_grit.convert.families import mixtral
-from megatron_grit.convert.hf_to_megatron import load_hf_config
-from megatron_grit.data.tokenizer import train_sentencepiece
+from megatron_grit.convert.hf_in.hf_to_megatron import load_hf_config
+from megatron_grit.data.text.tokenizer import train_sentencepiece
 
 NUM_FILES = 19
 SHAPE = ModelConfig(
@@ -43,12 +43,12 @@ SHAPE = ModelConfig(
 )
 FULL = replace(SHAPE, hidden_size=4096, ffn_hidden_size=14336, kv_channels=128)
 IMPORT = """
-from megatron_grit.convert.hf_to_megatron import convert_checkpoint
-import megatron_grit.convert.stream_import
+from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint
+import megatron_grit.convert.hf_in.stream_import
 work = lambda: convert_checkpoint({source!r}, {target!r})
 """
 EXPORT = """
-from megatron_grit.convert.megatron_to_hf import export_checkpoint
+from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
 work = lambda: export_checkpoint({source!r}, {target!r}, max_shard_size="{size}B")
 """
 PEAK = """

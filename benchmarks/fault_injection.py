@@ -37,13 +37,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_grit.data import index_cache
-from megatron_grit.data.indexed import IndexedFile, IndexedRecords
-from megatron_grit.data.indexed_writer import IndexedFacts, IndexedStream, IndexedWriter, TokenBlock
-from megatron_grit.data.line_blocks import find_inputs, iterate_blocks, partition_segments
-from megatron_grit.data.records import BadLine, Record, read_records
-from megatron_grit.data.roles import Role, RowKind
+from megatron_grit.data.indexed.reader import IndexedFile, IndexedRecords
+from megatron_grit.data.indexed.roles import Role, RowKind
+from megatron_grit.data.indexed.writer import IndexedFacts, IndexedStream, IndexedWriter, TokenBlock
+from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_segments
+from megatron_grit.data.text.records import BadLine, Record, read_records
 from megatron_grit.errors import DataError
+from megatron_grit.store import cache as index_cache
 
 Content = Any
 """What a reader got out of a subject; compared with ==."""

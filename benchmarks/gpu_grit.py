@@ -1,6 +1,6 @@
 """Model FLOPs utilisation of training steps on one GPU, against plain transformers on the same GPU.
 
-A stack of Mistral-7B-shaped layers with its embeddings and head: as many layers as config/estimate.py says fit, or
+A stack of Mistral-7B-shaped layers with its embeddings and head: as many layers as planning/memory.py says fit, or
 --layers. Three objectives: unified, embedding and generative. Both sides start each of them from the same random
 weights and train on the same texts (benchmarks/random_batch.py), one side after the other:
 
@@ -9,7 +9,7 @@ weights and train on the same texts (benchmarks/random_batch.py), one side after
   tokens, SDPA, weights and AdamW states in the precision of the run, as its published scripts have them.
 
 Neither recomputes activations. The losses of the first steps have to agree. A step's operations are counted by
-config/step_time.py for the tokens that are no padding and without GradCache's first pass, the same for both sides;
+planning/operations.py for the tokens that are no padding and without GradCache's first pass, the same for both sides;
 utilisation is these operations, divided by the seconds of the step and by the peak of the card. Memory is the peak of
 torch's allocator. After the timed steps one more is timed phase by phase, with the GPU waited for in between.
 
@@ -37,15 +37,15 @@ import torch
 from benchmarks.gpu_report import Measured, machine, markdown, row_of
 from benchmarks.grit_step import CLIP_GRAD, LR, TEMPERATURE, Profile, build_ours, reference_batch
 from benchmarks.random_batch import GROUP_SIZE, random_batch
-from megatron_grit.config.estimate import Workload, estimate_memory
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.config.step_time import count_flops
 from megatron_grit.convert.families import mistral
-from megatron_grit.data.batch import StepBatch
+from megatron_grit.data.rows.batch import StepBatch
 from megatron_grit.errors import EXIT_STATUS, ConfigError, GritError
 from megatron_grit.models.attention import select_backend
 from megatron_grit.models.layer_specs import transformer_config
 from megatron_grit.parallel.launch import parallel_job
+from megatron_grit.planning.memory import Workload, estimate_memory
+from megatron_grit.planning.operations import count_flops
 from megatron_grit.training.estimate_report import workload_of
 from tests.parity.gritlm_reference import GritBatch, adamw, grit_step
 

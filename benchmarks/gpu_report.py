@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from megatron_grit import compat
-from megatron_grit.config.step_time import peak_tflops
-from megatron_grit.data.batch import StepBatch
+from megatron_grit.data.rows.batch import StepBatch
+from megatron_grit.planning.operations import peak_tflops
 
 
 @dataclass

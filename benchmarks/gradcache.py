@@ -39,11 +39,11 @@ import numpy as np
 import torch
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.batch import PackedRow, StepBatch
-from megatron_grit.data.packing import pack
-from megatron_grit.data.roles import Role
-from megatron_grit.data.rows import embedding_row
-from megatron_grit.data.segments import Segment
+from megatron_grit.data.indexed.roles import Role
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
+from megatron_grit.data.rows.packing import pack
+from megatron_grit.data.rows.row import embedding_row
+from megatron_grit.data.rows.segments import Segment
 from megatron_grit.errors import EXIT_STATUS, ConfigError, GritError
 from megatron_grit.losses import contrastive
 from megatron_grit.parallel.launch import parallel_job
@@ -70,7 +70,7 @@ class SyntheticTexts:
         return self
 
     def tokens(self, record: int, start: int, length: int) -> np.ndarray:
-        """As :meth:`megatron_grit.data.sources.Sources.tokens` of one source."""
+        """As :meth:`megatron_grit.data.order.sources.Sources.tokens` of one source."""
         begin = self._starts[record] + start
         return self._tokens[begin : begin + length]
 
@@ -133,7 +133,7 @@ def build_step(config: RunConfig, context: Any, weights: dict[str, Any] | None =
     """The step of ``config``, and its model. grad_cache off with several rows: all of them in one graph."""
     from megatron.core.distributed import finalize_model_grads
 
-    from megatron_grit.models.gpt import Output, build_model
+    from megatron_grit.models.decoder import Output, build_model
     from megatron_grit.training.optimizer import build_optimizer, wrap_model
     from megatron_grit.training.step import TrainStep
 

@@ -35,11 +35,11 @@ import torch
 
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.convert.families import mistral
-from megatron_grit.convert.hf_to_megatron import hf_state_dict_to_megatron
-from megatron_grit.data.batch import PackedRow, StepBatch
+from megatron_grit.convert.hf_in.hf_to_megatron import hf_state_dict_to_megatron
 from megatron_grit.data.builders.grit_builder import build_grit, read_texts
-from megatron_grit.data.loader import GritDataLoader
-from megatron_grit.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
+from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_grit.errors import EXIT_STATUS, ConfigError, DataError, GritError
 from megatron_grit.parallel.launch import parallel_job
 from tests.parity.gritlm_reference import GritBatch, Sequence, Text, adamw, collate, grit_step
@@ -177,7 +177,7 @@ def reference_batch(batch: StepBatch) -> GritBatch:
 
 def build_ours(config: RunConfig, weights: dict[str, torch.Tensor], context: Any, profile: Profile) -> Callable:
     """Our training step with the given weights, its phases timed."""
-    from megatron_grit.models.gpt import build_model
+    from megatron_grit.models.decoder import build_model
     from megatron_grit.training.optimizer import build_optimizer, build_schedule, set_learning_rate, wrap_model
     from megatron_grit.training.step import TrainStep
 

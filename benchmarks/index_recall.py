@@ -27,16 +27,16 @@ import numpy as np
 
 from benchmarks.preprocess import paragraphs
 from benchmarks.retrieval_quality import Remembering, index_texts, make_tokenizer, minilm_folder, read_cranfield
-from megatron_grit.config.retro_db import RetroDbConfig
-from megatron_grit.data.chunk_db import ChunkDb
-from megatron_grit.data.db_versions import read_version
-from megatron_grit.data.retro_project import Project
+from megatron_grit.config.database.schema import RetroDbConfig
+from megatron_grit.data.chunks.chunk_db import ChunkDb
+from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.chunks.versions import read_version
 from megatron_grit.errors import EXIT_STATUS, GritError
-from megatron_grit.retrieval.chunk import build_chunks
-from megatron_grit.retrieval.embed import load_embedder
-from megatron_grit.retrieval.index import add_to_index, train_index
-from megatron_grit.retrieval.versions import open_index, record_version
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.retrieval.stages.chunk import build_chunks
+from megatron_grit.retrieval.stages.embed import load_embedder
+from megatron_grit.retrieval.stages.index import add_to_index, train_index
+from megatron_grit.retrieval.stages.versions import open_index, record_version
+from megatron_grit.retrieval.stages.work import Worker
 
 TOLERANCE = 0.01
 AT = 10

@@ -25,7 +25,7 @@ from typing import Any
 
 from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.data.builders.grit_builder import build_grit
-from megatron_grit.data.tokenizer import train_sentencepiece
+from megatron_grit.data.text.tokenizer import train_sentencepiece
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.parallel.watch import is_broken_connection
 from megatron_grit.training.restore_checks import optimizer_parts

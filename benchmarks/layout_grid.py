@@ -3,8 +3,8 @@
 A case is a layout (tensor, sequence, pipeline, interleaved, context, expert, expert tensor and data parallel, overlap),
 a model (dense or a mixture, heads, norms, positions, biases, a window, tied or not, with a projection or not), what is
 trained (objective, pooling, contrastive and token loss, their weights), GradCache and recompute as configured, and rows
-(one or several a rank, with uneven segments, instructions, padding, equal texts). What config/checks.py refuses is not
-drawn. The comparison is tests/distributed/grid_run.py's: losses within 1e-6, gradients within 1e-5, relative.
+(one or several a rank, with uneven segments, instructions, padding, equal texts). What config/checks/run.py refuses is
+not drawn. The comparison is tests/distributed/grid_run.py's: losses within 1e-6, gradients within 1e-5, relative.
 
 Results are appended to --results, and cases that are there already are not run again. The first case that fails ends
 the run with status 1 and the command that repeats it.

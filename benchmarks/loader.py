@@ -31,13 +31,13 @@ import torch
 
 from megatron_grit.config.parse import parse_run_config
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.batch import StepBatch
-from megatron_grit.data.indexed_writer import IndexedFacts, IndexedStream, IndexedWriter, TokenBlock
-from megatron_grit.data.loader import GritDataLoader
-from megatron_grit.data.roles import Role, RowKind
-from megatron_grit.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_grit.data.indexed.roles import Role, RowKind
+from megatron_grit.data.indexed.writer import IndexedFacts, IndexedStream, IndexedWriter, TokenBlock
+from megatron_grit.data.rows.batch import StepBatch
+from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_grit.errors import EXIT_STATUS, DataError, GritError
-from megatron_grit.models.gpt import build_model
+from megatron_grit.models.decoder import build_model
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.training.optimizer import build_optimizer, build_schedule, set_learning_rate, wrap_model
 from megatron_grit.training.step import TrainStep

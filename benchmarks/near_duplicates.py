@@ -31,12 +31,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_grit.config.retro_db import RetroDbConfig
-from megatron_grit.data.block_files import write_arrays
+from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.errors import EXIT_STATUS, GritError
-from megatron_grit.retrieval.buckets import Bands, choose_bands
-from megatron_grit.retrieval.duplicates import SIMILAR, ChunkBlock, DuplicateSearch
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.retrieval.dedup.buckets import Bands, choose_bands
+from megatron_grit.retrieval.dedup.duplicates import SIMILAR, ChunkBlock, DuplicateSearch
+from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.store.blocks import write_arrays
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_grit.data.batch import PackedRow, StepBatch
-from megatron_grit.data.packing import pack
-from megatron_grit.data.roles import Role
-from megatron_grit.data.rows import embedding_row, generative_row
-from megatron_grit.data.segments import Segment, labels_between
+from megatron_grit.data.indexed.roles import Role
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
+from megatron_grit.data.rows.packing import pack
+from megatron_grit.data.rows.row import embedding_row, generative_row
+from megatron_grit.data.rows.segments import Segment, labels_between
 
 GROUP_SIZE = 2
 _INSTRUCTION = 12

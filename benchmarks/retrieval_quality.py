@@ -34,18 +34,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.preprocess import train_tokenizer
-from megatron_grit.config.retro_db import RetroDbConfig
+from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.data.builders.documents import DocumentOptions, preprocess
-from megatron_grit.data.chunk_db import DOCUMENT, ChunkDb
-from megatron_grit.data.retro_project import Project
+from megatron_grit.data.chunks.chunk_db import DOCUMENT, ChunkDb
+from megatron_grit.data.chunks.project import Project
 from megatron_grit.errors import EXIT_STATUS, DataError, GritError
 from megatron_grit.evaluation.retrieval import evaluate_retrieval
-from megatron_grit.retrieval.chunk import build_chunks
-from megatron_grit.retrieval.embed import Embedder, Side, load_embedder
-from megatron_grit.retrieval.faiss_index import exact_search
-from megatron_grit.retrieval.index import add_to_index, train_index
-from megatron_grit.retrieval.query import query_neighbors
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.retrieval.index.faiss_index import exact_search
+from megatron_grit.retrieval.stages.chunk import build_chunks
+from megatron_grit.retrieval.stages.embed import Embedder, Side, load_embedder
+from megatron_grit.retrieval.stages.index import add_to_index, train_index
+from megatron_grit.retrieval.stages.query import query_neighbors
+from megatron_grit.retrieval.stages.work import Worker
 
 TOLERANCE = 0.002
 DEPTH = 100

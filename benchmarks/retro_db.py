@@ -38,18 +38,18 @@ import numpy as np
 
 from benchmarks.preprocess import wiki_documents
 from benchmarks.retrieval_quality import index_texts, make_tokenizer, minilm_folder
-from megatron_grit.config.retro_db import RetroDbConfig
-from megatron_grit.data.chunk_db import ChunkDb
-from megatron_grit.data.indexed import IndexedFile
-from megatron_grit.data.retro_project import Project
-from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_grit.config.database.schema import RetroDbConfig
+from megatron_grit.data.chunks.chunk_db import ChunkDb
+from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.indexed.reader import IndexedFile
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import EXIT_STATUS, GritError
-from megatron_grit.retrieval.chunk import build_chunks
-from megatron_grit.retrieval.embed import Side, load_embedder
-from megatron_grit.retrieval.index import add_to_index, train_index
-from megatron_grit.retrieval.index_search import ShardedIndex
-from megatron_grit.retrieval.query import query_neighbors
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.retrieval.index.search import ShardedIndex
+from megatron_grit.retrieval.stages.chunk import build_chunks
+from megatron_grit.retrieval.stages.embed import Side, load_embedder
+from megatron_grit.retrieval.stages.index import add_to_index, train_index
+from megatron_grit.retrieval.stages.query import query_neighbors
+from megatron_grit.retrieval.stages.work import Worker
 
 TARGETS = {"chunks": 8.0, "embeddings": 1.5, "neighbors": 1.3, "memory": 1.5}
 DIM = 384

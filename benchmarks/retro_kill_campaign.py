@@ -31,11 +31,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_grit.data.indexed_writer import IndexedWriter
-from megatron_grit.data.roles import Role, RowKind
-from megatron_grit.data.tokenizer import load_tokenizer, train_sentencepiece
-from megatron_grit.files import write_json
-from megatron_grit.parallel.logs import configure_logging
+from megatron_grit.data.indexed.roles import Role, RowKind
+from megatron_grit.data.indexed.writer import IndexedWriter
+from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_grit.store.files import write_json
+from megatron_grit.store.logs import configure_logging
 
 _SYLLABLES = "ka to mi re su no la vi pe du".split()
 POINTS = 70
@@ -214,7 +214,7 @@ class Campaign:
         if point is not None:
             _die_at_rename(point)
         from megatron_grit.cli.main import guarded
-        from megatron_grit.retrieval.stages import run_tasks
+        from megatron_grit.retrieval.stages.run import run_tasks
 
         os._exit(guarded(lambda: run_tasks(project, "build", self.settings), "build_db"))
 
@@ -308,9 +308,9 @@ def import_all() -> None:
     import torch
     import transformers.models.bert.modeling_bert  # noqa: F401
 
-    import megatron_grit.retrieval.encoder
-    import megatron_grit.retrieval.stages  # noqa: F401
-    from megatron_grit.retrieval.faiss_index import new_index
+    import megatron_grit.retrieval.encoders.encoder
+    import megatron_grit.retrieval.stages.run  # noqa: F401
+    from megatron_grit.retrieval.index.faiss_index import new_index
 
     new_index("Flat", "l2", 4)
     torch.set_num_threads(1)

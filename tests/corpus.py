@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.builders.grit_builder import build_grit
-from megatron_grit.data.tokenizer import train_sentencepiece
+from megatron_grit.data.text.tokenizer import train_sentencepiece
 from tests.rows import tiny_config
 
 _SUBJECTS = "parser socket buffer thread module stream decoder index queue cursor handler matrix".split()

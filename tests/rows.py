@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from megatron_grit.config.schema import ModelConfig, RunConfig
-from megatron_grit.data.batch import PackedRow, StepBatch
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
 
 VOCAB = 100
 

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_grit import __version__
+from megatron_grit.config.database.run import resolve_retro_project
 from megatron_grit.config.parse import TrainArguments
-from megatron_grit.config.retro_run import resolve_retro_project
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import EXIT_STATUS
 from megatron_grit.parallel.failures import tell
-from megatron_grit.parallel.logs import configure_logging
+from megatron_grit.store.logs import configure_logging
 
 
 def verbs() -> dict[str, str]:
@@ -65,7 +65,7 @@ def resolved(arguments: TrainArguments, *, files: bool) -> RunConfig:
     config = resolve_retro_project(arguments.config, arguments.origins, files=files)
     if config.model.pretrained is None:
         return config
-    from megatron_grit.convert.pretrained import resolve_pretrained
+    from megatron_grit.convert.hf_in.pretrained import resolve_pretrained
 
     return resolve_pretrained(config, arguments.origins, files=files)
 

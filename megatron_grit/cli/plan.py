@@ -15,11 +15,11 @@ import sys
 
 from megatron_grit.cli.main import guarded, resolved
 from megatron_grit.config.parse import parse_train_arguments
-from megatron_grit.config.plan import TextLengths, make_plan
-from megatron_grit.config.plan_text import format_plan
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.config.step_time import Machine
 from megatron_grit.errors import ConfigError
+from megatron_grit.planning.operations import Machine
+from megatron_grit.planning.plan import TextLengths, make_plan
+from megatron_grit.planning.text import format_plan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +71,7 @@ def _vocab_size(config: RunConfig) -> int:
         return config.model.vocab_size
     if config.data.tokenizer is None:
         raise ConfigError("model.vocab_size is null and data.tokenizer is not set; give one of them")
-    from megatron_grit.data.tokenizer import load_tokenizer
+    from megatron_grit.data.text.tokenizer import load_tokenizer
 
     return load_tokenizer(config.data.tokenizer).vocab_size
 

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from megatron_grit.inference.server import serve
+    from megatron_grit.serving.server import serve
 
     serve(
         arguments.checkpoint,

@@ -10,7 +10,7 @@ import os
 import sys
 
 from megatron_grit.cli.main import guarded, resolved
-from megatron_grit.config.checks import check, mesh_summary
+from megatron_grit.config.checks.run import check, mesh_summary
 from megatron_grit.config.parse import dump_config, parse_train_arguments
 
 
@@ -27,8 +27,8 @@ def _run(argv: list[str] | None) -> None:
     if arguments.dry_run or arguments.print_config:
         print(f"# {mesh_summary(config, world_size)}\n{dump_config(config)}", end="")
         return
-    from megatron_grit.convert.peft_runtime import peft_adapters
-    from megatron_grit.convert.pretrained import pretrained_weights
+    from megatron_grit.convert.hf_in.pretrained import pretrained_weights
+    from megatron_grit.convert.peft.runtime import peft_adapters
     from megatron_grit.training.trainer import train
 
     train(config, pretrained_weights(config), peft_adapters(config))

@@ -24,7 +24,7 @@ import yaml
 from megatron_grit.config.locate import Located, read_yaml
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
-from megatron_grit.files import replacing
+from megatron_grit.store.files import replacing
 
 PRESETS = Path(__file__).parent / "presets"
 

@@ -10,13 +10,13 @@ import dataclasses
 import inspect
 import typing
 
+from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.config.parse import describe_type, preset_names
-from megatron_grit.config.retro_db import RetroDbConfig
 from megatron_grit.config.schema import RunConfig
 
 HEADER = """# Configuration
 
-Written by `python -m megatron_grit.config.reference > docs/configuration.md`; change megatron_grit/config/schema.py.
+Written by `python -m megatron_grit.config.reference > docs/configuration.md`; change megatron_grit/config/schema/.
 
 A run is described by YAML files and options. Later ones win: the defaults below, each `--config FILE` in turn, the
 preset of `--model NAME`, options such as `--optimizer.lr 1e-5`. Presets of a model's shape: {presets}. A file may say

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from megatron_grit.convert.raw_safetensors import WIDTHS, RawTensor, Sink, read_header, write_header
 from megatron_grit.errors import CheckpointError
-from megatron_grit.files import replacing, write_json
+from megatron_grit.store.files import replacing, write_json
 
 MANIFEST, JOURNAL, FORMAT = "manifest.json", "journal.json", "weight_diff_1"
 BLOCK_BYTES = 1 << 24

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_grit.data.markers import Side
+from megatron_grit.data.text.markers import Side
 from megatron_grit.errors import ConfigError
 from megatron_grit.evaluation.bootstrap import Interval
 from megatron_grit.evaluation.perplexity import evaluate_perplexity
 from megatron_grit.evaluation.retrieval import Instructed, encode_instructed, evaluate_retrieval, read_retrieval_set
-from megatron_grit.files import write_json
+from megatron_grit.store.files import write_json
 
 
 def evaluate_checkpoint(

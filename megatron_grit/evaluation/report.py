@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.evaluation.bootstrap import Interval
-from megatron_grit.files import replacing, write_json
+from megatron_grit.store.files import replacing, write_json
 
 FIGURES = ("recall_at_1", "recall_at_10", "ndcg_at_10", "lm_loss")
 """What is compared before and after training."""

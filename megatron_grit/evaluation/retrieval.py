@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_grit.data.records import BadLine, read_records
+from megatron_grit.data.text.records import BadLine, read_records
 from megatron_grit.errors import DataError
 from megatron_grit.evaluation.bootstrap import Interval, bootstrap_mean
 
@@ -121,7 +121,7 @@ def read_retrieval_set(path: str | Path) -> RetrievalSet:
     """Read embedding records as a retrieval task: every passage of the file is a candidate for every query.
 
     Args:
-        path: JSONL, see :mod:`megatron_grit.data.records`; ``pos`` answer the query, ``neg`` are candidates only.
+        path: JSONL, see :mod:`megatron_grit.data.text.records`; ``pos`` answer the query, ``neg`` are candidates only.
 
     Raises:
         DataError: a missing file, a malformed line, an empty text, or no records; with the line.

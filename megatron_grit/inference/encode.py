@@ -17,11 +17,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_grit.data.batch import PackedRow
-from megatron_grit.data.packing import pack
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.data.rows.packing import pack
 from megatron_grit.inference.team import Team
-from megatron_grit.models.gpt import GritGPTModel, Output
+from megatron_grit.models.decoder import GritGPTModel, Output
 from megatron_grit.parallel.collectives import from_last_stage, gather_in_order
 from megatron_grit.parallel.context import ParallelContext
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_grit.data.batch import PackedRow
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.inference.kv_cache import SequenceCache
-from megatron_grit.models.gpt import GritGPTModel, Output
+from megatron_grit.models.decoder import GritGPTModel, Output
 
 
 @torch.no_grad()

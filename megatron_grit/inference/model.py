@@ -11,21 +11,21 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_grit.config.checks import find_problems
+from megatron_grit.config.checks.run import find_problems
 from megatron_grit.config.embedding_shape import tells_sides_apart
 from megatron_grit.config.schema import ParallelConfig, RunConfig
-from megatron_grit.convert.adapted_checkpoint import load_checkpoint
-from megatron_grit.data.indexed import IndexedRecords
-from megatron_grit.data.markers import Side, load_markers
-from megatron_grit.data.roles import RowKind, supervised
-from megatron_grit.data.templates import encode_embedding, encode_prompt
-from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_grit.convert.peft.checkpoint import load_checkpoint
+from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.roles import RowKind, supervised
+from megatron_grit.data.text.markers import Side, load_markers
+from megatron_grit.data.text.templates import encode_embedding, encode_prompt
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError, DataError, MeshError
 from megatron_grit.inference.encode import encode_tokens
 from megatron_grit.inference.generate import generate_tokens
 from megatron_grit.inference.score import score_tokens
 from megatron_grit.inference.team import join_team
-from megatron_grit.models.gpt import GritGPTModel, build_model
+from megatron_grit.models.decoder import GritGPTModel, build_model
 from megatron_grit.parallel.launch import initialize
 from megatron_grit.training.checkpoint import read_config, read_state, resolve_checkpoint, tokenizer_path
 

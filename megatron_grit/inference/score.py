@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_grit.data.batch import PackedRow
-from megatron_grit.data.packing import pack
-from megatron_grit.data.roles import RowKind
-from megatron_grit.models.gpt import GritGPTModel, Output
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.data.rows.packing import pack
+from megatron_grit.models.decoder import GritGPTModel, Output
 
 _PROGRESS_FROM = 1024
 

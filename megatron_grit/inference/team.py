@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_grit.models.gpt import GritGPTModel
+from megatron_grit.models.decoder import GritGPTModel
 from megatron_grit.parallel.collectives import gather_json
 from megatron_grit.parallel.context import ParallelContext
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_grit.data.markers import Side
+from megatron_grit.data.text.markers import Side
 from megatron_grit.errors import DataError
-from megatron_grit.files import replacing
+from megatron_grit.store.files import replacing
 
 
 def read_texts(path: str) -> list[str]:

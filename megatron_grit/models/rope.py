@@ -46,7 +46,7 @@ def attention_factor(model: ModelConfig) -> float:
 def attention_scale(model: ModelConfig) -> float | None:
     """What products of queries and keys are multiplied by. None: 1 / sqrt(channels of a head).
 
-    All channels are turned where there is a factor (config/checks.py sees to it), so it can go into the scale.
+    All channels are turned where there is a factor (config/checks/run.py sees to it), so it can go into the scale.
     """
     factor = attention_factor(model)
     if factor == 1.0:

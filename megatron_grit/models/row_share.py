@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_grit.data.batch import PackedRow, to_device
+from megatron_grit.data.rows.batch import PackedRow, to_device
 from megatron_grit.parallel.context import ParallelContext
 
 

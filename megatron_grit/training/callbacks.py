@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
-from megatron_grit.files import replacing
 from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.store.files import replacing
 
 _NOT_PLOTTED = ("step", "seconds")
 

@@ -34,11 +34,11 @@ from megatron_grit.config.parse import load_config
 from megatron_grit.config.schema import RunConfig, TrainingConfig
 from megatron_grit.errors import CheckpointError
 from megatron_grit.models.adapters import adapted_linears
-from megatron_grit.models.gpt import GritGPTModel
+from megatron_grit.models.decoder import GritGPTModel
 from megatron_grit.parallel.collectives import any_rank
 from megatron_grit.parallel.context import ParallelContext
-from megatron_grit.parallel.logs import get_logger
 from megatron_grit.parallel.random import RandomState
+from megatron_grit.store.logs import get_logger
 from megatron_grit.training.manifest import verify_manifest
 from megatron_grit.training.megatron_checkpoint import MegatronNames, is_other_state
 from megatron_grit.training.restore_checks import check_optimizer_step, optimizer_parts

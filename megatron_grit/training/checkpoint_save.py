@@ -24,12 +24,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_grit import compat
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.tokenizer import Tokenizer, copy_tokenizer
+from megatron_grit.data.text.tokenizer import Tokenizer, copy_tokenizer
 from megatron_grit.errors import CheckpointError, GritError
 from megatron_grit.parallel.collectives import all_ranks_arrive, any_rank, gather_json
 from megatron_grit.parallel.context import ParallelContext
-from megatron_grit.parallel.logs import get_logger
 from megatron_grit.parallel.random import RandomState
+from megatron_grit.store.logs import get_logger
 from megatron_grit.training.checkpoint import (
     FORMAT_VERSION,
     Stage,

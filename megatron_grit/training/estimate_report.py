@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_grit.config.estimate import Device, Workload, estimate_memory
-from megatron_grit.config.parameters import count_parameters
-from megatron_grit.config.plan_text import format_bytes
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.config.step_time import count_flops
-from megatron_grit.data.batch import PackedRow, StepBatch
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.parallel.context import ParallelContext
-from megatron_grit.parallel.logs import get_logger
+from megatron_grit.planning.memory import Device, Workload, estimate_memory
+from megatron_grit.planning.operations import count_flops
+from megatron_grit.planning.parameters import count_parameters
+from megatron_grit.planning.text import format_bytes
+from megatron_grit.store.logs import get_logger
 
 log = get_logger(__name__)
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_grit.errors import CheckpointError
-from megatron_grit.files import write_json
 from megatron_grit.parallel.collectives import any_rank
 from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.store.files import write_json
 
 NAME = "manifest.json"
 

@@ -19,13 +19,13 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.batch import PackedRow, StepBatch
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.errors import NumericsError
-from megatron_grit.files import replacing
 from megatron_grit.parallel.collectives import any_rank, gather_json
 from megatron_grit.parallel.context import ParallelContext
-from megatron_grit.parallel.logs import get_logger
+from megatron_grit.store.files import replacing
+from megatron_grit.store.logs import get_logger
 
 log = get_logger(__name__)
 

@@ -13,7 +13,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.models.gpt import GritGPTModel
+from megatron_grit.models.decoder import GritGPTModel
 from megatron_grit.parallel import positions
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_grit import compat
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import mixture_layers
-from megatron_grit.data.batch import PackedRow, StepBatch
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.errors import ConfigError
-from megatron_grit.models.gpt import Output
+from megatron_grit.models.decoder import Output
 from megatron_grit.parallel import positions
 from megatron_grit.parallel.collectives import from_last_stage, sum_over_replicas
 from megatron_grit.parallel.context import ParallelContext

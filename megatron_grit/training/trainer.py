@@ -6,20 +6,20 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_grit.config.checks import check, mesh_summary
+from megatron_grit.config.checks.run import check, mesh_summary
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.loader import GritDataLoader
-from megatron_grit.data.tokenizer import load_tokenizer
+from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError
-from megatron_grit.files import write_json
 from megatron_grit.models.adapters import count_trainable
-from megatron_grit.models.gpt import GritGPTModel, build_chunks
+from megatron_grit.models.decoder import GritGPTModel, build_chunks
 from megatron_grit.parallel import positions
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
-from megatron_grit.parallel.logs import configure_logging, get_logger
 from megatron_grit.parallel.watch import JobWatch, is_broken_connection
+from megatron_grit.store.files import write_json
+from megatron_grit.store.logs import configure_logging, get_logger
 from megatron_grit.training.audit.run import audit
 from megatron_grit.training.base_weights import (
     base_fingerprint,

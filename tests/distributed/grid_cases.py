@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from megatron_grit.config.checks import find_problems
+from megatron_grit.config.checks.run import find_problems
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.batch import PackedRow, StepBatch
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from tests.rows import make_row, tiny_config
 
 SP = {"parallel.tensor": 2, "parallel.sequence_parallel": True}
@@ -213,7 +213,7 @@ def batch_of(case: Case, rows: list[PackedRow], data_rank: int, data_size: int) 
 
 
 def draw_case(seed: int, index: int, processes: tuple[int, ...] = (1, 2, 4, 8)) -> Case:
-    """Case ``index`` of a series: any layout, model and kind of training that config/checks.py lets through."""
+    """Case ``index`` of a series: any layout, model and kind of training that config/checks/run.py lets through."""
     rng = random.Random(f"case {seed} {index}")
     while True:
         case = _draw(rng, rng.choice(processes))

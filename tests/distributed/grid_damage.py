@@ -16,7 +16,7 @@ Patch = AbstractContextManager[Any]
 
 def batch_exchanges() -> Patch:
     """Both stages of an interleaved pipeline send to and receive from one neighbour: batched, tensors are mixed up."""
-    from megatron_grit.models import gpt
+    from megatron_grit.models import decoder as gpt
 
     original = gpt.transformer_config
 
@@ -45,7 +45,7 @@ def lose_boundaries_of_middle_stages() -> Patch:
 
 def fall_back_to_causal() -> Patch:
     """What the engine's own attention does where no mask is given."""
-    from megatron_grit.models import gpt
+    from megatron_grit.models import decoder as gpt
     from megatron_grit.models.attention import AttentionMode
 
     return mock.patch.object(gpt, "attention_mode", lambda *_: AttentionMode.CAUSAL)
@@ -95,7 +95,7 @@ def pool_the_slice() -> Patch:
 
 def reduce_experts_with_the_rest() -> Patch:
     """Experts with a tensor parallel size of their own are reduced over the ranks of the dense layers."""
-    from megatron_grit.models import gpt
+    from megatron_grit.models import decoder as gpt
 
     return mock.patch.object(gpt, "_reduce_experts_apart", lambda model: None)
 

@@ -110,7 +110,7 @@ def run_jobs(jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
 
 
 def _run(job: Job) -> dict[str, Any]:
-    from megatron_grit.models.gpt import build_chunks
+    from megatron_grit.models.decoder import build_chunks
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.optimizer import wrap_chunks
     from megatron_grit.training.step import TrainStep

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_grit.config.schema import LossConfig, ModelConfig, RunConfig
-from megatron_grit.data.batch import PackedRow
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.rows.batch import PackedRow
 
 INPUT_NORM = "decoder.layers.self_attention.linear_qkv.layer_norm_"
 QKV = "decoder.layers.self_attention.linear_qkv."

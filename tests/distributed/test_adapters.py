@@ -150,7 +150,7 @@ DAMAGED: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
 def train(case: tuple[str, dict[str, Any], dict[str, Any]], directory: str, *, is_reference: bool) -> dict[str, Any]:
     """Three unified steps with GradCache. The reference writes what it trained, other layouts compare with it."""
     from megatron_grit.models.adapters import adapted_linears
-    from megatron_grit.models.gpt import build_chunks
+    from megatron_grit.models.decoder import build_chunks
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.audit.weights import find_unequal_replicas
     from megatron_grit.training.checkpoint import load_weights, save_weights

@@ -52,7 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
 def lose_boundaries_of_inner_chunks() -> AbstractContextManager[Any]:
     """Chunks of layers that neither embed tokens nor compute losses go without cu_seqlens."""
     from megatron_grit.models.attention import PackedSegments
-    from megatron_grit.models.gpt import GritGPTModel
+    from megatron_grit.models.decoder import GritGPTModel
 
     forward, of_row, inner = GritGPTModel.forward, PackedSegments.of_row, [False]
 
@@ -179,7 +179,7 @@ def config_of(case: str) -> RunConfig:
 def audit_of(case: str, damage: Callable[[list[Any]], None] | None = None) -> str:
     """The message; "passed" where there is none."""
     from megatron_grit.errors import AuditError
-    from megatron_grit.models.gpt import build_chunks
+    from megatron_grit.models.decoder import build_chunks
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.audit.run import audit_model, audit_weights
     from megatron_grit.training.optimizer import wrap_chunks

@@ -28,7 +28,7 @@ def loss_and_gradient(case: str, size: int) -> tuple[float, list[float]]:
     """The loss of a step and one number for the gradient of each parameter, its product with fixed weights."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-    from megatron_grit.models.gpt import build_model
+    from megatron_grit.models.decoder import build_model
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.step import TrainStep
 

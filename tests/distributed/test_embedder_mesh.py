@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.retro_kill_campaign import digests
 from megatron_grit.config.schema import ParallelConfig, RunConfig
-from megatron_grit.data.markers import Side
-from megatron_grit.data.tokenizer import load_tokenizer
+from megatron_grit.data.text.markers import Side
+from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError
 from megatron_grit.training.trainer import train
 from tests.corpus import sentences, tiny_run
@@ -119,7 +119,7 @@ def test_vectors_are_those_of_one_process(runs: dict[str, RunConfig], tmp_path: 
 
 
 def build(project: str, settings: dict[str, Any]) -> None:
-    from megatron_grit.retrieval.stages import run_tasks
+    from megatron_grit.retrieval.stages.run import run_tasks
 
     tasks = "db-build,index-build,query-neighbors"
     run_tasks(Path(project), tasks, settings)

@@ -55,7 +55,7 @@ def gradients(case: str, layout: dict[str, Any], directory: str, name: str) -> d
     """Metrics of a unified step; the last stage writes its gradients. Positions of each learned weight are moved."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-    from megatron_grit.models.gpt import build_model
+    from megatron_grit.models.decoder import build_model
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import load_weights, save_weights
     from megatron_grit.training.step import TrainStep

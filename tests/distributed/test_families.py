@@ -91,7 +91,7 @@ def write_references(directory: str) -> dict[str, float]:
     """Initial weights of each model, and loss and gradient of one graph over the whole batch."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron_grit.models.gpt import build_model
+    from megatron_grit.models.decoder import build_model
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import save_weights
 
@@ -122,7 +122,7 @@ def write_layout(model_name: str, layout: str, directory: str, name: str) -> flo
     """A layout's gradient; returns its loss."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-    from megatron_grit.models.gpt import build_chunks
+    from megatron_grit.models.decoder import build_chunks
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import load_weights, save_weights
     from megatron_grit.training.step import TrainStep
@@ -157,7 +157,7 @@ def run_layouts(directory: str) -> dict[str, float]:
 
 def read_errors(directory: str, names: list[str]) -> dict[str, dict[str, float]]:
     """Relative error of every parameter's gradient."""
-    from megatron_grit.models.gpt import build_model
+    from megatron_grit.models.decoder import build_model
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import load_weights
 

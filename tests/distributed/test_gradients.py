@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_grit.data.batch import StepBatch
+from megatron_grit.data.rows.batch import StepBatch
 from tests.distributed.harness import run_on_ranks
 from tests.rows import VOCAB, make_batch, tiny_config
 
@@ -21,7 +21,7 @@ OBJECTIVES = ("embedding", "unified")
 
 def one_graph(model: torch.nn.Module, batch: StepBatch, temperature: float) -> torch.Tensor:
     """Both losses of a batch, written out: every row in one graph, the definitions of the losses and nothing else."""
-    from megatron_grit.models.gpt import Output
+    from megatron_grit.models.decoder import Output
 
     texts: dict[int, torch.Tensor] = {}
     for row in batch.embedding_rows:
@@ -47,7 +47,7 @@ def one_graph(model: torch.nn.Module, batch: StepBatch, temperature: float) -> t
 
 def gradient_of_each_text(model: torch.nn.Module, batch: StepBatch, temperature: float) -> dict[int, np.ndarray]:
     """Gradient of the contrastive loss with respect to every embedding, by slot. Leaves the model in fp64."""
-    from megatron_grit.models.gpt import Output
+    from megatron_grit.models.decoder import Output
 
     texts: dict[int, torch.Tensor] = {}
     model.double()
@@ -77,7 +77,7 @@ def write_gradients(layout: dict[str, Any], objective: str, directory: str, refe
     """Gradient of a step from the same initial weights, each parameter under its global name."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-    from megatron_grit.models.gpt import build_model
+    from megatron_grit.models.decoder import build_model
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import load_weights, save_weights
     from megatron_grit.training.step import TrainStep

@@ -1,6 +1,6 @@
 """Every kind of layout against plain torch in fp64: losses, the gradient of every parameter and of the embeddings.
 
-Named layouts (tests/distributed/grid_cases.py), and a handful drawn from all that config/checks.py lets through;
+Named layouts (tests/distributed/grid_cases.py), and a handful drawn from all that config/checks/run.py lets through;
 ``python -m benchmarks.layout_grid`` draws any number more.
 
 Silent errors of the engine, and what fails when their fix is taken out:

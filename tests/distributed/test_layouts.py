@@ -49,7 +49,7 @@ def is_possible(layout: str, objective: str) -> bool:
 
 def train_steps(layout: dict[str, Any], experts: int | None, weights: str, objective: str) -> list[dict[str, float]]:
     """Three steps from the weights at ``weights``, which the first caller writes."""
-    from megatron_grit.models.gpt import build_chunks
+    from megatron_grit.models.decoder import build_chunks
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import load_weights, save_weights
     from megatron_grit.training.optimizer import build_optimizer, build_schedule, set_learning_rate, wrap_chunks

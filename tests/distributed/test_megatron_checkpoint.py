@@ -102,8 +102,8 @@ def read(config: RunConfig, path: Path, layout: dict[str, Any], vocab_size: int 
     import torch
     import torch.distributed as dist
 
-    from megatron_grit.data.roles import RowKind
-    from megatron_grit.models.gpt import Output, build_chunks
+    from megatron_grit.data.indexed.roles import RowKind
+    from megatron_grit.models.decoder import Output, build_chunks
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import load_weights
     from megatron_grit.training.megatron_checkpoint import find_megatron_checkpoint

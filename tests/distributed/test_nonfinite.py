@@ -46,7 +46,7 @@ def train_through_faults(directory: str) -> dict[str, Any]:
 def _compare(config: Any, context: Any, fault: str) -> dict[str, Any]:
     import torch
 
-    from megatron_grit.models.gpt import build_chunks
+    from megatron_grit.models.decoder import build_chunks
     from megatron_grit.training.optimizer import build_optimizer, gather_weights, wrap_chunks
     from megatron_grit.training.step import TrainStep
     from tests.rows import VOCAB, make_batch

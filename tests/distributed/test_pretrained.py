@@ -68,7 +68,7 @@ def fits(name: str, layout: str) -> bool:
 def write_source(directory: Path, name: str) -> None:
     """A Hugging Face directory of random weights in two files."""
     from megatron_grit.config.schema import ModelConfig
-    from megatron_grit.convert.hf_to_megatron import FAMILIES
+    from megatron_grit.convert.hf_in.hf_to_megatron import FAMILIES
     from tests.unit.convert.test_hf_folder import write_shards
 
     architecture, changes = MODELS[name]
@@ -82,7 +82,7 @@ def write_source(directory: Path, name: str) -> None:
 
 
 def convert_all(directory: str) -> None:
-    from megatron_grit.convert.hf_to_megatron import convert_checkpoint
+    from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint
 
     root = Path(directory)
     for name in MODELS:
@@ -98,8 +98,8 @@ def head_of(chunk: Any) -> torch.Tensor:
 
 def compare(directory: str, num_processes: int) -> dict[str, dict[str, Any]]:
     """For each model and layout of so many processes: parameters that differ, and the bytes that were read."""
-    from megatron_grit.convert.pretrained import load_pretrained
-    from megatron_grit.models.gpt import build_chunks
+    from megatron_grit.convert.hf_in.pretrained import load_pretrained
+    from megatron_grit.models.decoder import build_chunks
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import load_weights, read_config, resolve_checkpoint
 
@@ -141,7 +141,7 @@ def compare(directory: str, num_processes: int) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     """(directory, for each case what each rank found)."""
-    from megatron_grit.data.tokenizer import train_sentencepiece
+    from megatron_grit.data.text.tokenizer import train_sentencepiece
 
     directory = tmp_path_factory.mktemp("pretrained")
     words = [f"word{number} number {number * 7} of many" for number in range(300)]

@@ -23,7 +23,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def difference(layout: dict[str, Any], forget: bool) -> float | None:
     """Largest difference between the embeddings of both passes; None where this rank has none."""
-    from megatron_grit.models.gpt import build_chunks
+    from megatron_grit.models.decoder import build_chunks
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training import step
     from megatron_grit.training.objectives import embedding

@@ -96,7 +96,7 @@ def lose_adam_steps() -> Any:
 
 def lose_a_step_of_data() -> Any:
     """The loader begins one step later than it should."""
-    from megatron_grit.data.loader import GritDataLoader
+    from megatron_grit.data.rows.loader import GritDataLoader
 
     batch, fingerprint = GritDataLoader._batch, GritDataLoader.fingerprint
 

@@ -14,14 +14,14 @@ import pytest
 
 pytest.importorskip("faiss")
 
-from megatron_grit.data.db_versions import read_version  # noqa: E402
-from megatron_grit.data.retro_project import Project  # noqa: E402
+from megatron_grit.data.chunks.project import Project  # noqa: E402
+from megatron_grit.data.chunks.versions import read_version  # noqa: E402
 from megatron_grit.errors import NumericsError  # noqa: E402
-from megatron_grit.retrieval.index_search import SpreadIndex  # noqa: E402
-from megatron_grit.retrieval.query import query_neighbors  # noqa: E402
-from megatron_grit.retrieval.validate import validate_stage  # noqa: E402
-from megatron_grit.retrieval.versions import add_documents, open_index, remove_documents  # noqa: E402
-from megatron_grit.retrieval.work import Worker, worker  # noqa: E402
+from megatron_grit.retrieval.index.search import SpreadIndex  # noqa: E402
+from megatron_grit.retrieval.stages.query import query_neighbors  # noqa: E402
+from megatron_grit.retrieval.stages.validate import validate_stage  # noqa: E402
+from megatron_grit.retrieval.stages.versions import add_documents, open_index, remove_documents  # noqa: E402
+from megatron_grit.retrieval.stages.work import Worker, worker  # noqa: E402
 from tests.distributed.harness import run_on_ranks  # noqa: E402
 from tests.unit.retrieval.databases import (  # noqa: E402
     WordEmbedder,

@@ -33,7 +33,7 @@ def happen(fault: str, marker: Path) -> None:
 
 def run(config_path: str, fault: str, marker: Path) -> None:
     """Patch the place of the fault, and train."""
-    from megatron_grit.data.loader import GritDataLoader
+    from megatron_grit.data.rows.loader import GritDataLoader
     from megatron_grit.training.objectives import generative
     from megatron_grit.training.trainer import train
 

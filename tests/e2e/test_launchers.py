@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_grit.config.checks import check
+from megatron_grit.config.checks.run import check
 from megatron_grit.config.parse import load_config, parse_run_config
 
 LAUNCHERS = {"train_gritlm_7b.sh": 8, "train_gritlm_8x7b.sh": 256}

@@ -26,7 +26,7 @@ SCRIPT = """
 import ctypes, gc, json, sys
 from megatron_grit.config.parse import load_config
 from megatron_grit.parallel.launch import parallel_job
-from megatron_grit.parallel.logs import configure_logging
+from megatron_grit.store.logs import configure_logging
 from megatron_grit.training.trainer import Trainer
 
 configure_logging()

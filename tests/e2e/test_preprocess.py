@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_grit.data.indexed import IndexedFile, IndexedRecords
-from megatron_grit.data.tokenizer import train_sentencepiece
+from megatron_grit.data.indexed.reader import IndexedFile, IndexedRecords
+from megatron_grit.data.text.tokenizer import train_sentencepiece
 from tests.unit.data.samples import sentence
 
 ROOT = Path(__file__).resolve().parents[2]

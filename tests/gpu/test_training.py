@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.batch import StepBatch
-from megatron_grit.data.roles import RowKind
-from megatron_grit.models.gpt import build_model
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.rows.batch import StepBatch
+from megatron_grit.models.decoder import build_model
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.training.estimate_report import MemoryMeter

@@ -29,8 +29,8 @@ TEXTS = ["what does the parser do?", "The queue counts a file and every byte."]
 
 def train_adapters(directory: Path, name: str, **adapter: Any) -> RunConfig:
     """Three steps beside the exported base, with a rate at which adapters change what the model says."""
-    from megatron_grit.convert.peft_runtime import peft_adapters
-    from megatron_grit.convert.pretrained import pretrained_weights, resolve_pretrained
+    from megatron_grit.convert.hf_in.pretrained import pretrained_weights, resolve_pretrained
+    from megatron_grit.convert.peft.runtime import peft_adapters
     from megatron_grit.training.trainer import train
 
     config = tiny_run(directory)
@@ -47,7 +47,7 @@ def train_adapters(directory: Path, name: str, **adapter: Any) -> RunConfig:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """hf/: a base of two steps, exported."""
-    from megatron_grit.convert.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
     from megatron_grit.training.trainer import train
 
     directory = tmp_path_factory.mktemp("export")
@@ -73,10 +73,10 @@ def trained(request: pytest.FixtureRequest, directory: Path) -> tuple[str, RunCo
 
 def our_logits(run: str | Path) -> Tensor:
     """Of the model with its adapters beside it."""
-    from megatron_grit.data.batch import PackedRow
-    from megatron_grit.data.roles import RowKind
+    from megatron_grit.data.indexed.roles import RowKind
+    from megatron_grit.data.rows.batch import PackedRow
     from megatron_grit.inference.model import GritModel
-    from megatron_grit.models.gpt import Output
+    from megatron_grit.models.decoder import Output
 
     model = GritModel.load(run, device="cpu")
     tokens = torch.tensor([ids(model.tokenizer)])
@@ -97,7 +97,7 @@ def ids(tokenizer: Any) -> list[int]:
 
 
 def their_logits(model: Any, run: RunConfig) -> Tensor:
-    from megatron_grit.data.tokenizer import load_tokenizer
+    from megatron_grit.data.text.tokenizer import load_tokenizer
 
     with torch.no_grad():
         return model.eval()(torch.tensor([ids(load_tokenizer(run.data.tokenizer))])).logits[0]
@@ -112,7 +112,7 @@ def load_hf(path: Path) -> Any:
 
 
 def test_a_merged_run_is_the_run(trained: tuple[str, RunConfig], directory: Path) -> None:
-    from megatron_grit.convert.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
 
     name, config = trained
     export_checkpoint(config.output_dir, directory / f"{name}_merged", adapters="trained")
@@ -129,7 +129,7 @@ def test_a_merged_run_is_the_run(trained: tuple[str, RunConfig], directory: Path
 
 def test_peft_loads_the_adapter_of_a_run(trained: tuple[str, RunConfig], directory: Path) -> None:
     """Onto the exported base; of a run in 4 bits, onto the base in the same 4 bits by bitsandbytes' arithmetic."""
-    from megatron_grit.convert.merge_adapter import export_adapter
+    from megatron_grit.convert.peft.merge import export_adapter
     from megatron_grit.models.quantization import round_trip
 
     name, config = trained
@@ -147,9 +147,9 @@ def test_peft_loads_the_adapter_of_a_run(trained: tuple[str, RunConfig], directo
 
 def test_a_run_starts_from_an_adapter_of_peft(trained: tuple[str, RunConfig], directory: Path) -> None:
     """The exported adapter, trained no further, is the run that it came from."""
-    from megatron_grit.convert.merge_adapter import export_adapter
-    from megatron_grit.convert.peft_runtime import peft_adapters
-    from megatron_grit.convert.pretrained import pretrained_weights
+    from megatron_grit.convert.hf_in.pretrained import pretrained_weights
+    from megatron_grit.convert.peft.merge import export_adapter
+    from megatron_grit.convert.peft.runtime import peft_adapters
     from megatron_grit.training.trainer import train
 
     name, config = trained
@@ -164,8 +164,8 @@ def test_a_run_starts_from_an_adapter_of_peft(trained: tuple[str, RunConfig], di
 def test_what_is_refused(trained: tuple[str, RunConfig], directory: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from megatron_grit.convert.megatron_to_hf import export_checkpoint
-    from megatron_grit.convert.merge_adapter import export_adapter
+    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.peft.merge import export_adapter
 
     _, config = trained
     with pytest.raises(ConfigError, match="holds adapters; give --merge"):
@@ -185,8 +185,8 @@ def test_what_is_refused(trained: tuple[str, RunConfig], directory: Path, tmp_pa
 
 def test_a_merge_into_a_moved_base_and_a_trained_norm(directory: Path, tmp_path: Path) -> None:
     """What was trained beside adapters comes from the run; the base may be one of our own checkpoints."""
-    from megatron_grit.convert.megatron_to_hf import export_checkpoint
-    from megatron_grit.convert.merge_adapter import export_adapter
+    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.peft.merge import export_adapter
     from megatron_grit.training.trainer import train
 
     config = tiny_run(directory)

@@ -13,9 +13,9 @@ pytest.importorskip("transformers", reason="the other side of the benchmark is t
 
 from benchmarks import gpu_grit
 from benchmarks.random_batch import random_batch
-from megatron_grit.config.estimate import estimate_memory
-from megatron_grit.config.step_time import peak_tflops
 from megatron_grit.errors import ConfigError
+from megatron_grit.planning.memory import estimate_memory
+from megatron_grit.planning.operations import peak_tflops
 from megatron_grit.training.estimate_report import workload_of
 
 TINY = ["--device", "cpu", "--scale", "tiny", "--steps", "1", "--warmup", "1"]

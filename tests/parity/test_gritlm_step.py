@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.batch import PackedRow, StepBatch
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from tests.parity.gritlm_reference import (
     GritBatch,
     Sequence,
@@ -203,8 +203,8 @@ def run_ours(
     model: Any, job: Any, batches: list[StepBatch], loss_gen_type: str, attend: str | None = None
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Metrics of each step, and the weights at the end under transformers' names."""
-    from megatron_grit.convert.hf_to_megatron import family_of_model, hf_state_dict_to_megatron
-    from megatron_grit.models.gpt import build_model
+    from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model, hf_state_dict_to_megatron
+    from megatron_grit.models.decoder import build_model
     from megatron_grit.training.optimizer import build_optimizer, build_schedule, set_learning_rate, wrap_model
     from megatron_grit.training.step import TrainStep
 
@@ -278,8 +278,8 @@ def test_from_text(reference_model: Any, job: Any, tmp_path: Path) -> None:
     import sentencepiece
 
     from megatron_grit.data.builders.grit_builder import build_grit, read_texts
-    from megatron_grit.data.loader import GritDataLoader
-    from megatron_grit.data.tokenizer import load_tokenizer, train_sentencepiece
+    from megatron_grit.data.rows.loader import GritDataLoader
+    from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
 
     pairs, chats = tmp_path / "pairs.jsonl", tmp_path / "chats.jsonl"
     pairs.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_grit.data.templates import embedding_prefix
+from megatron_grit.data.text.templates import embedding_prefix
 from megatron_grit.inference.model import GritModel
 from tests.corpus import sentences, tiny_run
 from tests.distributed.harness import run_on_ranks
@@ -31,7 +31,7 @@ INSTRUCTIONS = ["", "Find the function", "  Which class holds\nthis : "]
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model of 331 pieces that keeps newlines apart."""
-    from megatron_grit.data.tokenizer import train_sentencepiece
+    from megatron_grit.data.text.tokenizer import train_sentencepiece
 
     # Few letters, so that there is room for pieces of several beside the 256 bytes.
     texts = [text for pair in sentences(200) for text in pair]
@@ -63,8 +63,8 @@ def exported(
     request: pytest.FixtureRequest, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Any, Path, Path]]:
     """(name, transformers' model, its directory, the export of what was imported from it)."""
-    from megatron_grit.convert.hf_to_megatron import convert_checkpoint
-    from megatron_grit.convert.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint
+    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
 
     directory = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(5)
@@ -107,7 +107,7 @@ def test_tensors_are_the_source(exported: tuple[str, Any, Path, Path]) -> None:
 @torch.no_grad()
 def test_generation_is_causal_and_equal(exported: tuple[str, Any, Path, Path]) -> None:
     """AutoModelForCausalLM gives the source's logits, alone and in a padded batch."""
-    from megatron_grit.data.roles import RowKind
+    from megatron_grit.data.indexed.roles import RowKind
 
     _, theirs, _, out = exported
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
@@ -131,7 +131,7 @@ def test_generation_is_causal_and_equal(exported: tuple[str, Any, Path, Path]) -
 
 def test_configuration_reads_back(exported: tuple[str, Any, Path, Path]) -> None:
     """Our shape of the exported config.json is that of the source's; transformers' is, too, key for key."""
-    from megatron_grit.convert.hf_to_megatron import load_hf_config
+    from megatron_grit.convert.hf_in.hf_to_megatron import load_hf_config
 
     _, theirs, source, out = exported
     expected = vars(load_hf_config(source))
@@ -206,7 +206,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", list(OPTIONS))
 def test_pooling_and_linear_layers(name: str, tmp_path: Path) -> None:
     """Each pooling and place of linear layers that sentence-transformers has modules for."""
-    from megatron_grit.convert.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
 
     sentence_transformers = pytest.importorskip("sentence_transformers")
     run, _ = make_checkpoint(tmp_path, embedding=OPTIONS[name])
@@ -230,7 +230,7 @@ def test_pooling_and_linear_layers(name: str, tmp_path: Path) -> None:
 )
 def test_no_modules_where_they_would_be_wrong(options: dict[str, Any], why: str, tmp_path: Path) -> None:
     """The card says why; the model still generates."""
-    from megatron_grit.convert.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
 
     run, _ = make_checkpoint(tmp_path, embedding=options)
     out = export_checkpoint(run, tmp_path / "out")
@@ -242,9 +242,9 @@ def test_no_modules_where_they_would_be_wrong(options: dict[str, Any], why: str,
 def test_a_tokenizer_that_merges_prompts_and_texts(tmp_path: Path) -> None:
     """Newlines are spaces to it, so the end of an instruction is one token with the text."""
     from megatron_grit.config.schema import EmbeddingConfig
-    from megatron_grit.convert.export_embedding import why_not_sentence_transformers
     from megatron_grit.convert.families import mistral
-    from megatron_grit.data.tokenizer import load_tokenizer
+    from megatron_grit.convert.hf_out.embedding import why_not_sentence_transformers
+    from megatron_grit.data.text.tokenizer import load_tokenizer
 
     merging = load_tokenizer(write_tokenizer(tmp_path))
     why = why_not_sentence_transformers(EmbeddingConfig(), mistral.FAMILY, merging)
@@ -260,8 +260,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def save_at_layout(directory: str, layout: str) -> None:
     """A checkpoint of a mixture, written by all ranks of a mesh."""
     from megatron_grit.config.schema import ParallelConfig
-    from megatron_grit.data.tokenizer import load_tokenizer
-    from megatron_grit.models.gpt import build_model
+    from megatron_grit.data.text.tokenizer import load_tokenizer
+    from megatron_grit.models.decoder import build_model
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint_save import save_checkpoint
 
@@ -280,8 +280,8 @@ def save_at_layout(directory: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_checkpoints_of_any_layout(layout: str, tmp_path: Path) -> None:
     """What four ranks wrote is exported as the engine loads it into one process."""
-    from megatron_grit.convert.hf_to_megatron import family_of_model
-    from megatron_grit.convert.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model
+    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
 
     tiny_run(tmp_path, experts=2)
     run_on_ranks(save_at_layout, 4, tmp_path, str(tmp_path), layout)

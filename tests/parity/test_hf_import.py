@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_grit.config.schema import ParallelConfig, RunConfig
-from megatron_grit.data.batch import PackedRow
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.rows.batch import PackedRow
 
 transformers = pytest.importorskip("transformers", reason="the reference is transformers")
 
@@ -113,8 +113,8 @@ def models(
     request: pytest.FixtureRequest, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Any, Any, Path]]:
     """(transformers' model, ours, the converted directory): save_pretrained, convert_checkpoint, load_weights."""
-    from megatron_grit.convert.hf_to_megatron import convert_checkpoint
-    from megatron_grit.models.gpt import build_model
+    from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint
+    from megatron_grit.models.decoder import build_model
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import load_weights, read_config, resolve_checkpoint
 
@@ -197,7 +197,7 @@ def everything_seen(theirs: Any) -> Iterator[None]:
 @torch.no_grad()
 def test_states_of_both_modes(models: tuple[Any, Any, Path]) -> None:
     """A packed row's states are those of its segments alone; the two modes differ."""
-    from megatron_grit.models.gpt import Output
+    from megatron_grit.models.decoder import Output
 
     theirs, ours, _ = models
     expected = {}
@@ -213,7 +213,7 @@ def test_states_of_both_modes(models: tuple[Any, Any, Path]) -> None:
 @pytest.mark.parametrize("kind", list(RowKind))
 def test_states_with_padding(models: tuple[Any, Any, Path], kind: RowKind) -> None:
     """A packed row that ends in padding, against a batch that is padded to one length."""
-    from megatron_grit.models.gpt import Output
+    from megatron_grit.models.decoder import Output
 
     theirs, ours, _ = models
     row = make_row(kind, padding=13)
@@ -225,7 +225,7 @@ def test_states_with_padding(models: tuple[Any, Any, Path], kind: RowKind) -> No
 @torch.no_grad()
 def test_logits_and_losses(models: tuple[Any, Any, Path]) -> None:
     """Logits, and each position's loss."""
-    from megatron_grit.models.gpt import Output
+    from megatron_grit.models.decoder import Output
 
     theirs, ours, _ = models
     row = make_row(RowKind.GENERATIVE)
@@ -238,8 +238,8 @@ def test_logits_and_losses(models: tuple[Any, Any, Path]) -> None:
 
 def test_export_is_the_source(models: tuple[Any, Any, Path]) -> None:
     """The way back gives the files that were converted, name for name and bit for bit."""
-    from megatron_grit.convert.hf_folder import SafetensorsFolder
-    from megatron_grit.convert.hf_to_megatron import family_of_model, load_hf_config
+    from megatron_grit.convert.hf_in.folder import SafetensorsFolder
+    from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model, load_hf_config
 
     _, ours, source = models
     config = load_hf_config(source)
@@ -254,8 +254,8 @@ def test_balancing_coefficient() -> None:
     """One layer: transformers' balancing loss times its coefficient is ours times the imported one."""
     from megatron_grit import compat
     from megatron_grit.convert.families import mixtral
-    from megatron_grit.convert.hf_to_megatron import hf_state_dict_to_megatron
-    from megatron_grit.models.gpt import Output, build_model
+    from megatron_grit.convert.hf_in.hf_to_megatron import hf_state_dict_to_megatron
+    from megatron_grit.models.decoder import Output, build_model
     from megatron_grit.parallel.launch import parallel_job
 
     torch.manual_seed(6)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import ParallelConfig, RunConfig, TrainingConfig
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
 from tests.distributed.harness import run_on_ranks
 from tests.parity.test_hf_import import TOLERANCE, make_model, make_row, segments, write_tokenizer
 
@@ -51,7 +51,7 @@ def fits(name: str, layout: str) -> bool:
 
 def run_layouts(directory: str, num_processes: int) -> dict[str, list[float]]:
     """Token losses of each model at each layout of so many processes; the weights are written from there."""
-    from megatron_grit.models.gpt import build_model
+    from megatron_grit.models.decoder import build_model
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import load_weights, read_config, save_weights
 
@@ -75,7 +75,7 @@ def run_layouts(directory: str, num_processes: int) -> dict[str, list[float]]:
 
 def through_all_stages(model: Any, context: Any, width: int) -> torch.Tensor:
     """Token losses of the row on the last stage."""
-    from megatron_grit.models.gpt import Output
+    from megatron_grit.models.decoder import Output
 
     row = make_row(RowKind.GENERATIVE)
     stages = torch.distributed.get_process_group_ranks(context.pipeline_group)
@@ -93,7 +93,7 @@ def through_all_stages(model: Any, context: Any, width: int) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor], dict[str, list[float]]]:
     """(directory, transformers' losses, ours at every layout)."""
-    from megatron_grit.convert.hf_to_megatron import convert_checkpoint
+    from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint
 
     directory = tmp_path_factory.mktemp("layouts")
     expected, checkpoints = {}, {}
@@ -130,9 +130,9 @@ def test_losses_are_those_of_transformers(converted: Any, case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_export_is_the_source(converted: Any, case: str) -> None:
-    from megatron_grit.convert.hf_folder import SafetensorsFolder
-    from megatron_grit.convert.hf_to_megatron import family_of_model, load_hf_config
-    from megatron_grit.models.gpt import build_model
+    from megatron_grit.convert.hf_in.folder import SafetensorsFolder
+    from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model, load_hf_config
+    from megatron_grit.models.decoder import build_model
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import load_weights
 

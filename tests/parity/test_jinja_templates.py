@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from megatron_grit.data.jinja_template import JinjaChatFormat
-from megatron_grit.data.records import Message
-from megatron_grit.data.roles import Role
-from megatron_grit.data.spans import encode_units
-from megatron_grit.data.templates import encode_prompt
-from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_grit.data.indexed.roles import Role
+from megatron_grit.data.text.jinja_template import JinjaChatFormat
+from megatron_grit.data.text.records import Message
+from megatron_grit.data.text.spans import encode_units
+from megatron_grit.data.text.templates import encode_prompt
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import DataError
 from tests.unit.data.json_tokenizers import CHATML, chat_json
 from tests.unit.data.samples import TEXT

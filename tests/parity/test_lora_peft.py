@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_grit.config.schema import ParallelConfig, RunConfig
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.errors import CheckpointError
 from tests.distributed.harness import run_on_ranks
 from tests.parity.test_hf_import import LENGTHS, make_model, make_row
@@ -59,8 +59,8 @@ def make_adapter(name: str, directory: Path, **options: Any) -> Any:
 
 def run_config(directory: Path, **adapter: Any) -> RunConfig:
     """A run beside the saved model with adapters as the saved one has."""
-    from megatron_grit.convert.hf_to_megatron import load_hf_config
-    from megatron_grit.convert.peft_reader import read_peft
+    from megatron_grit.convert.hf_in.hf_to_megatron import load_hf_config
+    from megatron_grit.convert.peft.reader import read_peft
 
     model = load_hf_config(directory / "hf")
     found = read_peft(directory / "adapter", model).config
@@ -72,9 +72,9 @@ def run_config(directory: Path, **adapter: Any) -> RunConfig:
 
 def build(directory: Path, config: RunConfig, context: Any) -> Any:
     """Our model with the base and the adapter in it."""
-    from megatron_grit.convert.peft_runtime import load_peft
-    from megatron_grit.convert.pretrained import load_pretrained
-    from megatron_grit.models.gpt import build_model
+    from megatron_grit.convert.hf_in.pretrained import load_pretrained
+    from megatron_grit.convert.peft.runtime import load_peft
+    from megatron_grit.models.decoder import build_model
 
     model = build_model(config, VOCAB, context)
     load_pretrained(config, [model], context)
@@ -83,7 +83,7 @@ def build(directory: Path, config: RunConfig, context: Any) -> Any:
 
 
 def our_logits(model: Any) -> Tensor:
-    from megatron_grit.models.gpt import Output
+    from megatron_grit.models.decoder import Output
 
     with torch.no_grad():
         return model(make_row(RowKind.GENERATIVE), Output.LOGITS)
@@ -131,8 +131,8 @@ def test_an_adapter_of_peft_gives_its_logits(case: tuple[str, Path, Any], ours: 
 
 
 def test_peft_loads_what_is_written(case: tuple[str, Path, Any], ours: Any) -> None:
-    from megatron_grit.convert.peft_format import write_peft
-    from megatron_grit.convert.peft_reader import read_peft
+    from megatron_grit.convert.peft.format import write_peft
+    from megatron_grit.convert.peft.reader import read_peft
 
     name, directory, _ = case
     model = run_config(directory).model
@@ -152,9 +152,9 @@ def test_peft_loads_what_is_written(case: tuple[str, Path, Any], ours: Any) -> N
 
 
 def test_merged_weights_give_the_logits_of_the_adapter(case: tuple[str, Path, Any], ours: Any) -> None:
-    from megatron_grit.convert.merge_adapter import merged_weight
-    from megatron_grit.convert.peft_reader import read_peft
-    from megatron_grit.convert.peft_sites import adapter_sites
+    from megatron_grit.convert.peft.merge import merged_weight
+    from megatron_grit.convert.peft.reader import read_peft
+    from megatron_grit.convert.peft.sites import adapter_sites
 
     expected = our_logits(ours)
     model = run_config(case[1]).model
@@ -197,8 +197,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_options_of_peft(variant: str, tmp_path: Path) -> None:
     """Read, with the logits of PEFT, and written, with the same again."""
-    from megatron_grit.convert.peft_format import write_peft
-    from megatron_grit.convert.peft_reader import read_peft
+    from megatron_grit.convert.peft.format import write_peft
+    from megatron_grit.convert.peft.reader import read_peft
     from megatron_grit.parallel.launch import parallel_job
 
     name, options = VARIANTS[variant]
@@ -221,8 +221,8 @@ def test_a_run_of_higher_rank_and_other_alpha_starts_from_the_same_function(tmp_
 
 def test_experts_are_written_one_by_one(tmp_path: Path) -> None:
     """The names of transformers 4, which vLLM reads as well; an absent gate is one that adds nothing."""
-    from megatron_grit.convert.peft_format import to_peft
-    from megatron_grit.convert.peft_reader import read_peft
+    from megatron_grit.convert.peft.format import to_peft
+    from megatron_grit.convert.peft.reader import read_peft
 
     make_adapter("mixtral", tmp_path)
     model = run_config(tmp_path).model
@@ -239,7 +239,7 @@ def test_experts_are_written_one_by_one(tmp_path: Path) -> None:
 
 def trained(config: RunConfig, directory: Path, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Our factors after AdamW steps on the row, and the first step's gradients."""
-    from megatron_grit.models.gpt import Output
+    from megatron_grit.models.decoder import Output
     from megatron_grit.parallel.launch import parallel_job
 
     with parallel_job(config.parallel, seed=2) as context:
@@ -277,7 +277,7 @@ def by_our_names(theirs: dict[str, Tensor], config: RunConfig, directory: Path) 
     """Values of PEFT's parameters by the names of ours, through the reader."""
     from safetensors.torch import save_file
 
-    from megatron_grit.convert.peft_reader import read_peft
+    from megatron_grit.convert.peft.reader import read_peft
 
     folder = directory / "renamed"
     folder.mkdir(exist_ok=True)

@@ -29,7 +29,7 @@ def test_as_much_is_found_as_expected(tmp_path: Path, threshold: float) -> None:
 
 def test_the_formula_counts_what_is_drawn() -> None:
     from benchmarks.near_duplicates import share_found
-    from megatron_grit.retrieval.buckets import Bands
+    from megatron_grit.retrieval.dedup.buckets import Bands
 
     random, bands = np.random.default_rng(0), Bands(3, 4)
     for num_equal in (3, 6, 9, 12, 13):

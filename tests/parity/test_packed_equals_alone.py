@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import ParallelConfig, RunConfig
-from megatron_grit.data.batch import PackedRow
-from megatron_grit.data.indexed_writer import IndexedWriter
-from megatron_grit.data.loader import GritDataLoader
-from megatron_grit.data.roles import Role, RowKind
-from megatron_grit.data.rows import embedding_row, generative_row
-from megatron_grit.data.segments import Segment, labels_between
-from megatron_grit.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_grit.data.indexed.roles import Role, RowKind
+from megatron_grit.data.indexed.writer import IndexedWriter
+from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.rows.row import embedding_row, generative_row
+from megatron_grit.data.rows.segments import Segment, labels_between
+from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_grit.models import attention
-from megatron_grit.models.gpt import GritGPTModel, Output, build_model
+from megatron_grit.models.decoder import GritGPTModel, Output, build_model
 from megatron_grit.parallel.launch import parallel_job
 from tests.rows import tiny_config
 

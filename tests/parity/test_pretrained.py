@@ -16,10 +16,10 @@ from megatron_grit.cli import plan, train
 from megatron_grit.config.parse import dump_config, load_config, parse_train_arguments
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import padded_vocabulary
-from megatron_grit.convert.hf_folder import SafetensorsFolder
-from megatron_grit.convert.hf_to_megatron import load_hf_config
-from megatron_grit.convert.pretrained import resolve_pretrained
-from megatron_grit.data.tokenizer import load_tokenizer
+from megatron_grit.convert.hf_in.folder import SafetensorsFolder
+from megatron_grit.convert.hf_in.hf_to_megatron import load_hf_config
+from megatron_grit.convert.hf_in.pretrained import resolve_pretrained
+from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.training.checkpoint import list_checkpoints, read_config, read_state
 from megatron_grit.training.trainer import Trainer
@@ -191,7 +191,7 @@ def test_a_run_starts_and_resumes_without_the_directory(source: Path, run: RunCo
 
 
 def stored_norm(output: Path) -> torch.Tensor:
-    from megatron_grit.models.gpt import build_model
+    from megatron_grit.models.decoder import build_model
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import load_weights
 

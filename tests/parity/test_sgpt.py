@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_grit.config.schema import ParallelConfig
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.losses.contrastive import ContrastiveOptions, contrastive_loss
-from megatron_grit.models.gpt import Output, build_model
+from megatron_grit.models.decoder import Output, build_model
 from megatron_grit.models.pooling import pool
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
@@ -186,9 +186,9 @@ def test_specb_is_what_sgpts_tokenizer_gives(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Backend
 
     from megatron_grit.config.schema import EmbeddingConfig
-    from megatron_grit.data.markers import load_markers
-    from megatron_grit.data.templates import encode_embedding
-    from megatron_grit.data.tokenizer import load_tokenizer
+    from megatron_grit.data.text.markers import load_markers
+    from megatron_grit.data.text.templates import encode_embedding
+    from megatron_grit.data.text.tokenizer import load_tokenizer
 
     texts = ["[a] bracket at once", "][", "{x: [1, 2]}", " leading space", "plain text that goes on"]
     path = chat_json(tmp_path, texts * 50, vocab_size=320)

@@ -25,11 +25,12 @@ LONG_FUNCTION = "def f():\n" + "    x = 1\n" * 85
 
 # A law, a path, and a text that breaks it there.
 BROKEN: list[tuple[Law, str, str]] = [
-    (laws.import_arrows, "megatron_grit/data/a.py", "from megatron_grit.models.gpt import build_model"),
+    (laws.import_arrows, "megatron_grit/data/a.py", "from megatron_grit.models.decoder import build_model"),
     (laws.import_arrows, "megatron_grit/data/a.py", "def f():\n    import megatron_grit.training.step"),
     (laws.import_arrows, "megatron_grit/config/a.py", "from megatron_grit import cli"),
     (laws.import_arrows, "megatron_grit/data/a.py", "importlib.import_module('megatron_grit.cli.train')"),
     (laws.import_arrows, "megatron_grit/errors.py", "from megatron_grit.config.schema import RunConfig"),
+    (laws.import_arrows, "megatron_grit/store/a.py", "from megatron_grit.config.schema import RunConfig"),
     (laws.relative_imports, "megatron_grit/data/a.py", "from .batch import StepBatch"),
     (laws.init_only_reexports, "megatron_grit/data/__init__.py", "def f():\n    return 1"),
     (laws.sizes, "megatron_grit/data/a.py", "x = 1\n" * 501),
@@ -59,13 +60,13 @@ BROKEN: list[tuple[Law, str, str]] = [
 ]
 # Text beside the border that the law allows.
 KEPT: list[tuple[Law, str, str]] = [
-    (laws.import_arrows, "megatron_grit/models/a.py", "from megatron_grit.data.batch import PackedRow"),
+    (laws.import_arrows, "megatron_grit/models/a.py", "from megatron_grit.data.rows.batch import PackedRow"),
     (laws.import_arrows, "megatron_grit/config/a.py", "from megatron_grit.errors import ConfigError"),
     (laws.import_arrows, "megatron_grit/cli/main.py", "from megatron_grit import __version__"),
     (laws.init_only_reexports, "megatron_grit/data/__init__.py", '"""Doc."""\nimport a\n__all__ = ["a"]'),
     (laws.sizes, "megatron_grit/data/a.py", LONG_FUNCTION.replace("f():", "f():  # long: one table")),
     (laws.single_readers, "megatron_grit/parallel/context.py", "from megatron.core import parallel_state"),
-    (laws.single_readers, "megatron_grit/retrieval/faiss_index.py", "def f():\n    import faiss"),
+    (laws.single_readers, "megatron_grit/retrieval/index/faiss_index.py", "def f():\n    import faiss"),
     (laws.single_readers, "tests/unit/retrieval/test_faiss_index.py", "import faiss"),
     (laws.unsafe_reading, "tests/a.py", "torch.load(path, weights_only=True)"),
     (laws.unsafe_reading, laws.PICKLE_TESTS, "torch.save(state, path)"),
@@ -110,14 +111,13 @@ def test_law_allows_what_is_allowed(law: Law, path: str, text: str) -> None:
 
 def test_layers_are_those_of_the_package(repository: Path) -> None:
     folders = {path.parent.name for path in (repository / laws.PACKAGE).glob("*/__init__.py")}
-    assert folders <= set(laws.LAYERS)
     modules = {path.stem for path in (repository / laws.PACKAGE).glob("*.py")} - {"__init__"}
-    assert modules == set(laws.LEAVES)
+    assert folders | modules == set(laws.LAYERS) | set(laws.LEAVES)
 
 
 def test_unit_tests_mirror_the_package(repository: Path) -> None:
     folders = {path.parent.name for path in (repository / "tests" / "unit").glob("*/test_*.py")}
-    assert folders <= set(laws.LAYERS)
+    assert folders <= set(laws.LAYERS) | set(laws.LEAVES)
 
 
 def test_documents_lead_somewhere(repository: Path, files: dict[str, str], tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_shell_scripts_parse(repository: Path, files: dict[str, str]) -> None:
 
 def test_configuration_needs_no_torch(repository: Path) -> None:
     code = (
-        "import sys, megatron_grit.cli.main, megatron_grit.cli.train, megatron_grit.config.checks\n"
+        "import sys, megatron_grit.cli.main, megatron_grit.cli.train, megatron_grit.config.checks.run\n"
         "heavy = {'torch', 'megatron', 'transformers', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

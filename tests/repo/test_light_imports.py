@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 LIGHT = {
-    "a configuration": ["megatron_grit.config.parse", "megatron_grit.config.checks", "megatron_grit.config.plan"],
+    "a configuration": ["megatron_grit.config.parse", "megatron_grit.config.checks.run", "megatron_grit.planning.plan"],
     "a worker of a build": [
         "megatron_grit.data.builders.block_build",
         "megatron_grit.data.builders.documents",
         "megatron_grit.data.builders.grit_builder",
         "megatron_grit.data.builders.record_encoder",
-        "megatron_grit.data.tokenizer",
+        "megatron_grit.data.text.tokenizer",
     ],
-    "inspection": ["megatron_grit.data.indexed_merge", "megatron_grit.data.inspection"],
+    "inspection": ["megatron_grit.data.indexed.merge", "megatron_grit.data.indexed.inspection"],
 }
 HEAVY = ("torch", "megatron.core", "transformers", "matplotlib", "nltk")
 

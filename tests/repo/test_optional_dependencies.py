@@ -79,7 +79,7 @@ def modules_of(root: Path) -> list[str]:
 
 def test_every_module_imports(repository: Path) -> None:
     modules = modules_of(repository)
-    assert {"megatron_grit", "megatron_grit.cli.train", "megatron_grit.data.batch"} <= set(modules)
+    assert {"megatron_grit", "megatron_grit.cli.train", "megatron_grit.data.rows.batch"} <= set(modules)
     result = import_all(modules, repository)
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_grit.data.builders.pydoc import write_corpus
+from megatron_grit.data.builders.sources.pydoc import write_corpus
 from megatron_grit.errors import EXIT_STATUS, GritError
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_grit.data.builders.allnli import convert_allnli
+from megatron_grit.data.builders.sources.allnli import convert_allnli
 from megatron_grit.errors import EXIT_STATUS, GritError
 
 

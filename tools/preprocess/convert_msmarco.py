@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_grit.data.builders.msmarco import convert_msmarco
+from megatron_grit.data.builders.sources.msmarco import convert_msmarco
 from megatron_grit.errors import EXIT_STATUS, GritError
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_grit.data.inspection import describe_records, verify_file
-from megatron_grit.data.tokenizer import load_tokenizer
+from megatron_grit.data.indexed.inspection import describe_records, verify_file
+from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import EXIT_STATUS, GritError
-from megatron_grit.parallel.logs import configure_logging
+from megatron_grit.store.logs import configure_logging
 
 
 def main() -> int:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_grit.data.indexed import IndexedFile
-from megatron_grit.data.indexed_merge import merge_indexed
+from megatron_grit.data.indexed.merge import merge_indexed
+from megatron_grit.data.indexed.reader import IndexedFile
 from megatron_grit.errors import EXIT_STATUS, GritError
-from megatron_grit.parallel.logs import configure_logging
+from megatron_grit.store.logs import configure_logging
 
 
 def main() -> int:

@@ -66,9 +66,9 @@ def _run() -> None:
     ranks = re.fullmatch("([0-9]{1,18})-([0-9]{1,18})", values["ranks"])
     if ranks is None:
         raise ConfigError(f"--ranks {values['ranks']!r} is no range; give FIRST-LAST, such as 10-100")
-    from megatron_grit.retrieval.mine import mine_negatives, report_lines
-    from megatron_grit.retrieval.mine_options import MineOptions
-    from megatron_grit.retrieval.work import worker
+    from megatron_grit.retrieval.mining.mine import mine_negatives, report_lines
+    from megatron_grit.retrieval.mining.options import MineOptions
+    from megatron_grit.retrieval.stages.work import worker
 
     with worker() as this:
         report = mine_negatives(MineOptions(**values | {"ranks": (int(ranks[1]), int(ranks[2]))}), this)

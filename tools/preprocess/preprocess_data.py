@@ -16,7 +16,7 @@ import sys
 
 from megatron_grit.data.builders.documents import TOKENIZER_FILES, DocumentOptions, describe, find_tokenizer, preprocess
 from megatron_grit.errors import EXIT_STATUS, GritError
-from megatron_grit.parallel.logs import configure_logging
+from megatron_grit.store.logs import configure_logging
 
 
 def main() -> int:

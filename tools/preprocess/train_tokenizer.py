@@ -13,7 +13,7 @@ import argparse
 import sys
 
 from megatron_grit.data.builders.grit_builder import read_texts
-from megatron_grit.data.tokenizer import train_sentencepiece
+from megatron_grit.data.text.tokenizer import train_sentencepiece
 from megatron_grit.errors import EXIT_STATUS, GritError
 
 

@@ -28,7 +28,7 @@ import sys
 from typing import Any
 
 from megatron_grit.cli.main import guarded
-from megatron_grit.config.retro_arguments import parse_retro_arguments
+from megatron_grit.config.database.arguments import parse_retro_arguments
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
 
 def _run() -> None:
     arguments = parse_retro_arguments(sys.argv[1:], __doc__ or "")
-    from megatron_grit.retrieval.stages import dry_run, run_tasks
+    from megatron_grit.retrieval.stages.run import dry_run, run_tasks
 
     options: dict[str, Any] = {
         "overwrite": arguments.overwrite,

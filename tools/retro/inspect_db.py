@@ -39,7 +39,7 @@ def main() -> int:
 
 def _run() -> None:
     arguments = _arguments()
-    from megatron_grit.retrieval.inspect import inspect_database, report_lines
+    from megatron_grit.retrieval.stages.inspect import inspect_database, report_lines
 
     report = inspect_database(
         arguments.project_dir,

@@ -39,9 +39,9 @@ from megatron_grit.data.builders.build_folder import (
     remove_folder,
 )
 from megatron_grit.data.builders.work_pool import map_ordered
-from megatron_grit.data.indexed import IndexedMeta
-from megatron_grit.data.indexed_writer import IndexedFacts, refuse_existing
-from megatron_grit.data.line_blocks import (
+from megatron_grit.data.indexed.reader import IndexedMeta
+from megatron_grit.data.indexed.writer import IndexedFacts, refuse_existing
+from megatron_grit.data.text.line_blocks import (
     BLOCK_BYTES,
     BlockRef,
     InputFile,

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_grit.data.indexed_writer import TokenBlock
-from megatron_grit.data.line_blocks import LineBlock
+from megatron_grit.data.indexed.writer import TokenBlock
+from megatron_grit.data.text.line_blocks import LineBlock
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from megatron_grit.data.builders.build_folder import PLACE_DTYPE, BuildFolder
-from megatron_grit.data.indexed import IndexedFile
-from megatron_grit.data.indexed_writer import TokenBlock
+from megatron_grit.data.indexed.reader import IndexedFile
+from megatron_grit.data.indexed.writer import TokenBlock
 from megatron_grit.errors import DataError
 
 DUPLICATE = "duplicate"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from megatron_grit.parallel import progress
+from megatron_grit.store import progress
 
 
 class Progress(progress.Progress):

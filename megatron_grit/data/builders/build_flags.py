@@ -9,10 +9,10 @@ import sys
 from megatron_grit.data.builders.build_report import BuildReport
 from megatron_grit.data.builders.grit_builder import build_grit
 from megatron_grit.data.builders.record_encoder import Limits
-from megatron_grit.data.chat_templates import TEMPLATES, TOKENIZER
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.text.chat_templates import TEMPLATES, TOKENIZER
 from megatron_grit.errors import EXIT_STATUS, GritError
-from megatron_grit.parallel.logs import configure_logging
+from megatron_grit.store.logs import configure_logging
 
 
 def add_build_flags(parser: argparse.ArgumentParser, *, template: str, embeds: bool) -> None:

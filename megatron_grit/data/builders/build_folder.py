@@ -19,11 +19,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_grit.data.indexed import IndexedFile, IndexedMeta, file_paths, read_meta
-from megatron_grit.data.indexed_writer import IndexedFacts, IndexedStream, TokenBlock
+from megatron_grit.data.indexed.reader import IndexedFile, IndexedMeta, file_paths, read_meta
+from megatron_grit.data.indexed.writer import IndexedFacts, IndexedStream, TokenBlock
 from megatron_grit.errors import DataError
-from megatron_grit.files import write_json
-from megatron_grit.parallel.logs import get_logger
+from megatron_grit.store.files import write_json
+from megatron_grit.store.logs import get_logger
 
 LOG = get_logger(__name__)
 

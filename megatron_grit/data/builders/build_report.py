@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_grit.data.indexed import IndexedMeta, IndexedRecords
-from megatron_grit.data.roles import POOLED, Role, RowKind
-from megatron_grit.files import replacing, write_json
+from megatron_grit.data.indexed.reader import IndexedMeta, IndexedRecords
+from megatron_grit.data.indexed.roles import POOLED, Role, RowKind
+from megatron_grit.store.files import replacing, write_json
 
 _QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 _TRUNCATED = "truncated."

@@ -20,13 +20,13 @@ import numpy as np
 from megatron_grit.data.builders.block_build import BuildTotals, OutputSpec, build_blocks
 from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
 from megatron_grit.data.builders.sentences import SentenceSplitter, find_language, load_punkt, train_punkt
-from megatron_grit.data.indexed import DOCUMENTS, token_dtype
-from megatron_grit.data.indexed_writer import IndexedFacts, TokenBlock
-from megatron_grit.data.line_blocks import LineBlock, find_inputs, iterate_blocks, partition_segments
-from megatron_grit.data.tokenizer import load_tokenizer
+from megatron_grit.data.indexed.reader import DOCUMENTS, token_dtype
+from megatron_grit.data.indexed.writer import IndexedFacts, TokenBlock
+from megatron_grit.data.text.line_blocks import LineBlock, find_inputs, iterate_blocks, partition_segments
+from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.files import replacing
-from megatron_grit.parallel.logs import get_logger
+from megatron_grit.store.files import replacing
+from megatron_grit.store.logs import get_logger
 
 LOG = get_logger(__name__)
 
@@ -46,7 +46,7 @@ class DocumentOptions:
     """What becomes of a document. Sent to the workers."""
 
     tokenizer: str
-    """See :func:`~megatron_grit.data.tokenizer.load_tokenizer`."""
+    """See :func:`~megatron_grit.data.text.tokenizer.load_tokenizer`."""
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     """Put the end of sequence behind the last sentence of each document."""

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_grit.data.line_blocks import find_inputs, iterate_blocks, partition_segments
-from megatron_grit.data.records import Record, parse_line
+from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_segments
+from megatron_grit.data.text.records import Record, parse_line
 from megatron_grit.errors import ConfigError, DataError
 
 FINGERPRINT_BYTES = 16

@@ -14,14 +14,14 @@ from megatron_grit.data.builders.block_build import BuildTotals, OutputSpec, bui
 from megatron_grit.data.builders.build_report import BuildReport, make_report, write_report
 from megatron_grit.data.builders.filters import HeldOut
 from megatron_grit.data.builders.record_encoder import BAD_LINE, OUTPUT, UNFIT, EncoderOptions, Limits, RecordEncoder
-from megatron_grit.data.chat_templates import load_chat_format
-from megatron_grit.data.indexed import token_dtype
-from megatron_grit.data.indexed_writer import IndexedFacts
-from megatron_grit.data.line_blocks import find_inputs
-from megatron_grit.data.records import BadLine, read_records
-from megatron_grit.data.roles import RowKind
-from megatron_grit.data.templates import EMBEDDING_TEMPLATE, render
-from megatron_grit.data.tokenizer import load_tokenizer
+from megatron_grit.data.indexed.reader import token_dtype
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.indexed.writer import IndexedFacts
+from megatron_grit.data.text.chat_templates import load_chat_format
+from megatron_grit.data.text.line_blocks import find_inputs
+from megatron_grit.data.text.records import BadLine, read_records
+from megatron_grit.data.text.templates import EMBEDDING_TEMPLATE, render
+from megatron_grit.data.text.tokenizer import load_tokenizer
 
 __all__ = ["BuildReport", "Limits", "build_grit", "read_texts"]
 
@@ -63,7 +63,7 @@ def build_grit(
     Args:
         inputs: JSONL files or glob patterns, plain, ``.gz`` or ``.zst``, read in this order; all of one kind.
         output_prefix: path without extension.
-        tokenizer_path: see :func:`~megatron_grit.data.tokenizer.load_tokenizer`.
+        tokenizer_path: see :func:`~megatron_grit.data.text.tokenizer.load_tokenizer`.
         limits: token limits.
         kind: kind of the records. None: that of the first.
         on_error: what to do with a line that is not a record.

@@ -12,15 +12,15 @@ import numpy as np
 
 from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
 from megatron_grit.data.builders.filters import FINGERPRINT_BYTES, HeldOut, contents, fingerprint
-from megatron_grit.data.chat_templates import Piece, load_chat_format
-from megatron_grit.data.indexed import token_dtype
-from megatron_grit.data.indexed_writer import TokenBlock
-from megatron_grit.data.line_blocks import LineBlock
-from megatron_grit.data.records import Message, Record, TextPair, parse_line
-from megatron_grit.data.roles import Role, RowKind
-from megatron_grit.data.spans import Span, SpanTable, encode_units
-from megatron_grit.data.templates import embedding_pieces
-from megatron_grit.data.tokenizer import load_tokenizer
+from megatron_grit.data.indexed.reader import token_dtype
+from megatron_grit.data.indexed.roles import Role, RowKind
+from megatron_grit.data.indexed.writer import TokenBlock
+from megatron_grit.data.text.chat_templates import Piece, load_chat_format
+from megatron_grit.data.text.line_blocks import LineBlock
+from megatron_grit.data.text.records import Message, Record, TextPair, parse_line
+from megatron_grit.data.text.spans import Span, SpanTable, encode_units
+from megatron_grit.data.text.templates import embedding_pieces
+from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
 
 OUTPUT = "records"
@@ -64,9 +64,9 @@ class EncoderOptions:
 
     kind: RowKind
     tokenizer: str
-    """Path, see :func:`~megatron_grit.data.tokenizer.load_tokenizer`."""
+    """Path, see :func:`~megatron_grit.data.text.tokenizer.load_tokenizer`."""
     template: str = "gritlm"
-    """Of conversations, see :func:`~megatron_grit.data.chat_templates.load_chat_format`."""
+    """Of conversations, see :func:`~megatron_grit.data.text.chat_templates.load_chat_format`."""
     limits: Limits = field(default_factory=Limits)
     over_long: Literal["drop", "truncate", "split"] = "truncate"
     """What becomes of a generative record beyond its limit. Split: into several, conversations between turns."""

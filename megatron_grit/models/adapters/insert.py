@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_grit.config.adapter_checks import adapter_targets
+from megatron_grit.config.checks.adapter import adapter_targets
 from megatron_grit.config.schema import AdapterConfig, RunConfig
 from megatron_grit.models.adapters.lora import AdaptedLinear, LoraAdapter, LoraPart, PartLayout, attach
 from megatron_grit.models.adapters.names import global_name
@@ -26,7 +26,7 @@ def insert_adapters(model: Any, config: RunConfig) -> None:
     ``training.seed`` and the layer's name, and then cut; ``lora_B`` is zero, so the model's output is what it was.
 
     Args:
-        model: a chunk (:class:`~megatron_grit.models.gpt.GritGPTModel`), on the CPU or a device.
+        model: a chunk (:class:`~megatron_grit.models.decoder.GritGPTModel`), on the CPU or a device.
         config: the run.
     """
     targets = adapter_targets(config)

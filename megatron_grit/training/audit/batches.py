@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from megatron_grit.data.batch import PackedRow, StepBatch
-from megatron_grit.data.indexed import IndexedRecords
-from megatron_grit.data.roles import SUPERVISED, Role, RowKind, split_segments
-from megatron_grit.data.tokenizer import Tokenizer
+from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.roles import SUPERVISED, Role, RowKind, split_segments
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
+from megatron_grit.data.text.tokenizer import Tokenizer
 
 
 class BatchAudit:

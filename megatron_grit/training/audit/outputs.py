@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.models.decoder import GritGPTModel, Output
 from megatron_grit.models.embedding_head import apply_head
-from megatron_grit.models.gpt import GritGPTModel, Output
 from megatron_grit.models.row_share import RowShare
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.training.audit.rows import AuditRow, random_states

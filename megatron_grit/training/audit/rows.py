@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_grit.data.batch import PackedRow
-from megatron_grit.data.roles import Role, RowKind
-from megatron_grit.data.rows import embedding_row, generative_row
-from megatron_grit.data.segments import Segment
-from megatron_grit.data.sources import Sources
+from megatron_grit.data.indexed.roles import Role, RowKind
+from megatron_grit.data.order.sources import Sources
+from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.data.rows.row import embedding_row, generative_row
+from megatron_grit.data.rows.segments import Segment
 
 ROW_LENGTH = 48
 """Tokens, where the layout allows so short a row."""

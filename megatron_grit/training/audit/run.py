@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.batch import StepBatch
-from megatron_grit.data.roles import RowKind
-from megatron_grit.data.tokenizer import Tokenizer
-from megatron_grit.models.gpt import GritGPTModel
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.rows.batch import StepBatch
+from megatron_grit.data.text.tokenizer import Tokenizer
+from megatron_grit.models.decoder import GritGPTModel
 from megatron_grit.parallel.context import ParallelContext
-from megatron_grit.parallel.logs import get_logger
+from megatron_grit.store.logs import get_logger
 from megatron_grit.training.audit.agreement import raise_if_any
 from megatron_grit.training.audit.batches import BatchAudit
 from megatron_grit.training.audit.layers import attention_passes, audit_layers

@@ -9,7 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megatron_grit.models.gpt import GritGPTModel
+from megatron_grit.models.decoder import GritGPTModel
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState
 

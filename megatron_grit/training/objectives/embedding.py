@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.batch import PackedRow, StepBatch
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.errors import ConfigError
 from megatron_grit.losses.contrastive import ContrastiveOptions, contrastive_loss_and_accuracy
-from megatron_grit.models.gpt import Output
+from megatron_grit.models.decoder import Output
 from megatron_grit.parallel.collectives import gather_in_order, sum_over_replicas
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState

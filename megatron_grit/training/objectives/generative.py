@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.batch import PackedRow, StepBatch
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.losses.next_token import next_token_loss
-from megatron_grit.models.gpt import Output
+from megatron_grit.models.decoder import Output
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_grit.config.adapter_checks import adapter_problems
-from megatron_grit.config.ranges import range_problems
+from megatron_grit.config.checks.adapter import adapter_problems
+from megatron_grit.config.checks.ranges import range_problems
 from megatron_grit.config.schema import RunConfig
 from tests.rows import tiny_config
 

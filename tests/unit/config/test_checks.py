@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_grit.config import ranges
-from megatron_grit.config.checks import check, find_problems, mesh_summary
+from megatron_grit.config.checks import ranges
+from megatron_grit.config.checks.run import check, find_problems, mesh_summary
 from megatron_grit.config.parse import known_keys, parse_run_config, preset_names
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError, MeshError

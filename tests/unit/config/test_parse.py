@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.config.parse import (
     dump_config,
     known_keys,
@@ -18,7 +19,6 @@ from megatron_grit.config.parse import (
     preset_names,
     save_config,
 )
-from megatron_grit.config.retro_db import RetroDbConfig
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
 

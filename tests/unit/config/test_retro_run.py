@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_grit.config.database.run import resolve_retro_project
+from megatron_grit.config.database.schema import RetroDbConfig, save_project_config
 from megatron_grit.config.parse import parse_train_arguments
-from megatron_grit.config.retro_db import RetroDbConfig, save_project_config
-from megatron_grit.config.retro_run import resolve_retro_project
 from megatron_grit.errors import ConfigError
 
 

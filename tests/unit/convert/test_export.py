@@ -21,17 +21,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.convert import export_folder, megatron_to_hf
-from megatron_grit.convert.checkpoint_reader import CheckpointReader
-from megatron_grit.convert.megatron_to_hf import export_checkpoint, parse_size
+from megatron_grit.convert.hf_out import folder as export_folder
+from megatron_grit.convert.hf_out import megatron_to_hf
+from megatron_grit.convert.hf_out.checkpoint_reader import CheckpointReader
+from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint, parse_size
 from megatron_grit.errors import CheckpointError, ConfigError
 from tests.corpus import tiny_run
 
 
 def make_checkpoint(directory: Path, *, step: int = 3, **sections: Any) -> tuple[Path, dict[str, Tensor]]:
     """A run's directory with one checkpoint of random weights, and its tensors by our names."""
-    from megatron_grit.data.tokenizer import load_tokenizer
-    from megatron_grit.models.gpt import build_model
+    from megatron_grit.data.text.tokenizer import load_tokenizer
+    from megatron_grit.models.decoder import build_model
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint_save import save_checkpoint
 
@@ -151,7 +152,7 @@ def test_a_shape_of_no_family_is_refused(tmp_path: Path, model: dict[str, Any], 
 
 def test_the_tokenizer_has_to_be_the_models(run: Path, tmp_path: Path) -> None:
     """Another one, or none, is refused; one that lies where the run found it is taken."""
-    from megatron_grit.data.tokenizer import train_sentencepiece
+    from megatron_grit.data.text.tokenizer import train_sentencepiece
 
     other = train_sentencepiece(["quite other texts, of other words"] * 9, tmp_path / "other", 280)
     with pytest.raises(CheckpointError, match=r"other\.model: is not the tokenizer that .* was trained with"):

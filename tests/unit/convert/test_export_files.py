@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from megatron_grit.config.schema import EmbeddingConfig, RunConfig
-from megatron_grit.convert.export_card import vllm_settings
-from megatron_grit.convert.export_chat import jinja_of
-from megatron_grit.convert.export_embedding import bidirectional_settings
-from megatron_grit.convert.megatron_to_hf import export_checkpoint
-from megatron_grit.data.chat_templates import TEMPLATES
+from megatron_grit.convert.hf_out.card import vllm_settings
+from megatron_grit.convert.hf_out.chat import jinja_of
+from megatron_grit.convert.hf_out.embedding import bidirectional_settings
+from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
+from megatron_grit.data.text.chat_templates import TEMPLATES
 from tests.unit.convert.test_export import make_checkpoint
 
 

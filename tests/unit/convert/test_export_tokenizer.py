@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from megatron_grit.convert.export_chat import chat_template, jinja_of
-from megatron_grit.convert.export_tokenizer import write_tokenizer
-from megatron_grit.data.chat_templates import TEMPLATES
-from megatron_grit.data.records import Message
-from megatron_grit.data.templates import embedding_prefix, encode_chat, encode_embedding, encode_prompt
-from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megatron_grit.convert.hf_out.chat import chat_template, jinja_of
+from megatron_grit.convert.hf_out.tokenizer import write_tokenizer
+from megatron_grit.data.text.chat_templates import TEMPLATES
+from megatron_grit.data.text.records import Message
+from megatron_grit.data.text.templates import embedding_prefix, encode_chat, encode_embedding, encode_prompt
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megatron_grit.errors import CheckpointError
 from tests.corpus import sentences
 from tests.unit.data.json_tokenizers import CHATML, chat_json
@@ -201,7 +201,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, options: dict[str, An
 
 
 def test_a_model_that_is_none(tmp_path: Path) -> None:
-    from megatron_grit.convert.sentencepiece_json import tokenizer_of_sentencepiece
+    from megatron_grit.convert.hf_out.sentencepiece_json import tokenizer_of_sentencepiece
 
     good = make_tokenizer("bpe", tmp_path).read_bytes()
     for content in (b"nothing of the kind", good[: len(good) // 2], b"\xff\xff\xff"):
@@ -212,7 +212,7 @@ def test_a_model_that_is_none(tmp_path: Path) -> None:
 
 def test_qwen2_reads_by_rules_of_its_own(tmp_path: Path) -> None:
     """Transformers takes Qwen2's tokenizer for every Qwen2 model, so another one is told of."""
-    from megatron_grit.convert.export_tokenizer import misread_by_transformers
+    from megatron_grit.convert.hf_out.tokenizer import misread_by_transformers
 
     ours = load_tokenizer(make_tokenizer("bpe", tmp_path))
     out = tmp_path / "out"

@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_grit.convert import hf_folder
 from megatron_grit.convert.families import mistral, mixtral
-from megatron_grit.convert.hf_folder import (
+from megatron_grit.convert.hf_in import folder as hf_folder
+from megatron_grit.convert.hf_in.folder import (
     PickleFolder,
     SafetensorsFolder,
     check_weights,
     local_folder,
     open_weights,
 )
-from megatron_grit.convert.hf_to_megatron import convert_checkpoint, hf_state_dict_to_megatron
+from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint, hf_state_dict_to_megatron
 from megatron_grit.convert.param_map import Family, Shard
 from megatron_grit.errors import CheckpointError
 from tests.unit.convert.test_param_map import DENSE, MIXTURE, random_hf
@@ -371,7 +371,7 @@ def fill_cache(cache: Path, commit: str, files: Path) -> None:
 
 OFFLINE = """
 import sys
-from megatron_grit.convert.hf_folder import local_folder, open_weights
+from megatron_grit.convert.hf_in.folder import local_folder, open_weights
 from megatron_grit.errors import CheckpointError
 for name in sys.argv[1:]:
     name, _, revision = name.partition("@")

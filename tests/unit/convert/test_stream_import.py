@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_grit.config.schema import ModelConfig, RunConfig
-from megatron_grit.convert import stream_import
 from megatron_grit.convert.families import gptj, mistral, mixtral
-from megatron_grit.convert.hf_folder import SafetensorsFolder
-from megatron_grit.convert.hf_to_megatron import convert_checkpoint, hf_state_dict_to_megatron, load_hf_config
+from megatron_grit.convert.hf_in import stream_import
+from megatron_grit.convert.hf_in.folder import SafetensorsFolder
+from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint, hf_state_dict_to_megatron, load_hf_config
 from megatron_grit.convert.param_map import Family
-from megatron_grit.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_grit.errors import CheckpointError
-from megatron_grit.models.gpt import build_model
+from megatron_grit.models.decoder import build_model
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.training.checkpoint import load_weights, read_config, read_state
 from megatron_grit.training.checkpoint_save import save_checkpoint

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_grit.data.builders.grit_builder import Limits, build_grit
-from megatron_grit.data.templates import ASSISTANT_PREFIX, EMBED_PREFIX, USER_PREFIX
-from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megatron_grit.data.text.templates import ASSISTANT_PREFIX, EMBED_PREFIX, USER_PREFIX
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from tests.unit.data.samples import embedding_record, generative_record, sentence
 
 

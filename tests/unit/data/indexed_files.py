@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_grit.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from megatron_grit.data.indexed_writer import IndexedWriter
-from megatron_grit.data.roles import Role, RowKind
+from megatron_grit.data.indexed.roles import Role, RowKind
+from megatron_grit.data.indexed.writer import IndexedWriter
 
 VOCAB = 5000
 TOKENIZER: Any = SimpleNamespace(fingerprint="f" * 64, path="tokenizer.model", pad_id=0, vocab_size=VOCAB)

@@ -18,8 +18,8 @@ import numpy as np
 
 from megatron_grit.data.builders.block_build import BuildTotals, OutputSpec, build_blocks
 from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
-from megatron_grit.data.indexed_writer import IndexedFacts, TokenBlock
-from megatron_grit.data.line_blocks import LineBlock
+from megatron_grit.data.indexed.writer import IndexedFacts, TokenBlock
+from megatron_grit.data.text.line_blocks import LineBlock
 from megatron_grit.errors import ConfigError
 
 FACTS = IndexedFacts(kind="documents", tokenizer_fingerprint="lines", vocab_size=256)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
 from tests.rows import make_row
 
 

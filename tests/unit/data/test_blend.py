@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_grit.config.blend import BlendEntry
-from megatron_grit.data.blend import RecordOrder, StrideSchedule, blend_weights
+from megatron_grit.data.order.blend import RecordOrder, StrideSchedule, blend_weights
 
 WEIGHTS = st.lists(st.one_of(st.floats(0.01, 100), st.integers(1, 9).map(float)), min_size=1, max_size=8)
 

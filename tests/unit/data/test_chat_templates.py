@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data.chat_templates import TEMPLATES, BoundTemplate, ChatTemplate, Piece, load_chat_format
-from megatron_grit.data.records import Message
-from megatron_grit.data.roles import Role, RowKind, check_grammar
-from megatron_grit.data.spans import encode_units
-from megatron_grit.data.templates import encode_chat, encode_prompt
-from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_grit.data.indexed.roles import Role, RowKind, check_grammar
+from megatron_grit.data.text.chat_templates import TEMPLATES, BoundTemplate, ChatTemplate, Piece, load_chat_format
+from megatron_grit.data.text.records import Message
+from megatron_grit.data.text.spans import encode_units
+from megatron_grit.data.text.templates import encode_chat, encode_prompt
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
 from tests.unit.data.json_tokenizers import CHATML, chat_json
 from tests.unit.data.samples import TEXT

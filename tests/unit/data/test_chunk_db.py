@@ -8,11 +8,11 @@ import h5py
 import numpy as np
 import pytest
 
-from megatron_grit.data.chunk_db import ChunkDb, map_dataset
-from megatron_grit.data.retro_project import Project
+from megatron_grit.data.chunks.chunk_db import ChunkDb, map_dataset
+from megatron_grit.data.chunks.project import Project
 from megatron_grit.errors import DataError
-from megatron_grit.retrieval.chunk import build_chunks
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.retrieval.stages.chunk import build_chunks
+from megatron_grit.retrieval.stages.work import Worker
 from tests.unit.retrieval.databases import CHUNK, make_project, make_texts, tokenizer_of, write_documents
 
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data.chunking import ChunkRules, chunk_documents, minhashes, visible_tokens
-from megatron_grit.data.indexed import IndexedFile
-from megatron_grit.data.indexed_writer import IndexedWriter
-from megatron_grit.data.roles import Role, RowKind
+from megatron_grit.data.chunks.chunking import ChunkRules, chunk_documents, minhashes, visible_tokens
+from megatron_grit.data.indexed.reader import IndexedFile
+from megatron_grit.data.indexed.roles import Role, RowKind
+from megatron_grit.data.indexed.writer import IndexedWriter
 from megatron_grit.errors import DataError
 from tests.unit.retrieval.databases import tokenizer_of
 

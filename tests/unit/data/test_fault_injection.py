@@ -24,8 +24,9 @@ from benchmarks.fault_injection import (
     run_cases,
     text_subjects,
 )
-from megatron_grit.data import index_cache, line_blocks
-from megatron_grit.data.indexed import IndexedFile, IndexedRecords
+from megatron_grit.data.indexed.reader import IndexedFile, IndexedRecords
+from megatron_grit.data.text import line_blocks
+from megatron_grit.store import cache as index_cache
 
 
 @pytest.mark.parametrize("seed", range(4))

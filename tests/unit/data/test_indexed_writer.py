@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_grit.data.indexed import IndexedFile, IndexedRecords, file_paths
-from megatron_grit.data.indexed_merge import merge_indexed
-from megatron_grit.data.indexed_writer import IndexedFacts, IndexedStream, IndexedWriter, TokenBlock
-from megatron_grit.data.roles import Role, RowKind
+from megatron_grit.data.indexed.merge import merge_indexed
+from megatron_grit.data.indexed.reader import IndexedFile, IndexedRecords, file_paths
+from megatron_grit.data.indexed.roles import Role, RowKind
+from megatron_grit.data.indexed.writer import IndexedFacts, IndexedStream, IndexedWriter, TokenBlock
 from megatron_grit.errors import DataError
 
 FACTS = IndexedFacts(kind="documents", tokenizer_fingerprint="f" * 64, vocab_size=100)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_grit.data.inspection import describe_records, verify_file
-from megatron_grit.data.tokenizer import Tokenizer
+from megatron_grit.data.indexed.inspection import describe_records, verify_file
+from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import DataError
 from tests.unit.data.samples import chat_record
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data.line_blocks import (
+from megatron_grit.data.text.line_blocks import (
     InputFile,
     Segment,
     count_lines,

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from megatron_grit.data import streams
-from megatron_grit.data.batch import PackedRow, StepBatch
-from megatron_grit.data.indexed import IndexedRecords
-from megatron_grit.data.loader import GritDataLoader
-from megatron_grit.data.roles import Role, RowKind, pooled, split_segments, supervised
-from megatron_grit.data.sampler import passage_draws, pick_passages
-from megatron_grit.data.tokenizer import Tokenizer
+from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.roles import Role, RowKind, pooled, split_segments, supervised
+from megatron_grit.data.kinds import streams
+from megatron_grit.data.order.sampler import passage_draws, pick_passages
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
+from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError
 from tests.unit.data.samples import generative_record
 

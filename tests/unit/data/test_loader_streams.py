@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data import streams
-from megatron_grit.data.batch import PackedRow, StepBatch
-from megatron_grit.data.indexed import IndexedRecords
-from megatron_grit.data.loader import GritDataLoader
-from megatron_grit.data.roles import Role, RowKind, num_labels
+from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.roles import Role, RowKind, num_labels
+from megatron_grit.data.kinds import streams
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
+from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.errors import ConfigError, DataError
 from tests.unit.data.indexed_files import TOKENIZER, chat, ids, pair, run_config, text, write, write_chats
 

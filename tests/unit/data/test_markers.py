@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from megatron_grit.config.schema import DataConfig, EmbeddingConfig, ModelConfig, RunConfig, TrainingConfig
-from megatron_grit.data.indexed import IndexedRecords
-from megatron_grit.data.loader import GritDataLoader
-from megatron_grit.data.markers import NO_MARKERS, SideMarkers, TextMarkers, load_markers
-from megatron_grit.data.roles import Role, split_segments
-from megatron_grit.data.templates import encode_embedding
-from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.roles import Role, split_segments
+from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.text.markers import NO_MARKERS, SideMarkers, TextMarkers, load_markers
+from megatron_grit.data.text.templates import encode_embedding
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megatron_grit.errors import ConfigError, DataError
 from tests.unit.data.json_tokenizers import chat_json
 

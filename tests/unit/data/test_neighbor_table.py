@@ -10,10 +10,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_grit.data import neighbor_table
-from megatron_grit.data.db_versions import source_of
-from megatron_grit.data.indexed import HEADER, MAGIC, IndexedFile
-from megatron_grit.data.neighbor_table import NeighborTable, TableManifest, first_allowed, write_starts, write_table
+from megatron_grit.data.chunks import neighbor_table
+from megatron_grit.data.chunks.neighbor_table import (
+    NeighborTable,
+    TableManifest,
+    first_allowed,
+    write_starts,
+    write_table,
+)
+from megatron_grit.data.chunks.versions import source_of
+from megatron_grit.data.indexed.reader import HEADER, MAGIC, IndexedFile
 from megatron_grit.errors import DataError
 
 EOD, CHUNK = 3, 4

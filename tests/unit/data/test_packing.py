@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data.packing import _fill_empty_rows, pack
+from megatron_grit.data.rows.packing import _fill_empty_rows, pack
 from megatron_grit.errors import ConfigError, DataError
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data import permutation
-from megatron_grit.data.permutation import derive_keys, find, permute
+from megatron_grit.data.order import permutation
+from megatron_grit.data.order.permutation import derive_keys, find, permute
 
 KEYS = st.integers(0, 2**64 - 1)
 GOLDEN = [5, 0, 3, 8, 9, 2, 1, 7, 6, 4]

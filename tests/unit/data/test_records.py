@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_grit.data.records import BadLine, Message, Record, TextPair, alternate, read_records
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.text.records import BadLine, Message, Record, TextPair, alternate, read_records
 from megatron_grit.errors import DataError
 
 

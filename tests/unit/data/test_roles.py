@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data.roles import Role, RowKind, check_grammar, pooled, split_segments, supervised
+from megatron_grit.data.indexed.roles import Role, RowKind, check_grammar, pooled, split_segments, supervised
 from megatron_grit.errors import DataError
 
 TEXT, TEMPLATE, ANSWER = Role.TEXT, Role.TEMPLATE, Role.ANSWER

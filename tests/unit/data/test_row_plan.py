@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_grit.data import row_plan
-from megatron_grit.data.index_cache import cache_path
-from megatron_grit.data.row_plan import PIECE, RowPlan
+from megatron_grit.data.rows import row_plan
+from megatron_grit.data.rows.row_plan import PIECE, RowPlan
 from megatron_grit.errors import DataError
+from megatron_grit.store.cache import cache_path
 
 CAPACITY = 100
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data.blend import RecordOrder
-from megatron_grit.data.sampler import (
+from megatron_grit.data.order.blend import RecordOrder
+from megatron_grit.data.order.sampler import (
     EmbeddingSampler,
     GenerativeSampler,
     Stream,
@@ -18,7 +18,7 @@ from megatron_grit.data.sampler import (
     pick_passages,
     stream_key,
 )
-from megatron_grit.data.shared_texts import BoundRecords
+from megatron_grit.data.order.shared_texts import BoundRecords
 from megatron_grit.errors import ConfigError
 
 GOLDEN_EMBEDDING = (0, [13, 2, 18, 12])

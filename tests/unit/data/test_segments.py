@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data.roles import SUPERVISED, Role, num_labels
-from megatron_grit.data.segments import labels_between, ranges, spans_between
+from megatron_grit.data.indexed.roles import SUPERVISED, Role, num_labels
+from megatron_grit.data.rows.segments import labels_between, ranges, spans_between
 
 SPANS = st.lists(st.tuples(st.sampled_from([Role.TEMPLATE, Role.ANSWER]), st.integers(1, 12)), min_size=1, max_size=8)
 

@@ -10,11 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data import shared_texts
-from megatron_grit.data.indexed import IndexedRecords
-from megatron_grit.data.permutation import permute
-from megatron_grit.data.roles import Role, RowKind
-from megatron_grit.data.shared_texts import BoundRecords, EpochPlan, find_bound_records, hash_sequences, plan_epoch
+from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.roles import Role, RowKind
+from megatron_grit.data.order import shared_texts
+from megatron_grit.data.order.permutation import permute
+from megatron_grit.data.order.shared_texts import (
+    BoundRecords,
+    EpochPlan,
+    find_bound_records,
+    hash_sequences,
+    plan_epoch,
+)
 from tests.unit.data.indexed_files import pair, write
 
 TEXTS = st.lists(st.lists(st.integers(0, 25), min_size=1, max_size=3), min_size=1, max_size=60)

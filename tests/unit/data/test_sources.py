@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_grit.data.indexed import IndexedRecords
-from megatron_grit.data.roles import RowKind
-from megatron_grit.data.sources import OpenFiles, Sources
+from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.order.sources import OpenFiles, Sources
 from megatron_grit.errors import ConfigError, DataError
 from tests.unit.data.indexed_files import TOKENIZER, chat, pair, run_config, write, write_chats
 
@@ -68,7 +68,7 @@ LOADER = """
 import json, resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-from megatron_grit.data.loader import GritDataLoader
+from megatron_grit.data.rows.loader import GritDataLoader
 from tests.unit.data.indexed_files import TOKENIZER, run_config
 config = run_config(Path(sys.argv[1]), generative=json.loads(sys.argv[2]), training={"generative_batch_size": 500})
 loader = GritDataLoader(config, TOKENIZER)
@@ -84,7 +84,8 @@ def test_a_thousand_sources_with_64_descriptors(thousand: list[str], tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True, cwd=repository)
     assert done.stdout.strip() == str(NUM_SOURCES), done.stderr[-1000:]
     unbounded = LOADER.replace(
-        "loader =", "import megatron_grit.data.sources as s; s.OpenFiles.__init__.__defaults__ = (10**6,)\nloader ="
+        "loader =",
+        "from megatron_grit.data.order import sources as s; s.OpenFiles.__init__.__defaults__ = (10**6,)\nloader =",
     )
     broken = subprocess.run(
         [sys.executable, "-c", unbounded, *command[3:]], capture_output=True, text=True, cwd=repository

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data.records import parse_record
-from megatron_grit.data.roles import Role, RowKind, check_grammar
-from megatron_grit.data.templates import (
+from megatron_grit.data.indexed.roles import Role, RowKind, check_grammar
+from megatron_grit.data.text.records import parse_record
+from megatron_grit.data.text.templates import (
     embedding_prefix,
     encode_chat,
     encode_embedding,
@@ -22,7 +22,7 @@ from megatron_grit.data.templates import (
     encode_text,
     render,
 )
-from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import DataError
 from tests.unit.data.samples import byte_level_json
 

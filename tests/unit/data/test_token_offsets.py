@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data.token_offsets import PieceWidths
-from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_grit.data.text.token_offsets import PieceWidths
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from tests.unit.data.json_tokenizers import chat_json
 from tests.unit.data.samples import TEXT, byte_level_json
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megatron_grit.errors import ConfigError, DataError
 from tests.unit.data.samples import byte_level_json
 

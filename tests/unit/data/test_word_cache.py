@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_grit.data import word_cache
-from megatron_grit.data.tokenizer import JsonTokenizer, load_tokenizer
-from megatron_grit.data.word_cache import cuts_at_spaces
+from megatron_grit.data.text import word_cache
+from megatron_grit.data.text.tokenizer import JsonTokenizer, load_tokenizer
+from megatron_grit.data.text.word_cache import cuts_at_spaces
 from tests.unit.data.samples import sentence
 
 GPT2, LLAMA3, QWEN = "GPT-2", "Llama 3", "Qwen"
@@ -91,7 +91,7 @@ def test_runs_of_white_space_stay_together(tokenizers_by_name, name, space):
 
 
 def test_text_that_holds_the_separator(tokenizers_by_name):
-    from megatron_grit.data.tokenizer import _SEPARATOR
+    from megatron_grit.data.text.tokenizer import _SEPARATOR
 
     texts = ["one two", f"one {_SEPARATOR} two", f"{_SEPARATOR}", f"x {_SEPARATOR}{_SEPARATOR}y z"]
     for tokenizer in tokenizers_by_name.values():

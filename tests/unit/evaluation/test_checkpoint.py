@@ -10,8 +10,8 @@ import pytest
 
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.evaluation.checkpoint import evaluate_checkpoint, format_figures
-from megatron_grit.files import write_json
 from megatron_grit.inference.model import GritModel
+from megatron_grit.store.files import write_json
 
 
 class KnownModel:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.inference.generate import choose_tokens, continuation_row, generate_tokens
-from megatron_grit.models.gpt import GritGPTModel, Output, build_model
+from megatron_grit.models.decoder import GritGPTModel, Output, build_model
 from megatron_grit.parallel.launch import parallel_job
 from tests.rows import VOCAB, tiny_config
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.loader import GritDataLoader
-from megatron_grit.data.tokenizer import load_tokenizer
+from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import CheckpointError, DataError
 from megatron_grit.inference.model import GritModel, prompt_turns
-from megatron_grit.models.gpt import Output
+from megatron_grit.models.decoder import Output
 from megatron_grit.training.trainer import train
 from tests.corpus import sentences, tiny_run
 

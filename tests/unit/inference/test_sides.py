@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.loader import GritDataLoader
-from megatron_grit.data.tokenizer import load_tokenizer
+from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import DataError
 from megatron_grit.evaluation.checkpoint import evaluate_checkpoint
 from megatron_grit.inference.model import GritModel
 from megatron_grit.inference.text_files import encode_file
-from megatron_grit.models.gpt import Output
+from megatron_grit.models.decoder import Output
 from megatron_grit.training.trainer import train
 from tests.corpus import sentences, tiny_run
 
@@ -116,7 +116,7 @@ def test_markers_count_towards_max_length(config: RunConfig) -> None:
 
 
 def test_files_evaluation_and_server_pass_the_side_on(config: RunConfig, tmp_path: Path) -> None:
-    from megatron_grit.inference.server import Service
+    from megatron_grit.serving.server import Service
 
     (tmp_path / "texts.txt").write_text("one text\nanother text\n")
     given = (config.output_dir, str(tmp_path / "texts.txt"), tmp_path / "out.npy")

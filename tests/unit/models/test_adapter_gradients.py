@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.models.gpt import GritGPTModel, build_model
+from megatron_grit.models.decoder import GritGPTModel, build_model
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState, replay
 from megatron_grit.training.optimizer import build_optimizer, build_schedule, set_learning_rate, wrap_model

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_grit.config.adapter_checks import adapter_targets
+from megatron_grit.config.checks.adapter import adapter_targets
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
 from megatron_grit.models.adapters import PartLayout, adapted_linears, count_trainable, global_name
-from megatron_grit.models.gpt import GritGPTModel, Output, build_model
+from megatron_grit.models.decoder import GritGPTModel, Output, build_model
 from megatron_grit.parallel.context import ParallelContext
 from tests.rows import VOCAB, make_batch, tiny_config
 

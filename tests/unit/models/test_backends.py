@@ -11,10 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_grit import compat
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.errors import ConfigError
 from megatron_grit.models.attention import select_backend
-from megatron_grit.models.gpt import Output, build_model
+from megatron_grit.models.decoder import Output, build_model
 from megatron_grit.models.layer_specs import transformer_config
 from megatron_grit.parallel.context import ParallelContext
 from tests.rows import VOCAB, make_row, tiny_config

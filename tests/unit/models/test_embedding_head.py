@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_grit.config.checks import find_problems
+from megatron_grit.config.checks.run import find_problems
 from megatron_grit.config.embedding_shape import head_widths, num_head_parameters
-from megatron_grit.config.parameters import count_parameters
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.batch import PackedRow
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.models.decoder import GritGPTModel, Output, build_model
 from megatron_grit.models.embedding_head import apply_head, build_head
-from megatron_grit.models.gpt import GritGPTModel, Output, build_model
 from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.planning.parameters import count_parameters
 from megatron_grit.training.checkpoint import load_weights, save_weights
 from tests.rows import VOCAB, make_row, tiny_config
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_grit.data.batch import PackedRow
-from megatron_grit.data.roles import RowKind
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.models import attention
 from megatron_grit.models.attention import AttentionMode, PackedSegments
-from megatron_grit.models.gpt import GritGPTModel, Output, build_model
+from megatron_grit.models.decoder import GritGPTModel, Output, build_model
 from megatron_grit.parallel.context import ParallelContext
 from tests.rows import VOCAB, make_row, tiny_config
 

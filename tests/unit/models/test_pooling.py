@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_grit.data.roles import RowKind
-from megatron_grit.models.gpt import Output, build_model
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.models.decoder import Output, build_model
 from megatron_grit.models.pooling import METHODS, pool
 from megatron_grit.parallel.context import ParallelContext
 from tests.rows import VOCAB, make_row, tiny_config

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_grit.config.retro_db import RetroDbConfig
-from megatron_grit.data.indexed_writer import IndexedWriter
-from megatron_grit.data.retro_project import Project
-from megatron_grit.data.roles import Role, RowKind
-from megatron_grit.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from megatron_grit.retrieval.chunk import build_chunks
-from megatron_grit.retrieval.index import add_to_index, train_index
-from megatron_grit.retrieval.query import query_neighbors
-from megatron_grit.retrieval.versions import record_version
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.config.database.schema import RetroDbConfig
+from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.indexed.roles import Role, RowKind
+from megatron_grit.data.indexed.writer import IndexedWriter
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megatron_grit.retrieval.stages.chunk import build_chunks
+from megatron_grit.retrieval.stages.index import add_to_index, train_index
+from megatron_grit.retrieval.stages.query import query_neighbors
+from megatron_grit.retrieval.stages.versions import record_version
+from megatron_grit.retrieval.stages.work import Worker
 from tests.corpus import sentences
 
 CHUNK = 8

@@ -7,8 +7,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from megatron_grit.retrieval import buckets
-from megatron_grit.retrieval.buckets import FOUND_AT_THRESHOLD, Bands, Entries, band_keys, choose_bands, find_pairs
+from megatron_grit.retrieval.dedup import buckets
+from megatron_grit.retrieval.dedup.buckets import (
+    FOUND_AT_THRESHOLD,
+    Bands,
+    Entries,
+    band_keys,
+    choose_bands,
+    find_pairs,
+)
 
 
 def plain_pairs(keys: np.ndarray, table: np.ndarray, threshold: float, first_new: int, most: int) -> list[list[int]]:

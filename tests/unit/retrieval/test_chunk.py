@@ -11,12 +11,12 @@ import h5py
 import numpy as np
 import pytest
 
-from megatron_grit.data.chunk_db import ChunkDb
-from megatron_grit.data.retro_project import Project
+from megatron_grit.data.chunks.chunk_db import ChunkDb
+from megatron_grit.data.chunks.project import Project
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.retrieval import duplicates
-from megatron_grit.retrieval.chunk import COUNTS, build_chunks, is_validation
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.retrieval.dedup import duplicates
+from megatron_grit.retrieval.stages.chunk import COUNTS, build_chunks, is_validation
+from megatron_grit.retrieval.stages.work import Worker
 from tests.unit.retrieval.databases import CHUNK, make_project, make_texts, tokenizer_of, write_documents
 from tests.unit.retrieval.workers import run_together
 
@@ -95,7 +95,9 @@ def test_a_merge_that_was_killed_finds_nothing_twice(tmp_path: Path, monkeypatch
     project = project_of(tmp_path / "b", texts, texts[:7], **settings)
     folder = project.folder / "db" / "duplicates"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("megatron_grit.retrieval.chunk.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "megatron_grit.retrieval.stages.chunk.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         build_chunks(project, Worker())
     assert any(folder.rglob("*.hdf5"))
     with monkeypatch.context() as patch:

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.errors import ConfigError, DataError, NumericsError
-from megatron_grit.retrieval.embed import finite, in_teams, load_embedder
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.retrieval.stages.embed import finite, in_teams, load_embedder
+from megatron_grit.retrieval.stages.work import Worker
 
 pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -87,7 +87,7 @@ def test_vectors_depend_neither_on_batches_nor_on_order(bert, monkeypatch):
         embedder.batch_tokens = batch_tokens
         same(embedder.embed(TEXTS))
         same(embedder.embed(TEXTS[::-1])[::-1])
-    monkeypatch.setattr("megatron_grit.retrieval.encoder._WINDOW", 7)  # 40 texts are six windows
+    monkeypatch.setattr("megatron_grit.retrieval.encoders.encoder._WINDOW", 7)  # 40 texts are six windows
     same(embedder.embed(TEXTS))
     assert embedder.embed([]).shape == (0, embedder.dim)
 
@@ -187,7 +187,7 @@ def test_bf16_is_near_fp32_and_another_embedder(bert):
 
 
 def test_onednn_is_used_where_torch_has_it_and_changes_nothing(bert, monkeypatch):
-    from megatron_grit.retrieval import encoder
+    from megatron_grit.retrieval.encoders import encoder
 
     fast = load_embedder(str(bert))
     kinds = {type(module) for module in fast._model.modules()}
@@ -198,7 +198,7 @@ def test_onednn_is_used_where_torch_has_it_and_changes_nothing(bert, monkeypatch
 
 
 def test_without_onednn_the_model_is_left_as_it_is(monkeypatch):
-    from megatron_grit.retrieval import encoder
+    from megatron_grit.retrieval.encoders import encoder
 
     def forward(self, inputs):
         raise RuntimeError("no such operator")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.retrieval.faiss_index import VectorIndex, exact_search, new_index
-from megatron_grit.retrieval.index_factory import choose_factory, lists_of, num_training_vectors
-from megatron_grit.retrieval.index_manifest import IndexManifest, is_whole, read_manifest
-from megatron_grit.retrieval.index_search import ShardedIndex, merge_nearest
+from megatron_grit.retrieval.index.factory import choose_factory, lists_of, num_training_vectors
+from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search, new_index
+from megatron_grit.retrieval.index.manifest import IndexManifest, is_whole, read_manifest
+from megatron_grit.retrieval.index.search import ShardedIndex, merge_nearest
 
 DIM = 16
 

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_grit.config.retro_db import RetroDbConfig, config_problems
+from megatron_grit.config.database.schema import RetroDbConfig, config_problems
 from megatron_grit.config.schema import ParallelConfig, RunConfig
 from megatron_grit.errors import ConfigError, MeshError
 from megatron_grit.inference.model import GritModel
 from megatron_grit.inference.team import Team
-from megatron_grit.retrieval.embed import MESH, GritEmbedder, in_teams, load_embedder
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.retrieval.stages.embed import MESH, GritEmbedder, in_teams, load_embedder
+from megatron_grit.retrieval.stages.work import Worker
 from megatron_grit.training.trainer import train
 from tests.corpus import sentences, tiny_run
 
@@ -36,7 +36,7 @@ def grit(monkeypatch, tmp_path) -> SimpleNamespace:
 
 
 def test_our_models_get_the_instruction_with_queries_alone(grit, monkeypatch):
-    monkeypatch.setattr("megatron_grit.retrieval.embed._WINDOW", 2)
+    monkeypatch.setattr("megatron_grit.retrieval.stages.embed._WINDOW", 2)
     embedder = GritEmbedder(grit, grit.folder, 99, 128, "find")
     assert embedder.dim == 2 and not embedder.sides_alike
     assert embedder.embed(["a", "bb", "ccc"]).tolist() == [[1, 0], [2, 0], [3, 0]]

@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_grit.config.retro_db import RetroDbConfig
-from megatron_grit.data.block_files import read_arrays
-from megatron_grit.data.chunk_db import ChunkDb
-from megatron_grit.data.retro_project import Project
+from megatron_grit.config.database.schema import RetroDbConfig
+from megatron_grit.data.chunks.chunk_db import ChunkDb
+from megatron_grit.data.chunks.project import Project
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.retrieval.chunk import build_chunks
-from megatron_grit.retrieval.faiss_index import VectorIndex, exact_search
-from megatron_grit.retrieval.index import IndexFiles, add_to_index, read_search, train_index
-from megatron_grit.retrieval.index_factory import choose_factory, num_training_vectors
-from megatron_grit.retrieval.index_manifest import read_manifest
-from megatron_grit.retrieval.index_search import ShardedIndex
-from megatron_grit.retrieval.recall import RECALL_AT, choose_search, fewest, recall_of, without_own
-from megatron_grit.retrieval.recall_queries import NUM_QUERIES, query_ids
-from megatron_grit.retrieval.vectors import embed_chunks, find_chunks, open_vectors
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.retrieval.index.factory import choose_factory, num_training_vectors
+from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search
+from megatron_grit.retrieval.index.manifest import read_manifest
+from megatron_grit.retrieval.index.recall import RECALL_AT, choose_search, fewest, recall_of, without_own
+from megatron_grit.retrieval.index.recall_queries import NUM_QUERIES, query_ids
+from megatron_grit.retrieval.index.search import ShardedIndex
+from megatron_grit.retrieval.stages.chunk import build_chunks
+from megatron_grit.retrieval.stages.index import IndexFiles, add_to_index, read_search, train_index
+from megatron_grit.retrieval.stages.vectors import embed_chunks, find_chunks, open_vectors
+from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.store.blocks import read_arrays
 from tests.unit.retrieval.databases import (
     WordEmbedder,
     another,

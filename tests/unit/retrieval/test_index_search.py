@@ -17,20 +17,20 @@ from hypothesis import strategies as st
 
 faiss = pytest.importorskip("faiss")
 
-from megatron_grit.config.retro_db import RetroDbConfig, config_problems  # noqa: E402
-from megatron_grit.data.db_versions import read_version  # noqa: E402
-from megatron_grit.data.retro_project import Project  # noqa: E402
+from megatron_grit.config.database.schema import RetroDbConfig, config_problems  # noqa: E402
+from megatron_grit.data.chunks.project import Project  # noqa: E402
+from megatron_grit.data.chunks.versions import read_version  # noqa: E402
 from megatron_grit.errors import ConfigError, DataError  # noqa: E402
-from megatron_grit.retrieval import faiss_index  # noqa: E402
-from megatron_grit.retrieval.faiss_index import VectorIndex, exact_search, gpus_of_process  # noqa: E402
-from megatron_grit.retrieval.index_search import (  # noqa: E402
+from megatron_grit.retrieval.index import faiss_index  # noqa: E402
+from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search, gpus_of_process  # noqa: E402
+from megatron_grit.retrieval.index.search import (  # noqa: E402
     ShardedIndex,
     dealt_out,
     merge_nearest,
 )
-from megatron_grit.retrieval.query import find_allowed, index_to_search, query_neighbors  # noqa: E402
-from megatron_grit.retrieval.versions import open_index  # noqa: E402
-from megatron_grit.retrieval.work import Worker  # noqa: E402
+from megatron_grit.retrieval.stages.query import find_allowed, index_to_search, query_neighbors  # noqa: E402
+from megatron_grit.retrieval.stages.versions import open_index  # noqa: E402
+from megatron_grit.retrieval.stages.work import Worker  # noqa: E402
 from tests.unit.retrieval.databases import (  # noqa: E402
     WordEmbedder,
     another,

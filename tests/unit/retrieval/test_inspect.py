@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from megatron_grit.config.retro_db import save_project_config
-from megatron_grit.data.chunk_db import ChunkDb
-from megatron_grit.data.db_versions import VersionedDb, read_version
-from megatron_grit.data.neighbor_table import NeighborTable
-from megatron_grit.data.retro_project import Project
+from megatron_grit.config.database.schema import save_project_config
+from megatron_grit.data.chunks.chunk_db import ChunkDb
+from megatron_grit.data.chunks.neighbor_table import NeighborTable
+from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.chunks.versions import VersionedDb, read_version
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.retrieval import inspect
-from megatron_grit.retrieval.chunk import build_chunks
-from megatron_grit.retrieval.inspect import inspect_database, report_lines
-from megatron_grit.retrieval.query import query_neighbors, tables_of
-from megatron_grit.retrieval.versions import add_documents, remove_documents
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.retrieval.stages import inspect
+from megatron_grit.retrieval.stages.chunk import build_chunks
+from megatron_grit.retrieval.stages.inspect import inspect_database, report_lines
+from megatron_grit.retrieval.stages.query import query_neighbors, tables_of
+from megatron_grit.retrieval.stages.versions import add_documents, remove_documents
+from megatron_grit.retrieval.stages.work import Worker
 from tests.unit.retrieval.databases import (
     CHUNK,
     WordEmbedder,

@@ -17,17 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_grit.config.retro_db import save_project_config
-from megatron_grit.data.chunk_db import ChunkDb
-from megatron_grit.data.records import parse_record
-from megatron_grit.data.retro_project import Project
+from megatron_grit.config.database.schema import save_project_config
+from megatron_grit.data.chunks.chunk_db import ChunkDb
+from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.text.records import parse_record
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.retrieval import mine, mine_corpus
-from megatron_grit.retrieval.cross_encoder import load_scorer
-from megatron_grit.retrieval.mine import mine_negatives
-from megatron_grit.retrieval.mine_options import MineOptions
-from megatron_grit.retrieval.versions import remove_documents
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.retrieval.mining import corpus as mine_corpus
+from megatron_grit.retrieval.mining import mine
+from megatron_grit.retrieval.mining.cross_encoder import load_scorer
+from megatron_grit.retrieval.mining.mine import mine_negatives
+from megatron_grit.retrieval.mining.options import MineOptions
+from megatron_grit.retrieval.stages.versions import remove_documents
+from megatron_grit.retrieval.stages.work import Worker
 from tests.corpus import sentences, write_jsonl
 from tests.unit.retrieval.databases import WordEmbedder, build, make_project, tokenizer_of, write_documents
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from megatron_grit.config.retro_db import load_project_config
-from megatron_grit.data.chunk_db import ChunkDb
-from megatron_grit.data.db_versions import VersionedDb, check_stored, read_version, version_numbers
-from megatron_grit.data.retro_project import Project
+from megatron_grit.config.database.schema import load_project_config
+from megatron_grit.data.chunks.chunk_db import ChunkDb
+from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.chunks.versions import VersionedDb, check_stored, read_version, version_numbers
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.retrieval import stages, versions
-from megatron_grit.retrieval.stages import run_tasks
+from megatron_grit.retrieval.stages import run as stages
+from megatron_grit.retrieval.stages import versions
+from megatron_grit.retrieval.stages.run import run_tasks
 from tests.unit.retrieval.databases import WordEmbedder, make_texts, tokenizer_of, write_documents
 
 TEXTS = make_texts(25)
@@ -86,7 +87,7 @@ def test_appended_documents_never_change_a_version(
 
 @pytest.mark.parametrize("without_json", [True, False])
 def test_another_tokenizer_in_the_same_place(project: Path, given: dict[str, Any], without_json: bool) -> None:
-    from megatron_grit.data.tokenizer import train_sentencepiece
+    from megatron_grit.data.text.tokenizer import train_sentencepiece
 
     path = Path(given["data_paths"][0] + ".json")
     if without_json:  # then nothing tells what the documents were made with

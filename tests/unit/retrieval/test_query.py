@@ -13,20 +13,20 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from megatron_grit.data.db_versions import VersionedDb, read_version
-from megatron_grit.data.neighbor_table import NeighborTable, read_table_manifest
-from megatron_grit.data.retro_project import Project
+from megatron_grit.data.chunks.neighbor_table import NeighborTable, read_table_manifest
+from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.chunks.versions import VersionedDb, read_version
 from megatron_grit.errors import DataError
-from megatron_grit.retrieval.faiss_index import VectorIndex
-from megatron_grit.retrieval.index import open_vectors
-from megatron_grit.retrieval.index_search import ShardedIndex
-from megatron_grit.retrieval.overlap import Runs, shared_runs
-from megatron_grit.retrieval.query import Searcher, find_allowed, query_neighbors, tables_of
-from megatron_grit.retrieval.recall_queries import RecallQueries
-from megatron_grit.retrieval.validate import validate_stage
-from megatron_grit.retrieval.vectors import embed_chunks
-from megatron_grit.retrieval.versions import open_index, remove_documents
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.retrieval.index.faiss_index import VectorIndex
+from megatron_grit.retrieval.index.recall_queries import RecallQueries
+from megatron_grit.retrieval.index.search import ShardedIndex
+from megatron_grit.retrieval.stages.index import open_vectors
+from megatron_grit.retrieval.stages.overlap import Runs, shared_runs
+from megatron_grit.retrieval.stages.query import Searcher, find_allowed, query_neighbors, tables_of
+from megatron_grit.retrieval.stages.validate import validate_stage
+from megatron_grit.retrieval.stages.vectors import embed_chunks
+from megatron_grit.retrieval.stages.versions import open_index, remove_documents
+from megatron_grit.retrieval.stages.work import Worker
 from tests.unit.retrieval.databases import (
     CHUNK,
     WordEmbedder,

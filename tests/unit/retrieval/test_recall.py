@@ -12,13 +12,11 @@ import pytest
 
 pytest.importorskip("faiss")
 
-from megatron_grit.config.retro_db import RetroDbConfig  # noqa: E402
-from megatron_grit.data.retro_project import Project  # noqa: E402
+from megatron_grit.config.database.schema import RetroDbConfig  # noqa: E402
+from megatron_grit.data.chunks.project import Project  # noqa: E402
 from megatron_grit.errors import DataError  # noqa: E402
-from megatron_grit.retrieval.faiss_index import VectorIndex, exact_search  # noqa: E402
-from megatron_grit.retrieval.index import add_to_index, read_search  # noqa: E402
-from megatron_grit.retrieval.index_search import ShardedIndex  # noqa: E402
-from megatron_grit.retrieval.recall import (  # noqa: E402
+from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search  # noqa: E402
+from megatron_grit.retrieval.index.recall import (  # noqa: E402
     RECALL_AT,
     SearchSettings,
     choose_nprobe,
@@ -26,7 +24,9 @@ from megatron_grit.retrieval.recall import (  # noqa: E402
     recall_of,
     without_own,
 )
-from megatron_grit.retrieval.work import Worker  # noqa: E402
+from megatron_grit.retrieval.index.search import ShardedIndex  # noqa: E402
+from megatron_grit.retrieval.stages.index import add_to_index, read_search  # noqa: E402
+from megatron_grit.retrieval.stages.work import Worker  # noqa: E402
 from tests.unit.retrieval.databases import (  # noqa: E402
     WordEmbedder,
     another,

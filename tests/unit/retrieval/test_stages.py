@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from megatron_grit.config.retro_arguments import parse_retro_arguments
-from megatron_grit.config.retro_db import RetroDbConfig, config_problems, load_project_config
-from megatron_grit.config.retro_stages import STAGES, changed_settings, expand_tasks, with_following
-from megatron_grit.data.block_files import read_arrays, write_arrays
+from megatron_grit.config.database.arguments import parse_retro_arguments
+from megatron_grit.config.database.schema import RetroDbConfig, config_problems, load_project_config
+from megatron_grit.config.database.stages import STAGES, changed_settings, expand_tasks, with_following
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.retrieval import stages
-from megatron_grit.retrieval.stages import run_tasks
+from megatron_grit.retrieval.stages import run as stages
+from megatron_grit.retrieval.stages.run import run_tasks
+from megatron_grit.store.blocks import read_arrays, write_arrays
 from tests.unit.retrieval.databases import WordEmbedder, make_texts, tokenizer_of, write_documents
 
 
@@ -192,7 +192,7 @@ def test_a_changed_corpus_is_refused(project: Path, given: dict[str, Any]) -> No
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, given: dict[str, Any]) -> None:
-    from megatron_grit.data.tokenizer import train_sentencepiece
+    from megatron_grit.data.text.tokenizer import train_sentencepiece
 
     train_sentencepiece(make_texts(50, seed=8), tmp_path / "other", 380)
     with pytest.raises(DataError, match="made with another tokenizer"):

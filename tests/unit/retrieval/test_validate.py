@@ -8,17 +8,17 @@ import h5py
 import numpy as np
 import pytest
 
-from megatron_grit.config.retro_stages import CHANGES, STAGES
-from megatron_grit.data.chunk_db import ChunkDb
-from megatron_grit.data.db_versions import read_version
-from megatron_grit.data.retro_project import Project
+from megatron_grit.config.database.stages import CHANGES, STAGES
+from megatron_grit.data.chunks.chunk_db import ChunkDb
+from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.chunks.versions import read_version
 from megatron_grit.errors import DataError
-from megatron_grit.retrieval.chunk import build_chunks
-from megatron_grit.retrieval.query import query_neighbors
-from megatron_grit.retrieval.validate import validate_stage
-from megatron_grit.retrieval.vectors import embed_chunks, open_vectors
-from megatron_grit.retrieval.versions import add_documents, remove_documents
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.retrieval.stages.chunk import build_chunks
+from megatron_grit.retrieval.stages.query import query_neighbors
+from megatron_grit.retrieval.stages.validate import validate_stage
+from megatron_grit.retrieval.stages.vectors import embed_chunks, open_vectors
+from megatron_grit.retrieval.stages.versions import add_documents, remove_documents
+from megatron_grit.retrieval.stages.work import Worker
 from tests.unit.retrieval.databases import (
     WordEmbedder,
     another,

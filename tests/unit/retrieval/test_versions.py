@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_grit.data.db_versions import (
+from megatron_grit.data.chunks.neighbor_table import NeighborTable
+from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.chunks.versions import (
     JoinedRows,
     VersionedDb,
     read_version,
@@ -18,12 +20,10 @@ from megatron_grit.data.db_versions import (
     source_of,
     version_numbers,
 )
-from megatron_grit.data.neighbor_table import NeighborTable
-from megatron_grit.data.retro_project import Project
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.retrieval.chunk import build_chunks, is_validation
-from megatron_grit.retrieval.query import query_neighbors, tables_of
-from megatron_grit.retrieval.versions import (
+from megatron_grit.retrieval.stages.chunk import build_chunks, is_validation
+from megatron_grit.retrieval.stages.query import query_neighbors, tables_of
+from megatron_grit.retrieval.stages.versions import (
     add_documents,
     is_grown,
     open_index,
@@ -31,7 +31,7 @@ from megatron_grit.retrieval.versions import (
     record_version,
     remove_documents,
 )
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.retrieval.stages.work import Worker
 from tests.unit.retrieval.databases import (
     WordEmbedder,
     another,
@@ -344,7 +344,7 @@ def test_adding_nothing_makes_no_version(project: Project) -> None:
 
 
 def test_an_addition_that_was_stopped_goes_on(project: Project, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_grit.retrieval import versions
+    from megatron_grit.retrieval.stages import versions
 
     paths = [*project.config.data_paths, other]
     calls: list[int] = []
@@ -375,7 +375,7 @@ def test_an_addition_that_was_given_up_is_not_part_of_the_database(
     project: Project, other: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its chunks would all be there already."""
-    from megatron_grit.retrieval import versions
+    from megatron_grit.retrieval.stages import versions
 
     paths = [*project.config.data_paths, other]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -14,12 +14,13 @@ import torch
 
 from megatron_grit.config.parse import parse_train_arguments
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data import rows as data_rows
-from megatron_grit.data.batch import PackedRow
+from megatron_grit.data.rows import row as data_rows
+from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.errors import AuditError
-from megatron_grit.models import gpt, pooling
+from megatron_grit.models import decoder as gpt
+from megatron_grit.models import pooling
 from megatron_grit.models.attention import AttentionMode, PackedAttention, PackedSegments
-from megatron_grit.models.gpt import GritGPTModel
+from megatron_grit.models.decoder import GritGPTModel
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.parallel.random import RandomState

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_grit.data import rows as data_rows
-from megatron_grit.data.batch import PackedRow, StepBatch
 from megatron_grit.data.builders.grit_builder import build_grit
-from megatron_grit.data.loader import GritDataLoader
-from megatron_grit.data.roles import Role
-from megatron_grit.data.tokenizer import load_tokenizer
+from megatron_grit.data.indexed.roles import Role
+from megatron_grit.data.rows import row as data_rows
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
+from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.training.audit.batches import BatchAudit
 from tests.corpus import sentences, tiny_run, write_jsonl
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.models.gpt import build_model
+from megatron_grit.models.decoder import build_model
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.training.optimizer import (
     build_optimizer,

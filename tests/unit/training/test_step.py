@@ -9,7 +9,7 @@ import torch
 
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError, NumericsError
-from megatron_grit.models.gpt import build_model
+from megatron_grit.models.decoder import build_model
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.training.optimizer import build_optimizer, wrap_model
 from megatron_grit.training.step import TrainStep, rows_in_turn

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_grit.data.builders.allnli import convert_allnli
 from megatron_grit.data.builders.grit_builder import build_grit
+from megatron_grit.data.builders.sources.allnli import convert_allnli
 from megatron_grit.errors import DataError
 from tests.corpus import sentences
 
@@ -80,7 +80,7 @@ def test_bad_input(name: str, text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_the_records_can_be_built(tmp_path: Path) -> None:
-    from megatron_grit.data.tokenizer import train_sentencepiece
+    from megatron_grit.data.text.tokenizer import train_sentencepiece
 
     pairs = sentences(40)
     tokenizer = train_sentencepiece([text for pair in pairs for text in pair], tmp_path / "t", 400)

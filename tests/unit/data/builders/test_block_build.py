@@ -17,7 +17,7 @@ import pytest
 from megatron_grit.data.builders.block_join import find_duplicates
 from megatron_grit.data.builders.build_folder import PLACE_DTYPE, folder_lock
 from megatron_grit.data.builders.work_pool import map_ordered
-from megatron_grit.data.indexed import IndexedFile
+from megatron_grit.data.indexed.reader import IndexedFile
 from megatron_grit.errors import ConfigError, DataError
 from tests.unit.data.line_encoder import FACTS, build_lines, contents
 
@@ -404,7 +404,7 @@ def test_facts_can_depend_on_the_counters(tmp_path):
     from functools import partial
 
     from megatron_grit.data.builders.block_build import OutputSpec, build_blocks
-    from megatron_grit.data.indexed import read_meta
+    from megatron_grit.data.indexed.reader import read_meta
     from tests.unit.data.line_encoder import LineEncoder
 
     path = tmp_path / "a.txt"

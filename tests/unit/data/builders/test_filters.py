@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_grit.data.builders.filters import HeldOut, contents, fingerprint, words
-from megatron_grit.data.records import parse_record
+from megatron_grit.data.text.records import parse_record
 from megatron_grit.errors import ConfigError, DataError
 
 LONG = "the quick brown fox jumps over a lazy dog while seven old bakers count their loaves"

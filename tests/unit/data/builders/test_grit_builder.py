@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from megatron_grit.data.builders.grit_builder import BuildReport, Limits, build_grit, read_texts
-from megatron_grit.data.indexed import IndexedRecords
-from megatron_grit.data.roles import Role
-from megatron_grit.data.templates import encode_chat, encode_embedding
-from megatron_grit.data.tokenizer import Tokenizer
+from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.roles import Role
+from megatron_grit.data.text.templates import encode_chat, encode_embedding
+from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError
 from tests.unit.data.samples import chat_record, embedding_record, sentence
 
@@ -209,7 +209,7 @@ def test_texts_for_a_tokenizer(write_jsonl) -> None:
 @pytest.fixture
 def tool(repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs a tool of tools/preprocess in this process: status, standard output, standard error."""
-    monkeypatch.setattr("megatron_grit.parallel.logs.configure_logging", lambda: None)
+    monkeypatch.setattr("megatron_grit.store.logs.configure_logging", lambda: None)
 
     def run(name: str, *arguments: object) -> tuple[int, str, str]:
         path = repository / "tools" / "preprocess" / name

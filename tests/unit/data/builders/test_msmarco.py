@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_grit.data.builders.msmarco import KeyedLines, convert_msmarco
+from megatron_grit.data.builders.sources.msmarco import KeyedLines, convert_msmarco
 from megatron_grit.errors import ConfigError, DataError
 
 SYSTEMS = ("bm25", "dense", "other")

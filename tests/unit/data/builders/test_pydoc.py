@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_grit.data.builders import pydoc
-from megatron_grit.data.builders.pydoc import DocEntry, build_corpus, clean_docstring, is_held_out, module_group
+from megatron_grit.data.builders.sources import pydoc
+from megatron_grit.data.builders.sources.pydoc import DocEntry, build_corpus, clean_docstring, is_held_out, module_group
 from megatron_grit.errors import DataError
 
 HELD_OUT = next(name for name in (f"module{i}" for i in range(1000)) if is_held_out(name))
@@ -76,7 +76,7 @@ def test_same_files_under_another_hash_seed(tmp_path: Path) -> None:
     for name in ("json", "logging", "threading.py", "argparse.py"):
         source = Path(sysconfig.get_paths()["stdlib"]) / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, library / name)
-    code = "import sys; from pathlib import Path; from megatron_grit.data.builders.pydoc import write_corpus; "
+    code = "import sys; from pathlib import Path; from megatron_grit.data.builders.sources.pydoc import write_corpus; "
     code += "write_corpus(Path(sys.argv[1]), stdlib=Path('library'))"
     for seed in ("1", "2"):
         environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[4])}

@@ -12,13 +12,13 @@ import pytest
 from megatron_grit.data.builders.block_encoder import EncodedBlock
 from megatron_grit.data.builders.grit_builder import BuildReport, Limits, build_grit
 from megatron_grit.data.builders.record_encoder import OUTPUT, EncoderOptions, RecordEncoder
-from megatron_grit.data.indexed import IndexedRecords
-from megatron_grit.data.indexed_writer import TokenBlock
-from megatron_grit.data.line_blocks import LineBlock
-from megatron_grit.data.records import Message
-from megatron_grit.data.roles import Role, RowKind
-from megatron_grit.data.templates import encode_chat
-from megatron_grit.data.tokenizer import Tokenizer
+from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.roles import Role, RowKind
+from megatron_grit.data.indexed.writer import TokenBlock
+from megatron_grit.data.text.line_blocks import LineBlock
+from megatron_grit.data.text.records import Message
+from megatron_grit.data.text.templates import encode_chat
+from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError
 from tests.unit.data.samples import byte_level_json, chat_record, embedding_record, generative_record, sentence
 

@@ -1,0 +1,1 @@
+"""Problems of a run that types cannot express, one file a section."""

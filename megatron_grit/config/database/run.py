@@ -1,0 +1,56 @@
+"""A run that trains on the documents of a retrieval database: what its config.json says need not be said again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_grit.config.database.schema import CONFIG_FILE, load_project_config
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.errors import ConfigError
+
+
+def resolve_retro_project(config: RunConfig, origins: Mapping[str, str], *, files: bool = True) -> RunConfig:
+    """Fill in what ``data.retro_project`` decides. A configuration without it comes back as it is.
+
+    Args:
+        config: as it was parsed.
+        origins: where keys were given ("file:line"), from ``parse_train_arguments``.
+        files: the directory must be there. Else one that is not there decides nothing.
+
+    Raises:
+        ConfigError: there is no database, or data.tokenizer was given and is another one.
+    """
+    if config.data.retro_project is None:
+        return config
+    folder = Path(config.data.retro_project)
+    project = load_project_config(folder)
+    if project is None:
+        if files:
+            raise ConfigError(
+                f"data.retro_project {folder}: holds no {CONFIG_FILE}; give the --project-dir of "
+                "tools/retro/build_db.py"
+            )
+        return config
+    data = config.data
+    tokenizer = None if project.tokenizer is None else _in_project(folder, project.tokenizer)
+    if (
+        data.tokenizer is not None
+        and tokenizer is not None
+        and Path(data.tokenizer).resolve() != Path(tokenizer).resolve()
+    ):
+        where = origins.get("data.tokenizer", "configuration")
+        raise ConfigError(
+            f"{where}: data.tokenizer {data.tokenizer} is not that of data.retro_project {folder}, {tokenizer}; "
+            "leave it out"
+        )
+    documents = [_in_project(folder, prefix, ".idx") for prefix in project.query_paths or project.data_paths]
+    data = dataclasses.replace(data, tokenizer=data.tokenizer or tokenizer, generative=data.generative or documents)
+    return dataclasses.replace(config, data=data)
+
+
+def _in_project(folder: Path, path: str, suffix: str = "") -> str:
+    """A path of config.json: below the project directory, or as it is given."""
+    own = folder / path
+    return str(own) if Path(f"{own}{suffix}").exists() else path

@@ -1,0 +1,31 @@
+"""Adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """Low-rank adapters beside frozen linear layers. Checkpoints then hold what is trained, and name the base."""
+
+    kind: Literal["none", "lora", "dora"] = "none"
+    """lora: arXiv 2106.09685. dora: with a trained length for each row of the adapted weights, arXiv 2402.09353."""
+    rank: int = 16
+    """Rank of each adapter."""
+    alpha: float = 32
+    """Adapters are multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on an adapter's input."""
+    targets: list[str] | None = None
+    """Projections with an adapter, of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, in attention,
+    feed-forward layers and experts. null: all that the model has."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    quantize: Literal["none", "nf4"] = "none"
+    """Hold the adapted layers' frozen weights in 4 bits (QLoRA, arXiv 2305.14314)."""
+    double_quantize: bool = True
+    """With quantize, hold the scales of blocks in 8 bits."""
+    load: str | None = None
+    """Adapters to start from: a checkpoint of a run with adapters, or its output_dir. null: fresh ones."""

@@ -1,0 +1,55 @@
+"""Input and packing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What is read and how it is packed."""
+
+    tokenizer: str | None = None
+    """SentencePiece .model file, tokenizer.json, or a directory that holds one."""
+    embedding: list[str] = field(default_factory=list)
+    """Indexed files with queries and passages (tools/preprocess/build_grit.py): prefixes, each a source of its own; or
+    weights and prefixes in turn, "0.7 a 0.3 b"; or a .yaml file, a list of path with weight or epochs, and cap
+    (docs/data_formats.md). A batch comes from one source. Without weights a source comes up in proportion to its size.
+    """
+    generative: list[str] = field(default_factory=list)
+    """Indexed files with texts or conversations, likewise. A batch mixes all sources."""
+    retro_project: str | None = None
+    """Directory of a retrieval database (tools/retro/build_db.py): the run trains on the documents that get neighbors
+    there, with their tokenizer. generative, where it is given, takes the place of these documents."""
+    embedding_temperature: float = 1.0
+    """An embedding source comes up in proportion to its weight ** (1 / embedding_temperature). Above 1 small sources
+    come up more often."""
+    allow_shared_texts: bool = False
+    """Let records with the same query or positive stand in one batch, as negatives of each other. false: they are kept
+    apart, and what cannot be placed is left out of that epoch."""
+    packing: Literal["step", "window"] = "step"
+    """step: the generative_batch_size sequences of a step are packed into as few, nearly equal rows as hold them.
+    window: a step has generative_rows rows of exactly tokens_per_row tokens, filled from the stream of sequences."""
+    packing_window: int = 1024
+    """Sequences that are packed together with packing window."""
+    over_long: Literal["stop", "drop", "truncate", "split"] = "stop"
+    """Generative records above tokens_per_row or max_position_embeddings: end the run, leave them out, cut off their
+    end, or split them into pieces that overlap by one token, so that each label is trained once. A piece counts as a
+    sequence; one without labels is left out."""
+    over_long_texts: Literal["stop", "truncate"] = "stop"
+    """Queries and passages above tokens_per_row or max_position_embeddings: end the run, or cut off their end."""
+    cache_dir: str | None = None
+    """Folder for what is computed once from the data: rows of packing window, shared texts of large sources. null:
+    output_dir/cache."""
+    checksum: bool = False
+    """Read every indexed file at the start and compare it with its checksums."""
+    tokens_per_row: int = 2048
+    """Token budget of one packed row, which is one micro-batch."""
+    train_group_size: int = 2
+    """Passages of a query: one positive and train_group_size - 1 negatives."""
+    num_rows_multiple: int | None = None
+    """Rows of a step are rounded up to a multiple of this. null: the data parallel size. Set it to a multiple of
+    every data parallel size in use to keep rows, and so the expert balancing loss, the same on all of them."""
+    prefetch_steps: int = 2
+    """Steps that are packed ahead of time in a background thread."""

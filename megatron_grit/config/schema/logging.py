@@ -1,0 +1,19 @@
+"""Metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """What is written about a run, besides metrics.jsonl."""
+
+    interval: int = 1
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Write TensorBoard events under output_dir/tensorboard."""
+    wandb_project: str | None = None
+    """Weights & Biases project. null: off. Needs the wandb package."""
+    progress: bool = True
+    """Progress bar on rank 0."""

@@ -1,0 +1,209 @@
+"""Hugging Face checkpoints to megatron-core weights: families, shapes, and the conversion to a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_grit.config.schema import ModelConfig, RunConfig
+from megatron_grit.config.shape import expert_width, head_channels, num_query_groups
+from megatron_grit.convert.families import gpt_neo, gpt_neox, gptj, llama, mistral, mixtral, qwen
+from megatron_grit.convert.hf_in.folder import check_weights, local_folder, open_weights, read_config_json
+from megatron_grit.convert.param_map import Family
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_grit.errors import CheckpointError
+
+FAMILIES: tuple[Family, ...] = (
+    mistral.FAMILY,
+    mixtral.FAMILY,
+    llama.FAMILY,
+    qwen.QWEN2,
+    qwen.QWEN2_MOE,
+    qwen.QWEN3,
+    qwen.QWEN3_MOE,
+    gpt_neox.FAMILY,
+    gptj.FAMILY,
+    gpt_neo.FAMILY,
+)
+
+
+def load_hf_config(path: str | Path) -> ModelConfig:
+    """The shape of a Hugging Face model.
+
+    Args:
+        path: directory with a config.json.
+
+    Raises:
+        CheckpointError: no config.json, or a model that is not supported.
+    """
+    settings = read_config_json(Path(path))
+    family = family_of_config(settings, Path(path))
+    try:
+        return family.model_config(settings)
+    except KeyError as error:
+        raise CheckpointError(f"{Path(path) / 'config.json'}: key {error.args[0]} is missing") from None
+
+
+def family_of_config(settings: dict[str, Any], path: Path) -> Family:
+    """The family that ``architectures`` in a config.json names."""
+    architectures = settings.get("architectures") or []
+    for family in FAMILIES:
+        if family.architecture in architectures:
+            return family
+    supported = ", ".join(family.architecture for family in FAMILIES)
+    raise CheckpointError(f"{path / 'config.json'}: architectures is {architectures}; supported: {supported}")
+
+
+def family_of_model(model: ModelConfig) -> Family:
+    """The family of one of our models: its ``architecture``, or the first whose config.json can say its shape.
+
+    Raises:
+        CheckpointError: none can, or not the one that it names.
+    """
+    named = [family for family in FAMILIES if model.architecture in (None, family.architecture)]
+    for family in named:
+        if describes(family, model):
+            return family
+    supported = ", ".join(family.architecture for family in FAMILIES)
+    if model.architecture is None:
+        raise CheckpointError(f"no architecture of transformers has such a shape; those known here: {supported}")
+    if not named:
+        raise CheckpointError(f"model.architecture is {model.architecture}; supported: {supported}")
+    raise CheckpointError(f"model.architecture is {model.architecture}, whose config.json cannot say the model's shape")
+
+
+def describes(family: Family, model: ModelConfig) -> bool:
+    """Whether a model's shape survives being written to a family's config.json and read again."""
+    model = replace(model, architecture=family.architecture, vocab_size=model.vocab_size or 1)
+    try:
+        read = family.model_config(family.hf_config(model))
+    except (KeyError, CheckpointError):
+        return False
+    ours, theirs = _resolved(model), _resolved(read)
+    return ours.keys() == theirs.keys() and all(same_value(value, theirs[name]) for name, value in ours.items())
+
+
+def _resolved(model: ModelConfig) -> dict[str, Any]:
+    """What counts of a shape, with nothing left to a default."""
+    shape = vars(model) | {"kv_channels": head_channels(model), "num_query_groups": num_query_groups(model)}
+    experts = {name for name in shape if name.startswith("moe_")}
+    if model.num_experts is not None:
+        shape["moe_ffn_hidden_size"] = expert_width(model)
+        experts = set()
+    return {name: value for name, value in shape.items() if name not in _NOT_IN_FILES | experts}
+
+
+_NOT_IN_FILES = {"pretrained", "vocab_multiple", "attention_backend", "moe_z_loss_coeff", "hidden_dropout", "init_std"}
+"""Fields that config.json does not hold, or that change nothing once a model is trained."""
+
+
+def same_value(ours: Any, theirs: Any) -> bool:
+    """Whether two values of a key are one, after one of them went through a file."""
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-9)
+    return bool(ours == theirs)
+
+
+def hf_state_dict_to_megatron(tensors: Mapping[str, Tensor], model_config: ModelConfig) -> dict[str, Tensor]:
+    """Whole megatron-core tensors of a Hugging Face state dict.
+
+    Args:
+        tensors: Hugging Face names to tensors; may read lazily, as a ``WeightFolder`` does.
+        model_config: the model's shape, from :func:`load_hf_config`.
+
+    Returns:
+        Names of megatron-core's GPTModel to tensors in the type of the source. The vocabulary is padded with zero
+        rows to a multiple of ``model_config.vocab_multiple``.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or of the wrong shape.
+    """
+    return dict(family_of_model(model_config).to_megatron(tensors, model_config))
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    tokenizer: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    vocab_size: int | None = None,
+) -> Path:
+    """Write a Hugging Face model as a checkpoint to start a run from (``checkpoint.load``), at any layout.
+
+    One process, on the CPU. Weights keep their precision, bf16 or fp32, and pass through memory one tensor at a time.
+    A conversion that was killed goes on with the files that it had not written yet when it is started again.
+
+    Args:
+        source: directory with config.json, weights and a tokenizer, or ``organisation/name`` on the Hugging Face hub.
+        target: directory to write ``checkpoints/step_00000000`` under.
+        tokenizer: where the tokenizer is, if not in ``source``.
+        revision: branch, tag or commit on the hub.
+        allow_pickle: where there is no safetensors file, read tensors, and nothing else, from pytorch_model*.bin.
+        vocab_size: more tokens than the model has; the rows of those that are added are the mean of the others.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        CheckpointError: the source cannot be converted, or the target has a checkpoint already.
+    """
+    folder, target = local_folder(source, revision, allow_pickle=allow_pickle), Path(target)
+    shape = load_hf_config(folder)
+    model_config = replace(shape, vocab_size=grown_vocabulary(shape, vocab_size, folder))
+    with open_weights(folder, allow_pickle=allow_pickle) as weights:
+        plan = family_of_model(shape).plan(weights, shape)
+        precision = check_weights(plan, weights)
+        # Importing the engine takes seconds; the mistakes above are told at once.
+        from megatron_grit.convert.hf_in.stream_import import write_checkpoint
+        from megatron_grit.training.checkpoint import list_checkpoints
+
+        if list_checkpoints(target):
+            raise CheckpointError(f"{target}: there are checkpoints here already; give another directory")
+        loaded_tokenizer = load_tokenizer(tokenizer or folder)
+        check_tokenizer(loaded_tokenizer, model_config)
+        config = RunConfig(output_dir=str(target), model=model_config)
+        config.data.tokenizer = str(loaded_tokenizer.path)
+        config.parallel.device = "cpu"
+        config.training.precision = precision
+        return write_checkpoint(config, plan, weights, loaded_tokenizer)
+
+
+def grown_vocabulary(shape: ModelConfig, wanted: int | None, source: str | Path) -> int:
+    """Tokens of a model to make of a Hugging Face model.
+
+    Args:
+        shape: of the Hugging Face model.
+        wanted: tokens that were asked for.
+        source: the model's directory.
+
+    Raises:
+        CheckpointError: fewer than the model has.
+    """
+    assert shape.vocab_size is not None
+    if wanted is not None and wanted < shape.vocab_size:
+        raise CheckpointError(
+            f"{source}: has {shape.vocab_size} tokens; model.vocab_size {wanted} would cut some off, and may only add"
+        )
+    return wanted or shape.vocab_size
+
+
+def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Refuse a tokenizer whose ids have no rows in the model.
+
+    Raises:
+        CheckpointError: names the tokenizer and says what to do.
+    """
+    assert model.vocab_size is not None
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"{tokenizer.path}: has {tokenizer.vocab_size} tokens, the model {model.vocab_size}; give the model's own "
+            f"tokenizer, or add rows for the new tokens with model.pretrained and model.vocab_size "
+            f"{tokenizer.vocab_size}"
+        )

@@ -1,0 +1,241 @@
+"""Training that starts from a Hugging Face directory (``model.pretrained``): its shape, its tokenizer, its weights.
+
+Each rank reads the parts of the tensors that it holds and nothing else, so that what a rank reads of the weights is
+about 1 / (tensor x pipeline x expert parallel size) of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_grit.config.schema import ModelConfig, RunConfig
+from megatron_grit.config.shape import expert_width, head_channels, num_query_groups
+from megatron_grit.convert.hf_in.folder import WeightFolder, check_weights, local_folder, open_weights
+from megatron_grit.convert.hf_in.hf_to_megatron import (
+    check_tokenizer,
+    family_of_model,
+    grown_vocabulary,
+    load_hf_config,
+    same_value,
+)
+from megatron_grit.convert.param_map import WHOLE, Conversion, Shard
+from megatron_grit.data.text.tokenizer import load_tokenizer
+from megatron_grit.errors import CheckpointError, ConfigError
+from megatron_grit.models.decoder import GritGPTModel
+from megatron_grit.parallel.collectives import any_rank
+from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.store.files import replacing
+from megatron_grit.store.logs import get_logger
+from megatron_grit.training.checkpoint import NEW_MODULES, list_checkpoints, read_config, tokenizer_path
+from megatron_grit.training.trainer import InitialWeights
+
+log = get_logger(__name__)
+
+NOT_OF_THE_CHECKPOINT = {
+    "pretrained",
+    "architecture",
+    "vocab_multiple",
+    "attention_backend",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "hidden_dropout",
+    "attention_dropout",
+    "init_std",
+}
+"""Keys of the model section that say how to train it and may be given whatever config.json says."""
+_DERIVED = {
+    "kv_channels": head_channels,
+    "num_query_groups": num_query_groups,
+    "moe_ffn_hidden_size": expert_width,
+}
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+
+
+def resolve_pretrained(config: RunConfig, origins: Mapping[str, str], *, files: bool = True) -> RunConfig:
+    """Fill in what ``model.pretrained`` decides. A configuration without it comes back as it is.
+
+    A run that has a checkpoint to go on from needs the directory no more: where it is gone, shape and tokenizer are
+    the checkpoint's.
+
+    Args:
+        config: as it was parsed.
+        origins: where keys were given ("file:line"), from ``parse_train_arguments``.
+        files: also compare the weights' names, types and shapes with config.json, and the tokenizer with the model.
+
+    Raises:
+        ConfigError: a key was given another value than config.json has; names both, and where it was given.
+        CheckpointError: the directory cannot be used; names the file and tensor.
+    """
+    given = config.model.pretrained
+    if given is None:
+        return config
+    if config.checkpoint.load is not None:
+        raise ConfigError(f"model.pretrained {given} and checkpoint.load {config.checkpoint.load}: give one of them")
+    checkpoints = list_checkpoints(config.output_dir) if config.checkpoint.resume else []
+    try:
+        folder = _folder(given, weights=files and not checkpoints)
+        shape = load_hf_config(folder)
+        tokenizer: Path | None = folder
+    except CheckpointError:
+        if not checkpoints:
+            raise
+        shape, folder = read_config(checkpoints[-1]).model, Path(given)
+        tokenizer = _keep_tokenizer(checkpoints[-1], config.output_dir) if files else tokenizer_path(checkpoints[-1])
+    model = _merge(shape, config.model, origins, given)
+    data = config.data
+    if data.tokenizer is None or (Path(data.tokenizer) == folder and not Path(data.tokenizer).exists()):
+        data = replace(data, tokenizer=None if tokenizer is None else str(tokenizer))
+    resolved = replace(config, model=model, data=data)
+    if files and data.tokenizer is not None:
+        check_tokenizer(load_tokenizer(data.tokenizer), model)
+    if files and not checkpoints:
+        with open_weights(folder) as weights:
+            check_weights(family_of_model(shape).plan(weights, shape), weights)
+    return resolved
+
+
+def pretrained_weights(config: RunConfig) -> InitialWeights | None:
+    """What fills a fresh start's weights of a configuration that :func:`resolve_pretrained` returned. None: nothing."""
+    if config.model.pretrained is None:
+        return None
+
+    def fill(chunks: Sequence[GritGPTModel], context: ParallelContext) -> None:
+        problem: CheckpointError | None = None
+        try:
+            load_pretrained(config, chunks, context)
+        except CheckpointError as error:
+            problem = error
+        if any_rank(problem is not None, context):
+            raise problem or CheckpointError(f"{config.model.pretrained}: cannot be read; another rank says why")
+
+    return fill
+
+
+def load_pretrained(config: RunConfig, chunks: Sequence[GritGPTModel], context: ParallelContext) -> int:
+    """Fill the weights of this process's chunks; an embedding head and adapters keep those that they have.
+
+    Args:
+        config: with ``model.pretrained``.
+        chunks: this process's stage, unwrapped.
+        context: this process's place in the mesh.
+
+    Returns:
+        Bytes that were read.
+
+    Raises:
+        CheckpointError: a file cannot be read; names it.
+    """
+    source = config.model.pretrained
+    assert source is not None
+    folder = _folder(source)
+    shape = load_hf_config(folder)
+    with open_weights(folder) as weights:
+        plan = family_of_model(shape).plan(weights, shape)
+        check_weights(plan, weights)
+        fill_chunks(chunks, context, config.model, plan, weights)
+        log.info(f"started from the weights of {source}; rank {context.rank} read {weights.bytes_read / 1e6:,.1f} MB")
+        return weights.bytes_read
+
+
+def fill_chunks(
+    chunks: Sequence[GritGPTModel],
+    context: ParallelContext,
+    model: ModelConfig,
+    plan: Sequence[Conversion],
+    weights: WeightFolder,
+) -> None:
+    """Fill parameters with their parts of the converted tensors, reading each part once and no other.
+
+    Args:
+        chunks: this process's stage.
+        context: this process's place in the mesh.
+        model: shape of the model, which may have more tokens than the source.
+        plan: how each tensor is made.
+        weights: the source.
+    """
+    conversions = {conversion.megatron: conversion for conversion in plan}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name.startswith(NEW_MODULES) or ".adapter." in name:
+                continue
+            conversion = conversions[_name_in_whole_model(name, chunk)]
+            made = conversion.make(weights.stored, model, _shard(name, parameter, chunk, context))
+            assert made.shape == parameter.shape, f"{name}: {list(made.shape)} for {list(parameter.shape)}"
+            with torch.no_grad():
+                parameter.copy_(made)
+
+
+def _name_in_whole_model(name: str, chunk: GritGPTModel) -> str:
+    """A parameter's name in a model on one process: layers and experts are counted anew on each rank."""
+    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"  # the last stage has a copy of the first's
+    found = _LAYER.match(name)
+    if found is None:
+        return name
+    layer = chunk.decoder.layers[int(found[1])]
+    name = f"decoder.layers.{layer.layer_number - 1}.{name[found.end() :]}"
+    return _EXPERT.sub(lambda local: f".local_experts.{layer.mlp.local_expert_indices[int(local[1])]}.", name)
+
+
+def _shard(name: str, parameter: torch.nn.Parameter, chunk: GritGPTModel, context: ParallelContext) -> Shard:
+    """The part of a tensor that a parameter holds."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return WHOLE
+    group = context.tensor_group
+    if _EXPERT.search(name):
+        group = chunk.get_submodule(name.rpartition(".")[0]).tp_group  # of experts; it may be larger or smaller
+    return Shard(parameter.partition_dim, group.rank(), group.size())  # type: ignore[attr-defined]
+
+
+def _folder(source: str, *, weights: bool = True) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    name, _, revision = source.partition("@")
+    return local_folder(name if revision else source, revision or None, weights=weights)
+
+
+def _merge(shape: ModelConfig, given: ModelConfig, origins: Mapping[str, str], source: str) -> ModelConfig:
+    """The shape of the weights, with the keys that were given where they may differ."""
+    changes: dict[str, Any] = {"pretrained": source}
+    for name in (field.name for field in fields(ModelConfig)):
+        where = origins.get(f"model.{name}")
+        if where is None:
+            continue
+        ours, theirs = getattr(given, name), getattr(shape, name)
+        if name in NOT_OF_THE_CHECKPOINT:
+            changes[name] = ours
+        elif name == "vocab_size":
+            changes[name] = grown_vocabulary(shape, ours, source)
+        elif name == "max_position_embeddings" and ours < theirs and shape.position_embedding == "rope":
+            changes[name] = ours
+        elif not same_value(_effective(replace(shape, **{name: ours}), name), _effective(shape, name)):
+            raise ConfigError(
+                f"{where}: model.{name} is {ours}, but {source} has {theirs}; leave it out, or start without "
+                "model.pretrained"
+            )
+    return replace(shape, **changes)
+
+
+def _effective(model: ModelConfig, name: str) -> Any:
+    """A key's value with nothing left to a default."""
+    return _DERIVED[name](model) if name in _DERIVED else getattr(model, name)
+
+
+def _keep_tokenizer(checkpoint: Path, output_dir: str) -> Path | None:
+    """A checkpoint's tokenizer under output_dir, since checkpoints are removed as newer ones are written."""
+    found = tokenizer_path(checkpoint)
+    if found is None:
+        return None
+    kept = Path(output_dir) / found.name
+    content = found.read_bytes()
+    if not kept.exists() or kept.read_bytes() != content:
+        with replacing(kept, "wb") as file:
+            file.write(content)
+    return kept

@@ -1,0 +1,61 @@
+"""The weights of any checkpoint: of a run with adapters, those of its base and its adapters beside them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.convert.hf_in.pretrained import load_pretrained
+from megatron_grit.errors import CheckpointError
+from megatron_grit.models.decoder import GritGPTModel
+from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.training.base_weights import base_fingerprint, check_base, prepare_base
+from megatron_grit.training.checkpoint import load_adapters, load_weights, read_state, resolve_checkpoint
+from megatron_grit.training.megatron_checkpoint import find_megatron_checkpoint
+
+
+def load_checkpoint(
+    path: Path,
+    config: RunConfig,
+    model: list[GritGPTModel],
+    context: ParallelContext,
+    base: str | Path | None = None,
+) -> None:
+    """Fill a model's weights from a checkpoint, whatever layout it was saved from. Collective over all ranks.
+
+    Args:
+        path: the checkpoint.
+        config: what the model was built of; the checkpoint's own but for layout and precision.
+        model: this process's chunks.
+        context: this process's place in the mesh.
+        base: of a run with adapters, where the model that they stand beside is now: a checkpoint or a Hugging Face
+            directory. None: where the run read it.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the base is not the one that the adapters were trained with.
+    """
+    state = read_state(path)
+    saved = state.get("base")
+    if saved is None:
+        if base is not None:
+            raise CheckpointError(f"{path}: holds a whole model and no adapters; it needs no base")
+        load_weights(path, model, context)
+        return
+    source = saved["source"] if base is None else str(base)
+    if _is_huggingface(source, saved["kind"] if base is None else None):
+        of_base = replace(config, model=replace(config.model, pretrained=source))
+        load_pretrained(of_base, model, context)
+    else:
+        if not Path(source).is_dir():
+            raise CheckpointError(
+                f"{path}: holds adapters, and their base {source} is not there; say where it is now as base"
+            )
+        load_weights(find_megatron_checkpoint(Path(source)) or resolve_checkpoint(source), model, context)
+    check_base(path, state, base_fingerprint(model, context))
+    prepare_base(model, config.adapter)
+    load_adapters(path, model, context)
+
+
+def _is_huggingface(source: str, kind: str | None) -> bool:
+    return kind == "pretrained" if kind is not None else (Path(source) / "config.json").is_file()

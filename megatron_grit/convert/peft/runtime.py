@@ -1,0 +1,141 @@
+"""PEFT adapters in a running model, at any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_grit.config.schema import AdapterConfig, ModelConfig, RunConfig
+from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model
+from megatron_grit.convert.param_map import Shard
+from megatron_grit.convert.peft.format import is_peft_folder
+from megatron_grit.convert.peft.reader import read_peft
+from megatron_grit.convert.peft.sites import WholeAdapter, resized
+from megatron_grit.errors import CheckpointError, ConfigError
+from megatron_grit.models.adapters import adapted_linears, global_name
+from megatron_grit.models.decoder import GritGPTModel
+from megatron_grit.parallel.collectives import any_rank
+from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.store.logs import get_logger
+from megatron_grit.training.trainer import InitialWeights
+
+log = get_logger(__name__)
+
+
+def peft_adapters(config: RunConfig) -> InitialWeights | None:
+    """What fills a fresh start's adapters where ``adapter.load`` is a PEFT directory. None: it is none."""
+    path = config.adapter.load
+    if path is None or not is_peft_folder(path):
+        return None
+
+    def fill(chunks: Sequence[GritGPTModel], context: ParallelContext) -> None:
+        problem: CheckpointError | ConfigError | None = None
+        try:
+            load_peft(path, config, chunks)
+        except (CheckpointError, ConfigError) as error:
+            problem = error
+        if any_rank(problem is not None, context):
+            raise problem or CheckpointError(f"{path}: cannot be read; another rank says why")
+        log.info(f"started from the adapters of {path}")
+
+    return fill
+
+
+def load_peft(path: str | Path, config: RunConfig, chunks: Sequence[GritGPTModel]) -> None:
+    """Fill the adapters of this process's chunks from a PEFT directory. Not collective.
+
+    The run's rank may be higher than the adapter's, and its alpha another: the function is the same.
+
+    Args:
+        path: the directory.
+        config: the run; its adapters must be of the same kind, and reach all that the directory has.
+        chunks: this process's stage, with adapters.
+
+    Raises:
+        CheckpointError: the directory cannot be used; names file and key.
+        ConfigError: the run's adapters cannot hold it; names the key to set.
+    """
+    adapter = read_peft(path, config.model)
+    check_fits(path, adapter.config, config)
+    if adapter.config.dropout not in (0, config.adapter.dropout):
+        log.warning(f"{path} was trained with dropout {adapter.config.dropout}, this run has {config.adapter.dropout}")
+    fill_adapters(chunks, adapter)
+    fill_trained(chunks, adapter.trained, config.model)
+
+
+def check_fits(path: str | Path, found: AdapterConfig, config: RunConfig) -> None:
+    """Refuse an adapter that the run's adapters cannot hold.
+
+    Raises:
+        ConfigError: names the key to set.
+    """
+    ours = config.adapter
+    if ours.kind != found.kind:
+        raise ConfigError(f"adapter.kind is {ours.kind} and {path} holds {found.kind}; set it to {found.kind}")
+    if ours.rank < found.rank:
+        raise ConfigError(f"adapter.rank is {ours.rank} and {path} has rank {found.rank}; set it to that or more")
+    missing = [target for target in found.targets or [] if ours.targets is not None and target not in ours.targets]
+    if missing:
+        raise ConfigError(f"adapter.targets lacks {', '.join(missing)}, which {path} has adapters of; add them")
+
+
+@torch.no_grad()
+def fill_adapters(chunks: Sequence[GritGPTModel], adapter: WholeAdapter) -> None:
+    """Give each adapter of this process its share of whole ones; projections that ``adapter`` lacks keep theirs."""
+    for chunk in chunks:
+        for name, linear in adapted_linears(chunk).items():
+            split = linear.adapter.split
+            for part_name, part in linear.adapter.parts.items():
+                factors = adapter.part(global_name(chunk, name), part_name)
+                if not factors:
+                    continue
+                factors = resized(factors, len(part.lora_A), adapter.scaling, part.scaling)
+                for factor, whole in factors.items():
+                    parameter: Tensor = getattr(part, factor)
+                    axis = split.axis_of(factor)
+                    own = whole if axis is None else whole.chunk(split.size, axis)[dist.get_rank(split.group)]
+                    assert own.shape == parameter.shape
+                    parameter.copy_(own)
+
+
+@torch.no_grad()
+def fill_trained(chunks: Sequence[GritGPTModel], trained: dict[str, Tensor], model: ModelConfig) -> None:
+    """Give parameters that were trained beside adapters (``modules_to_save``) their share of them.
+
+    Args:
+        chunks: this process's stage.
+        trained: whole tensors by their names in Hugging Face's model.
+        model: its shape.
+
+    Raises:
+        CheckpointError: a parameter is made of several of them, and not all are there; or one has another shape.
+    """
+    made = {}
+    for name, kind, targets in family_of_model(model).outputs(model):
+        there = [trained[target] for target in targets if target in trained]
+        if there and len(there) < len(targets):
+            missing = next(target for target in targets if target not in trained)
+            raise CheckpointError(f"modules_to_save hold a part of {name} and not {missing}; save both or neither")
+        if there:
+            made[name] = (kind, there, targets[0])
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if (found := made.get(global_name(chunk, name))) is None:
+                continue
+            kind, there, target = found
+            shard = Shard()
+            if getattr(parameter, "tensor_model_parallel", False):
+                owner = chunk.get_submodule(name.rpartition(".")[0])
+                group = getattr(owner, "tp_group", None) or chunk.context.tensor_group
+                shard = Shard(parameter.partition_dim, dist.get_rank(group), dist.get_world_size(group))  # type: ignore[attr-defined]
+            value = kind.hf_to_megatron(there, model, 0, shard)
+            if value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"modules_to_save: {target} has shape {list(there[0].shape)}, which is not this model's; a "
+                    "vocabulary that grew needs the same model.vocab_size"
+                )
+            parameter.copy_(value)

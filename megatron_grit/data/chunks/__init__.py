@@ -1,0 +1,1 @@
+"""Chunks and neighbors of a retrieval database, for its readers."""

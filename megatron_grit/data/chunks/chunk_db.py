@@ -1,0 +1,101 @@
+"""The chunks of a retrieval database, to read: a table that is mapped, and the tokens and texts behind it.
+
+Chunk ids are places in ``db/merged/train.hdf5``, 64 bits wide. Nothing is loaded at the start, whatever the size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_grit.data.chunks.chunking import document_tokens
+from megatron_grit.data.chunks.project import Project
+from megatron_grit.errors import DataError
+
+DATASET, DOCUMENT, START, STOP, VISIBLE = range(5)
+"""Columns of the table."""
+
+
+def map_dataset(path: Path, name: str) -> np.ndarray:
+    """An array of an HDF5 file, mapped, not read.
+
+    Raises:
+        DataError: the file is missing or damaged, or the array is not stored in one piece.
+    """
+    import h5py
+
+    if not path.is_file():
+        raise DataError("is missing; run the task that makes it", path=path)
+    try:
+        with h5py.File(path, "r") as file:
+            dataset = file[name]
+            offset, shape, dtype = dataset.id.get_offset(), dataset.shape, dataset.dtype
+            if dataset.size == 0:
+                return np.empty(shape, dtype)
+    except (OSError, KeyError, RuntimeError) as error:
+        raise DataError(f"cannot be read ({error}); run the task that makes it again", path=path) from None
+    if offset is None or path.stat().st_size < offset + dtype.itemsize * int(np.prod(shape)):
+        raise DataError(f"does not hold {name} in one piece; run the task that makes it again", path=path)
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+
+
+class ChunkDb:
+    """Chunks of a database.
+
+    Args:
+        project: where it is.
+        part: "train", the database itself, or "valid".
+
+    Attributes:
+        rows: uint32 [num_chunks, 5]: dataset, document, first token and one after the last in the document, and tokens
+            that are not blank; mapped.
+
+    Raises:
+        DataError: it was not built, its files have changed, or its table is of another build.
+    """
+
+    def __init__(self, project: Project, part: str = "train") -> None:
+        self.project = project
+        self.infos = project.infos()
+        self.path = project.merged / f"{part}.hdf5"
+        self.rows = map_dataset(self.path, "chunks")
+        attribute = "n_chunks_train" if part == "train" else None
+        expected = sum(info.n_chunks_train if attribute else info.n_chunks - info.n_chunks_train for info in self.infos)
+        if len(self.rows) != expected:
+            raise DataError(
+                f"holds {len(self.rows)} chunks, {project.infos_path.name} says {expected}; run db-build again",
+                path=self.path,
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def tokens(self, chunk: int, *, num_tokens: int | None = None) -> np.ndarray:
+        """Tokens of a chunk, in the file's own type.
+
+        Args:
+            chunk: its id.
+            num_tokens: read so many from its start instead, into what follows it in its document; fewer at the end.
+
+        Raises:
+            IndexError: no such chunk.
+        """
+        if not 0 <= chunk < len(self.rows):
+            raise IndexError(f"chunk {chunk} of {len(self.rows)}")
+        dataset, document, start, stop, _ = (int(value) for value in self.rows[chunk])
+        file = self.project.file(dataset)
+        if num_tokens is None:
+            return file.read(*file.sequences(document), start, stop - start)
+        return document_tokens(file, document, start, num_tokens, self.project.tokenizer.eos_id)
+
+    def texts(self, chunks: Sequence[int] | np.ndarray) -> list[str]:
+        """Texts of chunks."""
+        decode = self.project.tokenizer.decode
+        return [decode(self.tokens(int(chunk)).tolist()) for chunk in chunks]
+
+    def describe(self, chunk: int) -> str:
+        """ "corpus#12:64-128": dataset, document and tokens."""
+        dataset, document, start, stop, _ = self.rows[chunk].tolist()
+        return f"{Path(self.infos[dataset].prefix).name}#{document}:{start}-{stop}"

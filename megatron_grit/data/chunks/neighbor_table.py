@@ -1,0 +1,271 @@
+"""Neighbors of chunks, to train with: found by (dataset, document, offset), whatever the seed, batch or sequence.
+
+A table holds ``num_neighbors_save`` chunk ids for every place of every document at which a chunk begins, nearest
+first, -1 where there are fewer. It is mapped, so nothing is loaded and no file is opened for each chunk. It belongs to
+one version of the database: what is added or removed later changes nothing for who reads it.
+
+Neighbors from a chunk's own document are left out when the table is made. A training sample may hold several documents;
+:meth:`NeighborTable.read` leaves out those of all of them (Retro, arXiv 2112.04426, section 2.1, leaves out the chunk's
+own document; Megatron's tools those of the sample).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_grit.data.chunks.chunking import document_tokens
+from megatron_grit.data.chunks.versions import Source, begins_with, document_keys, is_among, sorted_keys
+from megatron_grit.data.indexed.reader import IndexedFile
+from megatron_grit.errors import DataError
+from megatron_grit.store.files import replacing_path, write_json
+
+NONE = -1
+_REMEDY = "run the task query-neighbors again, or delete its folder where it is of other settings"
+_DOCUMENTS_AT_A_TIME = 1 << 16
+
+
+@dataclass(kw_only=True)
+class TableManifest:
+    """``table.json``."""
+
+    source: Source
+    """The documents that the neighbors are for."""
+    datasets: list[int]
+    """Numbers that these documents' file has in the database; none where it is not part of it."""
+    settings: str
+    """Digest of all that a row follows from beside the documents: index, embedder, search, filters."""
+    chunk_length: int
+    num_neighbors: int
+    num_places: int
+    version: int
+    """Of the database that the ids are of."""
+    database: str
+    """Fingerprint of its chunks."""
+    embedder: str
+    nprobe: int | None
+    ef_search: int | None
+    recall: float | None
+    """Of the index, measured when it was built. None: not measured with this nprobe and ef_search."""
+    num_taken_over: int = 0
+    """Places whose neighbors an earlier table had."""
+    sha256: str = ""
+    """Of the numbers of ``neighbors.npy``."""
+    starts_sha256: str = ""
+    """Of those of ``starts.npy``."""
+
+
+def read_table_manifest(folder: Path) -> TableManifest:
+    """The manifest of a table.
+
+    Raises:
+        DataError: it is missing or cannot be read.
+    """
+    path = folder / "table.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return TableManifest(**values | {"source": Source(**values["source"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"cannot be read ({error}); {_REMEDY}", path=path) from None
+
+
+class NeighborTable:
+    """Neighbors of one indexed file's chunks.
+
+    Args:
+        folder: where :func:`write_table` wrote it.
+        documents_of: uint32 [num_chunks, 2 or more], whose first columns are dataset and document of each chunk of the
+            database: ``rows`` of the version that the table is of.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, documents_of: np.ndarray) -> None:
+        self.folder, self._documents_of = folder, documents_of
+        self.manifest = read_table_manifest(folder)
+        shape = (self.manifest.num_places, self.manifest.num_neighbors)
+        self.neighbors = _mapped(folder / "neighbors.npy", shape)
+        """int64 [num_places, num_neighbors], mapped."""
+        self.starts = _mapped(folder / "starts.npy", (self.manifest.source.num_documents + 1,))
+        """int64 [num_documents + 1], places before each document; mapped."""
+
+    def check_source(self, prefix: Path) -> None:
+        """Compare the file that is trained on with the one that was queried. Documents may have been appended.
+
+        Raises:
+            DataError: they differ.
+        """
+        if not begins_with(prefix, self.manifest.source):
+            raise DataError("has changed since its neighbors were searched; run query-neighbors again", path=prefix)
+
+    def verify(self) -> None:
+        """Read the table and compare it with its checksum.
+
+        Raises:
+            DataError: they differ.
+        """
+        for name, array, sha256 in (
+            ("neighbors.npy", self.neighbors, self.manifest.sha256),
+            ("starts.npy", self.starts, self.manifest.starts_sha256),
+        ):
+            if _digest(array) != sha256:
+                raise DataError(f"does not match its checksum; {_REMEDY}", path=self.folder / name)
+
+    def places(self, chunks: Sequence[tuple[int, int]] | np.ndarray) -> np.ndarray:
+        """Rows of chunks, by document and first token: int64 [n].
+
+        Raises:
+            IndexError: no chunk begins at one of them.
+        """
+        pairs = np.asarray(chunks, dtype=np.int64).reshape(-1, 2)
+        documents, offsets = pairs[:, 0], pairs[:, 1]
+        known = (documents >= 0) & (documents < self.manifest.source.num_documents)
+        safe = np.where(known, documents, 0)
+        chunk, rest = np.divmod(offsets, self.manifest.chunk_length)
+        if len(pairs):
+            known &= (rest == 0) & (chunk >= 0) & (chunk < self.starts[safe + 1] - self.starts[safe])
+        if not known.all():
+            document, offset = pairs[np.argmin(known)]
+            raise IndexError(f"document {document} has no chunk at token {offset}")
+        return np.asarray(self.starts[safe] + chunk) if len(pairs) else chunk
+
+    def read(
+        self,
+        chunks: Sequence[tuple[int, int]] | np.ndarray,
+        sample_documents: Sequence[tuple[int, int]] | np.ndarray,
+        k: int,
+    ) -> np.ndarray:
+        """The nearest neighbors of chunks that are in no document of their sample.
+
+        Args:
+            chunks: (document, first token) of each, of the file that the table is for.
+            sample_documents: (dataset, document) of every document of the sample, as the database numbers them
+                (``manifest.datasets``).
+            k: neighbors of a chunk.
+
+        Returns:
+            int64 [len(chunks), k]: chunk ids, nearest first; -1 where there are fewer.
+
+        Raises:
+            IndexError: no chunk begins at one of the places.
+        """
+        return first_allowed(self.neighbors[self.places(chunks)], self._documents_of, sample_documents, k)
+
+
+def first_allowed(
+    ids_QK: np.ndarray, documents_of: np.ndarray, excluded: Sequence[tuple[int, int]] | np.ndarray, k: int
+) -> np.ndarray:
+    """The first ``k`` ids of each row whose (dataset, document) is not excluded; -1 where there are fewer."""
+    keep = ids_QK >= 0
+    keys = sorted_keys(excluded)
+    if keep.any() and len(keys):
+        found = documents_of[np.where(keep, ids_QK, ids_QK[keep][0])]
+        keep &= ~is_among(document_keys(found[..., 0], found[..., 1]), keys)
+    return take_first(ids_QK, keep, k)
+
+
+def take_first(ids_QK: np.ndarray, keep_QK: np.ndarray, k: int) -> np.ndarray:
+    """The first ``k`` kept entries of each row, in their order; -1 where there are fewer."""
+    order = np.argsort(~keep_QK, axis=1, kind="stable")[:, :k]
+    taken = np.where(np.take_along_axis(keep_QK, order, 1), np.take_along_axis(ids_QK, order, 1), NONE)
+    return np.pad(taken, ((0, 0), (0, k - taken.shape[1])), constant_values=NONE).astype(np.int64)
+
+
+def chunk_at(
+    file: IndexedFile, starts: np.ndarray, place: int, chunk_length: int, eod_id: int
+) -> tuple[int, int, np.ndarray]:
+    """Document, first token and tokens of the chunk at a place.
+
+    Args:
+        file: the tokens.
+        starts: of :func:`write_starts`.
+        place: from 0 to ``starts[-1] - 1``.
+        chunk_length: tokens of a chunk.
+        eod_id: left out where it ends the document.
+    """
+    document = int(np.searchsorted(starts, place, side="right")) - 1
+    offset = (place - int(starts[document])) * chunk_length
+    return document, offset, document_tokens(file, document, offset, chunk_length, eod_id)
+
+
+def write_starts(path: Path, file: IndexedFile, chunk_length: int, eod_id: int) -> None:
+    """Write how many chunks there are before each document, and all of them: int64 [documents + 1]. A closing
+    ``eod_id`` does not count. Takes the same memory for any number of documents.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    with replacing_path(path) as temporary, temporary.open("wb") as out:
+        header = {"descr": "<i8", "fortran_order": False, "shape": (file.num_documents + 1,)}
+        np.lib.format.write_array_header_2_0(out, header)
+        out.write(np.zeros(1, dtype="<i8").tobytes())
+        total = 0
+        for first in range(0, file.num_documents, _DOCUMENTS_AT_A_TIME):
+            last = min(first + _DOCUMENTS_AT_A_TIME, file.num_documents)
+            ends = total + np.cumsum(-(-_lengths(file, first, last, eod_id) // chunk_length))
+            out.write(ends.astype("<i8").tobytes())
+            total = int(ends[-1])
+
+
+def _lengths(file: IndexedFile, first: int, last: int, eod_id: int) -> np.ndarray:
+    """Tokens of documents, without a closing ``eod_id``: int64."""
+    edges = file.documents[first : last + 1]
+    begin, end = int(edges[0]), int(edges[-1])
+    if not 0 <= begin <= end <= file.num_sequences or (np.diff(edges) < 0).any():
+        raise DataError(f"documents {first} to {last} are out of order; build it again", path=file.idx_path)
+    sums = np.concatenate(([0], np.cumsum(file.lengths[begin:end], dtype=np.int64)))
+    lengths = np.diff(sums[edges - begin])
+    filled = np.flatnonzero(lengths)
+    if len(filled):
+        # A map of this part alone: its pages are given back with it.
+        size, place = file.dtype.itemsize, int(file.pointers[begin])
+        if place + int(sums[-1]) * size > file.bin_bytes:
+            raise DataError(f"documents {first} to {last} end beyond it; build it again", path=file.bin_path)
+        tokens = np.memmap(file.bin_path, dtype=file.dtype, mode="r", offset=place, shape=(int(sums[-1]),))
+        lengths[filled] -= tokens[sums[edges[1:] - begin][filled] - 1] == eod_id
+    return lengths
+
+
+def write_table(folder: Path, parts: Iterable[np.ndarray], manifest: TableManifest) -> None:
+    """Write a table, beside the ``starts.npy`` of :func:`write_starts`; it is there when its manifest is.
+
+    Args:
+        folder: made where it is not there.
+        parts: int64 [places, neighbors] in runs, in order.
+        manifest: what it is of; its checksums are filled in.
+    """
+    shape = (manifest.num_places, manifest.num_neighbors)
+    digest = hashlib.sha256()
+    with replacing_path(folder / "neighbors.npy") as path, path.open("wb") as file:
+        np.lib.format.write_array_header_2_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
+        for part in parts:
+            content = np.ascontiguousarray(part, dtype="<i8").tobytes()
+            digest.update(content)
+            file.write(content)
+    manifest.sha256 = digest.hexdigest()
+    manifest.starts_sha256 = _digest(np.load(folder / "starts.npy", mmap_mode="r", allow_pickle=False))
+    write_json(folder / "table.json", asdict(manifest))
+
+
+def _digest(array: np.ndarray) -> str:
+    """SHA-256 of the numbers of an array, read in parts."""
+    digest, step = hashlib.sha256(), max(1, (1 << 24) // max(array[:1].nbytes, 1))
+    for start in range(0, len(array), step):
+        digest.update(array[start : start + step].tobytes())
+    return digest.hexdigest()
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False) if 0 not in shape else np.load(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read ({error}); {_REMEDY}", path=path) from None
+    if array.shape != shape or array.dtype != np.int64:
+        raise DataError(f"holds {array.dtype} {array.shape} and not int64 {shape}; {_REMEDY}", path=path)
+    return np.asarray(array)

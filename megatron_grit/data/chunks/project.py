@@ -1,0 +1,212 @@
+"""The project directory of a retrieval database: where everything is, and the datasets that it is made of."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_grit.config.database.schema import RetroDbConfig
+from megatron_grit.data.indexed.reader import IndexedFile, file_paths, read_meta
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.store.files import sha256_of_file, write_json
+
+
+@dataclass(kw_only=True)
+class DatasetInfo:
+    """One indexed file of a database, as ``db/indexed_dataset_infos.json`` lists it; the names are Retro's."""
+
+    prefix: str
+    ratio: float = 1.0
+    fingerprint: str = ""
+    """Of the tokens: SHA-256 of the ``.bin`` where it is known, else of the ``.idx`` and the size of the ``.bin``."""
+    bin_sha256: str = ""
+    """Of the ``.bin``, whether or not a ``.json`` tells it."""
+    bin_bytes: int = 0
+    bin_mtime_ns: int = 0
+    """Of the ``.bin`` when it was cut. While neither has changed its SHA-256 is taken to be the same."""
+    n_docs: int = 0
+    n_docs_train: int = 0
+    n_chunks: int = 0
+    """Valid chunks, duplicates left out."""
+    n_chunks_train: int = 0
+    n_chunks_invalid: int = 0
+    """Empty ones and those of fewer tokens than ``min_chunk_tokens``."""
+    n_chunks_duplicate: int = 0
+    n_chunks_sampled: int = 0
+    """Of those that the index is trained on; 0 before the task index-train, and for an index that is not trained."""
+
+
+class Project:
+    """Paths and inputs of a database.
+
+    Args:
+        folder: the project directory.
+        config: its configuration.
+    """
+
+    def __init__(self, folder: Path, config: RetroDbConfig) -> None:
+        self.folder, self.config = folder, config
+        self.infos_path = folder / "db" / "indexed_dataset_infos.json"
+        self.merged = folder / "db" / "merged"
+        self._files: dict[str, IndexedFile] = {}
+        self._tokenizer: Tokenizer | None = None
+
+    def chunk_folder(self, number: int) -> Path:
+        """Where the chunks of a dataset are."""
+        # Two datasets may have one name in different folders.
+        return self.folder / "db" / "individual" / f"{number:03d}_{Path(self.config.data_paths[number]).name}"
+
+    def file(self, number: int) -> IndexedFile:
+        """The tokens of a dataset, open.
+
+        Raises:
+            DataError: as :meth:`open`.
+        """
+        return self.open(self.config.data_paths[number])
+
+    def open(self, prefix: str) -> IndexedFile:
+        """An indexed file of documents of the project's tokenizer.
+
+        Raises:
+            DataError: it is missing or damaged, or was made with another tokenizer.
+        """
+        if prefix not in self._files:
+            path = self.resolve(prefix)
+            file = IndexedFile(path)
+            if self.config.tokenizer is not None:
+                self._check_tokenizer(path)
+            self._files[prefix] = file
+        return self._files[prefix]
+
+    def resolve(self, prefix: str) -> Path:
+        """A dataset's prefix: as given, or below the project directory.
+
+        Raises:
+            DataError: neither is there.
+        """
+        for candidate in (self.folder / prefix, Path(prefix)):
+            if file_paths(candidate)[1].is_file():
+                return candidate
+        raise DataError(
+            f"no such indexed file; give the prefix, without extension{self._looked_for(f'{prefix}.idx')}", path=prefix
+        )
+
+    def fingerprint(self, number: int) -> str:
+        """Of a dataset's tokens."""
+        return fingerprint(self.resolve(self.config.data_paths[number]))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the documents.
+
+        Raises:
+            ConfigError: none is given.
+        """
+        if self._tokenizer is None:
+            if self.config.tokenizer is None:
+                raise ConfigError("tokenizer is not set; give the one that the documents were made with")
+            given = self.folder / self.config.tokenizer
+            path = given if given.exists() else Path(self.config.tokenizer)
+            if not path.exists():
+                raise DataError(f"no such tokenizer{self._looked_for(str(path))}", path=path)
+            self._tokenizer = load_tokenizer(path)
+        return self._tokenizer
+
+    def _check_tokenizer(self, path: Path) -> None:
+        if file_paths(path)[2].is_file() and read_meta(path).tokenizer_fingerprint != self.tokenizer.fingerprint:
+            raise DataError(f"was made with another tokenizer than {self.tokenizer.path}", path=path)
+
+    def _looked_for(self, name: str) -> str:
+        """Where a file is not, in words."""
+        if Path(name).is_absolute():
+            return ""
+        return (
+            f"; looked for {(self.folder / name).resolve()} and {Path(name).resolve()}: a relative path counts from "
+            "the project directory, or from where the command is run"
+        )
+
+    def save_infos(self, infos: list[DatasetInfo]) -> None:
+        """Write ``indexed_dataset_infos.json``."""
+        write_json(self.infos_path, [asdict(info) for info in infos])
+
+    def infos(self) -> list[DatasetInfo]:
+        """The datasets of the database that was built.
+
+        Raises:
+            DataError: there is none, or its files have changed since.
+        """
+        infos = self.listed()
+        for info in infos:
+            self._check_unchanged(info)
+        return infos
+
+    def listed(self) -> list[DatasetInfo]:
+        """As :meth:`infos`, without a look at the files.
+
+        Raises:
+            DataError: the list is missing or damaged.
+        """
+        if not self.infos_path.is_file():
+            raise DataError("is missing; run the task db-build first", path=self.infos_path)
+        try:
+            values: list[dict[str, Any]] = json.loads(self.infos_path.read_text(encoding="utf-8"))
+            if not isinstance(values, list) or not values:
+                raise ValueError("lists no datasets")
+            infos = [DatasetInfo(**value) for value in values]
+            for name, value in ((name, value) for info in infos for name, value in vars(info).items()):
+                if isinstance(value, str) != (name in ("prefix", "fingerprint", "bin_sha256")):
+                    raise ValueError(f"{name} is {value!r}")
+            return infos
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"cannot be read ({error}); run db-build again", path=self.infos_path) from None
+
+    def _check_unchanged(self, info: DatasetInfo) -> None:
+        path = self.resolve(info.prefix)
+        stat = file_paths(path)[0].stat()
+        same = fingerprint(path) == info.fingerprint and stat.st_size == info.bin_bytes
+        # A copy has other times; then the content decides.
+        if not same or (stat.st_mtime_ns != info.bin_mtime_ns and sha256_of_bin(path) != info.bin_sha256):
+            raise DataError(
+                "has changed since the database was built of it; put the old file back, or build another database",
+                path=path,
+            )
+
+
+def fingerprint(prefix: Path) -> str:
+    """Of an indexed file's documents: SHA-256 of the ``.bin`` and the ``.idx`` where the ``.json`` tells them; else of
+    the ``.idx`` and the size of the ``.bin``, which a change of single tokens does not alter."""
+    return _fingerprint(prefix, tuple(_stamp(path) for path in file_paths(prefix)))
+
+
+def sha256_of_bin(prefix: Path) -> str:
+    """SHA-256 of the ``.bin``, read whole."""
+    path = file_paths(prefix)[0]
+    return _sha256(path, _stamp(path))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    if not path.is_file():
+        return -1, -1
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=256)
+def _fingerprint(prefix: Path, stamps: tuple[tuple[int, int], ...]) -> str:
+    bin_path, idx_path, json_path = file_paths(prefix)
+    if json_path.is_file():
+        meta = read_meta(prefix)
+        if meta.bin_sha256:
+            if (meta.bin_bytes, meta.idx_bytes) != (stamps[0][0], stamps[1][0]):
+                raise DataError("is not as long as its .json says; build the indexed file again", path=bin_path)
+            return f"bin:{meta.bin_sha256}:{meta.idx_sha256}"
+    return f"idx:{_sha256(idx_path, stamps[1])}:{stamps[0][0]}"
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(path: Path, stamp: tuple[int, int]) -> str:
+    return sha256_of_file(path)

@@ -1,0 +1,1 @@
+"""Megatron's .bin and .idx files: reading, writing, merging, looking into them."""

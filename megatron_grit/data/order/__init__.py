@@ -1,0 +1,1 @@
+"""Which record comes when: a pure function of seed, step and slot."""

@@ -1,0 +1,165 @@
+"""The sources of a blend: checked by their metadata, opened when a record is asked for, closed when many are open."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_grit.config.blend import BlendEntry, read_blend
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.indexed.reader import IndexedMeta, IndexedRecords, file_paths
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.text.tokenizer import Tokenizer
+from megatron_grit.errors import ConfigError, DataError
+
+_MOST_OPEN = 2048
+
+
+class OpenFiles:
+    """Closes the source that was used longest ago when too many are open.
+
+    Args:
+        limit: most open sources. None: a quarter of the files that this process may have open, at most 2,048.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        if limit is None:
+            allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            limit = _MOST_OPEN if allowed < 0 else max(1, min(_MOST_OPEN, allowed // 4))
+        self.limit = limit
+        self._used: OrderedDict[int, IndexedRecords] = OrderedDict()
+
+    def use(self, source: IndexedRecords) -> IndexedRecords:
+        """Note that ``source`` is about to be read."""
+        number = id(source)
+        if number in self._used:
+            self._used.move_to_end(number)
+            return source
+        while len(self._used) >= self.limit:
+            self._used.popitem(last=False)[1].close()
+        self._used[number] = source
+        return source
+
+
+class Sources:
+    """The sources of one kind of a run.
+
+    Args:
+        config: the run.
+        tokenizer: the tokenizer that the sources have to be built with.
+        kind: kind of their records.
+        open_files: shared with the sources of the other kind.
+        num_added: tokens that are put into each segment when it is read.
+
+    Raises:
+        ConfigError: no source, or a blend that is not one.
+        DataError: a source that is missing, damaged, empty, of another tokenizer or kind, or with segments that are too
+            long.
+    """
+
+    def __init__(
+        self, config: RunConfig, tokenizer: Tokenizer, kind: RowKind, open_files: OpenFiles, num_added: int = 0
+    ) -> None:
+        self.kind = kind
+        self._num_added = num_added
+        self.entries: list[BlendEntry] = read_blend(getattr(config.data, kind.value), f"data.{kind.value}")
+        if not self.entries:
+            raise ConfigError(
+                f"data.{kind.value} is empty, but training.objective {config.training.objective} needs it"
+            )
+        self._open_files = open_files
+        self._sources = [IndexedRecords(entry.path) for entry in self.entries]
+        self.names = [entry.path for entry in self.entries]
+        """Prefix of each source."""
+        self.longest_segment = min(config.data.tokens_per_row, config.model.max_position_embeddings)
+        """Tokens of the longest segment that a row and the model can take."""
+        policy = config.data.over_long if kind is RowKind.GENERATIVE else config.data.over_long_texts
+        for source in self._sources:
+            self._check(source, tokenizer)
+            if policy == "stop":
+                self._check_longest(source, config)
+            if config.data.checksum:
+                open_files.use(source).verify()
+        self.sizes = np.array([len(source) for source in self._sources], dtype=np.int64)
+        """Records of each source: int64 [num_sources]."""
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __getitem__(self, index: int) -> IndexedRecords:
+        return self._open_files.use(self._sources[index])
+
+    def meta(self, index: int) -> IndexedMeta:
+        """Metadata of a source."""
+        return self._sources[index].meta
+
+    def record_lengths(self, index: int, records: np.ndarray) -> np.ndarray:
+        """Tokens of some records of a source: int64.
+
+        Raises:
+            DataError: a damaged index.
+        """
+        file = self[index].file
+        bounds = np.stack([file.documents[records], file.documents[records + 1]])
+        wrong = (bounds[0] < 0) | (bounds[0] >= bounds[1]) | (bounds[1] > file.num_sequences)
+        if not wrong.any():
+            begins, ends = file.pointers[bounds[0]], np.full(len(records), file.bin_bytes)
+            inside = bounds[1] < file.num_sequences
+            ends[inside] = file.pointers[bounds[1][inside]]
+            lengths = (ends - begins) // file.dtype.itemsize
+            wrong = (lengths <= 0) | (lengths > self[index].meta.longest_segment_tokens)
+            if not wrong.any():
+                return lengths
+        name = self[index].name(int(records[wrong][0]))
+        raise DataError(f"record {name} has no possible length; build the file again", path=file.idx_path)
+
+    def identity(self, indices: Sequence[int] | None = None) -> list[str]:
+        """What the content of sources is known by: the checksum of each one's metadata, which holds theirs.
+
+        A source that was written without checksums is known by its metadata and by its files' times.
+        """
+        return [_identity(self._sources[index]) for index in (range(len(self)) if indices is None else indices)]
+
+    def _check(self, source: IndexedRecords, tokenizer: Tokenizer) -> None:
+        meta, path = source.meta, file_paths(source.prefix)[2]
+        if source.kind is not self.kind:
+            raise DataError(f"holds {meta.kind} records and stands under data.{self.kind.value}", path=path)
+        if meta.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"was built with another tokenizer than {tokenizer.path}; build it again or set data.tokenizer",
+                path=path,
+            )
+        if not meta.num_records:
+            raise DataError("holds no records", path=path)
+
+    def _check_longest(self, source: IndexedRecords, config: RunConfig) -> None:
+        meta = source.meta
+        for limit, knob in (
+            (config.data.tokens_per_row, "data.tokens_per_row"),
+            (config.model.max_position_embeddings, "model.max_position_embeddings"),
+        ):
+            longest = meta.longest_segment_tokens + self._num_added
+            if longest > limit:
+                policy = "data.over_long" if self.kind is RowKind.GENERATIVE else "data.over_long_texts"
+                raise DataError(
+                    f"record {source.name(meta.longest_segment_record)} has a segment of "
+                    f"{longest} tokens{_of_these(self._num_added)}, more than {knob} {limit}; raise it, build the file "
+                    f"again with a lower limit, or set {policy}",
+                    path=file_paths(source.prefix)[2],
+                )
+
+
+def _of_these(num_added: int) -> str:
+    return f", {num_added} of them from embedding.brackets and side_tokens" if num_added else ""
+
+
+def _identity(source: IndexedRecords) -> str:
+    digest = hashlib.sha256(source.meta.to_json().encode())
+    if not source.meta.bin_sha256:
+        for path in file_paths(source.prefix)[:2]:
+            digest.update(str(path.stat().st_mtime_ns).encode())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Segments packed into rows, and the loader that hands them out."""

@@ -1,0 +1,136 @@
+"""What a training step receives: packed rows, and the counts that its losses are divided by.
+
+Shape suffix legend: T = tokens of a row, S = segments of a row (one document, query or passage each), L = labels of
+a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.order.permutation import mix
+
+
+@dataclass(kw_only=True)
+class PackedRow:
+    """One micro-batch: several segments, one after another, then padding.
+
+    Padding is the last segment of ``cu_seqlens``, so that it attends to itself and nothing else.
+    """
+
+    kind: RowKind
+    tokens_1T: Tensor
+    """int64 [1, T]."""
+    positions_1T: Tensor
+    """int64 [1, T]; restart at 0 in each segment."""
+    cu_seqlens: Tensor
+    """int32 [S + 1], or [S + 2] where the row ends in padding: 0, ends of the segments, T."""
+    max_seqlen: int
+    """At least the longest segment, padding included, and above every position."""
+    padding_mask_1T: Tensor
+    """bool [1, T]; True on padding."""
+    record_ids: list[str] = field(default_factory=list)
+    """Name of each segment's record, for messages: "prefix#index"."""
+    segment_lengths: list[int] | None = None
+    """Length of each segment, padding's included, known to the host; :meth:`to` fills it in. Kernels are launched by it
+    without waiting for a GPU to hand ``cu_seqlens`` back."""
+
+    # Generative rows
+    labels_1T: Tensor | None = None
+    """int64 [1, T]; the token that position t predicts (the next one of its segment), 0 where none is."""
+    loss_mask_1T: Tensor | None = None
+    """float32 [1, T]; 1 where the label is supervised."""
+    label_index_L: Tensor | None = None
+    """int64 [L]; the positions where it is, found by :meth:`to` while the mask is still on the host."""
+
+    # Embedding rows
+    segment_ids_T: Tensor | None = None
+    """int64 [T]; index in 0..S-1 of each token's segment, S on padding."""
+    pool_mask_T: Tensor | None = None
+    """float32 [T]; 1 on the text of a query or passage, 0 on its instruction and on padding."""
+    slots_S: Tensor | None = None
+    """int64 [S]; place of each segment in the global list of texts (see StepBatch)."""
+    is_query_S: Tensor | None = None
+    """bool [S]; True on queries, False on passages. None: not known."""
+    marker_mask_T: Tensor | None = None
+    """bool [T]; True on tokens that are no part of the text: brackets and side tokens. None: there are none."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int((~self.padding_mask_1T).sum())
+
+    def text_ids(self) -> Tensor:
+        """A hash of the text of each segment of an embedding row, without instruction and markers: int64 [S]."""
+        if self.segment_ids_T is None or self.pool_mask_T is None or self.slots_S is None:
+            raise ValueError("only embedding rows have texts")
+        pooled = self.pool_mask_T > 0
+        if self.marker_mask_T is not None:
+            pooled = pooled & ~self.marker_mask_T
+        segments, tokens, positions = (
+            self.segment_ids_T[pooled],
+            self.tokens_1T[0, pooled],
+            self.positions_1T[0, pooled],
+        )
+        count = len(self.slots_S)
+        first_S = positions.new_full((count,), self.max_seqlen).scatter_reduce_(0, segments, positions, "amin")
+        weights = torch.from_numpy(mix(np.arange(1, self.max_seqlen + 1, dtype=np.uint64)).view(np.int64))
+        terms = (tokens + 1) * weights.to(tokens.device)[positions - first_S[segments]]
+        return tokens.new_zeros(count).index_add_(0, segments, terms)
+
+    def to(self, device: torch.device) -> PackedRow:
+        """Copy with every tensor on ``device``, and with what the host has to know of it."""
+        moved: dict[str, Any] = {
+            name: to_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        if self.loss_mask_1T is not None and self.label_index_L is None:
+            moved["label_index_L"] = to_device(self.loss_mask_1T[0].nonzero().squeeze(1), device)
+        return replace(self, segment_lengths=self.segment_lengths or self.cu_seqlens.diff().tolist(), **moved)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``. A copy from the host to a GPU is queued behind the work that the GPU has, not waited
+    for: that takes pinned memory, which torch keeps until the copy is done."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
+@dataclass(kw_only=True)
+class StepBatch:
+    """One optimizer step's rows on one data parallel rank, and what is known of the whole step.
+
+    The global list of texts is: queries 0..Q-1, then passages Q..Q+Q*G-1, where passages Q+i*G .. Q+i*G+G-1 belong
+    to query i and the first of them is its positive. Under pipeline parallelism all rows of a step have the same
+    length on all ranks.
+    """
+
+    step: int
+    embedding_rows: list[PackedRow]
+    generative_rows: list[PackedRow]
+    row_length: int
+    """Length of the longest row of the global batch."""
+    num_queries: int
+    """Q of the global batch; 0 without embedding rows."""
+    group_size: int
+    """G: passages of a query."""
+    slots_by_rank: list[Tensor]
+    """For each data parallel rank the slots of its texts, in the order of its rows: int64."""
+    num_loss_tokens: int
+    """Supervised tokens of the global batch."""
+    num_sequences: int
+    """Generative sequences of the global batch."""
+    num_generative_rows: int
+    """Generative rows of the global batch."""
+    num_tokens: int
+    """Tokens of the global batch that are not padding."""
+    num_padded_tokens: int
+    """Tokens of the global batch, padding included."""
+    embedding_source: str | None = None
+    """The source that this step's embedding records come from."""

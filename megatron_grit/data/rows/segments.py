@@ -1,0 +1,95 @@
+"""Segments: the stretches of records that rows are made of, and what becomes of those that are too long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_grit.data.indexed.roles import SUPERVISED
+from megatron_grit.data.order.sources import Sources
+from megatron_grit.data.text.markers import NO_MARKERS, TextMarkers
+from megatron_grit.errors import DataError
+
+OverLong = Literal["stop", "drop", "truncate", "split"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """What attends to itself: a query or passage with its instruction, a text, a conversation, or a piece of one."""
+
+    sources: Sources
+    source: int
+    record: int
+    start: int
+    """First token of the record that belongs to it."""
+    stop: int
+    roles: list[int]
+    """Role of each of its spans."""
+    lengths: list[int]
+    """Tokens of each of its spans; their sum is ``stop - start``."""
+    num_labels: int = 0
+    """Tokens that the next-token loss counts."""
+    markers: TextMarkers = NO_MARKERS
+    """Of a query or passage: what is put around its last span, the text."""
+
+    @property
+    def length(self) -> int:
+        """Tokens, markers included."""
+        return self.stop - self.start + self.markers.num_tokens
+
+    @property
+    def name(self) -> str:
+        """Name of its record: "prefix#index"."""
+        return f"{self.sources.names[self.source]}#{self.record}"
+
+
+def ranges(length: int, limit: int, policy: OverLong) -> list[tuple[int, int]]:
+    """Ranges of a record's tokens that become segments.
+
+    Pieces of a split record overlap by one token: the first token of a segment has nothing to be predicted from, so it
+    is a label in the piece before.
+
+    Args:
+        length: tokens of the record.
+        limit: most tokens of a segment, at least 2.
+        policy: what to do with a longer record; "stop" leaves it as it is, for the caller to refuse.
+    """
+    if length <= limit or policy == "stop":
+        return [(0, length)]
+    if policy == "drop":
+        return []
+    if policy == "truncate":
+        return [(0, limit)]
+    return [(start, min(start + limit, length)) for start in range(0, length - 1, limit - 1)]
+
+
+def labels_between(roles: Sequence[int], lengths: Sequence[int], start: int, stop: int) -> int:
+    """Labels of a segment that holds tokens ``start`` to ``stop - 1`` of a record with these spans."""
+    count = end = 0
+    for role, length in zip(roles, lengths, strict=True):
+        begin, end = end, end + length
+        if role in SUPERVISED:
+            count += max(0, min(end, stop) - max(begin, start + 1))
+    return count
+
+
+def spans_between(roles: list[int], lengths: list[int], start: int, stop: int) -> tuple[list[int], list[int]]:
+    """Roles and lengths of the spans of tokens ``start`` to ``stop - 1``."""
+    kept_roles, kept_lengths, end = [], [], 0
+    for role, length in zip(roles, lengths, strict=True):
+        begin, end = end, end + length
+        overlap = min(end, stop) - max(begin, start)
+        if overlap > 0:
+            kept_roles.append(role)
+            kept_lengths.append(overlap)
+    return kept_roles, kept_lengths
+
+
+def too_long(sources: Sources, source: int, record: int, length: int) -> DataError:
+    """The error of a record that the policy "stop" refuses."""
+    return DataError(
+        f"record {sources.names[source]}#{record} has a segment of {length} tokens, more than data.tokens_per_row or "
+        f"model.max_position_embeddings, {sources.longest_segment}; build the file again with a lower limit, or set "
+        f"data.over_long{'' if sources.kind == 'generative' else '_texts'}"
+    )

@@ -1,0 +1,1 @@
+"""Tokenizers, templates, records and where their spans are."""

@@ -1,0 +1,213 @@
+"""JSONL to records: the formats of GRIT and of instruction tuning.
+
+==========================================================  ===================================================
+``{"query": str, "pos": [str], "neg": [str]}``              embedding, plain
+``{"query": [i, s], "pos": [[i, s]], "neg": [[i, s]]}``     embedding, with instructions
+``{"text": str}``                                           generation, plain
+``{"text": [user, assistant, ...]}``                        generation, conversation
+``{"prompt": str, "completion": str}``                      generation, a text of which the prompt is given
+``{"messages": [{"role": str, "content": str}]}``           generation, conversation with system messages; a user
+                                                            turn at its end that nobody answers is dropped
+==========================================================  ===================================================
+
+Other keys mean nothing here; those of embedding records are kept beside what was read. The format is found for each
+record, not for each file, in this order of the keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_segments
+from megatron_grit.errors import DataError
+
+
+class TextPair(NamedTuple):
+    """A text and its instruction; None for one without template."""
+
+    instruction: str | None
+    text: str
+
+
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: str
+    """"system", "user" or "assistant"."""
+    content: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Record:
+    """One line of input. Of the formats' fields only those of one are filled."""
+
+    path: Path | None = None
+    line: int = 0
+    """1-based."""
+    kind: RowKind
+    query: TextPair | None = None
+    positives: list[TextPair] = field(default_factory=list)
+    negatives: list[TextPair] = field(default_factory=list)
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: list[Message] = field(default_factory=list)
+    """User and assistant in turn, beginning with the user and ending with the assistant; before a user's message any
+    number of system messages."""
+    other: dict[str, object] = field(default_factory=dict)
+    """What an embedding record holds besides, by its keys."""
+
+    @property
+    def pairs(self) -> list[TextPair]:
+        """The texts of an embedding record: query, positives, negatives."""
+        return [] if self.query is None else [self.query, *self.positives, *self.negatives]
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is not a record."""
+
+    error: DataError
+
+
+def parse_record(value: object) -> Record:
+    """The record that a parsed JSON line holds.
+
+    Raises:
+        DataError: keys that are missing, or values of the wrong type. It names no place: the caller knows it.
+    """
+    if not isinstance(value, dict):
+        raise DataError(f"expected a JSON object, found {_type_name(value)}")
+    if "query" in value:
+        query = _text_pair(value["query"], "query")
+        positives = _text_pairs(value, "pos")
+        if not positives:
+            raise DataError('"pos" is empty; a query needs at least one relevant passage')
+        negatives = _text_pairs(value, "neg") if "neg" in value else []
+        other = {key: held for key, held in value.items() if key not in ("query", "pos", "neg")}
+        return Record(kind=RowKind.EMBEDDING, query=query, positives=positives, negatives=negatives, other=other)
+    if "text" in value:
+        text = value["text"]
+        if isinstance(text, str):
+            return Record(kind=RowKind.GENERATIVE, text=text)
+        if isinstance(text, list) and all(isinstance(turn, str) for turn in text):
+            if not text or len(text) % 2:
+                raise DataError(f'"text" has {len(text)} turns; it needs user and assistant turns in pairs')
+            return Record(kind=RowKind.GENERATIVE, messages=alternate(text))
+        raise DataError('"text" must be a string, or a list of user and assistant turns')
+    if "prompt" in value and "completion" in value:
+        prompt, completion = value["prompt"], value["completion"]
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            raise DataError('"prompt" and "completion" must be strings')
+        return Record(kind=RowKind.GENERATIVE, prompt=prompt, completion=completion)
+    if "messages" in value:
+        return Record(kind=RowKind.GENERATIVE, messages=_messages(value["messages"]))
+    raise DataError('no "query", "text", "messages", or "prompt" with "completion" in this record')
+
+
+def alternate(turns: list[str]) -> list[Message]:
+    """Messages of a conversation without system messages: user, assistant, user, assistant ..."""
+    return [Message("assistant" if number % 2 else "user", turn) for number, turn in enumerate(turns)]
+
+
+def _text_pair(value: object, key: str) -> TextPair:
+    if isinstance(value, str):
+        return TextPair(None, value)
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
+        return TextPair(value[0], value[1])
+    raise DataError(f'"{key}" must hold a string or [instruction, text], found {_type_name(value)}')
+
+
+def _text_pairs(value: dict[str, object], key: str) -> list[TextPair]:
+    if key not in value:
+        raise DataError(f'"{key}" is missing')
+    passages = value[key]
+    if not isinstance(passages, list):
+        raise DataError(f'"{key}" must be a list of passages, found {_type_name(passages)}')
+    return [_text_pair(passage, key) for passage in passages]
+
+
+def _messages(value: object) -> list[Message]:
+    if not isinstance(value, list):
+        raise DataError(f'"messages" must be a list, found {_type_name(value)}')
+    messages: list[Message] = []
+    answered = 0
+    expected = "user"
+    for number, item in enumerate(value):
+        role, content = (item.get("role"), item.get("content")) if isinstance(item, dict) else (None, None)
+        if not isinstance(content, str) or role not in ("system", "user", "assistant"):
+            raise DataError(f"message {number} must have a string content and the role system, user or assistant")
+        if role != expected and not (role == "system" and expected == "user"):
+            raise DataError(f"message {number} is of role {role} where {expected} was expected")
+        messages.append(Message(role, content))
+        if role == "user":
+            expected = "assistant"
+        elif role == "assistant":
+            expected, answered = "user", len(messages)
+    if not answered:
+        raise DataError("no user turn with an answer in this conversation")
+    return messages[:answered]
+
+
+def _type_name(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number") if not isinstance(value, list) else f"a list of {len(value)}"
+
+
+def parse_line(content: bytes) -> Record:
+    """The record of a line of JSONL.
+
+    Raises:
+        DataError: the line is not a record. It names no place: the caller knows it.
+    """
+    try:
+        value = json.loads(content.rstrip(b"\r\n").decode())
+        if b"\\ud" in content or b"\\uD" in content:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except UnicodeEncodeError:
+        raise DataError("half of a surrogate pair (\\ud...) stands alone in a string") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8: byte {error.start} of the line") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"malformed JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise DataError("malformed JSON: nested too deeply") from None
+    return parse_record(value)
+
+
+def read_records(path: str | Path, on_bytes: Callable[[int], None] | None = None) -> Iterator[Record | BadLine]:
+    """Records of JSONL files in order, and their bad lines where they stand. Blank lines are skipped.
+
+    Args:
+        path: a file or a glob pattern; UTF-8 text, compressed where the name ends in ``.gz`` or ``.zst``.
+        on_bytes: told how far the file on disk has been read since the last call, in bytes.
+
+    Raises:
+        DataError: no such file, or it cannot be read to its end.
+    """
+    inputs = find_inputs([path])
+    line, current = 0, -1
+    for reference in iterate_blocks(inputs, partition_segments(inputs, 1)[0]):
+        line = line if reference.file == current else 0
+        current = reference.file
+        block = reference.read()
+        for content in block.lines():
+            line += 1
+            if content.strip():
+                yield _located(content, block.path, line)
+        if on_bytes is not None:
+            on_bytes(reference.num_disk_bytes)
+
+
+def _located(content: bytes, path: Path, line: int) -> Record | BadLine:
+    try:
+        record = parse_line(content)
+    except DataError as error:
+        return BadLine(DataError(str(error), path=path, line=line))
+    record.path, record.line = path, line
+    return record

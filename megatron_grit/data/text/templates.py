@@ -1,0 +1,166 @@
+r"""GRIT's templates: token ids with roles for texts to embed, and for conversations.
+
+==================================  ==========================================================================
+embedding, with an instruction      ``<s><|user|>\n{instruction}\n<|embed|>\n{text}``
+embedding, empty instruction        ``<s><|embed|>\n{text}``
+embedding, plain string             ``{text}``, no BOS
+generation, conversation            one of :mod:`megatron_grit.data.text.chat_templates`, GritLM's own by default
+generation, plain string            ``{text}``, no BOS, no EOS
+==================================  ==========================================================================
+
+``<|user|>``, ``<|embed|>`` and ``<|assistant|>`` are ordinary text. BOS and EOS are ids. The reference measured each
+fragment's length alone, and so lost the EOS of all but the last turn; see :mod:`megatron_grit.data.text.spans`.
+
+Source: Muennighoff et al., Generative Representational Instruction Tuning (arXiv 2402.09906), and its repository.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_grit.data.indexed.roles import Role
+from megatron_grit.data.text.chat_templates import ChatFormat, Piece, load_chat_format
+from megatron_grit.data.text.markers import NO_MARKERS, TextMarkers
+from megatron_grit.data.text.records import Message, Record, TextPair, alternate
+from megatron_grit.data.text.spans import Span, encode_units
+from megatron_grit.data.text.tokenizer import Tokenizer
+from megatron_grit.errors import DataError
+
+EMBEDDING_TEMPLATE = "gritlm"
+"""Name of the template of texts to embed."""
+
+USER_PREFIX = "<|user|>\n"
+EMBED_PREFIX = "\n<|embed|>\n"
+ASSISTANT_PREFIX = "\n<|assistant|>\n"
+_INSTRUCTION_STRIP = "\t\n :"
+
+
+def embedding_prefix(instruction: str) -> str:
+    """What stands between BOS and the text of a query or passage."""
+    instruction = instruction.strip(_INSTRUCTION_STRIP)
+    if not instruction:
+        return EMBED_PREFIX.lstrip()
+    return f"{USER_PREFIX}{instruction}{EMBED_PREFIX}"
+
+
+def render(record: Record) -> list[str]:
+    """Texts of a record as GritLM's templates write them, without BOS and EOS: what a tokenizer is trained on."""
+    texts = [
+        pair.text if pair.instruction is None else embedding_prefix(pair.instruction) + pair.text
+        for pair in record.pairs
+    ]
+    texts += [text for text in (record.text, record.prompt, record.completion) if text is not None]
+    prompt = ""
+    for message in record.messages:
+        if message.role == "system":
+            prompt += message.content + "\n"
+        elif message.role == "user":
+            prompt += message.content
+        else:
+            texts.append(f"{USER_PREFIX}{prompt}{ASSISTANT_PREFIX}{message.content.strip()}")
+            prompt = ""
+    return texts
+
+
+def embedding_pieces(tokenizer: Tokenizer, pair: TextPair, instruction_role: Role, role: Role) -> list[Piece]:
+    """Pieces of a query or passage."""
+    if pair.instruction is None:
+        return [(role, pair.text)]
+    prefix = embedding_prefix(pair.instruction)
+    return [(instruction_role, tokenizer.bos_id), (instruction_role, prefix), (role, pair.text)]
+
+
+def encode_embedding(
+    tokenizer: Tokenizer,
+    text: str,
+    instruction: str | None = None,
+    max_length: int | None = None,
+    markers: TextMarkers = NO_MARKERS,
+) -> tuple[list[int], list[int]]:
+    """Token ids of a text to embed.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: what is pooled.
+        instruction: None for a plain text without template; "" for the template without instruction.
+        max_length: tokens of the text beyond it, markers counted, are cut off the end.
+        markers: what stands around the text.
+
+    Returns:
+        Ids of the instruction (BOS and template; empty where ``instruction`` is None) and ids of the text with its
+        markers (empty where the instruction alone, or with the markers, fills ``max_length``).
+    """
+    head, tail = _instruction_and_text(tokenizer, text, instruction)
+    if max_length is not None:
+        head = head[:max_length]
+        tail = tail[: max(0, max_length - len(head) - markers.num_tokens)]
+    return head, [*markers.opening, *tail, *markers.closing] if tail else []
+
+
+def _instruction_and_text(tokenizer: Tokenizer, text: str, instruction: str | None) -> tuple[list[int], list[int]]:
+    if instruction is None:
+        return [], tokenizer.encode(text)
+    pieces = embedding_pieces(tokenizer, TextPair(instruction, text), Role.QUERY_INSTRUCTION, Role.QUERY)
+    spans = dict(encode_units(tokenizer, [pieces]).spans(0))
+    return spans[Role.QUERY_INSTRUCTION], spans.get(Role.QUERY, [])
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    turns: Sequence[str] | Sequence[Message],
+    max_length: int | None = None,
+    template: str | ChatFormat = "gritlm",
+) -> list[Span]:
+    """Spans of a conversation.
+
+    Args:
+        tokenizer: the tokenizer.
+        turns: messages, or the contents of user, assistant, user, assistant ...
+        max_length: tokens beyond it are cut off the end.
+        template: name of a chat template, or one that is loaded.
+
+    Returns:
+        TEMPLATE, SYSTEM, USER and ANSWER spans. What the cut leaves after the last answer is left out: in causal
+        attention nothing depends on it.
+
+    Raises:
+        DataError: the tokenizer does not keep answers apart from the template.
+    """
+    chat_format = load_chat_format(template, tokenizer) if isinstance(template, str) else template
+    pieces = chat_format.pieces(_messages(turns))
+    table = encode_units(tokenizer, [pieces])
+    if table.problems:
+        raise DataError(table.problems[0], path=tokenizer.path)
+    return table.cut(np.array([len(table.tokens) if max_length is None else max_length])).spans(0)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, turns: Sequence[str] | Sequence[Message], template: str | ChatFormat = "gritlm"
+) -> list[int]:
+    """Ids that a model continues with its answer.
+
+    Args:
+        tokenizer: the tokenizer.
+        turns: messages that end with the user's, or the contents of user, assistant, ..., user.
+        template: name of a chat template, or one that is loaded.
+
+    Raises:
+        DataError: the last turn is not the user's.
+    """
+    messages = _messages(turns)
+    if not messages or messages[-1].role != "user":
+        raise DataError("a prompt is user, assistant, ..., user: its last turn has to be the user's")
+    chat_format = load_chat_format(template, tokenizer) if isinstance(template, str) else template
+    return encode_units(tokenizer, [chat_format.prompt(messages)]).tokens.tolist()
+
+
+def _messages(turns: Sequence[str] | Sequence[Message]) -> list[Message]:
+    contents = [turn for turn in turns if isinstance(turn, str)]
+    return alternate(contents) if contents else [turn for turn in turns if isinstance(turn, Message)]
+
+
+def encode_text(tokenizer: Tokenizer, text: str, max_length: int | None = None) -> list[Span]:
+    """Span of a plain text: all of it supervised, without BOS or EOS."""
+    return [(Role.TEXT, tokenizer.encode(text)[:max_length])]

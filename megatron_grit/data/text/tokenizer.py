@@ -1,0 +1,368 @@
+"""Tokenizers: a SentencePiece model or a tokenizer.json, behind one small interface.
+
+No special token is ever read from text: ``</s>`` in a document is three or four ordinary pieces. BOS and EOS are
+added as ids by :mod:`megatron_grit.data.text.templates`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_grit.data.text.token_offsets import (
+    EncodedTexts,
+    PieceWidths,
+    encode_with_widths,
+    flatten,
+    json_widths,
+    sentencepiece_widths,
+)
+from megatron_grit.data.text.word_cache import WordCache, cuts_at_spaces
+from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.store.files import replacing
+
+_MODEL_NAMES = ("tokenizer.model", "tokenizer.json")
+_BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]", "<|endoftext|>")
+_EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "[EOS]", "[SEP]")
+_SEPARATOR = "\0megatron_grit separator\0"
+_TRICKY_TEXT = (
+    " two  three   four    spaces\n after\n   a\tline  \n \u00a0 and \u2003wide  ones, "
+    "it's  12 345.6 \u180e x\u200b y' s...  \r\n end   "
+)
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back.
+
+    Attributes:
+        path: the file that was read.
+        fingerprint: SHA-256 of that file, in hexadecimal. Indexed files carry it.
+        vocab_size: one more than the largest id.
+        bos_id: begin of sequence.
+        eos_id: end of sequence.
+        pad_id: padding; the end of sequence where the tokenizer has none.
+        special_tokens: ids of the tokens that no text is ever read as, by name.
+    """
+
+    path: Path
+    fingerprint: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    special_tokens: dict[str, int]
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, without BOS or EOS."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text: equal to :meth:`encode` of each."""
+
+    def encode_batch_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts in one array, int32 [num_tokens], and the tokens of each text, int64 [num_texts]."""
+        return flatten(self.encode_batch(texts))
+
+    @abstractmethod
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of ``text``, and the half-open range of characters that each of them stands for.
+
+        The range is empty for a token that no character of its own belongs to: a space that the tokenizer puts in
+        front, or the first bytes of a character that is spelled in bytes.
+        """
+
+    def encode_batch_with_offsets(self, texts: Sequence[str]) -> EncodedTexts:
+        """Ids of each text, equal to :meth:`encode` of each, and the characters that each id stands for."""
+        ids, lengths = self.encode_batch_arrays(texts)
+        return encode_with_widths(texts, ids, lengths, self._piece_widths, self.encode_with_offsets)
+
+    @property
+    @abstractmethod
+    def _piece_widths(self) -> PieceWidths | None:
+        """Characters of each id; None where offsets have to be asked for."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; special tokens are left out."""
+
+    @abstractmethod
+    def id_to_token(self, index: int) -> str:
+        """The vocabulary's own spelling of an id."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece ``.model`` file, with the space in front of the text that the model asks for."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        self.path = path
+        content = path.read_bytes()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(content)
+        except RuntimeError as error:
+            raise DataError("not a SentencePiece model", path=path) from error
+        self.vocab_size = self._processor.get_piece_size()
+        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise DataError("the model has no BOS or no EOS piece; GRIT's templates need both", path=path)
+        pad_id = self._processor.pad_id()
+        self.pad_id = pad_id if pad_id >= 0 else self.eos_id
+        control = [index for index in range(self.vocab_size) if self._processor.is_control(index)]
+        self.special_tokens = {self._processor.id_to_piece(index): index for index in control}
+
+    @functools.cached_property
+    def _piece_widths(self) -> PieceWidths | None:
+        return sentencepiece_widths(self._processor)
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode(list(texts), num_threads=1)
+
+    def encode_batch_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        arrays = self._processor.encode(list(texts), num_threads=1, return_type="numpy")
+        lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays))
+        return np.concatenate([np.empty(0, dtype=np.int32), *arrays], dtype=np.int32), lengths
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self._processor.encode(text, return_type="offset_mapping")
+        return encoded["ids"], [(int(begin), int(end)) for begin, end in encoded["offsets"]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(index) for index in ids])
+
+    def id_to_token(self, index: int) -> str:
+        return self._processor.id_to_piece(int(index))
+
+
+class JsonTokenizer(Tokenizer):
+    """A ``tokenizer.json`` of the tokenizers library.
+
+    BOS, EOS and padding come from ``tokenizer_config.json`` beside it, else from the names in common use.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        self.path = path
+        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"not a tokenizer.json: {error}", path=path) from error
+        self._tokenizer.encode_special_tokens = True  # a special token's name in a text is text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        settings = read_settings(self.path)
+        self.bos_id = self._find("bos_token", settings, _BOS_NAMES)
+        self.eos_id = self._find("eos_token", settings, _EOS_NAMES)
+        pad = token_name(settings.get("pad_token"))
+        pad_id = None if pad is None else self._tokenizer.token_to_id(pad)
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: index for index, token in added.items() if token.special}
+
+    @functools.cached_property
+    def _piece_widths(self) -> PieceWidths | None:
+        return json_widths(self._tokenizer)
+
+    @functools.cached_property
+    def _words(self) -> WordCache | None:
+        """A cache in front of the tokenizer, where that changes no id."""
+        import tokenizers
+
+        if not cuts_at_spaces(json.loads(self.path.read_bytes())):
+            return None
+        # A tokenizer of its own, because one that knows the separator finds it in texts as well.
+        separating = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        separating.encode_special_tokens = True
+        separating.add_tokens([tokenizers.AddedToken(_SEPARATOR, special=False, normalized=False)])
+        words = WordCache(
+            lambda text: separating.encode_batch_fast([text], add_special_tokens=False)[0].ids,
+            _SEPARATOR,
+            separating.get_vocab(with_added_tokens=True)[_SEPARATOR],
+            self.encode,
+        )
+        # Should a version of the library cut texts in another way, then no cache.
+        ids, _ = words.encode([_TRICKY_TEXT])
+        return words if ids.tolist() == self.encode(_TRICKY_TEXT) else None
+
+    def encode_batch_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        words = self._words
+        return super().encode_batch_arrays(texts) if words is None or not words.pays() else words.encode(texts)
+
+    def _find(self, key: str, settings: dict[str, Any], names: Sequence[str]) -> int:
+        named = token_name(settings.get(key))
+        for name in [named] if named is not None else names:
+            index = self._tokenizer.token_to_id(name)
+            if index is not None:
+                return index
+        raise DataError(f"no {key}; name it in tokenizer_config.json beside this file", path=self.path)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        # "fast" leaves out the offsets, and changes no id.
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
+
+    def id_to_token(self, index: int) -> str:
+        return self._tokenizer.id_to_token(int(index)) or f"<{index}>"
+
+
+def read_settings(tokenizer_path: Path) -> dict[str, Any]:
+    """What ``tokenizer_config.json`` beside a tokenizer's file says; nothing where there is none.
+
+    Raises:
+        DataError: it is no JSON object.
+    """
+    path = tokenizer_path.with_name("tokenizer_config.json")
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"not JSON: {error}", path=path) from error
+    if not isinstance(settings, dict):
+        raise DataError("expected a JSON object", path=path)
+    return settings
+
+
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Put a tokenizer into a folder: its file as tokenizer.model or tokenizer.json, and what says which of its tokens
+    are special and how it writes a conversation.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    shutil.copyfile(tokenizer.path, folder / f"tokenizer{tokenizer.path.suffix}")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        beside = tokenizer.path.with_name(name)
+        if beside.is_file():
+            shutil.copyfile(beside, folder / name)
+
+
+def token_name(value: object) -> str | None:
+    """Name of a token in tokenizer_config.json, which writes it as a string or as an object with ``content``."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Read a tokenizer.
+
+    Args:
+        path: a SentencePiece ``.model`` file, a ``tokenizer.json``, or a folder with ``tokenizer.model`` or
+            ``tokenizer.json`` (the first is taken where both are there).
+
+    Raises:
+        DataError: no such file, or not a tokenizer.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = next((path / name for name in _MODEL_NAMES if (path / name).is_file()), None)
+        if found is None:
+            raise DataError(f"no {' or '.join(_MODEL_NAMES)} in this folder", path=path)
+        path = found
+    if not path.is_file():
+        raise DataError("no such tokenizer", path=path)
+    return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    output_prefix: str | os.PathLike[str],
+    vocab_size: int,
+    *,
+    model_type: str = "bpe",
+    character_coverage: float = 0.9995,
+    max_text_chars: int = 4096,
+) -> Path:
+    """Train a SentencePiece model whose ids GRIT's templates can rely on.
+
+    ids: 0 ``<unk>``, 1 ``<s>``, 2 ``</s>``, 3 newline, then 256 bytes, then pieces. Characters outside the
+    vocabulary are spelled in bytes, nothing is normalised, and runs of spaces are kept, so that text comes back as it
+    was. A newline is always a token of its own, hence no token reaches across the end of a template line.
+    The same texts in the same order give the same file.
+
+    Args:
+        texts: training texts.
+        output_prefix: the model is written to ``<output_prefix>.model``.
+        vocab_size: number of pieces.
+        model_type: "bpe" or "unigram".
+        character_coverage: share of the characters that get pieces of their own.
+        max_text_chars: longer texts are cut into pieces of this many characters for training.
+
+    Returns:
+        Path of the model.
+
+    Raises:
+        DataError: no text, or too little of it for ``vocab_size``.
+        ConfigError: ``vocab_size`` has no room for the bytes.
+    """
+    import sentencepiece
+
+    if vocab_size < 270:
+        raise ConfigError(f"vocab_size {vocab_size} is too small: 260 ids are bytes and special tokens")
+    pieces = [piece for text in texts for piece in _training_pieces(text, max_text_chars)]
+    if not pieces:
+        raise DataError("no text to train a tokenizer on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(pieces),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            character_coverage=character_coverage,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n"],
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            max_sentence_length=4 * max_text_chars + 16,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise DataError(f"SentencePiece could not train {vocab_size} pieces on this text: {reason}") from error
+    path = Path(f"{os.fspath(output_prefix)}.model")
+    with replacing(path, "wb") as file:
+        file.write(model.getvalue())
+    return path
+
+
+def _training_pieces(text: str, max_chars: int) -> list[str]:
+    """The text, cut to the trainer's longest sentence. Lines stay together: the word after a newline has no space."""
+    text = text.replace("\0", "")
+    return [text[start : start + max_chars] for start in range(0, len(text), max_chars) if text.strip()]

@@ -1,0 +1,1 @@
+"""Parameters, memory and time of a run before it starts."""

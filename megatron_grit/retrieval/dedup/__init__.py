@@ -1,0 +1,1 @@
+"""Near and exact duplicates, found on disk."""

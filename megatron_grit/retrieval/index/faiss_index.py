@@ -1,0 +1,466 @@
+"""The vector index: the only place that knows faiss.
+
+An index is trained on a sample, then filled with codes that several processes may have made, each with the id of its
+chunk. Training and filling are deterministic: the same vectors give the same file, whatever the number of threads.
+
+With the GPU build of faiss the lists are trained and vectors are compared on GPUs, and an index may be searched there;
+with the CPU build, on the CPU. No GPU has run this file yet: what is said of GPUs follows faiss's sources.
+
+A file is opened only when its SHA-256 is that of its manifest: faiss reads what it is given without looking whether it
+makes sense.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_grit.config.database.schema import MOST_ON_GPU
+from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.retrieval.index.factory import MIN_POINTS_PER_LIST, lists_of
+from megatron_grit.retrieval.index.manifest import IndexManifest, is_whole, read_manifest
+from megatron_grit.store.files import replacing_path, sha256_of_file, write_json
+from megatron_grit.store.logs import get_logger
+from megatron_grit.store.progress import still_at_work
+
+log = get_logger(__name__)
+
+_KINDS = ("Flat", "PQ", "ScalarQuantizer", "RaBitQ")
+"""Of faiss's classes Index... and IndexIVF... . Those of 4-bit codes in blocks (...FastScan) crash when codes are added
+to their lists; additive quantisers, and LSH that turns vectors, learn something else with each number of threads."""
+_GRAPHS = ("IndexHNSWFlat", "IndexHNSWSQ", "IndexHNSWPQ")
+"""Built by one process, which is given vectors in place of codes."""
+_PART = 4096
+"""Rows that one thread works on."""
+_LARGEST_PART = 1 << 40
+"""Bytes that any part of an index file may say it has."""
+_TABLES = (1 << 31) + 8
+"""Bytes of the tables that faiss computes for a product quantiser when it opens a file, above the most that it makes.
+They count as read, so the limit is never below them, however small the file."""
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError:
+        raise ConfigError("the index needs faiss: pip install 'megatron-grit[retro]'") from None
+    return faiss
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs on which this process searches: one under a launcher, else all."""
+
+    devices: list[int]
+    resources: list[Any]
+    """Streams and scratch memory of each, shared by all that runs there."""
+
+
+def gpus_of_process() -> Gpus:
+    """GPUs to search on.
+
+    Raises:
+        ConfigError: faiss is the CPU build, or finds no GPU.
+    """
+    devices = _devices()
+    if not devices:
+        raise ConfigError(
+            "index_on_gpu: this faiss finds no GPU; install its GPU build (faiss-gpu) in place of faiss-cpu, or set "
+            "index_on_gpu to false"
+        )
+    return Gpus(devices, [_gpu_resources(device) for device in devices])
+
+
+def _devices() -> list[int]:
+    count = _faiss().get_num_gpus()
+    if count and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return [int(os.environ.get("LOCAL_RANK", "0")) % count]
+    return list(range(count))
+
+
+@cache
+def _gpu_resources(device: int) -> Any:
+    """Made once: each takes 1.5 GB of its GPU as scratch memory."""
+    return _faiss().StandardGpuResources()
+
+
+def new_index(factory: str, metric: str, dim: int) -> Any:
+    """An untrained index of faiss.
+
+    Raises:
+        ConfigError: faiss does not know the string, or it is not one that several processes can fill, with the same
+            result whatever their number.
+    """
+    faiss = _faiss()
+    kind = {"l2": faiss.METRIC_L2, "inner_product": faiss.METRIC_INNER_PRODUCT}[metric]
+    try:
+        index = faiss.index_factory(dim, factory, kind)
+    except RuntimeError as error:
+        raise ConfigError(f"index {factory!r}: faiss does not make one ({_reason(error)})") from None
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    lists = "" if lists_of(factory) is None else "IVF"
+    kind_of = type(inner).__name__
+    if kind_of not in [f"Index{lists}{name}" for name in _KINDS] and kind_of not in _GRAPHS:
+        raise ConfigError(
+            f"index {factory!r} ({kind_of}) is made of more than codes, or of codes that processes could not share "
+            "out; give Flat, PQ, SQ or RaBitQ, after lists (IVF...,) and OPQ or PCA where wanted, or an HNSW graph"
+        )
+    coarse = faiss.downcast_index(inner.quantizer) if lists else None
+    if lists and not isinstance(coarse, (faiss.IndexFlat, faiss.IndexHNSWFlat)):
+        raise ConfigError(
+            f"index {factory!r}: its lists are found by a {type(coarse).__name__}, which is not known here; give "
+            "IVF<lists> or IVF<lists>_HNSW<links>"
+        )
+    return index
+
+
+def _in_parts(function: Callable[[np.ndarray], np.ndarray], vectors: np.ndarray) -> np.ndarray:
+    """``function`` of runs of rows of one length, a thread for each. A matrix product that itself uses several threads
+    has other last bits for each number of them."""
+    parts = [vectors[start : start + _PART] for start in range(0, max(len(vectors), 1), _PART)]
+
+    def of_part(part: np.ndarray) -> np.ndarray:
+        with _threads(1):
+            return function(part)
+
+    with ThreadPoolExecutor(max(1, _faiss().omp_get_max_threads())) as pool:
+        return np.concatenate(list(pool.map(of_part, parts)))
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    faiss = _faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+class VectorIndex:
+    """An index in memory, or mapped.
+
+    Args:
+        index: faiss's.
+        factory: the string it was made from.
+        metric: l2 or inner_product.
+        first_id: id of the first vector, where the index holds no ids.
+
+    Attributes:
+        is_graph: whether it is an HNSW graph, and not lists or codes alone.
+    """
+
+    def __init__(self, index: Any, factory: str, metric: str, first_id: int = 0) -> None:
+        self.index, self.factory, self.metric, self.first_id = index, factory, metric, first_id
+        faiss = _faiss()
+        chain = getattr(index, "chain", None)
+        self._transforms = []
+        if chain is not None:
+            self._transforms = [faiss.downcast_VectorTransform(chain.at(number)) for number in range(chain.size())]
+        self._inner = index if chain is None else faiss.downcast_index(index.index)
+        self._ivf = None if lists_of(factory) is None else self._inner
+        self.is_graph = type(self._inner).__name__ in _GRAPHS
+        self._on_gpus: Any = None
+
+    @staticmethod
+    def train(
+        factory: str,
+        metric: str,
+        vectors_ND: np.ndarray,
+        *,
+        num_threads: int | None = None,
+        remedy: str = "raise ntrain, or choose a smaller index",
+    ) -> VectorIndex:
+        """A trained index without vectors.
+
+        Args:
+            factory: faiss's factory string.
+            metric: l2 or inner_product.
+            vectors_ND: the sample.
+            num_threads: None: as many as OpenMP says.
+            remedy: what to do about too few vectors.
+
+        Raises:
+            ConfigError: faiss does not know the string, or there are too few vectors.
+        """
+        index = new_index(factory, metric, vectors_ND.shape[1])
+        made = VectorIndex(index, factory, metric)
+        made._check_number(len(vectors_ND), remedy)
+        vectors = np.ascontiguousarray(vectors_ND, dtype=np.float32)
+        if not index.is_trained:
+            try:
+                with _threads(num_threads), still_at_work(f"training index {factory}"):
+                    vectors = made._train_transforms(vectors)
+                    made._train_lists(vectors)
+                    made._inner.train(vectors)
+            except RuntimeError as error:
+                raise ConfigError(f"index {factory!r} cannot be trained ({_reason(error)})") from None
+            index.is_trained = True
+        return made
+
+    def _check_number(self, num_vectors: int, remedy: str) -> None:
+        """Refuse too few vectors to learn from, and say once of few what faiss would print for each clustering."""
+        codes = _faiss().downcast_index(self._inner.storage) if self.is_graph else self._inner
+        product = getattr(codes, "pq", None)
+        centres = max(0 if self._ivf is None else self._ivf.nlist, 0 if product is None else product.ksub)
+        if any(isinstance(transform, _faiss().OPQMatrix) for transform in self._transforms):
+            centres = max(centres, 256)
+        if num_vectors < max(centres, not self.index.is_trained):
+            raise ConfigError(
+                f"index {self.factory!r} needs {max(centres, 1):,} vectors at least to be trained on, and there are "
+                f"{num_vectors:,}; {remedy}"
+            )
+        if num_vectors < MIN_POINTS_PER_LIST * centres:
+            log.warning(
+                f"index {self.factory}: {num_vectors:,} vectors to train {centres:,} centres on; "
+                f"{MIN_POINTS_PER_LIST * centres:,} would be better: {remedy}"
+            )
+        for part in filter(None, (self._ivf, product)):
+            part.cp.min_points_per_centroid = 1
+        if hasattr(codes, "do_polysemous_training"):
+            # It orders centres for a filter of codes that is not used here, and takes a second a byte of the code.
+            codes.do_polysemous_training = False
+
+    def _train_lists(self, vectors: np.ndarray) -> None:
+        """Centres of the lists, before the rest is trained. The engine would put them into an HNSW graph from several
+        threads at once, and the graph would be another one each time."""
+        faiss = _faiss()
+        if self._ivf is None or self._ivf.quantizer.is_trained and self._ivf.quantizer.ntotal:
+            return
+        if not isinstance(faiss.downcast_index(self._ivf.quantizer), (faiss.IndexFlat, faiss.IndexHNSW)):
+            return
+        dim = vectors.shape[1]
+        flat = faiss.IndexFlat(dim, self._ivf.metric_type)
+        if faiss.get_num_gpus():
+            flat = faiss.index_cpu_to_all_gpus(flat)
+        clustering = faiss.Clustering(dim, self._ivf.nlist, self._ivf.cp)
+        clustering.train(vectors, flat)
+        centres = faiss.vector_to_array(clustering.centroids).reshape(self._ivf.nlist, dim)
+        with _threads(1):
+            self._ivf.quantizer.train(centres)
+            self._ivf.quantizer.add(centres)
+
+    def _train_transforms(self, vectors: np.ndarray) -> np.ndarray:
+        """Train what turns vectors before they are stored, and apply it. In one thread: with more, the last bits of
+        OPQ's matrix depend on their number."""
+        faiss = _faiss()
+        for transform in self._transforms:
+            if not transform.is_trained:
+                if isinstance(transform, faiss.OPQMatrix):
+                    # Its own, but for the warnings of each of its 200 clusterings where there are few vectors.
+                    transform.pq = quantizer = faiss.ProductQuantizer(transform.d_out, transform.M, 8)
+                    quantizer.cp.min_points_per_centroid = 1
+                with _threads(1):
+                    transform.train(vectors)
+                if isinstance(transform, faiss.OPQMatrix):
+                    transform.pq = None
+            vectors = _in_parts(transform.apply, vectors)
+        return vectors
+
+    def _transform(self, vectors_ND: np.ndarray) -> np.ndarray:
+        vectors = np.ascontiguousarray(vectors_ND, dtype=np.float32)
+        for transform in self._transforms:
+            vectors = _in_parts(transform.apply, vectors)
+        return vectors
+
+    @property
+    def dim(self) -> int:
+        """Channels of a vector."""
+        return int(self.index.d)
+
+    def __len__(self) -> int:
+        return int(self.index.ntotal)
+
+    @property
+    def holds_ids(self) -> bool:
+        """Whether vectors carry ids of their own; else the id is the place in the order of adding."""
+        return self._ivf is not None
+
+    def encode(self, vectors_ND: np.ndarray) -> np.ndarray:
+        """Codes to add, uint8 [N, bytes], of any process; for a graph the vectors, float32 [N, D]."""
+        if self.is_graph:
+            return self._transform(vectors_ND)
+        return _in_parts(self._inner.sa_encode, self._transform(vectors_ND))
+
+    def add_codes(self, codes: np.ndarray, ids: np.ndarray) -> None:
+        """Add vectors by their codes, with the ids of their chunks.
+
+        Args:
+            codes: of :meth:`encode`.
+            ids: int64 [N], ascending; without lists the first ones set ``first_id`` and the others must go on there.
+
+        Raises:
+            ConfigError: ids with gaps where the index holds none.
+        """
+        if self._ivf is not None:
+            self._ivf.add_sa_codes(codes, ids)
+            self.index.ntotal = self._ivf.ntotal
+            return
+        if not len(ids):
+            return
+        if not len(self):
+            self.first_id = int(ids[0])
+        start = self.first_id + len(self)
+        if not (ids == np.arange(start, start + len(ids))).all():
+            raise ConfigError(f"index {self.factory!r} holds no ids; set add_load_fraction to 1")
+        if self.is_graph:
+            # From several threads at once the graph would be another one each time.
+            with _threads(1):
+                self._inner.add(codes)
+        else:
+            self._inner.add_sa_codes(codes)
+        self.index.ntotal = self._inner.ntotal
+
+    def to_gpus(self, gpus: Gpus) -> None:
+        """Copy the index to GPUs, of several each gets a part. Searches run there from now on, but for those of more
+        than :data:`MOST_ON_GPU` neighbors, for which the index stays in memory.
+
+        An HNSW graph over the lists is searched on the CPU: faiss has none on GPUs.
+
+        Raises:
+            ConfigError: faiss cannot put this kind of index on a GPU, or it does not fit.
+        """
+        faiss = _faiss()
+        options = faiss.GpuMultipleClonerOptions()
+        options.shard = len(gpus.devices) > 1
+        # cuVS, where faiss was built with it, would bring limits of its own.
+        options.use_cuvs = False
+        options.allowCpuCoarseQuantizer = True
+        try:
+            self._on_gpus = faiss.index_cpu_to_gpu_multiple_py(gpus.resources, self._inner, options, gpus.devices)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"index {self.factory!r} cannot be searched on GPU {gpus.devices[0]} ({_reason(error)}); set "
+                "index_on_gpu to false, or spread it over more processes where it does not fit"
+            ) from None
+
+    def set_search(self, nprobe: int | None, ef_search: int | None) -> None:
+        """How thoroughly lists and an HNSW graph are searched. None: leave it.
+
+        Raises:
+            ConfigError: more lists than are visited on a GPU.
+        """
+        if self._ivf is not None and nprobe is not None:
+            nprobe = min(nprobe, int(self._ivf.nlist))
+            if self._on_gpus is not None and nprobe > MOST_ON_GPU:
+                raise ConfigError(
+                    f"nprobe {nprobe:,} is above {MOST_ON_GPU:,}, the most lists that faiss visits on a GPU; lower it, "
+                    "or set index_on_gpu to false"
+                )
+            self._set("nprobe", nprobe)
+        if ef_search is not None and "HNSW" in self.factory:
+            self._set("efSearch" if self._ivf is None else "quantizer_efSearch", ef_search)
+
+    def _set(self, name: str, value: int) -> None:
+        faiss = _faiss()
+        faiss.ParameterSpace().set_index_parameter(self._inner, name, value)
+        if self._on_gpus is not None:
+            faiss.GpuParameterSpace().set_index_parameter(self._on_gpus, name, value)
+
+    @property
+    def num_lists(self) -> int:
+        """Lists of the inverted file; 1 without one."""
+        return 1 if self._ivf is None else int(self._ivf.nlist)
+
+    def search(self, vectors_ND: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Nearest vectors: distances or products, float32 [N, k], and ids, int64 [N, k], -1 where there are fewer."""
+        if vectors_ND.shape[1] != self.dim:
+            raise DataError(f"queries have {vectors_ND.shape[1]} channels, the index {self.dim}")
+        searched = self._inner if self._on_gpus is None or k > MOST_ON_GPU else self._on_gpus
+        scores, ids = searched.search(self._transform(vectors_ND), k)
+        return scores, np.where(ids < 0, -1, ids + self.first_id)
+
+    def save(self, path: Path, manifest: IndexManifest) -> None:
+        """Write the index and its manifest, whole or not at all.
+
+        Raises:
+            DataError: the disk is full, or the folder cannot be written.
+        """
+        faiss = _faiss()
+        try:
+            with replacing_path(path) as temporary:
+                faiss.write_index(self.index, str(temporary))
+                manifest.first_id = self.first_id
+                manifest.bytes, manifest.sha256 = temporary.stat().st_size, sha256_of_file(temporary)
+            write_json(path.with_suffix(".json"), asdict(manifest))
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"cannot be written ({_reason(error)}); when there is room, the same command goes on", path=path
+            ) from None
+
+    @staticmethod
+    def load(
+        path: Path, *, mapped: bool = False, embedder: str | None = None, chunks: str | None = None
+    ) -> VectorIndex:
+        """Open an index whose file is what its manifest says.
+
+        Args:
+            path: the index.
+            mapped: leave it on disk; the system reads what a search touches.
+            embedder: fingerprint of what makes the queries; compared with the manifest's.
+            chunks: fingerprint of the chunks; likewise.
+
+        Raises:
+            DataError: a file is missing or damaged, or is of another embedder or other chunks.
+        """
+        faiss = _faiss()
+        manifest = read_manifest(path)
+        if embedder is not None and embedder != manifest.embedder:
+            raise DataError(
+                "was built with another embedder, or with other settings of it; set that one again, or build the index "
+                "again with --overwrite index-train",
+                path=path,
+            )
+        if chunks is not None and chunks != manifest.chunks:
+            raise DataError("was built of other chunks; build it again with --overwrite index-train", path=path)
+        if not path.is_file():
+            raise DataError("is missing; run the task that makes it", path=path)
+        size = path.stat().st_size
+        if not is_whole(path, manifest):
+            raise DataError(
+                "does not match its checksum and is not opened; run the task that makes it again", path=path
+            )
+        faiss.set_deserialization_vector_byte_limit(min(_LARGEST_PART, max(size, _TABLES)))
+        faiss.set_deserialization_loop_limit(max(manifest.num_vectors, 1 << 24))
+        try:
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+        except RuntimeError as error:
+            raise DataError(f"faiss cannot read it ({_reason(error)}); build the index again", path=path) from None
+        if int(index.d) != manifest.dim or int(index.ntotal) != manifest.num_vectors:
+            raise DataError(
+                f"holds {index.ntotal:,} vectors of {index.d} channels, its manifest says {manifest.num_vectors:,} of "
+                f"{manifest.dim}; build the index again",
+                path=path,
+            )
+        return VectorIndex(index, manifest.factory, manifest.metric, manifest.first_id)
+
+
+def exact_search(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest vectors by comparing all: scores, float32 [Q, min(k, N)], and places among ``vectors_ND``."""
+    faiss = _faiss()
+    kind = {"l2": faiss.METRIC_L2, "inner_product": faiss.METRIC_INNER_PRODUCT}[metric]
+    k = min(k, len(vectors_ND))
+    queries, vectors = np.ascontiguousarray(queries_QD, np.float32), np.ascontiguousarray(vectors_ND, np.float32)
+    if not k:
+        return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+    devices = _devices()
+    if devices:
+        resources = _gpu_resources(devices[0])
+        scores, ids = faiss.knn_gpu(resources, queries, vectors, k, metric=kind, device=devices[0])
+    else:
+        scores, ids = faiss.knn(queries, vectors, k, metric=kind)
+    return scores, ids
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[-1] if text else type(error).__name__)[:200]

@@ -1,0 +1,51 @@
+"""What is known of an index file: the ``.json`` beside it, without which it is not opened."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_grit.errors import DataError
+from megatron_grit.store.files import sha256_of_file
+
+
+@dataclass(kw_only=True)
+class IndexManifest:
+    """What is known of an index file, in the ``.json`` beside it."""
+
+    factory: str
+    metric: str
+    dim: int
+    embedder: str
+    """Fingerprint of what made the vectors."""
+    chunks: str
+    """Fingerprint of the chunks that they are of."""
+    num_trained: int
+    num_vectors: int
+    signature: str = ""
+    """Of the settings that the content follows from."""
+    first_id: int = 0
+    """Id of the first vector, in an index that holds no ids."""
+    bytes: int = 0
+    sha256: str = ""
+
+
+def read_manifest(path: Path) -> IndexManifest:
+    """The manifest of an index file.
+
+    Raises:
+        DataError: it is missing or cannot be read.
+    """
+    file = path.with_suffix(".json")
+    if not file.is_file():
+        raise DataError("is missing; run the task that makes the index", path=file)
+    try:
+        return IndexManifest(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"cannot be read ({error}); build the index again", path=file) from None
+
+
+def is_whole(path: Path, manifest: IndexManifest) -> bool:
+    """Whether an index file is what its manifest says; reads it."""
+    return path.is_file() and path.stat().st_size == manifest.bytes and sha256_of_file(path) == manifest.sha256

@@ -1,0 +1,218 @@
+"""Searching an index of several files: in one process, or in several of which each holds a share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_grit.errors import DataError
+from megatron_grit.retrieval.index.factory import lists_of
+from megatron_grit.retrieval.index.faiss_index import Gpus, VectorIndex
+from megatron_grit.retrieval.index.manifest import read_manifest
+from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.store.logs import get_logger
+
+log = get_logger(__name__)
+
+Found = tuple[np.ndarray, np.ndarray]
+"""Scores, float32 [Q, k], and ids, int64 [Q, k]: the best first, -1 where there are fewer."""
+
+
+class _Shards:
+    """The files of an index that this process holds."""
+
+    shards: list[VectorIndex]
+
+    def to_gpus(self, gpus: Gpus) -> None:
+        """As :meth:`VectorIndex.to_gpus`, of what this process holds."""
+        for shard in self.shards:
+            shard.to_gpus(gpus)
+
+    def set_search(self, nprobe: int | None, ef_search: int | None) -> None:
+        """As :meth:`VectorIndex.set_search`."""
+        for shard in self.shards:
+            shard.set_search(nprobe, ef_search)
+
+
+class ShardedIndex(_Shards):
+    """Several indexes that share out the ids, searched one after the other; their best are merged.
+
+    Of equal scores the smaller id comes first. Which of those that share the last place are found may differ from one
+    number of shards to another.
+
+    Args:
+        shards: at least one, of one factory string.
+    """
+
+    def __init__(self, shards: list[VectorIndex]) -> None:
+        self.shards = shards
+        self.factory, self.metric, self.num_lists = shards[0].factory, shards[0].metric, shards[0].num_lists
+        self.dim, self.is_graph = shards[0].dim, shards[0].is_graph
+
+    @staticmethod
+    def load(paths: Sequence[Path], **options: Any) -> ShardedIndex:
+        """Open shards; options as of :meth:`VectorIndex.load`."""
+        return ShardedIndex([VectorIndex.load(path, **options) for path in paths])
+
+    def __len__(self) -> int:
+        return sum(len(shard) for shard in self.shards)
+
+    def search(self, vectors_ND: np.ndarray, k: int) -> Found:
+        """As :meth:`VectorIndex.search`."""
+        return merge_nearest([shard.search(vectors_ND, k) for shard in self.shards], k, self.metric)
+
+    def serving(self) -> AbstractContextManager[None]:
+        """As :meth:`SpreadIndex.serving`; nobody waits for this process."""
+        return nullcontext()
+
+
+class SpreadIndex(_Shards):
+    """An index of which each process holds some of the files. A search is made by all processes together: each sends
+    its queries to all, searches all queries in what it holds, and merges what the others found for its own.
+
+    So all processes search equally often, those included that have nothing to search: :meth:`serving`. Processes that
+    hold one embedder together make the same searches; the queries of the one that leads them are asked, and all of them
+    get what is found.
+
+    What is found is what :class:`ShardedIndex` finds in the same files, bit for bit.
+
+    Args:
+        paths: the files of the index, at least one, the same on all processes.
+        worker: this process.
+        embedder: as of :meth:`VectorIndex.load`.
+
+    Attributes:
+        shards: what this process holds.
+    """
+
+    def __init__(self, paths: Sequence[Path], worker: Worker, embedder: str | None = None) -> None:
+        self._worker = worker
+        manifests = [read_manifest(path) for path in paths]
+        self._length = sum(manifest.num_vectors for manifest in manifests)
+        self.factory, self.metric, self.dim = manifests[0].factory, manifests[0].metric, manifests[0].dim
+        self.num_lists = lists_of(self.factory) or 1
+        mine = dealt_out([manifest.bytes for manifest in manifests], worker.world_size)[worker.rank]
+        if worker.is_first and len(paths) < worker.world_size:
+            log.warning(
+                f"the index has {len(paths)} files for {worker.world_size} processes: "
+                f"{worker.world_size - len(paths)} of them hold none; raise num_shards to spread it further"
+            )
+        self.shards = [VectorIndex.load(paths[number], embedder=embedder) for number in mine]
+        teams = worker.gather([worker.team, worker.leads])
+        leader = {team: rank for rank, (team, leads) in enumerate(teams) if leads}
+        self._asks_for = [leader[team] for team, _ in teams]
+        """For each process the one whose queries it asks."""
+
+    def __len__(self) -> int:
+        return self._length
+
+    def search(self, vectors_ND: np.ndarray, k: int) -> Found:
+        """As :meth:`VectorIndex.search`. All processes call it, or are :meth:`serving`; k may differ."""
+        if vectors_ND.shape[1] != self.dim:
+            raise DataError(f"queries have {vectors_ND.shape[1]} channels, the index {self.dim}")
+        found, _ = self._search_together(vectors_ND, k, done=False)
+        return found
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """While this process searches. At the end it answers the others until they have come there as well."""
+        yield
+        nothing, all_done = np.empty((0, self.dim), np.float32), False
+        while not all_done:
+            _, all_done = self._search_together(nothing, 1, done=True)
+
+    def _search_together(self, vectors_ND: np.ndarray, k: int, *, done: bool) -> tuple[Found, bool]:
+        """One search of all processes; and whether all of them are done."""
+        worker = self._worker
+        asked = np.ascontiguousarray(vectors_ND if worker.leads else vectors_ND[:0], dtype=np.float32)
+        heads = np.concatenate(worker.gather_arrays(np.array([[len(asked), k, done]])))
+        if not heads[:, 0].any():
+            return _nothing(len(vectors_ND), k, self.metric), bool(heads[:, 2].all())
+        queries = worker.gather_arrays(asked)
+        # Each process's queries by themselves, as it would search them alone: in other company the last bits differ.
+        answers = [self._search_here(part, most) for part, most in zip(queries, heads[:, 1].tolist(), strict=True)]
+        scores, ids = (
+            worker.exchange([answers[leader][which].ravel() for leader in self._asks_for]) for which in range(2)
+        )
+        shape = len(vectors_ND), k
+        parts = [(s.reshape(shape), i.reshape(shape)) for s, i in zip(scores, ids, strict=True)]
+        return merge_nearest(parts, k, self.metric), False
+
+    def _search_here(self, queries_QD: np.ndarray, k: int) -> Found:
+        if not self.shards or not len(queries_QD):
+            return _nothing(len(queries_QD), k, self.metric)
+        return merge_nearest([shard.search(queries_QD, k) for shard in self.shards], k, self.metric)
+
+
+SearchableIndex = ShardedIndex | SpreadIndex
+
+
+def dealt_out(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Numbers of things, ascending, in ``count`` shares of about the same size: the largest first, each to the share
+    that has least.
+
+    Args:
+        sizes: of the things.
+        count: shares.
+    """
+    shares: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for number in sorted(range(len(sizes)), key=lambda number: (-sizes[number], number)):
+        # Of shares that have as much, the one of fewer things: files may be empty.
+        least = min(range(count), key=lambda share: (loads[share], len(shares[share]), share))
+        shares[least].append(number)
+        loads[least] += sizes[number]
+    return [sorted(share) for share in shares]
+
+
+def _nothing(num_queries: int, k: int, metric: str) -> Found:
+    return np.full((num_queries, k), _worst(metric), np.float32), np.full((num_queries, k), -1, np.int64)
+
+
+def merge_nearest(parts: Sequence[Found], k: int, metric: str) -> Found:
+    """The k best of several searches of the same queries: scores and ids, [Q, k], -1 where there are fewer. Of equal
+    scores the smaller id comes first, so that the order of the parts does not matter.
+
+    Args:
+        parts: at least one; a search of any number of neighbors, the best first.
+        k: neighbors.
+        metric: l2, of which the smallest are best, or inner_product.
+    """
+    scores = np.concatenate([part[0] for part in parts], axis=1)
+    ids = np.concatenate([part[1] for part in parts], axis=1)
+    scores = np.where(ids < 0, _worst(metric), scores)
+    keys = scores if metric == "l2" else -scores
+    if keys.shape[1] > k:
+        order = _order_of_best(keys, ids, k)
+        scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+    else:
+        # One search's rows are in order but where scores are equal, and those are few.
+        rows = np.flatnonzero(~(keys[:, 1:] > keys[:, :-1]).all(axis=1))
+        order = np.lexsort((ids[rows], keys[rows]), axis=1)
+        scores[rows], ids[rows] = np.take_along_axis(scores[rows], order, 1), np.take_along_axis(ids[rows], order, 1)
+    missing = k - keys.shape[1]
+    if missing <= 0:
+        return scores, ids
+    return (
+        np.pad(scores, ((0, 0), (0, missing)), constant_values=_worst(metric)),
+        np.pad(ids, ((0, 0), (0, missing)), constant_values=-1),
+    )
+
+
+def _order_of_best(keys: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
+    """Places of the k smallest keys of each row, [Q, k], in order, of equal keys the smaller id first."""
+    chosen = np.argpartition(keys, k - 1, axis=1)[:, :k]
+    best = np.take_along_axis(keys, chosen, 1)
+    order = np.take_along_axis(chosen, np.lexsort((np.take_along_axis(ids, chosen, 1), best), axis=1), 1)
+    # Where several share the last place, the partition took any of them.
+    shared = (keys <= best.max(axis=1, keepdims=True)).sum(axis=1) > k
+    order[shared] = np.lexsort((ids[shared], keys[shared]), axis=1)[:, :k]
+    return order
+
+
+def _worst(metric: str) -> float:
+    return np.inf if metric == "l2" else -np.inf

@@ -1,0 +1,128 @@
+"""What hard negatives are mined from and how, and which of that cannot be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_grit.data.text.line_blocks import find_inputs
+from megatron_grit.errors import ConfigError
+from megatron_grit.store.files import check_text_path
+
+
+@dataclass(kw_only=True)
+class MineOptions:
+    """What is mined and how."""
+
+    input: list[Path]
+    """JSONL of embedding records, or patterns of files."""
+    output: Path
+    """JSONL to write; compressed where it ends in .gz."""
+    embedder: str | None = None
+    """The student: directory of a Hugging Face encoder or of one of our checkpoints."""
+    corpus: list[Path] = field(default_factory=list)
+    """JSONL with passages: plain texts ({"text": ...}) or embedding records. Empty: the passages of the input."""
+    project_dir: Path | None = None
+    """A retrieval database, whose chunks are the passages and whose embedder is the student, in place of both."""
+    version: int | None = None
+    """Of the database. None: the configured one, or the newest."""
+    num_negatives: int = 7
+    """Negatives of a record, at most."""
+    min_negatives: int = 1
+    """Records that end up with fewer are left out."""
+    ranks: tuple[int, int] = (10, 100)
+    """First and last rank of candidates, from 1 on."""
+    margin: float | None = None
+    """A negative's score is at least so much below that of the worst positive."""
+    max_fraction: float | None = None
+    """A negative's score is at most this share of the worst positive's (0.95 in NV-Retriever)."""
+    teacher: str | None = None
+    """Directory of a better embedder."""
+    teacher_gap: float = 0.05
+    """A negative's score by the teacher is at least so much below that of the worst positive."""
+    cross_encoder: Path | None = None
+    """Directory of a Hugging Face cross-encoder, or a JSONL of "query", "passage" and "score"."""
+    cross_margin: float = 3.0
+    """A negative's score by the cross-encoder is at least so much below that of the worst positive."""
+    sampling: Literal["random", "top"] = "random"
+    """Which of the candidates that are left: any, or the nearest."""
+    keep_negatives: bool = False
+    """Keep the negatives that records have, in front, but for those with the text of the query or of a positive."""
+    seed: int = 0
+    """Of the sampling."""
+    query_instruction: str = ""
+    """What the embedders embed queries for. Instructions in records are kept and not read."""
+    max_length: int = 256
+    """Tokens of an embedder to which texts are cut."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the embedders' matrix products."""
+    batch_tokens: int = 8192
+    """Tokens of a forward pass."""
+    index: str = "auto"
+    """A faiss factory string. auto: chosen from the number of passages and index_memory_gb."""
+    index_memory_gb: float = 16.0
+    """With index auto: memory for the index."""
+    block_size: int = 10_000
+    """Passages and records of a block."""
+
+
+def work_folder(options: MineOptions) -> Path:
+    """Where blocks are until the output is whole."""
+    return options.output.with_name(f".{options.output.name}.work")
+
+
+def report_path(output: Path) -> Path:
+    """``mined.report.json`` for ``mined.jsonl`` and ``mined.jsonl.gz``."""
+    plain = output.with_suffix("") if output.suffix == ".gz" else output
+    return plain.with_suffix(".report.json")
+
+
+def most_negatives(options: MineOptions) -> int:
+    """That a record can get."""
+    first, last = options.ranks
+    return min(options.num_negatives, last - first + 1)
+
+
+def check_options(options: MineOptions) -> None:
+    """Refuse options that cannot be.
+
+    Raises:
+        ConfigError: one of them; names it.
+        DataError: an input that is not there.
+    """
+    first, last = options.ranks
+    problems = {
+        "ranks": not 1 <= first <= last,
+        "num_negatives": options.num_negatives < 1,
+        "min_negatives": not 0 <= options.min_negatives <= most_negatives(options),
+        "max_fraction": options.max_fraction is not None and not 0 < options.max_fraction <= 1,
+        "index_memory_gb": not 0 < options.index_memory_gb < math.inf,
+        "seed": options.seed < 0,
+    }
+    problems |= {name: getattr(options, name) < 1 for name in ("max_length", "batch_tokens", "block_size")}
+    for name in ("margin", "teacher_gap", "cross_margin"):
+        problems[name] = not math.isfinite(getattr(options, name) or 0)
+    for name, wrong in problems.items():
+        if wrong:
+            raise ConfigError(f"{name} cannot be {getattr(options, name)}")
+    check_text_path(options.output)
+    for path in (options.output, report_path(options.output)):
+        _check_not_read(path, options)
+    if (options.project_dir is None) == (options.embedder is None):
+        raise ConfigError("give an embedder, or a project_dir, whose embedder it then is")
+    if options.project_dir is not None and (options.corpus or options.query_instruction):
+        raise ConfigError("with project_dir passages and query_instruction are those of the database")
+
+
+def _check_not_read(path: Path, options: MineOptions) -> None:
+    """A file that is to be written must not be one that is read."""
+    if path.is_dir():
+        raise ConfigError(f"output {path} is a folder; give the name of a file")
+    read = [file.path for given in (*options.input, *options.corpus) for file in find_inputs([given])]
+    if options.cross_encoder is not None:
+        read.append(options.cross_encoder)
+    for other in read:
+        if path.exists() and other.exists() and path.samefile(other):
+            raise ConfigError(f"output {path} would take the place of {other}, which is read; give another output")

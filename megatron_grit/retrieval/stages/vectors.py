@@ -1,0 +1,159 @@
+"""Vectors of the chunks of a database: from disk where the task embed wrote them, else from the embedder."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_grit.config.database.stages import setting_in_use
+from megatron_grit.data.chunks.chunk_db import DOCUMENT, START, ChunkDb, map_dataset
+from megatron_grit.data.chunks.project import Project
+from megatron_grit.retrieval.stages.embed import Embedder
+from megatron_grit.retrieval.stages.work import Worker, compute_blocks
+from megatron_grit.store.blocks import Arrays, Block, BlockFolder, digest_of_settings
+
+
+class ChunkVectors:
+    """Vectors of chunks by their ids. They are rounded to ``embedding_dtype`` whether or not they are stored.
+
+    Args:
+        project: the database.
+        db: its chunks.
+        embedder: what makes the vectors.
+        chunks: fingerprint of the chunks.
+
+    Attributes:
+        blocks: where the task embed writes them: ``data``, [n, dim], in blocks of ``block_size`` chunks.
+        stored: whether all of them are there; after :meth:`look`.
+    """
+
+    def __init__(self, project: Project, db: ChunkDb, embedder: Embedder, chunks: str) -> None:
+        self.db, self.embedder = db, embedder
+        self.dtype = np.dtype(project.config.embedding_dtype)
+        signature = {"task": "embed", "chunks": chunks, "embedder": embedder.fingerprint, "dtype": self.dtype.str}
+        self.blocks = BlockFolder(project.folder / "embeddings", len(db), project.config.block_size, signature)
+        self.stored = False
+
+    def look(self, worker: Worker) -> None:
+        """See whether the vectors are stored. All processes call it."""
+        self.stored = worker.from_first(
+            lambda: all(self.blocks.problem(block, thorough=False) is None for block in self.blocks.blocks)
+        )
+
+    def compute(self, block: Block) -> Arrays:
+        """Embed a block: what the task embed writes."""
+        return {"data": self.embedder.embed(self.db.texts(np.arange(block.start, block.stop))).astype(self.dtype)}
+
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        """Vectors of chunks.
+
+        Args:
+            ids: int64 [n], in any order.
+
+        Returns:
+            float32 [n, dim].
+        """
+        if not self.stored:
+            return self.embedder.embed(self.db.texts(ids)).astype(self.dtype).astype(np.float32)
+        return rows_of(self.blocks, ids, self.embedder.dim)
+
+    def of_block(self, block: Block, count: int) -> np.ndarray:
+        """Vectors of the first ``count`` chunks of a block, float32 [count, dim]; stored ones are compared with their
+        checksum.
+
+        Raises:
+            DataError: the stored block is damaged.
+        """
+        if not self.stored:
+            return self.of(np.arange(block.start, block.start + count))
+        return self.blocks.read(self.blocks.blocks[block.number])["data"][:count].astype(np.float32)
+
+    def of_queries(
+        self, dataset: int | None, documents: np.ndarray, offsets: np.ndarray, texts: Sequence[str]
+    ) -> np.ndarray:
+        """Vectors of texts to search with. Those of the database's own chunks are taken from disk where queries and
+        passages are embedded alike.
+
+        Args:
+            dataset: that the texts are of. None: none of the database.
+            documents: int [n], ascending.
+            offsets: int [n], first token of each text in its document.
+            texts: n of them.
+
+        Returns:
+            float32 [n, dim].
+        """
+        ids = np.full(len(texts), -1, dtype=np.int64)
+        if self.stored and dataset is not None and self.embedder.sides_alike and len(texts):
+            ids = find_chunks(self.db.rows, dataset, documents, offsets)
+        out = np.empty((len(texts), self.embedder.dim), dtype=np.float32)
+        known = ids >= 0
+        out[known] = self.of(ids[known])
+        rest = np.flatnonzero(~known)
+        if len(rest):
+            out[rest] = self.embedder.embed([texts[number] for number in rest], "query")
+        return out
+
+
+def rows_of(blocks: BlockFolder, ids: np.ndarray, dim: int) -> np.ndarray:
+    """Rows of the arrays ``data`` of blocks, by item and in any order: float32 [n, dim]. What is not asked for is not
+    read."""
+    out = np.empty((len(ids), dim), dtype=np.float32)
+    numbers = ids // blocks.block_size
+    order = np.argsort(numbers, kind="stable")
+    for part in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1) if len(ids) else []:
+        block = blocks.blocks[int(numbers[part[0]])]
+        out[part] = map_dataset(block.path, "data")[ids[part] - block.start]
+    return out
+
+
+def find_chunks(rows: np.ndarray, dataset: int, documents: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Ids of the chunks that begin at tokens of documents; -1 where there is none, as for a chunk that was left out.
+
+    Args:
+        rows: uint32 [num_chunks, 5], of :class:`ChunkDb`, in the order of dataset, document and token.
+        dataset: their number.
+        documents: int [n], ascending.
+        offsets: int [n].
+
+    Returns:
+        int64 [n].
+    """
+
+    def key(place: int) -> tuple[int, int]:
+        return int(rows[place, 0]), int(rows[place, 1])
+
+    # The table is mapped: a search touches a few pages of it, a comparison of whole columns all.
+    places = range(len(rows))
+    first = bisect.bisect_left(places, (dataset, int(documents[0])), key=key)
+    last = bisect.bisect_right(places, (dataset, int(documents[-1])), key=key)
+    part = np.asarray(rows[first:last])
+    keys = (part[:, DOCUMENT].astype(np.int64) << 32) | part[:, START]
+    wanted = (documents.astype(np.int64) << 32) | offsets.astype(np.int64)
+    if not len(keys):
+        return np.full(len(wanted), -1, dtype=np.int64)
+    found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[found] == wanted, found + first, -1).astype(np.int64)
+
+
+def chunks_fingerprint(project: Project) -> str:
+    """Of the chunks of a database: what they were cut from and how."""
+    names = ("chunk_length", "min_chunk_tokens", "duplicates", "near_threshold", "valid_fraction", "seed")
+    settings = {name: setting_in_use(project.config, name) for name in names}
+    infos = [[info.prefix, info.fingerprint, info.n_docs, info.n_chunks_train] for info in project.infos()]
+    return digest_of_settings({"infos": infos, "tokenizer": project.tokenizer.fingerprint} | settings)
+
+
+def open_vectors(project: Project, worker: Worker, embedder: Embedder) -> ChunkVectors:
+    """The vectors of a project's chunks. All processes call it."""
+    vectors = ChunkVectors(project, ChunkDb(project), embedder, chunks_fingerprint(project))
+    vectors.look(worker)
+    return vectors
+
+
+def embed_chunks(vectors: ChunkVectors, worker: Worker) -> None:
+    """Write the vectors of all chunks. All processes call it."""
+    compute_blocks(vectors.blocks, vectors.compute, worker, "embeddings")
+    vectors.look(worker)

@@ -1,0 +1,232 @@
+"""How the processes of a job share the blocks of a stage, and show how far all of them are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from megatron_grit.errors import DataError
+from megatron_grit.store.blocks import Arrays, Block, BlockFolder, shares
+from megatron_grit.store.logs import get_logger
+from megatron_grit.store.progress import Progress
+
+log = get_logger(__name__)
+
+MINUTES = 7 * 24 * 60
+"""That processes wait for each other: one of them may train an index for days."""
+T = TypeVar("T")
+
+
+def _alone(value: T) -> list[T]:
+    return [value]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process among those that build a database.
+
+    Args:
+        rank: of 0 to ``world_size - 1``.
+        world_size: processes.
+        gather: every process's value, of what JSON can hold, on every process, in the order of ranks.
+        gather_arrays: likewise of arrays that have one type and number of axes, and may differ in length.
+        exchange: given an array for each process, in the order of ranks, the arrays that they have for this one; arrays
+            of one axis and one type.
+        team: several processes may hold one embedder together; this process's such team, of 0 to ``num_teams - 1``.
+        num_teams: how many; teams share out the blocks.
+        leads: whether this process writes what its team computes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    gather: Callable[[Any], list[Any]] = _alone
+    gather_arrays: Callable[[np.ndarray], list[np.ndarray]] = _alone
+    exchange: Callable[[list[np.ndarray]], list[np.ndarray]] = list
+    team: int = 0
+    num_teams: int = 1
+    leads: bool = True
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process does what is done once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Return when every process has called it."""
+        self.gather(None)
+
+    def from_first(self, compute: Callable[[], T]) -> T:
+        """What the first process computes, on every process: something that JSON can hold."""
+        value: T = self.gather(compute() if self.is_first else None)[0]
+        return value
+
+
+@contextmanager
+def worker() -> Iterator[Worker]:
+    """This process, under torchrun or srun one of several. Alone it imports no torch.
+
+    When one process fails the others end as well, within seconds, and one of them says why.
+
+    Raises:
+        JobError: another process failed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Worker()
+        return
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from megatron_grit.parallel.collectives import gather_json
+    from megatron_grit.parallel.rendezvous import join_job
+    from megatron_grit.parallel.watch import JobWatch
+
+    owns_process_group = not dist.is_initialized()
+    if owns_process_group:
+        has_gpu = torch.cuda.is_available()
+        if has_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        store, rank, world_size = join_job(timedelta(minutes=10))
+        # Processes wait for each other on the CPU: they would keep a GPU busy with waiting.
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+            timeout=timedelta(minutes=MINUTES),
+            store=store,
+            rank=rank,
+            world_size=world_size,
+        )
+    place: Any = SimpleNamespace(rank=dist.get_rank(), world_size=dist.get_world_size(), device=torch.device("cpu"))
+    try:
+        with JobWatch(place, MINUTES):
+            yield Worker(
+                place.rank,
+                place.world_size,
+                lambda value: gather_json(value, place),
+                lambda array: _gather_arrays(array, place.world_size),
+                _exchange,
+                team=place.rank,
+                num_teams=place.world_size,
+            )
+    finally:
+        if owns_process_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def alone_in(folder: Path, worker: Worker) -> Iterator[None]:
+    """Hold the lock of a folder: two commands at a time would remove each other's files. All processes call it.
+
+    Raises:
+        DataError: another command holds it, or the folder cannot be made.
+    """
+    if not worker.is_first:
+        yield
+        return
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise DataError(f"cannot be written ({error.strerror})", path=folder) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError("another command works on it; wait for it or end it", path=folder) from None
+        except OSError as error:  # a file system without locks
+            log.warning(f"{folder}: cannot be locked ({error.strerror}); start no second command on it")
+        yield
+
+
+def _gather_arrays(array: np.ndarray, world_size: int) -> list[np.ndarray]:
+    """Every process's array, along its first axis of any length, on every process."""
+    import torch
+    import torch.distributed as dist
+
+    content = torch.from_numpy(np.ascontiguousarray(array))
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(lengths, torch.tensor([len(content)]))
+    longest = max(int(length) for length in lengths)
+    padded = content.new_zeros(longest, *content.shape[1:])
+    padded[: len(content)] = content
+    parts = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(parts, padded)
+    return [part[: int(length)].numpy() for part, length in zip(parts, lengths, strict=True)]
+
+
+def _exchange(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """What each process has for this one."""
+    import torch
+    import torch.distributed as dist
+
+    lengths = torch.tensor([len(array) for array in arrays])
+    incoming = torch.empty_like(lengths)
+    dist.all_to_all_single(incoming, lengths)
+    content = torch.from_numpy(np.concatenate(arrays))
+    received = content.new_empty(int(incoming.sum()))
+    dist.all_to_all_single(received, content, incoming.tolist(), lengths.tolist())
+    return [part.numpy() for part in received.split(incoming.tolist())]
+
+
+def compute_blocks(
+    folder: BlockFolder,
+    compute: Callable[[Block], Arrays],
+    worker: Worker,
+    what: str,
+    unit: str = "chunk",
+    during: AbstractContextManager[None] | None = None,
+) -> int:
+    """Compute the blocks that are missing or damaged, each by one process, and wait until all are there.
+
+    Args:
+        folder: where they are.
+        compute: a block's arrays; the same whichever team calls it. All processes of the team do.
+        worker: this process.
+        what: for the progress, which is that of the first process and counts for all.
+        unit: what a block has many of.
+        during: entered while this process computes its blocks, be they none; what all processes do together in
+            ``compute`` ends with it.
+
+    Returns:
+        Blocks that were computed, by all processes.
+
+    Raises:
+        DataError: a block is still missing afterwards: a process cannot see what another one writes.
+    """
+    if worker.is_first:
+        folder.clear_leftovers()
+    worker.barrier()
+    # Looking for damage reads every block: that, too, is shared.
+    looked_at = [block.number for block in shares(folder.blocks, worker.rank, worker.world_size)]
+    bad = [number for number in looked_at if folder.problem(folder.blocks[number]) is not None]
+    numbers = sorted(number for part in worker.gather(bad) for number in part)
+    missing = [folder.blocks[number] for number in numbers]
+    to_do = sum(len(block) for block in missing)
+    if worker.is_first and 0 < to_do < folder.num_items:
+        log.info(f"{what}: {folder.num_items - to_do:,} of {folder.num_items:,} {unit}s are there already")
+    bar = Progress(to_do, what, unit, enabled=worker.is_first and to_do > 0)
+    with bar, during or nullcontext():
+        for place, block in enumerate(shares(missing, worker.team, worker.num_teams)):
+            arrays = compute(block)
+            if worker.leads:
+                folder.write(block, arrays)
+            # The others are about as far.
+            bar.update(sum(len(other) for other in missing[place * worker.num_teams :][: worker.num_teams]))
+    worker.barrier()
+    unseen = [block for block in missing if not block.path.is_file()]
+    if unseen:
+        raise DataError(
+            "was written by another process and is not seen by this one; is the project directory on a file system "
+            "that all nodes share?",
+            path=unseen[0].path,
+        )
+    return len(missing)

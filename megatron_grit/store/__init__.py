@@ -1,0 +1,1 @@
+"""Leaf: files, folders and caches that survive kills; logs and progress."""

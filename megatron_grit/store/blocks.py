@@ -1,0 +1,235 @@
+"""A long computation as a folder of blocks: what is there is kept, what is missing or damaged is done again.
+
+The items [0, n) are cut into blocks of a fixed size, one HDF5 file each, named by its first item and the one after its
+last: ``000000-100000.hdf5``. A block is written under another name and renamed, so it is whole or not there, and holds
+the SHA-256 of its arrays and a signature of everything that its content follows from. So a run that was killed goes on,
+and a block of other settings or other data is not taken for one of this run.
+
+Which process computes a block never changes what is in it, so the folder is the same whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_grit.errors import DataError
+from megatron_grit.store.files import replacing_path
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Items ``start`` to ``stop - 1`` and their file."""
+
+    start: int
+    stop: int
+    path: Path
+    number: int = 0
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class BlockFolder:
+    """Blocks of one computation.
+
+    Args:
+        folder: made where it is not there.
+        num_items: n.
+        block_size: items of a block; the last one may have fewer.
+        signature: of all that the content follows from: settings, and fingerprints of what is read.
+    """
+
+    def __init__(self, folder: Path, num_items: int, block_size: int, signature: Mapping[str, Any]) -> None:
+        self.folder, self.num_items, self.block_size = folder, num_items, block_size
+        self.signature = digest_of_settings(signature)
+        # One digit more than the largest number has, as Retro's tools write them.
+        digits = len(str(max(num_items, 1))) + 1
+        self.blocks = [
+            Block(start, stop, folder / f"{start:0{digits}d}-{stop:0{digits}d}.hdf5", number)
+            for number, start in enumerate(range(0, num_items, block_size))
+            for stop in [min(start + block_size, num_items)]
+        ]
+
+    def missing(self, *, thorough: bool = True) -> list[Block]:
+        """Blocks that are yet to be computed: not there, damaged, or of another signature.
+
+        Args:
+            thorough: read every block whole and compare it with its checksum, not only its signature.
+        """
+        return [block for block in self.blocks if self.problem(block, thorough=thorough) is not None]
+
+    def problem(self, block: Block, *, thorough: bool = True) -> str | None:
+        """What is wrong with a block's file. None: nothing."""
+        if not block.path.is_file():
+            return "is missing"
+        try:
+            signature, _ = _read(block.path, None if thorough else ())
+        except DataError as error:
+            return str(error)
+        if signature != self.signature:
+            return "is of other settings or other data"
+        return None
+
+    def write(self, block: Block, arrays: Arrays) -> None:
+        """Write a block, whole or not at all.
+
+        Raises:
+            DataError: the disk is full, or the folder cannot be written.
+        """
+        write_arrays(block.path, arrays, self.signature)
+
+    def read(self, block: Block, *names: str) -> Arrays:
+        """Arrays of a block; all of them, checked, where no names are given.
+
+        Raises:
+            DataError: the block is missing, damaged or of another signature.
+        """
+        if not block.path.is_file():
+            raise DataError("is missing; run the task that makes it", path=block.path)
+        signature, arrays = _read(block.path, names or None)
+        if signature != self.signature:
+            raise DataError("is of other settings or other data; run the task that makes it again", path=block.path)
+        assert arrays is not None
+        return arrays
+
+    def clear_leftovers(self) -> None:
+        """Remove half-written files and blocks of other sizes. While no other process writes."""
+        known = {block.path.name for block in self.blocks}
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+        for path in self.folder.glob("*.hdf5"):
+            if path.name not in known:
+                path.unlink(missing_ok=True)
+
+    def sample(self, fraction: float, seed: int) -> list[Block]:
+        """A random part of the blocks, at least one where there are any, in their order.
+
+        Args:
+            fraction: of the blocks.
+            seed: chooses them.
+        """
+        count = min(len(self.blocks), max(1, round(fraction * len(self.blocks))))
+        chosen = np.random.default_rng(seed).permutation(len(self.blocks))[:count]
+        return [self.blocks[number] for number in sorted(chosen.tolist())]
+
+    def check(self, block: Block, again: Arrays) -> None:
+        """Compare a block bit for bit with what is computed now.
+
+        Raises:
+            DataError: it is missing, damaged or differs; names it and the array.
+        """
+        stored = self.read(block)
+        for name in sorted(stored.keys() | again.keys()):
+            if name not in stored or name not in again or not same_bits(stored[name], again[name]):
+                raise DataError(
+                    f"{name} differs from what is computed now; delete the file and run its task again", path=block.path
+                )
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two arrays have the same type, shape and bytes."""
+    return first.dtype == second.dtype and first.shape == second.shape and (first.tobytes() == second.tobytes())
+
+
+def digest_of_settings(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of settings that JSON can hold."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of_arrays(arrays: Arrays) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.data.cast("B") if array.size else b"")
+    return digest.hexdigest()
+
+
+def write_arrays(path: Path, arrays: Arrays, signature: str) -> None:
+    """Write named arrays as HDF5 with their checksum, whole or not at all.
+
+    The same arrays give the same bytes: no times are stored, and names are written in their order.
+
+    Raises:
+        DataError: the disk is full, or the folder cannot be written.
+    """
+    import h5py
+
+    # Made in memory: where a disk fills up under HDF5 the process crashes.
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
+        file.attrs["signature"] = signature
+        file.attrs["sha256"] = digest_of_arrays(arrays)
+        for name in sorted(arrays):
+            file.create_dataset(name, data=arrays[name])
+    try:
+        with replacing_path(path) as temporary:
+            temporary.write_bytes(image.getbuffer())
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, reason: object) -> DataError:
+    """What to say of a full disk, or of a folder that cannot be written."""
+    return DataError(f"cannot be written ({reason}); when there is room, the same command goes on", path=path)
+
+
+def read_arrays(path: Path) -> Arrays:
+    """All arrays of a file that :func:`write_arrays` wrote.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    if not path.is_file():
+        raise DataError("is missing", path=path)
+    _, arrays = _read(path, None)
+    assert arrays is not None
+    return arrays
+
+
+def signature_of(path: Path) -> str | None:
+    """The signature in a file; None where it cannot be read."""
+    try:
+        return _read(path, ())[0]
+    except DataError:
+        return None
+
+
+def _read(path: Path, names: tuple[str, ...] | None) -> tuple[str, Arrays | None]:
+    """Signature and arrays; with ``names`` None all of them, compared with their checksum."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            signature, digest = str(file.attrs["signature"]), str(file.attrs.get("sha256", ""))
+            arrays = {name: file[name][()] for name in (file if names is None else names)}
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise DataError(f"cannot be read ({_first_line(error)}); delete it and run its task again", path=path) from None
+    if names is None and digest_of_arrays(arrays) != digest:
+        raise DataError("does not match its checksum; delete it and run its task again", path=path)
+    return signature, arrays
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def shares(blocks: list[Block], rank: int, world_size: int) -> Iterator[Block]:
+    """The blocks of one process among several."""
+    yield from blocks[rank::world_size]
