@@ -21,7 +21,7 @@ from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.packing import pack
 from megatron_grit.inference.team import Team
-from megatron_grit.models.decoder import GritGPTModel, Output
+from megatron_grit.models.decoder import GritDecoder, Output
 from megatron_grit.parallel.collectives import from_last_stage, gather_in_order
 from megatron_grit.parallel.context import ParallelContext
 
@@ -32,7 +32,7 @@ _PROGRESS_FROM = 256
 
 @torch.no_grad()
 def encode_tokens(
-    model: GritGPTModel,
+    model: GritDecoder,
     texts: Sequence[tuple[list[int], list[int]]],
     *,
     team: Team,
@@ -93,7 +93,7 @@ def share_out(lengths: np.ndarray, budget: int, num_lanes: int) -> list[np.ndarr
 
 
 def _encode_batches(
-    model: GritGPTModel,
+    model: GritDecoder,
     team: Team,
     batches: list[np.ndarray],
     row_of: Callable[[np.ndarray], PackedRow],
@@ -135,7 +135,7 @@ def _joined(batches: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *batches]))
 
 
-def embedding_width(model: GritGPTModel) -> int:
+def embedding_width(model: GritDecoder) -> int:
     """Channels of an embedding, which only the last stage makes."""
     return model.embedding_config.projection_dim or model.config.hidden_size
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.inference.kv_cache import SequenceCache
-from megatron_grit.models.decoder import GritGPTModel, Output
+from megatron_grit.models.decoder import GritDecoder, Output
 
 
 @torch.no_grad()
 def generate_tokens(
-    model: GritGPTModel,
+    model: GritDecoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,

@@ -25,7 +25,7 @@ from megatron_grit.inference.encode import encode_tokens
 from megatron_grit.inference.generate import generate_tokens
 from megatron_grit.inference.score import score_tokens
 from megatron_grit.inference.team import join_team
-from megatron_grit.models.decoder import GritGPTModel, build_model
+from megatron_grit.models.decoder import GritDecoder, build_model
 from megatron_grit.parallel.launch import initialize
 from megatron_grit.training.checkpoint import read_config, read_state, resolve_checkpoint, tokenizer_path
 
@@ -48,7 +48,7 @@ class GritModel:
     Use :meth:`load`; the constructor takes a model that is built already, on all processes of the job.
     """
 
-    def __init__(self, config: RunConfig, model: GritGPTModel, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: RunConfig, model: GritDecoder, tokenizer: Tokenizer) -> None:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.markers = load_markers(config.embedding, config.model.vocab_size, tokenizer)
         self.team = join_team(model, config.parallel.timeout_minutes)

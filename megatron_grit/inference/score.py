@@ -11,14 +11,14 @@ from tqdm import tqdm
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.packing import pack
-from megatron_grit.models.decoder import GritGPTModel, Output
+from megatron_grit.models.decoder import GritDecoder, Output
 
 _PROGRESS_FROM = 1024
 
 
 @torch.no_grad()
 def score_tokens(
-    model: GritGPTModel,
+    model: GritDecoder,
     texts: Sequence[tuple[np.ndarray, np.ndarray]],
     *,
     batch_tokens: int,

@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_grit.models.decoder import GritGPTModel
+from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.collectives import gather_json
 from megatron_grit.parallel.context import ParallelContext
 
@@ -36,7 +36,7 @@ class Team:
     """The processes of the team that hold what this one holds, one of each lane, in their order. None: one lane."""
 
 
-def join_team(model: GritGPTModel, timeout_minutes: float) -> Team:
+def join_team(model: GritDecoder, timeout_minutes: float) -> Team:
     """This process's team. Collective over all processes of the job.
 
     Args:

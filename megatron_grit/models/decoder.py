@@ -43,7 +43,7 @@ class Output(StrEnum):
     """[T, 1, D] after the final norm; of this rank's tokens."""
 
 
-class GritGPTModel(compat.gpt_model_class()):  # type: ignore[misc]
+class GritDecoder(compat.gpt_model_class()):  # type: ignore[misc]
     """One pipeline stage, or one chunk of an interleaved one, of a decoder that generates and embeds.
 
     State-dict names are those of the engine's GPTModel, plus ``embedding_head`` (see
@@ -209,7 +209,7 @@ def attention_mode(kind: RowKind, embed_causally: bool) -> AttentionMode:
     return AttentionMode.CAUSAL
 
 
-def build_model(config: RunConfig, vocab_size: int, context: ParallelContext) -> GritGPTModel:
+def build_model(config: RunConfig, vocab_size: int, context: ParallelContext) -> GritDecoder:
     """This process's pipeline stage, on its device, with fresh weights from ``training.seed``.
 
     An interleaved pipeline has several models a process: :func:`build_chunks`.
@@ -218,11 +218,11 @@ def build_model(config: RunConfig, vocab_size: int, context: ParallelContext) ->
     return model
 
 
-def build_chunks(config: RunConfig, vocab_size: int, context: ParallelContext) -> list[GritGPTModel]:
+def build_chunks(config: RunConfig, vocab_size: int, context: ParallelContext) -> list[GritDecoder]:
     """The chunks of layers that this process holds, first layers first; one without an interleaved pipeline."""
     engine_config = transformer_config(config)
     stages = [None] if context.virtual_size is None else range(context.virtual_size)
-    chunks = [GritGPTModel(config, engine_config, vocab_size, context, stage) for stage in stages]
+    chunks = [GritDecoder(config, engine_config, vocab_size, context, stage) for stage in stages]
     if config.adapter.kind != "none":
         for chunk in chunks:
             insert_adapters(chunk, config)
@@ -234,7 +234,7 @@ def build_chunks(config: RunConfig, vocab_size: int, context: ParallelContext) -
     return [chunk.to(context.device) for chunk in chunks]
 
 
-def _reduce_experts_apart(model: GritGPTModel) -> None:
+def _reduce_experts_apart(model: GritDecoder) -> None:
     """Have gradients of experts reduced over the ranks that hold the same ones.
 
     megatron-core 0.16 does so for an expert parallel size above 1 only (layers.py:886). With experts that are split

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_grit.config.schema import AdapterConfig, RunConfig
 from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.models.adapters import adapted_linears
-from megatron_grit.models.decoder import GritGPTModel
+from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.models.quantization import quantize_linear_
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.training.checkpoint import NEW_MODULES, Stage, base_state, read_config, stage_chunks
@@ -137,7 +137,7 @@ def base_fingerprint(model: Stage, context: ParallelContext, read: Callable[[str
     return f"{int(total) & (2**64 - 1):016x}"
 
 
-def _weigh(shard: Any, chunk: GritGPTModel) -> Tensor:
+def _weigh(shard: Any, chunk: GritDecoder) -> Tensor:
     """One shard's share of the sum: int64 scalar."""
     values: Tensor = shard.data.detach()
     stacked = shard.prepend_axis_num

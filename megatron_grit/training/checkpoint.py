@@ -34,7 +34,7 @@ from megatron_grit.config.parse import load_config
 from megatron_grit.config.schema import RunConfig, TrainingConfig
 from megatron_grit.errors import CheckpointError
 from megatron_grit.models.adapters import adapted_linears
-from megatron_grit.models.decoder import GritGPTModel
+from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.collectives import any_rank
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState
@@ -56,7 +56,7 @@ NEW_MODULES = ("embedding_head.", "embedding_pooling.")
 """What a model of another project does not have."""
 _LOAD_ERRORS = (CheckpointException, CheckpointingException, RuntimeError, ValueError, KeyError, OSError)
 
-Stage = GritGPTModel | Sequence[GritGPTModel]
+Stage = GritDecoder | Sequence[GritDecoder]
 """A process's pipeline stage: one model, or its chunks of layers under an interleaved pipeline."""
 
 
@@ -178,7 +178,7 @@ def layout_of(context: ParallelContext) -> dict[str, int]:
     }
 
 
-def stage_chunks(model: Stage) -> list[GritGPTModel]:
+def stage_chunks(model: Stage) -> list[GritDecoder]:
     """The chunks of a stage, one or several."""
     return list(model) if isinstance(model, Sequence) else [model]
 

@@ -13,17 +13,17 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.models.decoder import GritGPTModel
+from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel import positions
 
 
-def wrap_model(model: GritGPTModel) -> DistributedDataParallel:
+def wrap_model(model: GritDecoder) -> DistributedDataParallel:
     """The model with fp32 gradient buffers that are reduced once a step."""
     (wrapped,) = wrap_chunks([model])
     return wrapped
 
 
-def wrap_chunks(chunks: Sequence[GritGPTModel], overlap: bool = False) -> list[DistributedDataParallel]:
+def wrap_chunks(chunks: Sequence[GritDecoder], overlap: bool = False) -> list[DistributedDataParallel]:
     """:func:`wrap_model` for each chunk of an interleaved pipeline stage.
 
     Args:

@@ -13,7 +13,7 @@ from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError
 from megatron_grit.models.adapters import count_trainable
-from megatron_grit.models.decoder import GritGPTModel, build_chunks
+from megatron_grit.models.decoder import GritDecoder, build_chunks
 from megatron_grit.parallel import positions
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
@@ -59,7 +59,7 @@ AUDITED_STEPS = 2
 """First steps whose data the start-up audit looks at."""
 
 
-InitialWeights = Callable[[Sequence[GritGPTModel], ParallelContext], None]
+InitialWeights = Callable[[Sequence[GritDecoder], ParallelContext], None]
 """Fills the weights of this process's chunks. Collective over all ranks."""
 
 

@@ -52,9 +52,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
 def lose_boundaries_of_inner_chunks() -> AbstractContextManager[Any]:
     """Chunks of layers that neither embed tokens nor compute losses go without cu_seqlens."""
     from megatron_grit.models.attention import PackedSegments
-    from megatron_grit.models.decoder import GritGPTModel
+    from megatron_grit.models.decoder import GritDecoder
 
-    forward, of_row, inner = GritGPTModel.forward, PackedSegments.of_row, [False]
+    forward, of_row, inner = GritDecoder.forward, PackedSegments.of_row, [False]
 
     def watched_forward(self: Any, *args: Any) -> Any:
         inner[0] = not self.pre_process and not self.post_process
@@ -67,7 +67,7 @@ def lose_boundaries_of_inner_chunks() -> AbstractContextManager[Any]:
         return segments
 
     stack = ExitStack()
-    stack.enter_context(mock.patch.object(GritGPTModel, "forward", watched_forward))
+    stack.enter_context(mock.patch.object(GritDecoder, "forward", watched_forward))
     stack.enter_context(mock.patch.object(PackedSegments, "of_row", damaged_of_row))
     return stack
 

@@ -22,7 +22,7 @@ from megatron_grit.data.rows.row import embedding_row, generative_row
 from megatron_grit.data.rows.segments import Segment, labels_between
 from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_grit.models import attention
-from megatron_grit.models.decoder import GritGPTModel, Output, build_model
+from megatron_grit.models.decoder import GritDecoder, Output, build_model
 from megatron_grit.parallel.launch import parallel_job
 from tests.rows import tiny_config
 
@@ -74,7 +74,7 @@ def loader(config: RunConfig) -> GritDataLoader:
 
 
 @pytest.fixture(scope="module")
-def model(config: RunConfig) -> Iterator[GritGPTModel]:
+def model(config: RunConfig) -> Iterator[GritDecoder]:
     with parallel_job(ParallelConfig(device="cpu"), seed=1) as context:
         yield build_model(config, VOCAB, context).eval()
 
@@ -99,7 +99,7 @@ def test_rows_are_full_and_hold_every_record(loader: GritDataLoader) -> None:
 
 
 def packed_and_alone(
-    loader: GritDataLoader, model: GritGPTModel, kind: RowKind, num_records: int = NUM_COMPARED
+    loader: GritDataLoader, model: GritDecoder, kind: RowKind, num_records: int = NUM_COMPARED
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean losses of segments, or embeddings: from packed rows, and each in a row of its own, until so many different
     records have been seen."""
@@ -136,7 +136,7 @@ def rows_of(loader: GritDataLoader, kind: RowKind, step: int) -> list[list[Segme
 
 
 @torch.no_grad()
-def outputs(model: GritGPTModel, row: PackedRow, lengths: list[int]) -> np.ndarray:
+def outputs(model: GritDecoder, row: PackedRow, lengths: list[int]) -> np.ndarray:
     """float64 [S, D]: embeddings, or for each segment its mean loss."""
     if row.kind is RowKind.EMBEDDING:
         return model(row, Output.EMBEDDINGS).double().numpy()
@@ -148,7 +148,7 @@ def outputs(model: GritGPTModel, row: PackedRow, lengths: list[int]) -> np.ndarr
 
 
 @pytest.mark.parametrize("kind", list(RowKind))
-def test_packed_equals_alone(loader: GritDataLoader, model: GritGPTModel, kind: RowKind) -> None:
+def test_packed_equals_alone(loader: GritDataLoader, model: GritDecoder, kind: RowKind) -> None:
     packed, alone = packed_and_alone(loader, model, kind)
     assert len(packed) >= NUM_COMPARED and packed.std() > 0.01
     np.testing.assert_allclose(packed, alone, atol=TOLERANCE, rtol=0)
@@ -156,7 +156,7 @@ def test_packed_equals_alone(loader: GritDataLoader, model: GritGPTModel, kind: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list(RowKind))
-def test_packed_equals_alone_for_every_record(loader: GritDataLoader, model: GritGPTModel, kind: RowKind) -> None:
+def test_packed_equals_alone_for_every_record(loader: GritDataLoader, model: GritDecoder, kind: RowKind) -> None:
     packed, alone = packed_and_alone(loader, model, kind, NUM_RECORDS)
     assert len(packed) >= NUM_RECORDS
     np.testing.assert_allclose(packed, alone, atol=TOLERANCE, rtol=0)
@@ -164,7 +164,7 @@ def test_packed_equals_alone_for_every_record(loader: GritDataLoader, model: Gri
 
 @pytest.mark.parametrize("kind", list(RowKind))
 def test_a_leak_between_records_would_be_seen(
-    loader: GritDataLoader, model: GritGPTModel, kind: RowKind, monkeypatch: pytest.MonkeyPatch
+    loader: GritDataLoader, model: GritDecoder, kind: RowKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the rows' segments joined into one, packed records see each other."""
     of_row = attention.PackedSegments.of_row

@@ -27,7 +27,7 @@ from megatron_grit.convert.hf_in.hf_to_megatron import (
 from megatron_grit.convert.param_map import WHOLE, Conversion, Shard
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError
-from megatron_grit.models.decoder import GritGPTModel
+from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.collectives import any_rank
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.store.files import replacing
@@ -106,7 +106,7 @@ def pretrained_weights(config: RunConfig) -> InitialWeights | None:
     if config.model.pretrained is None:
         return None
 
-    def fill(chunks: Sequence[GritGPTModel], context: ParallelContext) -> None:
+    def fill(chunks: Sequence[GritDecoder], context: ParallelContext) -> None:
         problem: CheckpointError | None = None
         try:
             load_pretrained(config, chunks, context)
@@ -118,7 +118,7 @@ def pretrained_weights(config: RunConfig) -> InitialWeights | None:
     return fill
 
 
-def load_pretrained(config: RunConfig, chunks: Sequence[GritGPTModel], context: ParallelContext) -> int:
+def load_pretrained(config: RunConfig, chunks: Sequence[GritDecoder], context: ParallelContext) -> int:
     """Fill the weights of this process's chunks; an embedding head and adapters keep those that they have.
 
     Args:
@@ -145,7 +145,7 @@ def load_pretrained(config: RunConfig, chunks: Sequence[GritGPTModel], context: 
 
 
 def fill_chunks(
-    chunks: Sequence[GritGPTModel],
+    chunks: Sequence[GritDecoder],
     context: ParallelContext,
     model: ModelConfig,
     plan: Sequence[Conversion],
@@ -172,7 +172,7 @@ def fill_chunks(
                 parameter.copy_(made)
 
 
-def _name_in_whole_model(name: str, chunk: GritGPTModel) -> str:
+def _name_in_whole_model(name: str, chunk: GritDecoder) -> str:
     """A parameter's name in a model on one process: layers and experts are counted anew on each rank."""
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"  # the last stage has a copy of the first's
@@ -184,7 +184,7 @@ def _name_in_whole_model(name: str, chunk: GritGPTModel) -> str:
     return _EXPERT.sub(lambda local: f".local_experts.{layer.mlp.local_expert_indices[int(local[1])]}.", name)
 
 
-def _shard(name: str, parameter: torch.nn.Parameter, chunk: GritGPTModel, context: ParallelContext) -> Shard:
+def _shard(name: str, parameter: torch.nn.Parameter, chunk: GritDecoder, context: ParallelContext) -> Shard:
     """The part of a tensor that a parameter holds."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return WHOLE

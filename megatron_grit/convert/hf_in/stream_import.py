@@ -35,7 +35,7 @@ from megatron_grit.convert.hf_in.folder import WeightFolder
 from megatron_grit.convert.param_map import Conversion
 from megatron_grit.data.text.tokenizer import Tokenizer, copy_tokenizer
 from megatron_grit.errors import CheckpointError
-from megatron_grit.models.decoder import GritGPTModel, build_model
+from megatron_grit.models.decoder import GritDecoder, build_model
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.store.files import sha256_of_file, write_json
@@ -88,7 +88,7 @@ def write_checkpoint(
     return final
 
 
-def build_without_storage(config: RunConfig, vocab_size: int, context: ParallelContext) -> GritGPTModel:
+def build_without_storage(config: RunConfig, vocab_size: int, context: ParallelContext) -> GritDecoder:
     """The model with weights that have shapes and no memory."""
     meta = torch.device("meta")
     with meta, _WithoutStorage():

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.convert.hf_in.pretrained import load_pretrained
 from megatron_grit.errors import CheckpointError
-from megatron_grit.models.decoder import GritGPTModel
+from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.training.base_weights import base_fingerprint, check_base, prepare_base
 from megatron_grit.training.checkpoint import load_adapters, load_weights, read_state, resolve_checkpoint
@@ -18,7 +18,7 @@ from megatron_grit.training.megatron_checkpoint import find_megatron_checkpoint
 def load_checkpoint(
     path: Path,
     config: RunConfig,
-    model: list[GritGPTModel],
+    model: list[GritDecoder],
     context: ParallelContext,
     base: str | Path | None = None,
 ) -> None:

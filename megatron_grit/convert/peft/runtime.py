@@ -17,7 +17,7 @@ from megatron_grit.convert.peft.reader import read_peft
 from megatron_grit.convert.peft.sites import WholeAdapter, resized
 from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.models.adapters import adapted_linears, global_name
-from megatron_grit.models.decoder import GritGPTModel
+from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.collectives import any_rank
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.store.logs import get_logger
@@ -32,7 +32,7 @@ def peft_adapters(config: RunConfig) -> InitialWeights | None:
     if path is None or not is_peft_folder(path):
         return None
 
-    def fill(chunks: Sequence[GritGPTModel], context: ParallelContext) -> None:
+    def fill(chunks: Sequence[GritDecoder], context: ParallelContext) -> None:
         problem: CheckpointError | ConfigError | None = None
         try:
             load_peft(path, config, chunks)
@@ -45,7 +45,7 @@ def peft_adapters(config: RunConfig) -> InitialWeights | None:
     return fill
 
 
-def load_peft(path: str | Path, config: RunConfig, chunks: Sequence[GritGPTModel]) -> None:
+def load_peft(path: str | Path, config: RunConfig, chunks: Sequence[GritDecoder]) -> None:
     """Fill the adapters of this process's chunks from a PEFT directory. Not collective.
 
     The run's rank may be higher than the adapter's, and its alpha another: the function is the same.
@@ -84,7 +84,7 @@ def check_fits(path: str | Path, found: AdapterConfig, config: RunConfig) -> Non
 
 
 @torch.no_grad()
-def fill_adapters(chunks: Sequence[GritGPTModel], adapter: WholeAdapter) -> None:
+def fill_adapters(chunks: Sequence[GritDecoder], adapter: WholeAdapter) -> None:
     """Give each adapter of this process its share of whole ones; projections that ``adapter`` lacks keep theirs."""
     for chunk in chunks:
         for name, linear in adapted_linears(chunk).items():
@@ -103,7 +103,7 @@ def fill_adapters(chunks: Sequence[GritGPTModel], adapter: WholeAdapter) -> None
 
 
 @torch.no_grad()
-def fill_trained(chunks: Sequence[GritGPTModel], trained: dict[str, Tensor], model: ModelConfig) -> None:
+def fill_trained(chunks: Sequence[GritDecoder], trained: dict[str, Tensor], model: ModelConfig) -> None:
     """Give parameters that were trained beside adapters (``modules_to_save``) their share of them.
 
     Args:

@@ -37,7 +37,7 @@ def select_trainable(chunks: Sequence[Any], config: RunConfig) -> None:
     so every layout selects the same. Collective over all ranks where there are patterns.
 
     Args:
-        chunks: of this process (:class:`~megatron_grit.models.decoder.GritGPTModel`), adapters in place.
+        chunks: of this process (:class:`~megatron_grit.models.decoder.GritDecoder`), adapters in place.
         config: the run.
 
     Raises:

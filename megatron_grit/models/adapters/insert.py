@@ -26,7 +26,7 @@ def insert_adapters(model: Any, config: RunConfig) -> None:
     ``training.seed`` and the layer's name, and then cut; ``lora_B`` is zero, so the model's output is what it was.
 
     Args:
-        model: a chunk (:class:`~megatron_grit.models.decoder.GritGPTModel`), on the CPU or a device.
+        model: a chunk (:class:`~megatron_grit.models.decoder.GritDecoder`), on the CPU or a device.
         config: the run.
     """
     targets = adapter_targets(config)

@@ -15,7 +15,7 @@ def global_name(model: Any, name: str) -> str:
     """The name in the whole model, as one process would hold it.
 
     Args:
-        model: a chunk of it (:class:`~megatron_grit.models.decoder.GritGPTModel`).
+        model: a chunk of it (:class:`~megatron_grit.models.decoder.GritDecoder`).
         name: in the chunk, of a module or a parameter inside a layer, or of any other.
     """
     if name == _TIED and model.share_embeddings_and_output_weights:

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import window_of_layer
 from megatron_grit.data.indexed.roles import RowKind
-from megatron_grit.models.decoder import GritGPTModel, Output
+from megatron_grit.models.decoder import GritDecoder, Output
 from megatron_grit.models.row_share import RowShare
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.training.audit.rows import AuditRow, random_states
@@ -83,7 +83,7 @@ def attention_passes(config: RunConfig, rows: dict[RowKind, AuditRow]) -> list[A
 
 
 def audit_layers(
-    chunk: GritGPTModel, attention_pass: AttentionPass, config: RunConfig, context: ParallelContext
+    chunk: GritDecoder, attention_pass: AttentionPass, config: RunConfig, context: ParallelContext
 ) -> str | None:
     """Audit one chunk of layers in one pass. Collective over the ranks of the stage.
 
@@ -113,7 +113,7 @@ def audit_layers(
 
 @contextmanager
 def _tapped(
-    chunk: GritGPTModel, states_L1D: Tensor, attention_pass: AttentionPass
+    chunk: GritDecoder, states_L1D: Tensor, attention_pass: AttentionPass
 ) -> Iterator[tuple[list[_Tap], list[Tensor]]]:
     """Feed every layer these states, and keep what it gives. Second: the word embedding's output, on the first."""
     taps: list[_Tap] = []
@@ -282,7 +282,7 @@ def _check_places(tap: _Tap, held_L: Tensor, row: AuditRow, context: ParallelCon
     return f"attention of equal segments differs by {apart:.1%} between two places in the row"
 
 
-def _check_windows(chunk: GritGPTModel, config: RunConfig) -> str | None:
+def _check_windows(chunk: GritDecoder, config: RunConfig) -> str | None:
     for layer in chunk.decoder.layers:
         found = layer.self_attention.core_attention.sliding_window
         wanted = window_of_layer(config.model, layer.layer_number - 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.roles import RowKind
-from megatron_grit.models.decoder import GritGPTModel, Output
+from megatron_grit.models.decoder import GritDecoder, Output
 from megatron_grit.models.embedding_head import apply_head
 from megatron_grit.models.row_share import RowShare
 from megatron_grit.parallel.context import ParallelContext
@@ -29,7 +29,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 def audit_outputs(
-    chunk: GritGPTModel, kind: RowKind, row: AuditRow, config: RunConfig, context: ParallelContext
+    chunk: GritDecoder, kind: RowKind, row: AuditRow, config: RunConfig, context: ParallelContext
 ) -> str | None:
     """Audit what the last chunk of layers gives for a kind of row. Collective over the ranks of the stage.
 
@@ -51,7 +51,7 @@ def audit_outputs(
 
 
 @contextmanager
-def _without_layers(chunk: GritGPTModel, states_L1D: Tensor) -> Iterator[None]:
+def _without_layers(chunk: GritDecoder, states_L1D: Tensor) -> Iterator[None]:
     """The chunk as final norm, head and loss, which are given these states."""
     layers = chunk.decoder.layers
 
@@ -77,7 +77,7 @@ def _sources(output: Tensor, states_L1D: Tensor, held_L: Tensor, row: AuditRow, 
 
 
 def _check_embeddings(
-    chunk: GritGPTModel,
+    chunk: GritDecoder,
     row: AuditRow,
     states_L1D: Tensor,
     held_L: Tensor,
@@ -120,7 +120,7 @@ def _check_embeddings(
     return problem
 
 
-def _expected(chunk: GritGPTModel, hidden_TD: Tensor, weights_ST: Tensor, row: AuditRow, config: RunConfig) -> Tensor:
+def _expected(chunk: GritDecoder, hidden_TD: Tensor, weights_ST: Tensor, row: AuditRow, config: RunConfig) -> Tensor:
     """Embeddings before normalisation, pooled by a matrix product, or a segment at a time for max."""
     head, is_query_S = chunk.embedding_head, row.row.is_query_S
     before = config.embedding.linear_place == "before_pooling"
@@ -161,7 +161,7 @@ def _pooling_weights(row: AuditRow, method: str, learned: Tensor | None) -> Tens
 
 
 def _check_losses(
-    chunk: GritGPTModel,
+    chunk: GritDecoder,
     row: AuditRow,
     states_L1D: Tensor,
     held_L: Tensor,

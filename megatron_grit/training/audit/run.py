@@ -11,7 +11,7 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import StepBatch
 from megatron_grit.data.text.tokenizer import Tokenizer
-from megatron_grit.models.decoder import GritGPTModel
+from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.store.logs import get_logger
 from megatron_grit.training.audit.agreement import raise_if_any
@@ -59,7 +59,7 @@ def audit(
     )
 
 
-def audit_weights(chunks: Sequence[GritGPTModel], context: ParallelContext) -> None:
+def audit_weights(chunks: Sequence[GritDecoder], context: ParallelContext) -> None:
     """Every weight is finite, and the same on all ranks that should hold it.
 
     Raises:

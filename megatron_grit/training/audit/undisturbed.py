@@ -9,13 +9,13 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megatron_grit.models.decoder import GritGPTModel
+from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState
 
 
 @contextmanager
-def undisturbed(wrapped: Sequence[DistributedDataParallel]) -> Iterator[list[GritGPTModel]]:
+def undisturbed(wrapped: Sequence[DistributedDataParallel]) -> Iterator[list[GritDecoder]]:
     """The chunks with dropout off and weights that take no gradient; afterwards all is as before.
 
     Weights without gradients spare the backward pass of the audit their computation, and no gradient buffer is

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_grit.models.decoder import GritGPTModel
+from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.training.checkpoint import model_state
 
@@ -17,7 +17,7 @@ _WORDS = 1024
 """64-bit words that are summed before their sum is weighed."""
 
 
-def find_nonfinite(chunks: Sequence[GritGPTModel]) -> str | None:
+def find_nonfinite(chunks: Sequence[GritDecoder]) -> str | None:
     """The first weight of this rank that holds a NaN or an infinity, in words."""
     named = [pair for chunk in chunks for pair in chunk.named_parameters()]
     if not named:
@@ -29,7 +29,7 @@ def find_nonfinite(chunks: Sequence[GritGPTModel]) -> str | None:
     return f"the weight {bad[0]}{more} is not finite" if bad else None
 
 
-def find_unequal_replicas(chunks: Sequence[GritGPTModel], context: ParallelContext) -> str | None:
+def find_unequal_replicas(chunks: Sequence[GritDecoder], context: ParallelContext) -> str | None:
     """A weight that this rank has otherwise than another rank that should hold the same, in words.
 
     Which ranks should is read from the names and offsets by which a checkpoint puts the model together: data and
@@ -64,7 +64,7 @@ def digest(values: Tensor) -> Tensor:
     return (terms * (places * 0x9E3779B97F4A7C1 + 1)).sum()
 
 
-def _shards(chunks: Sequence[GritGPTModel], context: ParallelContext) -> dict[str, tuple[str, Tensor]]:
+def _shards(chunks: Sequence[GritDecoder], context: ParallelContext) -> dict[str, tuple[str, Tensor]]:
     """This rank's weights, with their names, by place in the whole model: what has the same place is the same."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories

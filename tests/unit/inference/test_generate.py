@@ -9,7 +9,7 @@ import torch
 
 from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.inference.generate import choose_tokens, continuation_row, generate_tokens
-from megatron_grit.models.decoder import GritGPTModel, Output, build_model
+from megatron_grit.models.decoder import GritDecoder, Output, build_model
 from megatron_grit.parallel.launch import parallel_job
 from tests.rows import VOCAB, tiny_config
 
@@ -18,12 +18,12 @@ NEVER = -1
 
 
 @pytest.fixture(scope="module", params=[{}, {"sliding_window": 3}, {"experts": 4}], ids=["dense", "window", "moe"])
-def model(request: pytest.FixtureRequest) -> Iterator[GritGPTModel]:
+def model(request: pytest.FixtureRequest) -> Iterator[GritDecoder]:
     with parallel_job(ParallelConfig(device="cpu"), seed=3) as context:
         yield build_model(tiny_config(**request.param), VOCAB, context).eval()
 
 
-def reread(model: GritGPTModel, prompt: list[int], count: int) -> list[int]:
+def reread(model: GritDecoder, prompt: list[int], count: int) -> list[int]:
     """Greedy continuation of one prompt, the whole text read again for every token."""
     tokens = list(prompt)
     for _ in range(count):
@@ -33,12 +33,12 @@ def reread(model: GritGPTModel, prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def test_cache_equals_reading_again(model: GritGPTModel) -> None:
+def test_cache_equals_reading_again(model: GritDecoder) -> None:
     outputs = generate_tokens(model, PROMPTS, max_new_tokens=12, stop_id=NEVER)
     assert outputs == [reread(model, prompt, 12) for prompt in PROMPTS]
 
 
-def test_a_sequence_that_stops_leaves_the_others_alone(model: GritGPTModel) -> None:
+def test_a_sequence_that_stops_leaves_the_others_alone(model: GritDecoder) -> None:
     free = generate_tokens(model, PROMPTS, max_new_tokens=12, stop_id=NEVER)
     stop = free[1][2]
     stopped = generate_tokens(model, PROMPTS, max_new_tokens=12, stop_id=stop)
@@ -47,15 +47,15 @@ def test_a_sequence_that_stops_leaves_the_others_alone(model: GritGPTModel) -> N
     assert len(stopped[1]) < 12
 
 
-def test_the_cache_is_used(model: GritGPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_used(model: GritDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
-    forward = GritGPTModel.forward
+    forward = GritDecoder.forward
 
-    def noting(self: GritGPTModel, row, *rest):  # type: ignore[no-untyped-def]
+    def noting(self: GritDecoder, row, *rest):  # type: ignore[no-untyped-def]
         lengths.append(row.tokens_1T.shape[1])
         return forward(self, row, *rest)
 
-    monkeypatch.setattr(GritGPTModel, "forward", noting)
+    monkeypatch.setattr(GritDecoder, "forward", noting)
     generate_tokens(model, PROMPTS, max_new_tokens=4, stop_id=NEVER)
     assert lengths == [11, 3, 3, 3]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.models.decoder import GritGPTModel, build_model
+from megatron_grit.models.decoder import GritDecoder, build_model
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState, replay
 from megatron_grit.training.optimizer import build_optimizer, build_schedule, set_learning_rate, wrap_model
@@ -25,7 +25,7 @@ def gradients(config: RunConfig, context: ParallelContext, **options: Any) -> di
 
 
 def _gradients(
-    model: GritGPTModel, config: RunConfig, context: ParallelContext, options: dict[str, Any]
+    model: GritDecoder, config: RunConfig, context: ParallelContext, options: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -91,7 +91,7 @@ def test_recomputed_layers_train_what_plain_ones_train(context: ParallelContext,
 def test_frozen_weights_take_no_memory_but_their_own(context: ParallelContext) -> None:
     config = tiny_config(experts=2)
     config.adapter.kind, config.adapter.rank = "lora", 2
-    model: GritGPTModel = build_model(config, VOCAB, context)
+    model: GritDecoder = build_model(config, VOCAB, context)
     wrapped = wrap_model(model)
     optimizer = build_optimizer(config, wrapped)
     set_learning_rate(build_schedule(config, optimizer), 0)

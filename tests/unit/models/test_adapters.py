@@ -13,7 +13,7 @@ from megatron_grit.config.checks.adapter import adapter_targets
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
 from megatron_grit.models.adapters import PartLayout, adapted_linears, count_trainable, global_name
-from megatron_grit.models.decoder import GritGPTModel, Output, build_model
+from megatron_grit.models.decoder import GritDecoder, Output, build_model
 from megatron_grit.parallel.context import ParallelContext
 from tests.rows import VOCAB, make_batch, tiny_config
 
@@ -24,7 +24,7 @@ def lora_config(**model: Any) -> RunConfig:
     return config
 
 
-def losses(model: GritGPTModel) -> torch.Tensor:
+def losses(model: GritDecoder) -> torch.Tensor:
     batch = make_batch(rows=1)
     outputs = [model(batch.embedding_rows[0], Output.EMBEDDINGS), model(batch.generative_rows[0], Output.TOKEN_LOSSES)]
     return torch.cat([output.flatten() for output in outputs])

@@ -15,7 +15,7 @@ from megatron_grit.config.embedding_shape import head_widths, num_head_parameter
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import PackedRow
-from megatron_grit.models.decoder import GritGPTModel, Output, build_model
+from megatron_grit.models.decoder import GritDecoder, Output, build_model
 from megatron_grit.models.embedding_head import apply_head, build_head
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.planning.parameters import count_parameters
@@ -39,7 +39,7 @@ def row_of_both() -> PackedRow:
     return row
 
 
-def randomize(model: GritGPTModel) -> None:
+def randomize(model: GritDecoder) -> None:
     """Weights of the head that no test could mistake for others: biases are no zeros, the two sides differ."""
     generator = torch.Generator().manual_seed(5)
     for module in (model.embedding_head, model.embedding_pooling):

@@ -17,7 +17,7 @@ from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.models import attention
 from megatron_grit.models.attention import AttentionMode, PackedSegments
-from megatron_grit.models.decoder import GritGPTModel, Output, build_model
+from megatron_grit.models.decoder import GritDecoder, Output, build_model
 from megatron_grit.parallel.context import ParallelContext
 from tests.rows import VOCAB, make_row, tiny_config
 
@@ -27,11 +27,11 @@ FIRST, SECOND, THIRD, PADDING = slice(0, 12), slice(12, 19), slice(19, 35), slic
 
 
 @pytest.fixture(scope="module", params=[None, 4], ids=["dense", "moe"])
-def model(request: pytest.FixtureRequest, context: ParallelContext) -> GritGPTModel:
+def model(request: pytest.FixtureRequest, context: ParallelContext) -> GritDecoder:
     return build_model(tiny_config(experts=request.param), VOCAB, context).eval()
 
 
-def states(model: GritGPTModel, row: PackedRow) -> Tensor:
+def states(model: GritDecoder, row: PackedRow) -> Tensor:
     with torch.no_grad():
         return model(row, Output.HIDDEN)[:, 0]
 
@@ -42,13 +42,13 @@ def with_token_changed(row: PackedRow, position: int) -> PackedRow:
     return changed
 
 
-def differences(model: GritGPTModel, kind: RowKind, position: int) -> Tensor:
+def differences(model: GritDecoder, kind: RowKind, position: int) -> Tensor:
     """Largest change of each token's state when one token changes: [T]."""
     row = make_row(kind, LENGTHS, ROW_LENGTH)
     return (states(model, row) - states(model, with_token_changed(row, position))).abs().amax(1)
 
 
-def assert_no_leak(model: GritGPTModel, kind: RowKind) -> None:
+def assert_no_leak(model: GritDecoder, kind: RowKind) -> None:
     """A change in the second segment moves nothing outside it, bit for bit; nor does one in the padding."""
     for position in (SECOND.start, SECOND.stop - 1):
         changes = differences(model, kind, position)
@@ -59,27 +59,27 @@ def assert_no_leak(model: GritGPTModel, kind: RowKind) -> None:
     assert changes[:35].max() == 0
 
 
-def assert_causal(model: GritGPTModel, kind: RowKind) -> None:
+def assert_causal(model: GritDecoder, kind: RowKind) -> None:
     changes = differences(model, kind, THIRD.start + 8)
     assert changes[THIRD.start : THIRD.start + 8].max() == 0
     assert changes[THIRD.start + 8 : THIRD.stop].min() > 1e-5
 
 
-def assert_bidirectional(model: GritGPTModel, kind: RowKind) -> None:
+def assert_bidirectional(model: GritDecoder, kind: RowKind) -> None:
     changes = differences(model, kind, THIRD.stop - 1)
     assert changes[THIRD].min() > 1e-5
 
 
 @pytest.mark.parametrize("kind", RowKind)
-def test_another_segment_moves_nothing(model: GritGPTModel, kind: RowKind) -> None:
+def test_another_segment_moves_nothing(model: GritDecoder, kind: RowKind) -> None:
     assert_no_leak(model, kind)
 
 
-def test_generation_is_causal(model: GritGPTModel) -> None:
+def test_generation_is_causal(model: GritDecoder) -> None:
     assert_causal(model, RowKind.GENERATIVE)
 
 
-def test_embedding_is_bidirectional(model: GritGPTModel) -> None:
+def test_embedding_is_bidirectional(model: GritDecoder) -> None:
     assert_bidirectional(model, RowKind.EMBEDDING)
 
 
@@ -123,10 +123,10 @@ def fall_back_to_bidirectional(segments: PackedSegments) -> None:
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_checks_fail_when_the_mask_is_broken(
-    model: GritGPTModel,
+    model: GritDecoder,
     monkeypatch: pytest.MonkeyPatch,
     damage: Callable[[PackedSegments], None],
-    check: Callable[[GritGPTModel, RowKind], None],
+    check: Callable[[GritDecoder, RowKind], None],
     kind: RowKind,
 ) -> None:
     monkeypatch.setattr(PackedSegments, "of_row", staticmethod(broken(damage)))
@@ -134,7 +134,7 @@ def test_checks_fail_when_the_mask_is_broken(
         check(model, kind)
 
 
-def test_a_row_without_a_mode_is_refused(model: GritGPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_without_a_mode_is_refused(model: GritDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     def forget(segments: PackedSegments) -> None:
         segments.mode = None
 
@@ -143,7 +143,7 @@ def test_a_row_without_a_mode_is_refused(model: GritGPTModel, monkeypatch: pytes
         states(model, make_row(RowKind.EMBEDDING, LENGTHS, ROW_LENGTH))
 
 
-def test_packed_equals_alone(model: GritGPTModel) -> None:
+def test_packed_equals_alone(model: GritDecoder) -> None:
     """Embeddings and token losses of a packed row are those of each segment in a row of its own."""
     for kind, output in ((RowKind.EMBEDDING, Output.EMBEDDINGS), (RowKind.GENERATIVE, Output.TOKEN_LOSSES)):
         row = make_row(kind, LENGTHS, ROW_LENGTH)

@@ -20,7 +20,7 @@ from megatron_grit.errors import AuditError
 from megatron_grit.models import decoder as gpt
 from megatron_grit.models import pooling
 from megatron_grit.models.attention import AttentionMode, PackedAttention, PackedSegments
-from megatron_grit.models.decoder import GritGPTModel
+from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.parallel.random import RandomState
@@ -148,12 +148,12 @@ def scale_later_tokens(context_T1D: torch.Tensor) -> torch.Tensor:
     return context_T1D * (1 + (torch.arange(len(context_T1D)) > 30))[:, None, None]
 
 
-def rotate_by_row(self: GritGPTModel, row: PackedRow) -> Any:
+def rotate_by_row(self: GritDecoder, row: PackedRow) -> Any:
     length = row.tokens_1T.shape[1]
     return self.rotary_pos_emb(length, packed_seq=True)[torch.arange(length)]
 
 
-def shifted_labels(original: Any = GritGPTModel._token_losses) -> Any:
+def shifted_labels(original: Any = GritDecoder._token_losses) -> Any:
     def token_losses(self: Any, hidden: Any, row: PackedRow) -> Any:
         row = copy.copy(row)
         row.labels_1T = row.labels_1T.roll(-1, 1)  # type: ignore[union-attr]
@@ -243,12 +243,12 @@ LEAKS: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
     ),
     "positions do not restart": (
         {},
-        lambda: mock.patch.object(GritGPTModel, "_rotary_of", rotate_by_row),
+        lambda: mock.patch.object(GritDecoder, "_rotary_of", rotate_by_row),
         "the rotary angle of token 1 of segment 1 .*positions do not restart",
     ),
     "positions stand still": (
         {},
-        lambda: output_changed(GritGPTModel, "_rotary_of", lambda angles: angles[:1].expand_as(angles)),
+        lambda: output_changed(GritDecoder, "_rotary_of", lambda angles: angles[:1].expand_as(angles)),
         "two tokens of a segment have the same rotary angle",
     ),
     "learned positions do not restart": (
@@ -293,7 +293,7 @@ LEAKS: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
     ),
     "labels shifted": (
         {},
-        lambda: mock.patch.object(GritGPTModel, "_token_losses", shifted_labels()),
+        lambda: mock.patch.object(GritDecoder, "_token_losses", shifted_labels()),
         "generative output: the loss of token .*, its label being the next token, it should be|the loss of token .* is",
     ),
     "labels cross segments": (
@@ -303,7 +303,7 @@ LEAKS: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
     ),
     "losses of other tokens": (
         {},
-        lambda: output_changed(GritGPTModel, "_token_losses", lambda losses: losses + 0.1 * losses.mean()),
+        lambda: output_changed(GritDecoder, "_token_losses", lambda losses: losses + 0.1 * losses.mean()),
         "has a loss|has a part in the losses of others",
     ),
 }
