@@ -31,7 +31,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_grit.config.parse import load_config
-from megatron_grit.config.schema import RunConfig, TrainingConfig
+from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import CheckpointError
 from megatron_grit.models.adapters import adapted_linears
 from megatron_grit.models.decoder import GritDecoder
@@ -276,15 +276,6 @@ def _reason(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-_MAY_CHANGE: dict[str, set[str]] = {
-    "model": {"attention_backend", "architecture", "pretrained"},
-    "embedding": set(),
-    "adapter": {"dropout", "load"},
-    "training": {field.name for field in fields(TrainingConfig)} - {"trainable", "frozen"},
-}
-"""Sections that describe a model and what of it is trained; keys that a run may go on with another value of."""
-
-
 def check_same_model(path: Path, config: RunConfig) -> None:
     """Refuse to go on from a checkpoint whose model the configuration does not describe.
 
@@ -292,12 +283,12 @@ def check_same_model(path: Path, config: RunConfig) -> None:
         CheckpointError: names the first key that differs.
     """
     saved = read_config(path)
-    for section, free in _MAY_CHANGE.items():
-        before, now = vars(getattr(saved, section)), vars(getattr(config, section))
-        for key in before:
-            if before[key] != now[key] and key not in free:
+    for section in ("model", "embedding", "adapter", "training"):
+        for field in fields(getattr(config, section)):
+            before, now = (getattr(getattr(run, section), field.name) for run in (saved, config))
+            if before != now and not field.metadata.get("may_change", section == "training"):
                 raise CheckpointError(
-                    f"{path}: was trained with {section}.{key} {before[key]}, and this run has {now[key]}; choose "
+                    f"{path}: was trained with {section}.{field.name} {before}, and this run has {now}; choose "
                     "another output_dir, or set checkpoint.resume to false to start afresh in this one"
                 )
 

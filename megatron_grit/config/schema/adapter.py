@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_grit.config.knob import knob
+
 
 @dataclass(kw_only=True)
 class AdapterConfig:
@@ -12,11 +14,11 @@ class AdapterConfig:
 
     kind: Literal["none", "lora", "dora"] = "none"
     """lora: arXiv 2106.09685. dora: with a trained length for each row of the adapted weights, arXiv 2402.09353."""
-    rank: int = 16
+    rank: int = knob(16, at_least=1)
     """Rank of each adapter."""
-    alpha: float = 32
+    alpha: float = knob(32, above=0)
     """Adapters are multiplied by alpha / rank."""
-    dropout: float = 0.0
+    dropout: float = knob(0.0, at_least=0, below=1, may_change=True)
     """Dropout on an adapter's input."""
     targets: list[str] | None = None
     """Projections with an adapter, of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, in attention,
@@ -27,5 +29,5 @@ class AdapterConfig:
     """Hold the adapted layers' frozen weights in 4 bits (QLoRA, arXiv 2305.14314)."""
     double_quantize: bool = True
     """With quantize, hold the scales of blocks in 8 bits."""
-    load: str | None = None
+    load: str | None = knob(None, may_change=True)
     """Adapters to start from: a checkpoint of a run with adapters, or its output_dir. null: fresh ones."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_grit.config.knob import knob
+
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
@@ -17,9 +19,9 @@ class CheckpointConfig:
     same_data: bool = True
     """Refuse to go on where the next step's records are not those that the checkpoint announced: data files, blend,
     batch sizes or seed are others. false: they were changed on purpose."""
-    save_interval: int = 500
+    save_interval: int = knob(500, at_least=0)
     """Steps between checkpoints; one is always written at the end. 0: none but the last."""
-    keep: int = 2
+    keep: int = knob(2, at_least=0)
     """Newest checkpoints that are kept. 0: all."""
     asynchronous: bool = True
     """Train on while a checkpoint is written; training waits only for a copy of the state, which takes as much of the

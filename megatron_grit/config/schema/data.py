@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_grit.config.knob import knob
+
 
 @dataclass(kw_only=True)
 class DataConfig:
@@ -22,7 +24,7 @@ class DataConfig:
     retro_project: str | None = None
     """Directory of a retrieval database (tools/retro/build_db.py): the run trains on the documents that get neighbors
     there, with their tokenizer. generative, where it is given, takes the place of these documents."""
-    embedding_temperature: float = 1.0
+    embedding_temperature: float = knob(1.0, above=0)
     """An embedding source comes up in proportion to its weight ** (1 / embedding_temperature). Above 1 small sources
     come up more often."""
     allow_shared_texts: bool = False
@@ -31,7 +33,7 @@ class DataConfig:
     packing: Literal["step", "window"] = "step"
     """step: the generative_batch_size sequences of a step are packed into as few, nearly equal rows as hold them.
     window: a step has generative_rows rows of exactly tokens_per_row tokens, filled from the stream of sequences."""
-    packing_window: int = 1024
+    packing_window: int = knob(1024, at_least=1)
     """Sequences that are packed together with packing window."""
     over_long: Literal["stop", "drop", "truncate", "split"] = "stop"
     """Generative records above tokens_per_row or max_position_embeddings: end the run, leave them out, cut off their
@@ -44,12 +46,12 @@ class DataConfig:
     output_dir/cache."""
     checksum: bool = False
     """Read every indexed file at the start and compare it with its checksums."""
-    tokens_per_row: int = 2048
+    tokens_per_row: int = knob(2048, at_least=2)
     """Token budget of one packed row, which is one micro-batch."""
-    train_group_size: int = 2
+    train_group_size: int = knob(2, at_least=1)
     """Passages of a query: one positive and train_group_size - 1 negatives."""
-    num_rows_multiple: int | None = None
+    num_rows_multiple: int | None = knob(None, at_least=1)
     """Rows of a step are rounded up to a multiple of this. null: the data parallel size. Set it to a multiple of
     every data parallel size in use to keep rows, and so the expert balancing loss, the same on all of them."""
-    prefetch_steps: int = 2
+    prefetch_steps: int = knob(2, at_least=0)
     """Steps that are packed ahead of time in a background thread."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_grit.config.knob import knob
+
 
 @dataclass(kw_only=True)
 class EmbeddingConfig:
@@ -14,9 +16,9 @@ class EmbeddingConfig:
     """Which states of the text are averaged; the instruction is attended and never pooled. weightedmean: weights 1, 2,
     3 ... over the text (GRIT). weightedmean_sgpt: each state's position in its segment, instruction counted (SGPT).
     learnedmean: a trained weight for each position in the segment, 1 at first. max: of each channel."""
-    projection_dim: int | None = None
+    projection_dim: int | None = knob(None, at_least=1)
     """Width of the embedding: outputs of the last linear layer. null: hidden_size."""
-    num_linear_layers: int | None = None
+    num_linear_layers: int | None = knob(None, at_least=0)
     """Linear layers on top of the decoder, hidden_size wide but for the last one's outputs. null: one where
     projection_dim is set, else none."""
     linear_place: Literal["before_pooling", "after_pooling"] = "before_pooling"

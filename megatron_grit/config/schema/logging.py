@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_grit.config.knob import knob
+
 
 @dataclass(kw_only=True)
 class LoggingConfig:
     """What is written about a run, besides metrics.jsonl."""
 
-    interval: int = 1
+    interval: int = knob(1, at_least=1)
     """Steps between lines of metrics.jsonl."""
     tensorboard: bool = False
     """Write TensorBoard events under output_dir/tensorboard."""

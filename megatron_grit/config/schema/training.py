@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from megatron_grit.config.knob import knob
 
 
 @dataclass(kw_only=True)
@@ -12,13 +14,13 @@ class TrainingConfig:
 
     objective: Literal["unified", "embedding", "generative"] = "unified"
     """Which losses are trained."""
-    steps: int = 1253
+    steps: int = knob(1253, at_least=0)
     """Optimizer steps."""
-    embedding_batch_size: int = 2048
+    embedding_batch_size: int = knob(2048, at_least=1)
     """Queries of a global batch; every passage of it is a candidate for each of them."""
-    generative_batch_size: int = 256
+    generative_batch_size: int = knob(256, at_least=1)
     """Sequences of a global batch, with data.packing step."""
-    generative_rows: int | None = None
+    generative_rows: int | None = knob(None, at_least=1)
     """Generative rows of a global batch, with data.packing window."""
     grad_cache: Literal["auto", "on", "off"] = "auto"
     """Embed the batch twice so that the contrastive loss sees all of it in the memory of one row. auto: on when a rank
@@ -27,23 +29,23 @@ class TrainingConfig:
     """Compute precision. bf16 keeps fp32 main weights, fp32 gradients and fp32 pooling."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recompute: none, core attention, or whole layers."""
-    seed: int = 42
+    seed: int = knob(42, at_least=0, at_most=2**32 - 1)
     """Seed of the initial weights, the data order and dropout."""
-    trainable: list[str] = field(default_factory=list)
+    trainable: list[str] = knob([], may_change=False)
     """Train these parameters, adapters and the embedding head, and freeze all others: patterns of names such as
     decoder.layers.0.* with layers and experts by their number in the whole model, or biases (BitFit), norms,
     embeddings, head. Empty: all parameters, and with adapters these alone."""
-    frozen: list[str] = field(default_factory=list)
+    frozen: list[str] = knob([], may_change=False)
     """Freeze these of the trained parameters; likewise."""
     on_nan: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: end the run, or leave the step out, note it in output_dir/skipped.jsonl
     and go on with the next batch. Either way weights and optimizer stay as before the step."""
-    max_skipped_steps: int = 5
+    max_skipped_steps: int = knob(5, at_least=1)
     """With on_nan skip, so many steps in a row that are not finite end the run."""
     audit: Literal["on", "off"] = "on"
     """Before the first step, prove on this run's model and data that no token sees another segment, padding, or the
     future in a causal pass, that the bidirectional pass sees all of a text, that pooling and labels follow the roles,
     that ranks with the same weights hold the same, and that weights are finite (docs/audit.md)."""
-    max_minutes: float | None = None
+    max_minutes: float | None = knob(None, above=0)
     """Save and end after the step during which so many minutes have passed since the start; the same command goes on.
     null: no limit."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_grit.config.knob import names_with
 from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.config.shape import expert_width, head_channels, num_query_groups
 from megatron_grit.convert.families import gpt_neo, gpt_neox, gptj, llama, mistral, mixtral, qwen
@@ -95,11 +96,8 @@ def _resolved(model: ModelConfig) -> dict[str, Any]:
     if model.num_experts is not None:
         shape["moe_ffn_hidden_size"] = expert_width(model)
         experts = set()
-    return {name: value for name, value in shape.items() if name not in _NOT_IN_FILES | experts}
-
-
-_NOT_IN_FILES = {"pretrained", "vocab_multiple", "attention_backend", "moe_z_loss_coeff", "hidden_dropout", "init_std"}
-"""Fields that config.json does not hold, or that change nothing once a model is trained."""
+    left_out = names_with(ModelConfig, "in_files", False) | experts
+    return {name: value for name, value in shape.items() if name not in left_out}
 
 
 def same_value(ours: Any, theirs: Any) -> bool:

@@ -37,18 +37,6 @@ from megatron_grit.training.trainer import InitialWeights
 
 log = get_logger(__name__)
 
-NOT_OF_THE_CHECKPOINT = {
-    "pretrained",
-    "architecture",
-    "vocab_multiple",
-    "attention_backend",
-    "moe_aux_loss_coeff",
-    "moe_z_loss_coeff",
-    "hidden_dropout",
-    "attention_dropout",
-    "init_std",
-}
-"""Keys of the model section that say how to train it and may be given whatever config.json says."""
 _DERIVED = {
     "kv_channels": head_channels,
     "num_query_groups": num_query_groups,
@@ -204,12 +192,13 @@ def _folder(source: str, *, weights: bool = True) -> Path:
 def _merge(shape: ModelConfig, given: ModelConfig, origins: Mapping[str, str], source: str) -> ModelConfig:
     """The shape of the weights, with the keys that were given where they may differ."""
     changes: dict[str, Any] = {"pretrained": source}
-    for name in (field.name for field in fields(ModelConfig)):
+    for field in fields(ModelConfig):
+        name = field.name
         where = origins.get(f"model.{name}")
         if where is None:
             continue
         ours, theirs = getattr(given, name), getattr(shape, name)
-        if name in NOT_OF_THE_CHECKPOINT:
+        if not field.metadata.get("in_weights", True):
             changes[name] = ours
         elif name == "vocab_size":
             changes[name] = grown_vocabulary(shape, ours, source)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_grit.config.checks import ranges
 from megatron_grit.config.checks.run import check, find_problems, mesh_summary
 from megatron_grit.config.parse import known_keys, parse_run_config, preset_names
 from megatron_grit.config.schema import RunConfig
@@ -120,8 +119,15 @@ def numeric_keys() -> list[str]:
     return [key for key, hint in known_keys().items() if hint in (int, float, int | None, float | None)]
 
 
-def test_every_number_has_a_smallest_value() -> None:
-    assert sorted(ranges._MINIMA) == sorted(numeric_keys())
+def facts(key: str) -> dict[str, float]:
+    """Metadata of a key's field."""
+    section, name = key.split(".")
+    return dict(type(getattr(RunConfig(), section)).__dataclass_fields__[name].metadata)
+
+
+@pytest.mark.parametrize("key", numeric_keys())
+def test_every_number_has_a_smallest_value(key: str) -> None:
+    assert len({"at_least", "above"} & facts(key).keys()) == 1
 
 
 def with_value(key: str, value: float) -> RunConfig:
@@ -132,10 +138,11 @@ def with_value(key: str, value: float) -> RunConfig:
 
 @pytest.mark.parametrize("key", numeric_keys())
 def test_numbers_below_their_range_and_not_numbers(key: str) -> None:
-    bound, inclusive = ranges._MINIMA[key]
-    bad = [bound - 1, float("nan")] + ([] if inclusive else [bound])
-    if key in ranges._MAXIMA:
-        bad.append(ranges._MAXIMA[key][0] + 1)
+    bounds = facts(key)
+    bad = [float("nan"), float("inf")]
+    bad += [bounds[name] for name in ("above", "below") if name in bounds]
+    bad += [bounds["at_least"] - 1] if "at_least" in bounds else []
+    bad += [bounds["at_most"] + 1] if "at_most" in bounds else []
     for value in bad:
         with pytest.raises(ConfigError, match=f"{key} must be"):
             check(with_value(key, value), 1, files=False)

@@ -1,0 +1,56 @@
+"""Fields of option dataclasses: a default, and as metadata what the type cannot say, such as the range of a number."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from typing import Any
+
+_BOUNDS = ("at_least", "above", "at_most", "below")
+
+
+def knob(default: Any = dataclasses.MISSING, **facts: Any) -> Any:
+    """A dataclass field with metadata.
+
+    Args:
+        default: its default; lists are copied for each instance. Left out: the field has to be given.
+        facts: ``at_least``, ``above``, ``at_most`` and ``below`` bound a number, or each number of a list. Of a model:
+            ``in_files=False``, where Hugging Face's config.json does not hold it; ``in_weights=False``, where trained
+            weights do not depend on it. ``may_change``: whether a resumed run may have another value. For command
+            lines, see :mod:`megatron_grit.config.commands`.
+    """
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=facts)
+    return dataclasses.field(default=default, metadata=facts)
+
+
+def names_with(cls: type, fact: str, value: Any) -> set[str]:
+    """Fields of a dataclass whose metadata say so."""
+    return {field.name for field in dataclasses.fields(cls) if field.metadata.get(fact) == value}
+
+
+def range_text(field: dataclasses.Field) -> str:
+    """The range of a number: "at least 0 and below 1"; empty where it has none."""
+    bounds = [(name.replace("_", " "), field.metadata[name]) for name in _BOUNDS if name in field.metadata]
+    return " and ".join(f"{words} {bound}" for words, bound in bounds)
+
+
+def range_problem(field: dataclasses.Field, value: Any) -> str | None:
+    """What is wrong with a number or a list of them: "must be at least 1, not 0". None: nothing."""
+    for number in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        facts = field.metadata
+        # Written so that not-a-number fails.
+        inside = (
+            number >= facts.get("at_least", -math.inf)
+            and number <= facts.get("at_most", math.inf)
+            and ("above" not in facts or number > facts["above"])
+            and ("below" not in facts or number < facts["below"])
+        )
+        if not inside:
+            return f"must be {range_text(field) or 'a number'}, not {number}"
+        if math.isinf(number):
+            return f"must be a finite number, not {number}"
+    return None
