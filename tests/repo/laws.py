@@ -1,6 +1,7 @@
-"""The laws of the repository as functions from a file to a list of violations.
+"""The laws of the repository as functions to a list of violations.
 
-Each takes the path relative to the root and the text, so that a test can hand it text that breaks the law.
+Most take a file: its path relative to the root and its text. Laws between files take all of them as {path: text}.
+Either way a test can hand them text that breaks the law.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 PACKAGE = "megatron_grit"
@@ -30,6 +33,7 @@ LAYERS = [
 # Files and folders that every layer may import, and that import nothing but each other.
 LEAVES = ["errors", "compat", "store"]
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_THIN_LINES = 500, 80, 80
+MAX_PARAMETERS, MAX_FOLDER_FILES = 7, 15
 
 # Module that only one file may import, and that file.
 SINGLE_READERS = {
@@ -55,6 +59,11 @@ MACHINE_TEXT = re.compile(
         ]
     )
 )
+
+
+@lru_cache(maxsize=4096)
+def _tree(text: str) -> ast.Module:
+    return ast.parse(text)
 
 
 def tracked_files(root: Path) -> list[str]:
@@ -97,7 +106,7 @@ def import_arrows(path: str, text: str) -> list[str]:
         return []
     own = parts[1]
     bad = []
-    for line, module in imported_modules(ast.parse(text)):
+    for line, module in imported_modules(_tree(text)):
         layer = layer_of(module)
         if layer is None or layer in LEAVES or layer == "__version__":
             continue
@@ -110,7 +119,7 @@ def relative_imports(path: str, text: str) -> list[str]:
     """Every import says where its module is."""
     return [
         f"{path}:{node.lineno}: relative import"
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(_tree(text))
         if isinstance(node, ast.ImportFrom) and node.level
     ]
 
@@ -120,7 +129,7 @@ def init_only_reexports(path: str, text: str) -> list[str]:
     if PurePosixPath(path).name != "__init__.py":
         return []
     bad = []
-    for node in ast.parse(text).body:
+    for node in _tree(text).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         dunder = isinstance(node, ast.Assign) and all(_name(target).startswith("__") for target in node.targets)
         if not (docstring or dunder or isinstance(node, ast.Import | ast.ImportFrom)):
@@ -135,15 +144,94 @@ def sizes(path: str, text: str) -> list[str]:
     thin = path.startswith(("tools/", f"{PACKAGE}/cli/"))
     if thin and len(lines) > MAX_THIN_LINES:
         bad.append(f"{path}: {len(lines)} lines; tools/ and cli/ parse and call one function, in {MAX_THIN_LINES}")
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(_tree(text)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         assert node.end_lineno is not None
         length = node.end_lineno - node.lineno + 1
-        head = lines[max(node.lineno - 2, 0) : node.body[0].lineno]
-        if length > MAX_FUNCTION_LINES and not any(re.search(r"# long: \S", line) for line in head):
+        if length > MAX_FUNCTION_LINES and not _reason("long", node, lines):
             bad.append(f"{path}:{node.lineno}: {node.name} has {length} lines")
     return bad
+
+
+def parameters(path: str, text: str) -> list[str]:
+    """A call can be read. More parameters give their reason in a comment "# many: ..."; tests take many fixtures."""
+    if path.startswith("tests/"):
+        return []
+    lines = text.splitlines()
+    bad = []
+    for node in ast.walk(_tree(text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        listed = [*node.args.posonlyargs, *node.args.args, node.args.vararg, *node.args.kwonlyargs, node.args.kwarg]
+        names = [argument.arg for argument in listed if argument is not None]
+        count = len(names) - (names[:1] in (["self"], ["cls"], ["ctx"]))
+        if count > MAX_PARAMETERS and not _reason("many", node, lines):
+            bad.append(f"{path}:{node.lineno}: {node.name} has {count} parameters")
+    return bad
+
+
+def _reason(word: str, node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> bool:
+    head = lines[max(node.lineno - 2, 0) : node.body[0].lineno]
+    return any(re.search(rf"# {word}: \S", line) for line in head)
+
+
+def circles(files: dict[str, str]) -> list[str]:
+    """No file of the package needs itself, over whatever path. Imports in functions and under TYPE_CHECKING count."""
+    graph = _import_graph(files)
+    reached = {path: _reachable(path, graph) for path in graph}
+    found = {frozenset(b for b in reached[a] if a in reached[b]) for a in graph if a in reached[a]}
+    return sorted("circle: " + ", ".join(sorted(circle)) for circle in found)
+
+
+def _import_graph(files: dict[str, str]) -> dict[str, set[str]]:
+    """The files of the package that each of them imports. A folder's name stands for its __init__.py."""
+    paths = [path for path in files if path.startswith(f"{PACKAGE}/") and path.endswith(".py")]
+    modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in paths}
+    graph: dict[str, set[str]] = {}
+    for path in paths:
+        graph[path] = set()
+        for _, name in imported_modules(_tree(files[path])):
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            if name not in ("", PACKAGE):
+                graph[path].add(modules[name])
+    return graph
+
+
+def _reachable(start: str, graph: dict[str, set[str]]) -> set[str]:
+    seen: set[str] = set()
+    ahead = list(graph[start])
+    while ahead:
+        path = ahead.pop()
+        if path not in seen:
+            seen.add(path)
+            ahead += graph[path]
+    return seen
+
+
+def crowded_folders(files: dict[str, str]) -> list[str]:
+    """A folder's table of contents can be taken in at once."""
+    counts: dict[str, int] = defaultdict(int)
+    for path in files:
+        if path.startswith((f"{PACKAGE}/", "tools/")) and path.endswith(".py"):
+            counts[str(PurePosixPath(path).parent)] += 1
+    return [f"{folder}: {count} Python files" for folder, count in counts.items() if count > MAX_FOLDER_FILES]
+
+
+def class_names(files: dict[str, str]) -> list[str]:
+    """Within a layer a class's name means one thing; a leading underscore does not make it another."""
+    homes: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for path, text in files.items():
+        if path.startswith(f"{PACKAGE}/") and path.endswith(".py"):
+            for node in ast.walk(_tree(text)):
+                if isinstance(node, ast.ClassDef):
+                    homes[PurePosixPath(path).parts[1], node.name.lstrip("_")].append(path)
+    return [
+        f"{layer}: class {name} in {', '.join(sorted(paths))}"
+        for (layer, name), paths in homes.items()
+        if len(paths) > 1
+    ]
 
 
 def single_readers(path: str, text: str) -> list[str]:
@@ -151,7 +239,7 @@ def single_readers(path: str, text: str) -> list[str]:
     if not path.startswith((PACKAGE, "tools/", "benchmarks/")):
         return []
     bad = []
-    for line, module in imported_modules(ast.parse(text)):
+    for line, module in imported_modules(_tree(text)):
         for owned, owner in SINGLE_READERS.items():
             if path != owner and f"{module}.".startswith(f"{owned}."):
                 bad.append(f"{path}:{line}: only {owner} imports {owned}")
@@ -166,7 +254,7 @@ def unsafe_reading(path: str, text: str) -> list[str]:
     """No file that is read may run code."""
     if path == PICKLE_TESTS:
         return []
-    tree = ast.parse(text)
+    tree = _tree(text)
     bad = [
         f"{path}:{line}: imports {module}"
         for line, module in imported_modules(tree)
@@ -205,7 +293,7 @@ def entry_points(path: str, text: str) -> list[str]:
     verb = path.startswith(f"{PACKAGE}/cli/") and not path.endswith("__init__.py")
     if not (verb or path.startswith("tools/")):
         return []
-    tree = ast.parse(text)
+    tree = _tree(text)
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     bad = []
     if "main" not in functions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,15 +13,18 @@ import pytest
 from tests.repo import laws
 
 Law = Callable[[str, str], list[str]]
+LawOfAll = Callable[[dict[str, str]], list[str]]
 PYTHON_LAWS: list[Law] = [
     laws.import_arrows,
     laws.relative_imports,
     laws.init_only_reexports,
     laws.sizes,
+    laws.parameters,
     laws.single_readers,
     laws.unsafe_reading,
     laws.entry_points,
 ]
+LAWS_OF_ALL: list[LawOfAll] = [laws.circles, laws.crowded_folders, laws.class_names]
 LONG_FUNCTION = "def f():\n" + "    x = 1\n" * 85
 
 # A law, a path, and a text that breaks it there.
@@ -37,6 +41,8 @@ BROKEN: list[tuple[Law, str, str]] = [
     (laws.sizes, "megatron_grit/data/a.py", LONG_FUNCTION),
     (laws.sizes, "tools/preprocess/a.py", "x = 1\n" * 81),
     (laws.sizes, "megatron_grit/cli/a.py", "x = 1\n" * 81),
+    (laws.parameters, "megatron_grit/data/a.py", "def f(a, b, c, d, *, e, f, g, h):\n    pass"),
+    (laws.parameters, "tools/a.py", "class A:\n    def f(self, a, b, c, d, e, f, *args, **kwargs):\n        pass"),
     (laws.single_readers, "megatron_grit/models/a.py", "import transformer_engine.pytorch as te"),
     (laws.single_readers, "megatron_grit/models/a.py", "from megatron.core import parallel_state"),
     (laws.single_readers, "megatron_grit/models/a.py", "from importlib import metadata"),
@@ -65,6 +71,8 @@ KEPT: list[tuple[Law, str, str]] = [
     (laws.import_arrows, "megatron_grit/cli/main.py", "from megatron_grit import __version__"),
     (laws.init_only_reexports, "megatron_grit/data/__init__.py", '"""Doc."""\nimport a\n__all__ = ["a"]'),
     (laws.sizes, "megatron_grit/data/a.py", LONG_FUNCTION.replace("f():", "f():  # long: one table")),
+    (laws.parameters, "megatron_grit/data/a.py", "class A:\n    def f(self, a, b, c, d, *, e, f, g):\n        pass"),
+    (laws.parameters, "megatron_grit/data/a.py", "# many: one table\ndef f(a, b, c, d, e, f, g, h):\n    pass"),
     (laws.single_readers, "megatron_grit/parallel/context.py", "from megatron.core import parallel_state"),
     (laws.single_readers, "megatron_grit/retrieval/index/faiss_index.py", "def f():\n    import faiss"),
     (laws.single_readers, "tests/unit/retrieval/test_faiss_index.py", "import faiss"),
@@ -73,6 +81,70 @@ KEPT: list[tuple[Law, str, str]] = [
     (laws.machine_text, "a.sh", "cd /workspace && ls tmp/a"),
     (laws.shell_scripts, "examples/a.sh", "#!/usr/bin/env bash\nset -euo pipefail\n"),
 ]
+
+A, B, C = (f"megatron_grit/data/{name}.py" for name in "abc")
+# Files that break a law between files.
+BROKEN_TOGETHER: list[tuple[LawOfAll, dict[str, str]]] = [
+    (laws.circles, {A: "from megatron_grit.data.b import x", B: "def f():\n    from megatron_grit.data import a"}),
+    (
+        laws.circles,
+        {
+            A: "import megatron_grit.data.b",
+            B: "import megatron_grit.data.c",
+            C: f"if T:\n    import {A[:-3].replace('/', '.')}",
+        },
+    ),
+    (
+        laws.circles,
+        {"megatron_grit/data/__init__.py": "from megatron_grit.data.a import x", A: "from megatron_grit.data import x"},
+    ),
+    (laws.crowded_folders, {f"tools/{number}.py": "" for number in range(16)}),
+    (laws.class_names, {A: "class Segment: pass", B: "def f():\n    class Segment: pass"}),
+    (laws.class_names, {A: "class Segment: pass", "megatron_grit/data/rows/a.py": "class _Segment: pass"}),
+]
+KEPT_TOGETHER: list[tuple[LawOfAll, dict[str, str]]] = [
+    (laws.circles, {A: "from megatron_grit.data import b, c", B: "import megatron_grit.data.c", C: "import b"}),
+    (
+        laws.crowded_folders,
+        {f"megatron_grit/data/{number}.py": "" for number in range(15)} | {"megatron_grit/data/a.md": ""},
+    ),
+    (laws.class_names, {A: "class Segment: pass", "megatron_grit/retrieval/a.py": "class Segment: pass"}),
+]
+# Violations that stand today. An entry that no longer holds fails the test: take it out.
+STANDING: set[str] = {
+    "circle: megatron_grit/convert/hf_out/card.py, megatron_grit/convert/hf_out/files.py",
+    "circle: megatron_grit/data/text/chat_templates.py, megatron_grit/data/text/jinja_template.py",
+    "circle: megatron_grit/models/adapters/__init__.py, megatron_grit/models/adapters/insert.py, "
+    "megatron_grit/models/adapters/lora.py, megatron_grit/models/quantization.py",
+    "circle: megatron_grit/retrieval/encoders/encoder.py, megatron_grit/retrieval/stages/embed.py",
+    "convert: class Source",
+    "convert: class HashingFile",
+    "convert: class Reader",
+    "data: class Segment",
+    "training: class Objective",
+    "benchmarks/random_batch.py random_batch",
+    "megatron_grit/data/builders/block_build.py build_blocks",
+    "megatron_grit/data/builders/documents.py preprocess",
+    "megatron_grit/data/builders/grit_builder.py build_grit",
+    "megatron_grit/data/builders/sources/msmarco.py convert_msmarco",
+    "megatron_grit/inference/text_files.py encode_file",
+    "megatron_grit/losses/contrastive.py forward",
+    "megatron_grit/models/attention.py __init__",
+    "megatron_grit/models/attention.py forward",
+    "megatron_grit/models/quantization.py _forward_quantized",
+    "megatron_grit/retrieval/stages/embed.py load_embedder",
+    "megatron_grit/retrieval/stages/inspect.py inspect_database",
+}
+
+
+def _found(bad: list[str]) -> None:
+    """Fails for violations that are not in STANDING."""
+    new = [line for line in bad if _without_numbers(line) not in STANDING]
+    assert not new, "\n".join(new)
+
+
+def _without_numbers(line: str) -> str:
+    return re.sub(r":\d+:| has \d+ parameters| in megatron_grit/.*", "", line)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +162,19 @@ def files(repository: Path) -> dict[str, str]:
 @pytest.mark.parametrize("law", PYTHON_LAWS, ids=lambda law: law.__name__)
 def test_python_files_keep_the_law(law: Law, files: dict[str, str]) -> None:
     bad = [line for name, text in files.items() if name.endswith(".py") for line in law(name, text)]
-    assert not bad, "\n".join(bad)
+    _found(bad)
+
+
+@pytest.mark.parametrize("law", LAWS_OF_ALL, ids=lambda law: law.__name__)
+def test_the_files_together_keep_the_law(law: LawOfAll, files: dict[str, str]) -> None:
+    _found(law(files))
+
+
+def test_what_stands_against_the_laws_only_shrinks(files: dict[str, str]) -> None:
+    bad = [line for law in LAWS_OF_ALL for line in law(files)]
+    bad += [line for name, text in files.items() if name.endswith(".py") for line in laws.parameters(name, text)]
+    gone = STANDING - {_without_numbers(line) for line in bad}
+    assert not gone, "take these out of STANDING: " + "; ".join(sorted(gone))
 
 
 @pytest.mark.parametrize("law", [laws.machine_text, laws.shell_scripts], ids=lambda law: law.__name__)
@@ -107,6 +191,16 @@ def test_law_finds_a_violation(law: Law, path: str, text: str) -> None:
 @pytest.mark.parametrize(("law", "path", "text"), KEPT)
 def test_law_allows_what_is_allowed(law: Law, path: str, text: str) -> None:
     assert law(path, text) == []
+
+
+@pytest.mark.parametrize(("law", "texts"), BROKEN_TOGETHER)
+def test_law_of_all_finds_a_violation(law: LawOfAll, texts: dict[str, str]) -> None:
+    assert law(texts)
+
+
+@pytest.mark.parametrize(("law", "texts"), KEPT_TOGETHER)
+def test_law_of_all_allows_what_is_allowed(law: LawOfAll, texts: dict[str, str]) -> None:
+    assert law(texts) == []
 
 
 def test_layers_are_those_of_the_package(repository: Path) -> None:
