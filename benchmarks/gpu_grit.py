@@ -189,14 +189,15 @@ def part_of(batch: StepBatch, objective: str) -> StepBatch:
     """The rows of a batch that an objective trains on."""
     if objective == "unified":
         return batch
-    if objective == "embedding":
-        kept, lost = batch.embedding_rows, {"generative_rows": [], "num_sequences": 0, "num_generative_rows": 0}
-    else:
-        kept, lost = batch.generative_rows, {"embedding_rows": [], "num_queries": 0, "slots_by_rank": []}
-    lengths = [row.tokens_1T.shape[1] for row in kept]
-    counts = {"num_tokens": sum(row.num_tokens for row in kept), "num_padded_tokens": sum(lengths)}
-    labels = batch.num_loss_tokens if objective == "generative" else 0
-    return replace(batch, **lost, **counts, row_length=max(lengths), num_loss_tokens=labels)
+    part = batch.parts[objective]
+    lengths = [row.tokens_1T.shape[1] for row in part.rows]
+    return replace(
+        batch,
+        parts={objective: part},
+        num_tokens=sum(row.num_tokens for row in part.rows),
+        num_padded_tokens=sum(lengths),
+        row_length=max(lengths),
+    )
 
 
 def measure(

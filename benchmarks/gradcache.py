@@ -40,9 +40,9 @@ import torch
 
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.rows.batch import PackedRow, StepBatch
+from megatron_grit.data.kinds.embedding import EmbeddingCounts, make_row
+from megatron_grit.data.rows.batch import BatchPart, PackedRow, StepBatch
 from megatron_grit.data.rows.packing import pack
-from megatron_grit.data.rows.row import embedding_row
 from megatron_grit.data.rows.segments import Segment
 from megatron_grit.errors import EXIT_STATUS, ConfigError, GritError
 from megatron_grit.losses import contrastive
@@ -87,18 +87,16 @@ def synthetic_batch(num_queries: int, group_size: int, length: int, tokens_per_r
     ]
     packed = pack(lengths, tokens_per_row)
     row_length = -(-max(int(lengths[slots].sum()) for slots in packed) // 8) * 8
-    rows = [embedding_row([segments[slot] for slot in slots], slots, row_length, PAD) for slots in packed]
-    return StepBatch(
-        step=0,
-        embedding_rows=rows,
-        generative_rows=[],
-        row_length=row_length,
+    rows = [make_row([segments[slot] for slot in slots], slots, row_length, PAD) for slots in packed]
+    counts = EmbeddingCounts(
         num_queries=num_queries,
         group_size=group_size,
         slots_by_rank=[torch.cat([row.slots_S for row in rows if row.slots_S is not None])],
-        num_loss_tokens=0,
-        num_sequences=0,
-        num_generative_rows=0,
+    )
+    return StepBatch(
+        step=0,
+        parts={"embedding": BatchPart(rows=rows, counts=counts)},
+        row_length=row_length,
         num_tokens=int(lengths.sum()),
         num_padded_tokens=row_length * len(rows),
     )
@@ -154,17 +152,18 @@ def build_step(config: RunConfig, context: Any, weights: dict[str, Any] | None =
         wrapped.train()
         wrapped.zero_grad_buffer()
         optimizer.zero_grad()
-        outputs = torch.cat([wrapped(row, Output.EMBEDDINGS) for row in batch.embedding_rows])
-        texts = outputs[torch.argsort(batch.slots_by_rank[0])]
-        knobs = options(temperature=config.loss.temperature, group_size=batch.group_size)
-        loss = contrastive.contrastive_loss(texts[: batch.num_queries], texts[batch.num_queries :], knobs)
+        counts = batch.counts_of("embedding")
+        outputs = torch.cat([wrapped(row, Output.EMBEDDINGS) for row in batch.rows_of("embedding")])
+        texts = outputs[torch.argsort(counts.slots_by_rank[0])]
+        knobs = options(temperature=config.loss.temperature, group_size=counts.group_size)
+        loss = contrastive.contrastive_loss(texts[: counts.num_queries], texts[counts.num_queries :], knobs)
         loss.backward()
         finalize_model_grads([wrapped])
         _, norm, _ = optimizer.step()
         return loss.item(), float(norm)
 
     def run(batch: StepBatch) -> tuple[float, float]:
-        several = config.training.grad_cache == "off" and len(batch.embedding_rows) > 1
+        several = config.training.grad_cache == "off" and len(batch.rows_of("embedding")) > 1
         return one_graph(batch) if several else scheduled(batch)
 
     return run, model
@@ -202,7 +201,7 @@ def measure_time(arguments: argparse.Namespace) -> dict[str, Any]:
         "queries": arguments.queries,
         "texts": 3 * arguments.queries,
         "tokens": rows.num_tokens,
-        "rows": len(rows.embedding_rows),
+        "rows": len(rows.rows_of("embedding")),
         "threads": arguments.threads,
         "seconds": {kind: statistics.median(times[1:]) for kind, times in seconds.items()},
     }
@@ -251,11 +250,11 @@ def peak_of_step(arguments: argparse.Namespace, num_queries: int, grad_cache: st
     return {
         "queries": num_queries,
         "grad_cache": grad_cache,
-        "rows": len(batch.embedding_rows),
+        "rows": len(batch.rows_of("embedding")),
         "tokens": batch.num_tokens,
         "seconds": seconds,
         "peak": peak,
-        "batch": sum(map(_bytes_of, batch.embedding_rows)),
+        "batch": sum(map(_bytes_of, batch.rows_of("embedding"))),
         "step": peak - before,
         "embeddings": COPIES * num_texts * arguments.width * 4,
         "similarities": 4 * min(max(contrastive.CHUNK_ELEMENTS, num_queries), num_queries**2),

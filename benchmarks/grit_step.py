@@ -159,20 +159,21 @@ def segments_of(row: PackedRow) -> Iterator[slice]:
 def reference_batch(batch: StepBatch) -> GritBatch:
     """The same texts, one a row and padded."""
     texts: dict[int, Text] = {}
-    for row in batch.embedding_rows:
+    for row in batch.rows_of("embedding"):
         assert row.slots_S is not None and row.pool_mask_T is not None
         for slot, place in zip(row.slots_S.tolist(), segments_of(row), strict=True):
             num_instruction = int((row.pool_mask_T[place] == 0).sum())
             texts[slot] = Text(row.tokens_1T[0, place].tolist(), num_instruction)
     sequences = []
-    for row in batch.generative_rows:
+    for row in batch.rows_of("generative"):
         assert row.loss_mask_1T is not None
         for place in segments_of(row):
             # The mask tells of the next token; the first token is never predicted.
             supervised = [False, *(row.loss_mask_1T[0, place] > 0).tolist()[:-1]]
             sequences.append(Sequence(row.tokens_1T[0, place].tolist(), supervised))
     ordered = [texts[slot] for slot in range(len(texts))]
-    return collate(ordered[: batch.num_queries], ordered[batch.num_queries :], sequences, batch.group_size)
+    counts = batch.counts_of("embedding")
+    return collate(ordered[: counts.num_queries], ordered[counts.num_queries :], sequences, counts.group_size)
 
 
 def build_ours(config: RunConfig, weights: dict[str, torch.Tensor], context: Any, profile: Profile) -> Callable:
@@ -263,9 +264,9 @@ def _summary(
     summary: dict[str, Any] = {
         "steps": arguments.steps,
         "threads": arguments.threads,
-        "queries": measured[0][0].num_queries,
-        "passages": measured[0][0].num_queries * GROUP_SIZE,
-        "sequences": measured[0][0].num_sequences,
+        "queries": measured[0][0].counts_of("embedding").num_queries,
+        "passages": measured[0][0].counts_of("embedding").num_queries * GROUP_SIZE,
+        "sequences": measured[0][0].counts_of("generative").num_sequences,
         "tokens_per_step": statistics.mean(batch.num_tokens for batch, _ in measured),
     }
     for name, profile, padded in (

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.rows.batch import PackedRow, StepBatch
+from megatron_grit.data.kinds import embedding, generative
+from megatron_grit.data.rows.batch import BatchPart, StepBatch
 from megatron_grit.data.rows.packing import pack
-from megatron_grit.data.rows.row import embedding_row, generative_row
 from megatron_grit.data.rows.segments import Segment, labels_between
 
 GROUP_SIZE = 2
@@ -92,26 +92,29 @@ def random_batch(
         segment(len(texts) + i, length, (Role.USER, Role.ANSWER), length // 2)
         for i, length in enumerate(lengths(num_sequences, _CHAT))
     ]
-    embedding: list[PackedRow] = []
-    slots = pack(np.array([text.length for text in texts]), tokens_per_row)
-    for row in slots:
-        embedding.append(embedding_row([texts[slot] for slot in row], row, _padded(texts, row, row_multiple), 0))
-    places = pack(np.array([chat.length for chat in chats]), tokens_per_row)
-    generative = [generative_row([chats[i] for i in row], _padded(chats, row, row_multiple), 0) for row in places]
-    rows = embedding + generative
+    parts = {}
+    for name, kind, segments in (("embedding", embedding, texts), ("generative", generative, chats)):
+        places = pack(np.array([each.length for each in segments]), tokens_per_row)
+        rows = [
+            kind.make_row([segments[slot] for slot in row], row, _padded(segments, row, row_multiple), 0)
+            for row in places
+        ]
+        slots = [torch.from_numpy(np.concatenate(places))]
+        counts: Any = (
+            embedding.EmbeddingCounts(num_queries=num_queries, group_size=GROUP_SIZE, slots_by_rank=slots)
+            if kind is embedding
+            else generative.GenerativeCounts(
+                num_loss_tokens=sum(chat.num_labels for chat in chats), num_sequences=num_sequences, num_rows=len(rows)
+            )
+        )
+        parts[name] = BatchPart(rows=rows, counts=counts)
+    lengths = [row.tokens_1T.shape[1] for part in parts.values() for row in part.rows]
     return StepBatch(
         step=step,
-        embedding_rows=embedding,
-        generative_rows=generative,
-        row_length=max(row.tokens_1T.shape[1] for row in rows),
-        num_queries=num_queries,
-        group_size=GROUP_SIZE,
-        slots_by_rank=[torch.from_numpy(np.concatenate(slots))],
-        num_loss_tokens=sum(chat.num_labels for chat in chats),
-        num_sequences=num_sequences,
-        num_generative_rows=len(generative),
-        num_tokens=sum(row.num_tokens for row in rows),
-        num_padded_tokens=sum(row.tokens_1T.shape[1] for row in rows),
+        parts=parts,
+        row_length=max(lengths),
+        num_tokens=sum(row.num_tokens for part in parts.values() for row in part.rows),
+        num_padded_tokens=sum(lengths),
     )
 
 

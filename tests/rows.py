@@ -6,7 +6,9 @@ import torch
 
 from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.data.indexed.roles import RowKind
-from megatron_grit.data.rows.batch import PackedRow, StepBatch
+from megatron_grit.data.kinds.embedding import EmbeddingCounts
+from megatron_grit.data.kinds.generative import GenerativeCounts
+from megatron_grit.data.rows.batch import BatchPart, PackedRow, StepBatch
 
 VOCAB = 100
 
@@ -52,7 +54,8 @@ def make_row(
     last = torch.zeros(row_length, dtype=torch.bool)
     last[torch.tensor(bounds[1:]) - 1] = True
     return PackedRow(
-        kind=kind,
+        kind=kind.value,
+        embeds=kind is RowKind.EMBEDDING,
         tokens_1T=tokens,
         positions_1T=torch.cat([torch.arange(size) for size in sizes])[None],
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
@@ -85,19 +88,38 @@ def make_batch(
     generative = [make_row(RowKind.GENERATIVE, [9 + 2 * i, 5, 20], row_length, seed=100 + i) for i in range(rows)]
     embedding = embedding if objective != "generative" else []
     generative = generative if objective != "embedding" else []
-    every = embedding + generative
-    slots = [row.slots_S for row in embedding if row.slots_S is not None]
+    return grit_batch(embedding, generative, num_queries, data_rank=data_rank, data_size=data_size)
+
+
+def grit_batch(
+    embedding: list[PackedRow],
+    generative: list[PackedRow],
+    num_queries: int,
+    group_size: int = 2,
+    *,
+    data_rank: int = 0,
+    data_size: int = 1,
+) -> StepBatch:
+    """A data parallel rank's part of the global batch that has these rows; a kind without rows has no part."""
+    every, mine = embedding + generative, slice(data_rank, None, data_size)
+    parts = {}
+    if embedding:
+        slots = [row.slots_S for row in embedding if row.slots_S is not None]
+        by_rank = [torch.cat(slots[rank::data_size]) for rank in range(data_size)]
+        pairs = EmbeddingCounts(num_queries=num_queries, group_size=group_size, slots_by_rank=by_rank)
+        parts["embedding"] = BatchPart(rows=embedding[mine], counts=pairs)
+    if generative:
+        counts = GenerativeCounts(
+            num_loss_tokens=int(sum(row.loss_mask_1T.sum() for row in generative if row.loss_mask_1T is not None)),
+            num_sequences=sum(len(row.record_ids) for row in generative),
+            num_rows=len(generative),
+        )
+        parts["generative"] = BatchPart(rows=generative[mine], counts=counts)
+    lengths = [row.tokens_1T.shape[1] for row in every]
     return StepBatch(
         step=0,
-        embedding_rows=embedding[data_rank::data_size],
-        generative_rows=generative[data_rank::data_size],
-        row_length=row_length,
-        num_queries=num_queries if embedding else 0,
-        group_size=2,
-        slots_by_rank=[torch.cat(slots[rank::data_size]) for rank in range(data_size)] if embedding else [],
-        num_loss_tokens=int(sum(row.loss_mask_1T.sum() for row in generative if row.loss_mask_1T is not None)),
-        num_sequences=3 * len(generative),
-        num_generative_rows=len(generative),
+        parts=parts,
+        row_length=max(lengths),
         num_tokens=sum(row.num_tokens for row in every),
-        num_padded_tokens=row_length * len(every),
+        num_padded_tokens=sum(lengths),
     )

@@ -17,7 +17,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.packing import pack
 from megatron_grit.inference.team import Team
@@ -170,7 +169,7 @@ def embedding_row(
     pooled = positions[:used] >= heads[segment_ids[:used]]
     tokens = torch.tensor([token for head, tail in texts for token in (*head, *tail)])
     return PackedRow(
-        kind=RowKind.EMBEDDING,
+        embeds=True,
         tokens_1T=F.pad(tokens, (0, padding))[None],
         positions_1T=positions[None],
         cu_seqlens=bounds.to(torch.int32),

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.inference.kv_cache import SequenceCache
 from megatron_grit.models.decoder import GritDecoder, Output
@@ -73,7 +72,7 @@ def continuation_row(tokens: Sequence[Sequence[int]], lengths: Sequence[int]) ->
     flat = torch.tensor([token for new in tokens for token in new])
     sizes = torch.tensor([0, *(len(new) for new in tokens)])
     return PackedRow(
-        kind=RowKind.GENERATIVE,
+        embeds=False,
         tokens_1T=flat[None],
         positions_1T=torch.tensor([position for span in positions for position in span])[None],
         cu_seqlens=sizes.cumsum(0).to(torch.int32),

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.packing import pack
 from megatron_grit.models.decoder import GritDecoder, Output
@@ -64,7 +63,7 @@ def scoring_row(texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> PackedRow:
     predicts = torch.zeros(len(tokens))
     predicts[:-1] = (supervised[1:] & (positions[1:] > 0)).float()
     return PackedRow(
-        kind=RowKind.GENERATIVE,
+        embeds=False,
         tokens_1T=tokens[None],
         positions_1T=positions[None],
         cu_seqlens=torch.from_numpy(bounds).to(torch.int32),

@@ -15,7 +15,6 @@ from torch import Tensor
 from megatron_grit import compat
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import padded_vocabulary
-from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.models.adapters import has_trained, insert_adapters, reach_back, select_trainable
 from megatron_grit.models.attention import AttentionMode, KeyValueCache, PackedSegments
@@ -104,7 +103,7 @@ class GritDecoder(compat.gpt_model_class()):  # type: ignore[misc]
         Returns:
             See :class:`Output`.
         """
-        mode = attention_mode(row.kind, self.embedding_config.causal)
+        mode = attention_mode(row.embeds, self.embedding_config.causal)
         share = RowShare.of_row(row, self.context)
         segments = PackedSegments.of_row(row.cu_seqlens, row.max_seqlen, mode, share, row.segment_lengths)
         segments.cache = cache
@@ -202,11 +201,9 @@ class GritDecoder(compat.gpt_model_class()):  # type: ignore[misc]
         return logits.squeeze(1)[:, : self.num_tokens_in_vocab]
 
 
-def attention_mode(kind: RowKind, embed_causally: bool) -> AttentionMode:
-    """The mode of a kind of row: generation is causal, embedding bidirectional unless asked otherwise."""
-    if kind is RowKind.EMBEDDING and not embed_causally:
-        return AttentionMode.BIDIRECTIONAL
-    return AttentionMode.CAUSAL
+def attention_mode(embeds: bool, embed_causally: bool) -> AttentionMode:
+    """The mode of a row: causal for prediction, bidirectional for embeddings unless asked otherwise."""
+    return AttentionMode.BIDIRECTIONAL if embeds and not embed_causally else AttentionMode.CAUSAL
 
 
 def build_model(config: RunConfig, vocab_size: int, context: ParallelContext) -> GritDecoder:

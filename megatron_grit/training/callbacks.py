@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.store.files import replacing
+from megatron_grit.training.objectives.base import trained_objectives
 
 _NOT_PLOTTED = ("step", "seconds")
 
@@ -38,7 +40,8 @@ def build_callbacks(config: RunConfig, context: ParallelContext, start_step: int
     if config.logging.wandb_project is not None:
         callbacks.append(WeightsAndBiases(config))
     if config.logging.progress:
-        callbacks.append(ProgressBar(start_step, config.training.steps))
+        losses = [objective.loss_name for objective in trained_objectives(config)]
+        callbacks.append(ProgressBar(start_step, config.training.steps, losses))
     return callbacks
 
 
@@ -123,17 +126,23 @@ class WeightsAndBiases:
 
 
 class ProgressBar:
-    """Steps, losses and speed on one line."""
+    """Steps, losses and speed on one line.
 
-    def __init__(self, start_step: int, num_steps: int) -> None:
+    Args:
+        start_step: steps that are done.
+        num_steps: of the run.
+        losses: names of the metrics that are shown.
+    """
+
+    def __init__(self, start_step: int, num_steps: int, losses: Sequence[str]) -> None:
         from tqdm import tqdm
 
+        self._losses = losses
         self.bar = tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True)
 
     def after_step(self, record: dict[str, Any]) -> None:
         """Advance by one."""
-        losses = ("loss_emb", "loss_gen")
-        shown: dict[str, str] = {name: f"{record[name]:.3f}" for name in losses if name in record}
+        shown: dict[str, str] = {name: f"{record[name]:.3f}" for name in self._losses if name in record}
         shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)

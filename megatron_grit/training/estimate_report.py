@@ -100,20 +100,23 @@ class EstimateReport:
 
 def workload_of(batch: StepBatch, data_size: int) -> Workload:
     """The rows of a step as the estimate takes them. Rows of other ranks are taken to be as long as this rank's."""
-    texts, sequences = batch.embedding_rows, batch.generative_rows
-    num_texts = batch.num_queries * (1 + batch.group_size)
+    texts, sequences = batch.rows_of("embedding"), batch.rows_of("generative")
+    pairs = batch.parts["embedding"].counts if texts else None
+    counts = batch.parts["generative"].counts if sequences else None
+    num_queries = pairs.num_queries if pairs else 0
+    num_texts = num_queries * (1 + pairs.group_size) if pairs else 0
     embedding_tokens = sum(row.num_tokens for row in texts) * data_size
     generative_tokens = sum(row.num_tokens for row in sequences) * data_size
     return Workload(
         embedding_tokens=embedding_tokens,
         generative_tokens=generative_tokens,
-        supervised_tokens=batch.num_loss_tokens,
+        supervised_tokens=counts.num_loss_tokens if counts else 0,
         embedding_rows=len(texts) * data_size,
         generative_rows=len(sequences) * data_size,
         num_texts=num_texts,
-        num_queries=batch.num_queries,
+        num_queries=num_queries,
         text_tokens=embedding_tokens / max(num_texts, 1),
-        sequence_tokens=generative_tokens / max(batch.num_sequences, 1),
+        sequence_tokens=generative_tokens / max(counts.num_sequences if counts else 0, 1),
         embedding_row_tokens=max((_length(row) for row in texts), default=0),
         generative_row_tokens=max((_length(row) for row in sequences), default=0),
         row_labels=max((int(row.loss_mask_1T.sum()) for row in sequences if row.loss_mask_1T is not None), default=0),

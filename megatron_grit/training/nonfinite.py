@@ -19,17 +19,16 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.errors import NumericsError
 from megatron_grit.parallel.collectives import any_rank, gather_json
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.store.files import replacing
 from megatron_grit.store.logs import get_logger
+from megatron_grit.training.objectives.base import objective_of
 
 log = get_logger(__name__)
 
-_LOSS_OF_KIND = {RowKind.EMBEDDING: "loss_emb", RowKind.GENERATIVE: "loss_gen"}
 _SHOWN_RECORDS, _SHOWN_NAMES, _SHOWN_RANKS = 32, 4, 4
 
 
@@ -57,10 +56,11 @@ class RowOutcomes:
             places = (~is_finite).nonzero().squeeze(1)
             if not len(places):
                 continue
-            if row.kind is RowKind.GENERATIVE:  # tokens to segments; no loss falls on padding
+            if not row.embeds:  # tokens to segments; no loss falls on padding
                 places = torch.searchsorted(row.cu_seqlens.to(places.device, places.dtype), places, right=True) - 1
             bad = [row.record_ids[place] for place in places.unique().tolist()]
-            found.append({"loss": _LOSS_OF_KIND[row.kind], "row": index, "records": row.record_ids, "not_finite": bad})
+            loss = objective_of(row.kind).loss_name
+            found.append({"loss": loss, "row": index, "records": row.record_ids, "not_finite": bad})
         return found
 
 
@@ -237,7 +237,7 @@ def _losses(names: Any) -> bool:
 
 
 def _record_ids(batch: StepBatch) -> list[str]:
-    return [record for row in batch.embedding_rows + batch.generative_rows for record in row.record_ids]
+    return [record for row in batch.rows for record in row.record_ids]
 
 
 def _listed(items: list[str], limit: int) -> str:

@@ -1,4 +1,4 @@
-"""One optimizer step: every row of both kinds through one pipeline schedule, one gradient reduction."""
+"""One optimizer step: every row of every kind through one pipeline schedule, one gradient reduction."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from megatron_grit.parallel.collectives import from_last_stage, sum_over_replica
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState, replay
 from megatron_grit.training.nonfinite import NonFiniteGuard, RowOutcomes
-from megatron_grit.training.objectives import embedding, generative
-
-METRICS = ("loss_emb", "loss_gen", "accuracy_emb")
+from megatron_grit.training.objectives.base import trained_objectives
 
 
 class TrainStep:
@@ -49,14 +47,15 @@ class TrainStep:
         self.guard = NonFiniteGuard(config, context)
         self.outcomes = RowOutcomes()
         compat.take_balancing_loss()  # an earlier model's
-        self.objectives = [kind.Objective(config, context) for kind in (embedding, generative)]
+        self.objectives = [objective(config, context) for objective in trained_objectives(config)]
 
     def __call__(self, batch: StepBatch) -> dict[str, float]:
         """Train on a batch; the learning rate is the one that the optimizer has.
 
         Returns:
-            loss, loss_emb, loss_gen, accuracy_emb, grad_norm and, for a mixture, loss_balance; the same on all ranks.
-            With ``training.on_nan`` skip also skipped_steps, the number of steps of the run that were not taken.
+            loss, the losses and other metrics of each objective, grad_norm and, for a mixture, loss_balance; the same
+            on all ranks. With ``training.on_nan`` skip also skipped_steps, the number of steps of the run that were
+            not taken.
 
         Raises:
             NumericsError: a loss or the gradient is not finite. Weights and optimizer are as before the step.
@@ -95,7 +94,7 @@ class TrainStep:
 
         def forward_step(iterator: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             objective, index, row = next(iterator)
-            positions.at(f"{row.kind.value} forward and backward", index, len(objective.rows(batch)))
+            positions.at(f"{row.kind} forward and backward", index, len(objective.rows(batch)))
             with replay(objective.random_state(self.chunks.index(model), index)):
                 output = model(row, objective.output)
 
@@ -152,22 +151,18 @@ class TrainStep:
         )
 
     def _reduce_metrics(self, reported: list[dict[str, Tensor]], num_rows: int) -> dict[str, float]:
-        present = [kind for kind in METRICS if self._trains(kind)]
-        values = torch.zeros(len(present), device=self.context.device)
+        names = [objective.loss_name for objective in self.objectives]
+        names += [name for objective in self.objectives for name in objective.other_metrics]
+        values = torch.zeros(len(names), device=self.context.device)
         for entry in reported:
-            for place, kind in enumerate(present):
-                if kind in entry:
-                    values[place] += entry[kind]
+            for place, name in enumerate(names):
+                if name in entry:
+                    values[place] += entry[name]
         values = from_last_stage(sum_over_replicas(values, self.context), self.context)
-        metrics = dict(zip(present, values.tolist(), strict=True))
-        factors = {"loss_emb": self.config.loss.loss_emb_factor, "loss_gen": self.config.loss.loss_gen_factor}
-        metrics["loss"] = sum(factor * metrics[kind] for kind, factor in factors.items() if kind in metrics)
+        metrics = dict(zip(names, values.tolist(), strict=True))
+        metrics["loss"] = sum(objective.weight * metrics[objective.loss_name] for objective in self.objectives)
         balance = self._balancing_loss(num_rows)
         return metrics if balance is None else metrics | {"loss_balance": balance}
-
-    def _trains(self, metric: str) -> bool:
-        objective = self.config.training.objective
-        return objective == "unified" or (objective == "generative") == (metric == "loss_gen")
 
     def _balancing_loss(self, num_rows: int) -> float | None:
         """Mean over layers, rows and data parallel ranks; 1 when every expert gets the same."""

@@ -12,7 +12,7 @@ from megatron_grit.config.checks.run import find_problems
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
-from tests.rows import make_row, tiny_config
+from tests.rows import grit_batch, make_row, tiny_config
 
 SP = {"parallel.tensor": 2, "parallel.sequence_parallel": True}
 
@@ -193,22 +193,9 @@ def _supervise_answers(row: PackedRow, rng: random.Random, nothing: bool) -> Non
 
 def batch_of(case: Case, rows: list[PackedRow], data_rank: int, data_size: int) -> StepBatch:
     """A data parallel rank's part of the global batch."""
-    embedding = [row for row in rows if row.kind is RowKind.EMBEDDING]
-    generative = [row for row in rows if row.kind is RowKind.GENERATIVE]
-    slots = [row.slots_S for row in embedding if row.slots_S is not None]
-    return StepBatch(
-        step=0,
-        embedding_rows=embedding[data_rank::data_size],
-        generative_rows=generative[data_rank::data_size],
-        row_length=max(case.row_lengths),
-        num_queries=case.num_queries if embedding else 0,
-        group_size=case.group_size,
-        slots_by_rank=[torch.cat(slots[rank::data_size]) for rank in range(data_size)] if embedding else [],
-        num_loss_tokens=int(sum(row.loss_mask_1T.sum() for row in generative if row.loss_mask_1T is not None)),
-        num_sequences=sum(len(row.record_ids) for row in generative),
-        num_generative_rows=len(generative),
-        num_tokens=sum(row.num_tokens for row in rows),
-        num_padded_tokens=sum(row.tokens_1T.shape[1] for row in rows),
+    embedding, generative = ([row for row in rows if row.embeds is embeds] for embeds in (True, False))
+    return grit_batch(
+        embedding, generative, case.num_queries, case.group_size, data_rank=data_rank, data_size=data_size
     )
 
 

@@ -216,19 +216,19 @@ def _noting_text_gradients(replicas: int) -> Iterator[dict[int, list[float]]]:
     A rank's is ``replicas`` times that of the loss: the engine takes the mean over ranks, and the losses are shares of
     a sum.
     """
-    from megatron_grit.training.objectives.embedding import Objective
+    from megatron_grit.training.objectives.embedding import EmbeddingObjective
 
     found: dict[int, list[float]] = {}
-    original = Objective.row_loss
+    original = EmbeddingObjective.row_loss
 
-    def row_loss(self: Objective, index: int, row: Any, output: Tensor) -> Any:
+    def row_loss(self: EmbeddingObjective, index: int, row: Any, output: Tensor) -> Any:
         def note(gradient: Tensor) -> None:
             found.update(zip(row.slots_S.tolist(), (gradient / replicas).tolist(), strict=True))
 
         output.register_hook(note)
         return original(self, index, row, output)
 
-    with mock.patch.object(Objective, "row_loss", row_loss):
+    with mock.patch.object(EmbeddingObjective, "row_loss", row_loss):
         yield found
 
 

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_grit.config.schema import LossConfig, ModelConfig, RunConfig
-from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import PackedRow
 
 INPUT_NORM = "decoder.layers.self_attention.linear_qkv.layer_norm_"
@@ -109,8 +108,8 @@ def reference_step(
     """
     model = _Decoder(config, {name: weight.double().requires_grad_() for name, weight in weights.items()})
     knobs = config.loss
-    embedding = [row for row in rows if row.kind is RowKind.EMBEDDING]
-    generative = [row for row in rows if row.kind is RowKind.GENERATIVE]
+    embedding = [row for row in rows if row.embeds]
+    generative = [row for row in rows if not row.embeds]
     metrics: dict[str, float] = {}
     reported, trained = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     texts = None
@@ -181,7 +180,7 @@ class _Decoder:
         segment[row.cu_seqlens[1:-1].long()] = 1
         segment = segment.cumsum(0)
         seen = segment[:, None] == segment[None, :]
-        if row.kind is RowKind.GENERATIVE or self.config.embedding.causal:
+        if not row.embeds or self.config.embedding.causal:
             back = torch.arange(length)[:, None] - torch.arange(length)[None, :]
             seen &= back >= 0
             if self.config.model.sliding_window is not None:

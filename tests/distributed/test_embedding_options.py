@@ -81,9 +81,9 @@ def gradients(case: str, layout: dict[str, Any], directory: str, name: str) -> d
         wrapped = DistributedDataParallel(model.config, ddp, model)
         model.config.finalize_model_grads_func = finalize_model_grads
         batch = make_batch(context.data_rank, context.data_size, rows=4)
-        for row in batch.embedding_rows:
+        for row in batch.rows_of("embedding"):
             assert row.slots_S is not None and row.pool_mask_T is not None
-            row.is_query_S = row.slots_S < batch.num_queries
+            row.is_query_S = row.slots_S < batch.counts_of("embedding").num_queries
             row.pool_mask_T[row.cu_seqlens[:-2].long()] = 0.0  # a segment's first token is its instruction
         metrics = TrainStep(config, context, wrapped, None).accumulate_gradients(batch)
         if context.is_last_stage:

@@ -107,7 +107,7 @@ def write_references(directory: str) -> dict[str, float]:
                         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
             save_weights(model, context, Path(directory) / f"initial-{name}")
             batch = make_batch()
-            num_rows = len(batch.embedding_rows) + len(batch.generative_rows)
+            num_rows = len(batch.rows_of("embedding")) + len(batch.rows_of("generative"))
             # The router adds its balancing loss to the backward pass of each row: the mean over rows is wanted.
             MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / num_rows))
             loss = one_graph(model.train(), batch, config.loss.temperature)

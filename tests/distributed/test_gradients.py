@@ -24,19 +24,20 @@ def one_graph(model: torch.nn.Module, batch: StepBatch, temperature: float) -> t
     from megatron_grit.models.decoder import Output
 
     texts: dict[int, torch.Tensor] = {}
-    for row in batch.embedding_rows:
+    for row in batch.rows_of("embedding"):
         assert row.slots_S is not None
         for slot, embedding in zip(row.slots_S.tolist(), model(row, Output.EMBEDDINGS), strict=True):
             texts[slot] = embedding
     loss = torch.zeros(())
     if texts:
-        queries = torch.stack([texts[slot] for slot in range(batch.num_queries)])
-        passages = torch.stack([texts[slot] for slot in range(batch.num_queries, len(texts))])
-        targets = torch.arange(batch.num_queries) * batch.group_size
+        counts = batch.counts_of("embedding")
+        queries = torch.stack([texts[slot] for slot in range(counts.num_queries)])
+        passages = torch.stack([texts[slot] for slot in range(counts.num_queries, len(texts))])
+        targets = torch.arange(counts.num_queries) * counts.group_size
         loss = F.cross_entropy(queries @ passages.T / temperature, targets)
-    if batch.generative_rows:
+    if batch.rows_of("generative"):
         logits, labels = [], []
-        for row in batch.generative_rows:
+        for row in batch.rows_of("generative"):
             assert row.labels_1T is not None and row.loss_mask_1T is not None
             supervised = row.loss_mask_1T[0] > 0
             logits.append(model(row, Output.LOGITS)[supervised])
@@ -51,15 +52,16 @@ def gradient_of_each_text(model: torch.nn.Module, batch: StepBatch, temperature:
 
     texts: dict[int, torch.Tensor] = {}
     model.double()
-    for row in batch.embedding_rows:
+    for row in batch.rows_of("embedding"):
         assert row.slots_S is not None
         with torch.no_grad():
             states = model(row, Output.HIDDEN)[:, 0]
         for slot, start, stop in zip(row.slots_S.tolist(), row.cu_seqlens, row.cu_seqlens[1:], strict=False):
             texts[slot] = F.normalize(states[start:stop].mean(0), dim=0)
     texts_ND = torch.stack([texts[slot] for slot in range(len(texts))]).requires_grad_()
-    targets = torch.arange(batch.num_queries) * batch.group_size
-    logits = texts_ND[: batch.num_queries] @ texts_ND[batch.num_queries :].T / temperature
+    counts = batch.counts_of("embedding")
+    targets = torch.arange(counts.num_queries) * counts.group_size
+    logits = texts_ND[: counts.num_queries] @ texts_ND[counts.num_queries :].T / temperature
     (gradient_ND,) = torch.autograd.grad(F.cross_entropy(logits, targets), texts_ND)
     assert gradient_ND.dtype is torch.float64
     return dict(enumerate(gradient_ND.numpy()))
@@ -67,7 +69,7 @@ def gradient_of_each_text(model: torch.nn.Module, batch: StepBatch, temperature:
 
 def cached_gradient_of_each_text(objective: Any, batch: StepBatch) -> dict[int, np.ndarray]:
     """What the objective trains with: of this rank's texts, where it is on the last stage."""
-    slots = [slot for row in batch.embedding_rows if row.slots_S is not None for slot in row.slots_S.tolist()]
+    slots = [slot for row in batch.rows_of("embedding") if row.slots_S is not None for slot in row.slots_S.tolist()]
     gradients = [gradient.numpy() for gradients in objective.cached_gradients for gradient in gradients]
     assert len(gradients) in (0, len(slots))
     return dict(zip(slots, gradients, strict=False))

@@ -53,10 +53,10 @@ def _compare(config: Any, context: Any, fault: str) -> dict[str, Any]:
 
     def batch(with_fault: bool) -> Any:
         made = make_batch(context.data_rank, context.data_size)
-        for row in made.embedding_rows + made.generative_rows:
+        for row in made.rows:
             row.tokens_1T[row.tokens_1T == RUINED] = RUINED + 1
         if with_fault and context.data_rank == context.data_size - 1:
-            row = made.generative_rows[1]
+            row = made.rows_of("generative")[1]
             row.tokens_1T[0, int(row.cu_seqlens[2])] = RUINED
         return made
 

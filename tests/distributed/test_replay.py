@@ -36,7 +36,7 @@ def difference(layout: dict[str, Any], forget: bool) -> float | None:
         setattr(config.parallel, name, value)
     first: list[torch.Tensor] = []
     second: list[torch.Tensor] = []
-    prepare, row_loss = embedding.Objective.prepare, embedding.Objective.row_loss
+    prepare, row_loss = embedding.EmbeddingObjective.prepare, embedding.EmbeddingObjective.row_loss
 
     def note_first(self: Any, batch: Any, rows: Any, forward_all: Any) -> None:
         prepare(self, batch, rows, lambda *args: first.extend(forward_all(*args)) or first)
@@ -47,7 +47,7 @@ def difference(layout: dict[str, Any], forget: bool) -> float | None:
 
     with (
         parallel_job(config.parallel, seed=1) as context,
-        mock.patch.multiple(embedding.Objective, prepare=note_first, row_loss=note_second),
+        mock.patch.multiple(embedding.EmbeddingObjective, prepare=note_first, row_loss=note_second),
         mock.patch.object(step, "replay", lambda _: contextlib.nullcontext()) if forget else contextlib.nullcontext(),
     ):
         wrapped = wrap_chunks(build_chunks(config, VOCAB, context))

@@ -46,7 +46,7 @@ def train_and_describe(config: RunConfig) -> dict[str, Any]:
 
         def note_and_iterate(start: int, end: int) -> Any:
             for batch in iterate(start, end):
-                rows = batch.embedding_rows + batch.generative_rows
+                rows = batch.rows
                 seen[str(batch.step)] = [record for row in rows for record in row.record_ids]
                 yield batch
 

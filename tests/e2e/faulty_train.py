@@ -37,7 +37,7 @@ def run(config_path: str, fault: str, marker: Path) -> None:
     from megatron_grit.training.objectives import generative
     from megatron_grit.training.trainer import train
 
-    read, row_loss = GritDataLoader.batch, generative.Objective.row_loss
+    read, row_loss = GritDataLoader.batch, generative.GenerativeObjective.row_loss
 
     def faulty_read(self: Any, step: int) -> Any:
         if step == STEP - 1:
@@ -52,7 +52,7 @@ def run(config_path: str, fault: str, marker: Path) -> None:
     if fault == "sleep":
         GritDataLoader.batch = faulty_read  # type: ignore[method-assign]
     elif fault != "none":
-        generative.Objective.row_loss = faulty_loss  # type: ignore[method-assign]
+        generative.GenerativeObjective.row_loss = faulty_loss  # type: ignore[method-assign]
     train(load_config(config_path))
 
 

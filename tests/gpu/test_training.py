@@ -22,7 +22,7 @@ from megatron_grit.training.optimizer import build_optimizer, build_schedule, se
 from megatron_grit.training.step import TrainStep
 from megatron_grit.training.trainer import Trainer, train
 from tests.corpus import tiny_run
-from tests.rows import VOCAB, make_batch, make_row, tiny_config
+from tests.rows import VOCAB, grit_batch, make_batch, make_row, tiny_config
 
 STEPS = 20
 BF16_TOLERANCE = 1e-2
@@ -157,14 +157,7 @@ def test_memory_does_not_grow_with_the_rows(context: ParallelContext) -> None:
     peaks = {}
     for rows in (2, 2, 16):  # the first run takes what stays: cuBLAS's workspace, tables
         texts = [make_row(RowKind.EMBEDDING, [16] * 3, 48, list(range(3 * i, 3 * i + 3)), seed=i) for i in range(rows)]
-        slots = [torch.arange(3 * rows)]
-        batch = replace(
-            make_batch(objective="embedding"),
-            embedding_rows=texts,
-            num_queries=rows,
-            slots_by_rank=slots,
-            row_length=48,
-        )
+        batch = grit_batch(texts, [], rows)
         config = tiny_config(num_layers=4)
         config.parallel.device, config.training.objective = context.device.type, "embedding"  # type: ignore[assignment]
         with SavedBytes() as saved:

@@ -73,7 +73,6 @@ def trained(request: pytest.FixtureRequest, directory: Path) -> tuple[str, RunCo
 
 def our_logits(run: str | Path) -> Tensor:
     """Of the model with its adapters beside it."""
-    from megatron_grit.data.indexed.roles import RowKind
     from megatron_grit.data.rows.batch import PackedRow
     from megatron_grit.inference.model import GritModel
     from megatron_grit.models.decoder import Output
@@ -81,7 +80,7 @@ def our_logits(run: str | Path) -> Tensor:
     model = GritModel.load(run, device="cpu")
     tokens = torch.tensor([ids(model.tokenizer)])
     row = PackedRow(
-        kind=RowKind.GENERATIVE,
+        embeds=False,
         tokens_1T=tokens,
         positions_1T=torch.arange(tokens.shape[1])[None],
         cu_seqlens=torch.tensor([0, tokens.shape[1]], dtype=torch.int32),

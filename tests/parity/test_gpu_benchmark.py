@@ -83,15 +83,16 @@ def test_parts_of_a_batch_add_up() -> None:
     sizes = {"num_queries": 12, "num_sequences": 5, "longest": 90, "tokens_per_row": 128, "vocab_size": 50}
     batch = random_batch(3, **sizes)
     parts = [gpu_grit.part_of(batch, objective) for objective in ("embedding", "generative")]
-    for count in ("num_tokens", "num_padded_tokens", "num_loss_tokens", "num_sequences", "num_queries"):
+    for count in ("num_tokens", "num_padded_tokens"):
         assert sum(getattr(part, count) for part in parts) == getattr(batch, count)
-    labels = sum(int(row.loss_mask_1T.sum()) for row in batch.generative_rows if row.loss_mask_1T is not None)
-    assert batch.num_loss_tokens == labels > 0
-    assert sorted(batch.slots_by_rank[0].tolist()) == list(range(12 * 3))
+    assert [part.parts for part in parts] == [{kind: part} for kind, part in batch.parts.items()]
+    labels = sum(int(row.loss_mask_1T.sum()) for row in batch.rows_of("generative") if row.loss_mask_1T is not None)
+    assert batch.counts_of("generative").num_loss_tokens == labels > 0
+    assert sorted(batch.counts_of("embedding").slots_by_rank[0].tolist()) == list(range(12 * 3))
     again = random_batch(3, **sizes)
-    for ours, same in zip(batch.embedding_rows, again.embedding_rows, strict=True):
+    for ours, same in zip(batch.rows_of("embedding"), again.rows_of("embedding"), strict=True):
         assert (ours.tokens_1T == same.tokens_1T).all()
-    assert len({row.record_ids[0] for row in batch.embedding_rows}) == len(batch.embedding_rows)
+    assert len({row.record_ids[0] for row in batch.rows_of("embedding")}) == len(batch.rows_of("embedding"))
 
 
 def test_peaks_by_name() -> None:

@@ -31,6 +31,7 @@ from tests.parity.gritlm_reference import (
     embed,
     grit_step,
 )
+from tests.rows import grit_batch
 
 transformers = pytest.importorskip("transformers", reason="the reference is written in transformers")
 
@@ -101,20 +102,7 @@ def pack(samples: Samples, num_rows: int) -> StepBatch:
     texts = samples.queries + samples.passages
     embedding = [_embedding_row(texts, list(range(r, len(texts), num_rows))) for r in range(num_rows)]
     generative = [_generative_row(samples.sequences[r::num_rows]) for r in range(num_rows)]
-    return StepBatch(
-        step=0,
-        embedding_rows=embedding,
-        generative_rows=generative,
-        row_length=ROW_LENGTH,
-        num_queries=NUM_QUERIES,
-        group_size=GROUP_SIZE,
-        slots_by_rank=[torch.cat([row.slots_S for row in embedding if row.slots_S is not None])],
-        num_loss_tokens=sum(sum(sequence.supervised[1:]) for sequence in samples.sequences),
-        num_sequences=NUM_SEQUENCES,
-        num_generative_rows=num_rows,
-        num_tokens=sum(row.num_tokens for row in embedding + generative),
-        num_padded_tokens=2 * num_rows * ROW_LENGTH,
-    )
+    return grit_batch(embedding, generative, NUM_QUERIES, GROUP_SIZE)
 
 
 def _row(kind: RowKind, segments: list[list[int]], **fields: Any) -> PackedRow:
@@ -123,11 +111,13 @@ def _row(kind: RowKind, segments: list[list[int]], **fields: Any) -> PackedRow:
     assert padding > 0
     lengths.append(padding)
     return PackedRow(
-        kind=kind,
+        kind=kind.value,
+        embeds=kind is RowKind.EMBEDDING,
         tokens_1T=torch.tensor([sum(segments, []) + [0] * padding]),
         positions_1T=torch.cat([torch.arange(length) for length in lengths])[None],
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         max_seqlen=max(lengths),
+        record_ids=[f"segment {number}" for number in range(len(segments))],
         padding_mask_1T=(torch.arange(ROW_LENGTH) >= ROW_LENGTH - padding)[None],
         segment_ids_T=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
         **fields,
@@ -292,7 +282,7 @@ def test_from_text(reference_model: Any, job: Any, tmp_path: Path) -> None:
     config.data.tokens_per_row = 400
     config.training.embedding_batch_size, config.training.generative_batch_size = len(PAIRS), len(CHATS)
     batch = GritDataLoader(config, load_tokenizer(path)).batch(0)
-    assert len(batch.embedding_rows) > 1
+    assert len(batch.rows_of("embedding")) > 1
 
     encode = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode
 
@@ -320,7 +310,7 @@ def test_from_text(reference_model: Any, job: Any, tmp_path: Path) -> None:
     )
     expected = accumulate_gradients(model, padded, temperature=TEMPERATURE, chunk_size=2)
     (got,), _ = run_ours(model, job, [batch], "token")
-    assert (batch.num_tokens, batch.num_sequences) == (padded.num_tokens, len(CHATS))
+    assert (batch.num_tokens, batch.counts_of("generative").num_sequences) == (padded.num_tokens, len(CHATS))
     assert (got["loss_emb"], got["loss_gen"]) == pytest.approx(expected, rel=TOLERANCE)
 
 

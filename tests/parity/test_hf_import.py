@@ -139,7 +139,7 @@ def make_row(kind: RowKind, padding: int = 0) -> PackedRow:
     tokens = torch.nn.functional.pad(tokens, (0, padding), value=3)
     ends, places = torch.tensor(lengths).cumsum(0), torch.arange(total)
     return PackedRow(
-        kind=kind,
+        embeds=kind is RowKind.EMBEDDING,
         tokens_1T=tokens,
         positions_1T=torch.cat([torch.arange(length) for length in lengths])[None],
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int(),

@@ -16,10 +16,10 @@ import torch
 from megatron_grit.config.schema import ParallelConfig, RunConfig
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.writer import IndexedWriter
+from megatron_grit.data.kinds import embedding, generative
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.loader import GritDataLoader
-from megatron_grit.data.rows.row import embedding_row, generative_row
-from megatron_grit.data.rows.segments import Segment, labels_between
+from megatron_grit.data.rows.segments import labels_between
 from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_grit.models import attention
 from megatron_grit.models.decoder import GritDecoder, Output, build_model
@@ -80,8 +80,9 @@ def model(config: RunConfig) -> Iterator[GritDecoder]:
 
 
 def test_rows_are_full_and_hold_every_record(loader: GritDataLoader) -> None:
-    assert loader._generative is not None and loader._generative._plan is not None
-    block = loader._generative._plan._block_with(0)
+    stream = loader.streams["generative"]
+    assert isinstance(stream, generative.GenerativeStream) and stream._plan is not None
+    block = stream._plan._block_with(0)
     lengths = (block.pieces["stop"] - block.pieces["start"]).astype(np.int64)
     per_row = np.add.reduceat(lengths, block.bounds[:-1])
     assert per_row.max() <= TOKENS_PER_ROW
@@ -91,11 +92,11 @@ def test_rows_are_full_and_hold_every_record(loader: GritDataLoader) -> None:
     counts = Counter(zip(pieces["record"].tolist(), pieces["start"].tolist(), strict=True))
     assert set(counts.values()) == {8}
     assert {record for record, _ in counts} == set(range(NUM_RECORDS))
-    source = loader._generative.sources[0]
+    source = stream.sources[0]
     labels = sum(labels_between(*source.spans(record), start, stop) for _, record, start, stop, _ in pieces.tolist())
     assert labels == 8 * source.meta.num_supervised_tokens
     batch = loader.batch(0)
-    assert sum(row.num_tokens for row in batch.generative_rows) / (4 * TOKENS_PER_ROW) >= 0.99
+    assert sum(row.num_tokens for row in batch.rows_of("generative")) / (4 * TOKENS_PER_ROW) >= 0.99
 
 
 def packed_and_alone(
@@ -107,8 +108,8 @@ def packed_and_alone(
     seen: set[tuple[int, int, int]] = set()
     while len({record for record, *_ in seen}) < num_records:
         batch = loader.batch(step)
-        for index, segments in enumerate(rows_of(loader, kind, step)):
-            row = getattr(batch, f"{kind.value}_rows")[index]
+        for row, planned in zip(batch.rows_of(kind), loader.streams[kind].rows(step), strict=True):
+            segments = planned.segments
             assert row.record_ids == [segment.name for segment in segments]
             together = outputs(model, row, [segment.length for segment in segments])
             for output, segment in zip(together, segments, strict=True):
@@ -117,28 +118,17 @@ def packed_and_alone(
                 seen.add(place)
                 packed.append(output)
                 length = -(-segment.length // 8) * 8
-                single = (
-                    generative_row([segment], length, 0)
-                    if kind is RowKind.GENERATIVE
-                    else embedding_row([segment], np.zeros(1, dtype=np.int64), length, 0)
-                )
+                rows = generative if kind is RowKind.GENERATIVE else embedding
+                single = rows.make_row([segment], np.zeros(1, dtype=np.int64), length, 0)
                 alone.append(outputs(model, single, [segment.length])[0])
         step += 1
     return np.stack(packed), np.stack(alone)
 
 
-def rows_of(loader: GritDataLoader, kind: RowKind, step: int) -> list[list[Segment]]:
-    assert loader._generative is not None and loader._embedding is not None
-    if kind is RowKind.GENERATIVE:
-        return loader._generative.rows(step)
-    texts = loader._embedding.texts(step)[1]
-    return [[texts[slot] for slot in row] for row in loader._pack(texts, kind)]
-
-
 @torch.no_grad()
 def outputs(model: GritDecoder, row: PackedRow, lengths: list[int]) -> np.ndarray:
     """float64 [S, D]: embeddings, or for each segment its mean loss."""
-    if row.kind is RowKind.EMBEDDING:
+    if row.embeds:
         return model(row, Output.EMBEDDINGS).double().numpy()
     losses = model(row, Output.TOKEN_LOSSES).double().numpy()
     mask = row.loss_mask_1T[0].numpy()

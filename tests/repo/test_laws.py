@@ -121,7 +121,6 @@ STANDING: set[str] = {
     "convert: class HashingFile",
     "convert: class Reader",
     "data: class Segment",
-    "training: class Objective",
     "benchmarks/random_batch.py random_batch",
     "megatron_grit/data/builders/block_build.py build_blocks",
     "megatron_grit/data/builders/documents.py preprocess",

@@ -10,6 +10,7 @@ versions, which it does not promise for shuffles. Permutations are those of :mod
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 
@@ -33,13 +34,18 @@ class Stream(IntEnum):
     ROWS = 5
 
 
-def _draw(count: int, seed: int, stream: Stream, *key: int) -> np.ndarray:
+def _draw(count: int, seed: int, stream: int, *key: int) -> np.ndarray:
     """uint64 [count], a function of the arguments alone."""
     sequence = np.random.SeedSequence(entropy=seed, spawn_key=(int(stream), *key))
     return np.random.Philox(sequence).random_raw(count)
 
 
-def stream_key(seed: int, stream: Stream) -> np.uint64:
+def stream_of(kind: str) -> int:
+    """Number of the random stream that orders the records of a kind whose name is not in :class:`Stream`."""
+    return int.from_bytes(hashlib.sha256(kind.encode()).digest()[:4], "little") | 1 << 31
+
+
+def stream_key(seed: int, stream: int) -> np.uint64:
     """Key of a stream's permutations."""
     return _draw(1, seed, stream)[0]
 
@@ -157,7 +163,7 @@ class GenerativeSampler:
 
     def __init__(self, order: RecordOrder, weights: np.ndarray | None = None) -> None:
         if not len(order.sizes) or not order.sizes.all():
-            raise ConfigError("data.generative has a source without records")
+            raise ConfigError("there is a source without records")
         self.order = order
         self._schedule = StrideSchedule(order.sizes if weights is None else weights)
 

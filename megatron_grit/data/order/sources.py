@@ -6,6 +6,7 @@ import hashlib
 import resource
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -45,15 +46,32 @@ class OpenFiles:
         return source
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceRules:
+    """What a kind of row asks of its sources."""
+
+    key: str
+    """The configuration's key that names them."""
+    prefixes: Sequence[str]
+    """Its value."""
+    records: RowKind
+    """Kind of their records."""
+    policy: str
+    """What becomes of a segment that is too long; "stop" refuses its source."""
+    policy_key: str
+    """The configuration's key that says so."""
+    num_added: int = 0
+    """Tokens that are put into each segment when it is read."""
+
+
 class Sources:
     """The sources of one kind of a run.
 
     Args:
         config: the run.
         tokenizer: the tokenizer that the sources have to be built with.
-        kind: kind of their records.
-        open_files: shared with the sources of the other kind.
-        num_added: tokens that are put into each segment when it is read.
+        rules: what the kind asks of them.
+        open_files: shared with the sources of other kinds.
 
     Raises:
         ConfigError: no source, or a blend that is not one.
@@ -61,26 +79,20 @@ class Sources:
             long.
     """
 
-    def __init__(
-        self, config: RunConfig, tokenizer: Tokenizer, kind: RowKind, open_files: OpenFiles, num_added: int = 0
-    ) -> None:
-        self.kind = kind
-        self._num_added = num_added
-        self.entries: list[BlendEntry] = read_blend(getattr(config.data, kind.value), f"data.{kind.value}")
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, rules: SourceRules, open_files: OpenFiles) -> None:
+        self.rules = rules
+        self.entries: list[BlendEntry] = read_blend(rules.prefixes, rules.key)
         if not self.entries:
-            raise ConfigError(
-                f"data.{kind.value} is empty, but training.objective {config.training.objective} needs it"
-            )
+            raise ConfigError(f"{rules.key} is empty, but training.objective {config.training.objective} needs it")
         self._open_files = open_files
         self._sources = [IndexedRecords(entry.path) for entry in self.entries]
         self.names = [entry.path for entry in self.entries]
         """Prefix of each source."""
         self.longest_segment = min(config.data.tokens_per_row, config.model.max_position_embeddings)
         """Tokens of the longest segment that a row and the model can take."""
-        policy = config.data.over_long if kind is RowKind.GENERATIVE else config.data.over_long_texts
         for source in self._sources:
             self._check(source, tokenizer)
-            if policy == "stop":
+            if rules.policy == "stop":
                 self._check_longest(source, config)
             if config.data.checksum:
                 open_files.use(source).verify()
@@ -126,8 +138,8 @@ class Sources:
 
     def _check(self, source: IndexedRecords, tokenizer: Tokenizer) -> None:
         meta, path = source.meta, file_paths(source.prefix)[2]
-        if source.kind is not self.kind:
-            raise DataError(f"holds {meta.kind} records and stands under data.{self.kind.value}", path=path)
+        if source.kind is not self.rules.records:
+            raise DataError(f"holds {meta.kind} records and stands under {self.rules.key}", path=path)
         if meta.tokenizer_fingerprint != tokenizer.fingerprint:
             raise DataError(
                 f"was built with another tokenizer than {tokenizer.path}; build it again or set data.tokenizer",
@@ -142,13 +154,12 @@ class Sources:
             (config.data.tokens_per_row, "data.tokens_per_row"),
             (config.model.max_position_embeddings, "model.max_position_embeddings"),
         ):
-            longest = meta.longest_segment_tokens + self._num_added
+            longest = meta.longest_segment_tokens + self.rules.num_added
             if longest > limit:
-                policy = "data.over_long" if self.kind is RowKind.GENERATIVE else "data.over_long_texts"
                 raise DataError(
                     f"record {source.name(meta.longest_segment_record)} has a segment of "
-                    f"{longest} tokens{_of_these(self._num_added)}, more than {knob} {limit}; raise it, build the file "
-                    f"again with a lower limit, or set {policy}",
+                    f"{longest} tokens{_of_these(self.rules.num_added)}, more than {knob} {limit}; raise it, build the "
+                    f"file again with a lower limit, or set {self.rules.policy_key}",
                     path=file_paths(source.prefix)[2],
                 )
 

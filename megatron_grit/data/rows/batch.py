@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.order.permutation import mix
 
 
@@ -24,7 +23,10 @@ class PackedRow:
     Padding is the last segment of ``cu_seqlens``, so that it attends to itself and nothing else.
     """
 
-    kind: RowKind
+    kind: str = ""
+    """Name of the kind that trains on the row; empty where none does, as in inference."""
+    embeds: bool
+    """Whether the model embeds the row's segments, with the attention of embeddings, or predicts their next tokens."""
     tokens_1T: Tensor
     """int64 [1, T]."""
     positions_1T: Tensor
@@ -41,7 +43,7 @@ class PackedRow:
     """Length of each segment, padding's included, known to the host; :meth:`to` fills it in. Kernels are launched by it
     without waiting for a GPU to hand ``cu_seqlens`` back."""
 
-    # Generative rows
+    # Rows that are predicted
     labels_1T: Tensor | None = None
     """int64 [1, T]; the token that position t predicts (the next one of its segment), 0 where none is."""
     loss_mask_1T: Tensor | None = None
@@ -49,13 +51,13 @@ class PackedRow:
     label_index_L: Tensor | None = None
     """int64 [L]; the positions where it is, found by :meth:`to` while the mask is still on the host."""
 
-    # Embedding rows
+    # Rows that are embedded
     segment_ids_T: Tensor | None = None
     """int64 [T]; index in 0..S-1 of each token's segment, S on padding."""
     pool_mask_T: Tensor | None = None
     """float32 [T]; 1 on the text of a query or passage, 0 on its instruction and on padding."""
     slots_S: Tensor | None = None
-    """int64 [S]; place of each segment in the global list of texts (see StepBatch)."""
+    """int64 [S]; place of each segment in the global list of texts of its kind."""
     is_query_S: Tensor | None = None
     """bool [S]; True on queries, False on passages. None: not known."""
     marker_mask_T: Tensor | None = None
@@ -67,9 +69,9 @@ class PackedRow:
         return int((~self.padding_mask_1T).sum())
 
     def text_ids(self) -> Tensor:
-        """A hash of the text of each segment of an embedding row, without instruction and markers: int64 [S]."""
+        """A hash of the text of each segment of an embedded row, without instruction and markers: int64 [S]."""
         if self.segment_ids_T is None or self.pool_mask_T is None or self.slots_S is None:
-            raise ValueError("only embedding rows have texts")
+            raise ValueError("only rows that are embedded have texts")
         pooled = self.pool_mask_T > 0
         if self.marker_mask_T is not None:
             pooled = pooled & ~self.marker_mask_T
@@ -103,34 +105,41 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 @dataclass(kw_only=True)
+class BatchPart:
+    """What one kind gives to a step."""
+
+    rows: list[PackedRow]
+    """The rows of this data parallel rank."""
+    counts: Any
+    """What the kind's losses are divided by, counted over the global batch: the dataclass of its file in data/kinds."""
+
+
+@dataclass(kw_only=True)
 class StepBatch:
     """One optimizer step's rows on one data parallel rank, and what is known of the whole step.
 
-    The global list of texts is: queries 0..Q-1, then passages Q..Q+Q*G-1, where passages Q+i*G .. Q+i*G+G-1 belong
-    to query i and the first of them is its positive. Under pipeline parallelism all rows of a step have the same
-    length on all ranks.
+    Under pipeline parallelism all rows of a step have the same length on all ranks.
     """
 
     step: int
-    embedding_rows: list[PackedRow]
-    generative_rows: list[PackedRow]
+    parts: dict[str, BatchPart]
+    """By name of the kind, in the order in which the step trains them."""
     row_length: int
     """Length of the longest row of the global batch."""
-    num_queries: int
-    """Q of the global batch; 0 without embedding rows."""
-    group_size: int
-    """G: passages of a query."""
-    slots_by_rank: list[Tensor]
-    """For each data parallel rank the slots of its texts, in the order of its rows: int64."""
-    num_loss_tokens: int
-    """Supervised tokens of the global batch."""
-    num_sequences: int
-    """Generative sequences of the global batch."""
-    num_generative_rows: int
-    """Generative rows of the global batch."""
     num_tokens: int
     """Tokens of the global batch that are not padding."""
     num_padded_tokens: int
     """Tokens of the global batch, padding included."""
-    embedding_source: str | None = None
-    """The source that this step's embedding records come from."""
+
+    @property
+    def rows(self) -> list[PackedRow]:
+        """The rows of every kind."""
+        return [row for part in self.parts.values() for row in part.rows]
+
+    def rows_of(self, kind: str) -> list[PackedRow]:
+        """The rows of one kind; none where the step has none."""
+        return self.parts[kind].rows if kind in self.parts else []
+
+    def counts_of(self, kind: str) -> Any:
+        """The counts of one kind, which the step has rows of."""
+        return self.parts[kind].counts

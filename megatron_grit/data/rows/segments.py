@@ -91,5 +91,5 @@ def too_long(sources: Sources, source: int, record: int, length: int) -> DataErr
     return DataError(
         f"record {sources.names[source]}#{record} has a segment of {length} tokens, more than data.tokens_per_row or "
         f"model.max_position_embeddings, {sources.longest_segment}; build the file again with a lower limit, or set "
-        f"data.over_long{'' if sources.kind == 'generative' else '_texts'}"
+        f"{sources.rules.policy_key}"
     )

@@ -5,12 +5,13 @@ Shape suffix legend: T = tokens of a row.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from megatron_grit.data.indexed.reader import IndexedRecords
-from megatron_grit.data.indexed.roles import SUPERVISED, Role, RowKind, split_segments
+from megatron_grit.data.indexed.roles import SUPERVISED, Role, split_segments
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.data.text.tokenizer import Tokenizer
 
@@ -26,8 +27,8 @@ class BatchAudit:
         self._tokenizer = tokenizer
         self._sources: dict[str, IndexedRecords] = {}
         self._conversations: dict[str, list[bool]] = {}
-        self._num_tokens = dict.fromkeys(RowKind, 0)
-        self._num_used = dict.fromkeys(RowKind, 0)
+        self._num_tokens: Counter[tuple[str, bool]] = Counter()  # by the row's kind, and whether it is embedded
+        self._num_used: Counter[tuple[str, bool]] = Counter()
 
     def check(self, batches: Iterable[StepBatch]) -> str | None:
         """What is wrong with this rank's rows, in words; None where nothing is.
@@ -44,15 +45,14 @@ class BatchAudit:
 
     def summary(self) -> str:
         """Shares of tokens that are trained and pooled, for the log."""
-        words = {RowKind.GENERATIVE: "generative tokens are labels", RowKind.EMBEDDING: "embedding tokens are pooled"}
-        shares = [
-            f"{self._num_used[kind] / total:.1%} of {words[kind]}" for kind, total in self._num_tokens.items() if total
-        ]
-        return ", ".join(shares)
+        return ", ".join(
+            f"{self._num_used[kind, embeds] / total:.1%} of {kind} tokens are {'pooled' if embeds else 'labels'}"
+            for (kind, embeds), total in self._num_tokens.items()
+        )
 
     def _problems(self, batches: Iterable[StepBatch]) -> Iterator[str]:
         for batch in batches:
-            for row in batch.embedding_rows + batch.generative_rows:
+            for row in batch.rows:
                 for problem in self._row_problems(row):
                     yield f"data of step {batch.step + 1}: {problem}"
 
@@ -67,25 +67,25 @@ class BatchAudit:
             yield f"segments of {row.record_ids[0]} and what follows it end elsewhere than the row's padding mask says"
             return
         used_T = self._used(row)
-        self._num_tokens[row.kind] += num_real
-        self._num_used[row.kind] += int(used_T.sum())
+        self._num_tokens[row.kind, row.embeds] += num_real
+        self._num_used[row.kind, row.embeds] += int(used_T.sum())
         mask_T = row.pool_mask_T if row.loss_mask_1T is None else row.loss_mask_1T[0]
         if mask_T is not None and mask_T[num_real:].any():
-            yield f"padding after {row.record_ids[-1]} is {_verb(row.kind)}"
+            yield f"padding after {row.record_ids[-1]} is {'pooled' if row.embeds else 'supervised'}"
         for name, first, last in zip(row.record_ids, bounds[:-1], bounds[1:], strict=False):
             if not np.array_equal(positions_T[first:last], np.arange(last - first)):
                 yield f"positions of record {name} do not count up from 0"
             if last - first > 1 and (tokens_T[first : first + 2] == self._tokenizer.bos_id).all():
                 yield f"record {name} begins with two BOS tokens; one of them is the template's or the tokenizer's"
-            if row.kind is RowKind.GENERATIVE:
-                yield from self._sequence_problems(row, name, first, last, used_T)
-            else:
+            if row.embeds:
                 yield from self._text_problems(name, used_T[first:last])
+            else:
+                yield from self._sequence_problems(row, name, first, last, used_T)
 
     @staticmethod
     def _used(row: PackedRow) -> np.ndarray:
         """Tokens that are pooled, or that are the label of the token before them: bool [T]."""
-        if row.kind is RowKind.EMBEDDING:
+        if row.embeds:
             assert row.pool_mask_T is not None
             return row.pool_mask_T.numpy() > 0
         assert row.loss_mask_1T is not None
@@ -150,7 +150,3 @@ class BatchAudit:
         if prefix not in self._sources:
             self._sources[prefix] = IndexedRecords(prefix)
         return self._sources[prefix].spans(int(record))
-
-
-def _verb(kind: RowKind) -> str:
-    return "pooled" if kind is RowKind.EMBEDDING else "supervised"

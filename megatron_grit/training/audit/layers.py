@@ -11,7 +11,7 @@ Shape suffix legend: T = tokens of the row, L = tokens that this rank holds, P =
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import window_of_layer
-from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.models.decoder import GritDecoder, Output
 from megatron_grit.models.row_share import RowShare
 from megatron_grit.parallel.context import ParallelContext
@@ -65,17 +64,17 @@ class _Tap:
     """Rotary angles that it was given, [L, 1, 1, H]; under sequence parallelism of all tokens of the group."""
 
 
-def attention_passes(config: RunConfig, rows: dict[RowKind, AuditRow]) -> list[AttentionPass]:
+def attention_passes(config: RunConfig, rows: Sequence[AuditRow]) -> list[AttentionPass]:
     """The passes that this run trains: one for each kind of row, and one more where a sliding window is longer than
     the rows of an audit."""
     window = config.model.sliding_window
     short = None if window is None else min(window, _SHORT_WINDOW)
     passes: list[AttentionPass] = []
-    for kind, row in rows.items():
-        if kind is RowKind.EMBEDDING and not config.embedding.causal:
+    for row in rows:
+        if row.row.embeds and not config.embedding.causal:
             passes.append(AttentionPass("bidirectional pass", row, False, short, not passes))
             continue
-        name = "causal pass" if kind is RowKind.GENERATIVE else "causal embedding pass"
+        name = "causal embedding pass" if row.row.embeds else "causal pass"
         passes.append(AttentionPass(name, row, True, window, not passes))
         if short != window:
             passes.append(AttentionPass(f"{name} with a sliding window", row, True, short, False))

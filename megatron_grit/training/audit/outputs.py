@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.models.decoder import GritDecoder, Output
 from megatron_grit.models.embedding_head import apply_head
 from megatron_grit.models.row_share import RowShare
@@ -28,10 +27,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Relative, between a result of the stage and the same worked out here."""
 
 
-def audit_outputs(
-    chunk: GritDecoder, kind: RowKind, row: AuditRow, config: RunConfig, context: ParallelContext
-) -> str | None:
-    """Audit what the last chunk of layers gives for a kind of row. Collective over the ranks of the stage.
+def audit_outputs(chunk: GritDecoder, row: AuditRow, config: RunConfig, context: ParallelContext) -> str | None:
+    """Audit what the last chunk of layers gives for a row. Collective over the ranks of the stage.
 
     Returns:
         What is wrong, in words; None where nothing is.
@@ -42,12 +39,12 @@ def audit_outputs(
     full_T1D = random_states(row, chunk.config.hidden_size, seed=3)
     states_L1D = full_T1D[held_L.cpu()].to(context.device, chunk.config.params_dtype).requires_grad_()
     with _without_layers(chunk, states_L1D):
-        if kind is RowKind.EMBEDDING:
+        if row.row.embeds:
             problem = _check_embeddings(chunk, row, states_L1D, held_L, config, context)
         else:
             tokens_L = torch.arange(row.length, device=context.device) if index_L is None else index_L
             problem = _check_losses(chunk, row, states_L1D, held_L, tokens_L, context)
-    return f"pipeline stage {context.pipeline_rank}, {kind.value} output: {problem}" if problem else None
+    return f"pipeline stage {context.pipeline_rank}, {row.row.kind} output: {problem}" if problem else None
 
 
 @contextmanager

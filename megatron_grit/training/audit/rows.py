@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_grit.data.indexed.roles import Role, RowKind
+from megatron_grit.config.kinds import load_kind
 from megatron_grit.data.order.sources import Sources
 from megatron_grit.data.rows.batch import PackedRow
-from megatron_grit.data.rows.row import embedding_row, generative_row
+from megatron_grit.data.rows.loader import KINDS
 from megatron_grit.data.rows.segments import Segment
 
 ROW_LENGTH = 48
@@ -27,10 +27,6 @@ _OUTER, _PADDING = 11, 10
 """Tokens of the first segment, the last segment, and the padding in a row of ROW_LENGTH."""
 _LEAD = 4
 """Tokens of a segment that are neither pooled nor supervised."""
-_ROLES = {
-    RowKind.GENERATIVE: (Role.USER, Role.ANSWER),
-    RowKind.EMBEDDING: (Role.QUERY_INSTRUCTION, Role.QUERY),
-}
 
 
 @dataclass(frozen=True)
@@ -109,11 +105,11 @@ class _SameTokens:
         return self._tokens[start : start + count]
 
 
-def audit_row(kind: RowKind, vocab_size: int, pad_id: int, row_multiple: int, longest: int) -> AuditRow:
+def audit_row(kind: str, vocab_size: int, pad_id: int, row_multiple: int, longest: int) -> AuditRow:
     """A row of three segments, or more where they would be too long, made by the code that makes the run's rows.
 
     Args:
-        kind: of the row.
+        kind: name of the row's kind.
         vocab_size: tokens are drawn from it.
         pad_id: token of the padding.
         row_multiple: the row's length is a multiple of it.
@@ -124,6 +120,7 @@ def audit_row(kind: RowKind, vocab_size: int, pad_id: int, row_multiple: int, lo
     inner = length - 2 * outer - padding
     pieces = -(-inner // longest)
     sizes = [outer, *((inner + number) // pieces for number in range(pieces)), outer]
+    rows = load_kind(KINDS, kind)
     tokens = np.random.default_rng(0).integers(0, vocab_size, max(sizes))
     segments = [
         Segment(
@@ -132,15 +129,12 @@ def audit_row(kind: RowKind, vocab_size: int, pad_id: int, row_multiple: int, lo
             record=number,
             start=0,
             stop=size,
-            roles=[int(role) for role in _ROLES[kind]],
+            roles=[int(role) for role in rows.LEAD_AND_TEXT],
             lengths=[_LEAD, size - _LEAD],
         )
         for number, size in enumerate(sizes)
     ]
-    if kind is RowKind.EMBEDDING:
-        row = embedding_row(segments, np.arange(len(segments)), length, pad_id)
-    else:
-        row = generative_row(segments, length, pad_id)
+    row = rows.make_row(segments, np.arange(len(segments)), length, pad_id)
     ends = np.cumsum(sizes).tolist()
     return AuditRow(row, tuple((end - size, end) for size, end in zip(sizes, ends, strict=True)))
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_grit.config.kinds import trained_kinds
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import StepBatch
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.models.decoder import GritDecoder
@@ -89,18 +89,17 @@ def audit_model(
                 found = audit_layers(chunk, attention_pass, config, context)
                 problem = problem or found  # never skip one: other ranks take part
             if chunk.post_process:
-                for kind, row in rows.items():
-                    found = audit_outputs(chunk, kind, row, config, context)
+                for row in rows:
+                    found = audit_outputs(chunk, row, config, context)
                     problem = problem or found
     raise_if_any(problem, context)
     return len(passes)
 
 
-def _rows(config: RunConfig, context: ParallelContext, vocab_size: int, pad_id: int) -> dict[RowKind, AuditRow]:
+def _rows(config: RunConfig, context: ParallelContext, vocab_size: int, pad_id: int) -> list[AuditRow]:
     """A row of each kind that the run trains, on the device; the causal pass, which tells most, first."""
-    kinds = (RowKind.GENERATIVE, RowKind.EMBEDDING)
-    rows = {}
-    for kind in [kind for kind in kinds if config.training.objective in ("unified", kind.value)]:
+    rows = []
+    for kind in trained_kinds(config):
         made = audit_row(kind, vocab_size, pad_id, context.row_multiple, config.model.max_position_embeddings)
-        rows[kind] = AuditRow(made.row.to(context.device), made.bounds)
-    return rows
+        rows.append(AuditRow(made.row.to(context.device), made.bounds))
+    return sorted(rows, key=lambda row: row.row.embeds)

@@ -1,1 +1,1 @@
-"""One file for each kind of row, with the same class in each."""
+"""How each kind of row is trained, one file a kind with the same members in each."""

@@ -26,34 +26,27 @@ from megatron_grit.models.decoder import Output
 from megatron_grit.parallel.collectives import gather_in_order, sum_over_replicas
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState
+from megatron_grit.training.objectives.base import Objective
 
 
-class Objective:
+class EmbeddingObjective(Objective):
     """The contrastive loss: every rank's gradient is that of the global loss with respect to its own embeddings."""
 
+    kind = "embedding"
     output = Output.EMBEDDINGS
+    loss_name = "loss_emb"
+    other_metrics = ("accuracy_emb",)
 
     def __init__(self, config: RunConfig, context: ParallelContext) -> None:
-        self.config, self.context = config, context
+        super().__init__(config, context)
         self.cached_gradients: list[Tensor] = []
         """Of each row's embeddings: the gradient of the global loss. On the last stage, before any factor."""
         self.random_states: dict[tuple[int, int], RandomState] = {}
         self.metrics: dict[str, Tensor] = {}
 
-    def rows(self, batch: StepBatch) -> list[PackedRow]:
-        """The rows of a step that this objective trains on."""
-        return batch.embedding_rows
-
     def prepare(self, batch: StepBatch, rows: list[PackedRow], forward_all: Callable[..., list[Tensor]]) -> None:
-        """First pass, where gradients are cached.
-
-        Args:
-            batch: the step.
-            rows: its embedding rows, on the device.
-            forward_all: runs rows through all stages without a graph; returns the outputs on the last stage, and
-                notes the random state of each chunk of layers and row in the dictionary it is given.
-        """
-        self.batch = batch
+        """First pass, where gradients are cached."""
+        super().prepare(batch, rows, forward_all)
         self._text_ids = self._gather_text_ids() if self.config.loss.mask_equal_texts else None
         self.cached_gradients, self.random_states = [], {}
         if not self._caches_gradients(len(rows)):
@@ -74,16 +67,16 @@ class Objective:
         return wanted == "on" or num_rows > 1
 
     def random_state(self, chunk: int, index: int) -> RandomState | None:
-        """Random state of a row's first pass through a chunk of layers. None: there was none."""
+        """That of the row's first pass. None: there was none."""
         return self.random_states[chunk, index] if self.random_states else None
 
     def row_loss(self, index: int, row: PackedRow, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """A row's loss to train on, and metrics, which are summed over rows and ranks."""
+        """The row's embeddings times the gradient of the global loss; its metrics come with the first row."""
         if not self.cached_gradients:
             self.cached_gradients = [self._gradient(output.detach())]
         surrogate = (output * self.cached_gradients[index]).sum()
         metrics = self.metrics if index == 0 else {}
-        return surrogate * (self.config.loss.loss_emb_factor * self._gradient_scale()), metrics
+        return surrogate * (self.weight * self._gradient_scale()), metrics
 
     def _gradient_scale(self) -> float:
         if self.config.loss.emb_grad_scale == "exact":
@@ -92,11 +85,11 @@ class Objective:
 
     def _gradient(self, local_LD: Tensor) -> Tensor:
         """Gradient of the global loss with respect to this rank's embeddings. All replicas call this together."""
-        batch, context, knobs = self.batch, self.context, self.config.loss
+        counts, context, knobs = self.counts, self.context, self.config.loss
         texts_ND = self._gather(local_LD).requires_grad_()
         options = ContrastiveOptions(
             temperature=knobs.temperature,
-            group_size=batch.group_size,
+            group_size=counts.group_size,
             symmetric=knobs.symmetric,
             negatives=knobs.negatives,
             num_blocks=knobs.num_blocks,
@@ -107,19 +100,22 @@ class Objective:
         )
         rank = context.data_rank * context.context_size + context.context_rank
         size = context.data_size * context.context_size
-        anchors = slice(batch.num_queries * rank // size, batch.num_queries * (rank + 1) // size)
-        queries, passages = texts_ND.split((batch.num_queries, len(texts_ND) - batch.num_queries))
+        anchors = slice(counts.num_queries * rank // size, counts.num_queries * (rank + 1) // size)
+        queries, passages = texts_ND.split((counts.num_queries, len(texts_ND) - counts.num_queries))
         loss, accuracy = contrastive_loss_and_accuracy(queries, passages, options, self._text_ids, anchors)
         (gradient_ND,) = torch.autograd.grad(loss, texts_ND)
         # Shares of the global loss; metrics are summed over ranks.
-        self.metrics = {"loss_emb": loss.detach(), "accuracy_emb": accuracy}
-        return sum_over_replicas(gradient_ND, context)[batch.slots_by_rank[context.data_rank].to(gradient_ND.device)]
+        self.metrics = {self.loss_name: loss.detach(), "accuracy_emb": accuracy}
+        return sum_over_replicas(gradient_ND, context)[counts.slots_by_rank[context.data_rank].to(gradient_ND.device)]
 
     def _gather(self, local_LD: Tensor) -> Tensor:
         """Texts of all data parallel ranks, in the order of the global list."""
-        return gather_in_order(local_LD, self.batch.slots_by_rank, self.context.data_group)
+        return gather_in_order(local_LD, self.counts.slots_by_rank, self.context.data_group)
 
     def _gather_text_ids(self) -> Tensor:
         # Of the rows on the host: hashing them on a GPU would wait for it several times a row.
-        local_L = torch.cat([row.text_ids() for row in self.batch.embedding_rows])
+        local_L = torch.cat([row.text_ids() for row in self.batch.rows_of(self.kind)])
         return self._gather(local_L[:, None].to(self.context.device))[:, 0]
+
+
+OBJECTIVE = EmbeddingObjective

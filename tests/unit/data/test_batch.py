@@ -37,5 +37,5 @@ def test_order_and_length_of_tokens_count() -> None:
 def test_generative_rows_have_no_texts() -> None:
     row = make_row(RowKind.GENERATIVE, [3], 4)
     row.pool_mask_T = None
-    with pytest.raises(ValueError, match="only embedding rows"):
+    with pytest.raises(ValueError, match="only rows that are embedded"):
         row.text_ids()

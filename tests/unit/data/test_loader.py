@@ -13,7 +13,7 @@ import torch
 from megatron_grit.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from megatron_grit.data.indexed.reader import IndexedRecords
 from megatron_grit.data.indexed.roles import Role, RowKind, pooled, split_segments, supervised
-from megatron_grit.data.kinds import streams
+from megatron_grit.data.kinds import generative
 from megatron_grit.data.order.sampler import passage_draws, pick_passages
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.data.rows.loader import GritDataLoader
@@ -56,9 +56,11 @@ def tensors(row: PackedRow) -> dict[str, object]:
 def same(left: StepBatch, right: StepBatch) -> bool:
     def plain(batch: StepBatch) -> dict[str, object]:
         values = dict(vars(batch))
-        values["embedding_rows"] = [tensors(row) for row in batch.embedding_rows]
-        values["generative_rows"] = [tensors(row) for row in batch.generative_rows]
-        values["slots_by_rank"] = [slots.tolist() for slots in batch.slots_by_rank]
+        for kind, part in values.pop("parts").items():
+            values[f"{kind} rows"] = [tensors(row) for row in part.rows]
+            values[f"{kind} counts"] = vars(part.counts) | {
+                "slots_by_rank": [slots.tolist() for slots in getattr(part.counts, "slots_by_rank", [])]
+            }
         return values
 
     return plain(left) == plain(right)
@@ -79,8 +81,8 @@ def segments(row: PackedRow) -> list[slice]:
 @pytest.mark.parametrize("step", [0, 5, 123])
 def test_row_invariants(config: RunConfig, tokenizer: Tokenizer, step: int) -> None:
     batch = GritDataLoader(config, tokenizer, row_multiple=16).batch(step)
-    rows = batch.embedding_rows + batch.generative_rows
-    assert len(batch.embedding_rows) % 4 == len(batch.generative_rows) % 4 == 0
+    rows = batch.rows
+    assert len(batch.rows_of("embedding")) % 4 == len(batch.rows_of("generative")) % 4 == 0
     assert batch.row_length % 16 == 0
     assert batch.row_length - 16 < max(row.num_tokens for row in rows) <= batch.row_length <= 256
     assert sum(row.num_tokens for row in rows) == batch.num_tokens
@@ -101,8 +103,8 @@ def test_rows_of_their_own_length(config: RunConfig, tokenizer: Tokenizer) -> No
     equal = GritDataLoader(config, tokenizer, row_multiple=16).batch(5)
     own = GritDataLoader(config, tokenizer, row_multiple=16, equal_rows=False).batch(5)
     lengths = []
-    for kind in ("embedding_rows", "generative_rows"):
-        for longer, row in zip(getattr(equal, kind), getattr(own, kind), strict=True):
+    for kind in RowKind:
+        for longer, row in zip(equal.rows_of(kind), own.rows_of(kind), strict=True):
             length = row.tokens_1T.shape[1]
             lengths.append(length)
             assert length == -(-row.num_tokens // 16) * 16
@@ -114,13 +116,16 @@ def test_rows_of_their_own_length(config: RunConfig, tokenizer: Tokenizer) -> No
     assert len(set(lengths)) > 1
     assert own.row_length == equal.row_length == max(lengths)
     assert own.num_padded_tokens == sum(lengths) < equal.num_padded_tokens
-    assert (own.num_tokens, own.num_loss_tokens) == (equal.num_tokens, equal.num_loss_tokens)
+    assert (own.num_tokens, own.counts_of("generative").num_loss_tokens) == (
+        equal.num_tokens,
+        equal.counts_of("generative").num_loss_tokens,
+    )
 
 
 def test_generative_labels_against_the_records(config: RunConfig, tokenizer: Tokenizer) -> None:
     batch = GritDataLoader(config, tokenizer).batch(3)
     total, names = 0, []
-    for row in batch.generative_rows:
+    for row in batch.rows_of("generative"):
         names += row.record_ids
         expected_labels, expected_mask = np.zeros(batch.row_length), np.zeros(batch.row_length)
         for name, place in zip(row.record_ids, segments(row), strict=True):
@@ -133,9 +138,9 @@ def test_generative_labels_against_the_records(config: RunConfig, tokenizer: Tok
         assert row.labels_1T[0].tolist() == expected_labels.tolist()
         assert row.loss_mask_1T[0].tolist() == expected_mask.tolist()
         total += int(expected_mask.sum())
-    assert batch.num_loss_tokens == total > 0
-    assert len(names) == batch.num_sequences == SEQUENCES
-    assert batch.num_generative_rows == len(batch.generative_rows)
+    assert batch.counts_of("generative").num_loss_tokens == total > 0
+    assert len(names) == batch.counts_of("generative").num_sequences == SEQUENCES
+    assert batch.counts_of("generative").num_rows == len(batch.rows_of("generative"))
 
 
 def test_supervised_tokens_decode_to_answers(config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -143,7 +148,7 @@ def test_supervised_tokens_decode_to_answers(config: RunConfig, tokenizer: Token
     loader = GritDataLoader(config, tokenizer)
     seen = set()
     for step in range(5):
-        for row in loader.batch(step).generative_rows:
+        for row in loader.batch(step).rows_of("generative"):
             for name, place in zip(row.record_ids, segments(row), strict=True):
                 turns = generative_record(int(name.rpartition("#")[2]))["text"]
                 if isinstance(turns, str):
@@ -161,7 +166,7 @@ def test_embedding_rows_against_the_records(config: RunConfig, tokenizer: Tokeni
     batch = GritDataLoader(config, tokenizer).batch(2)
     texts: dict[int, tuple[str, Role]] = {}
     chosen: dict[int, int] = {}  # which of its record's texts a slot holds
-    for row in batch.embedding_rows:
+    for row in batch.rows_of("embedding"):
         places = segments(row)
         assert row.segment_ids_T.tolist() == [
             index for index, place in enumerate(places) for _ in range(place.stop - place.start)
@@ -199,25 +204,27 @@ def test_embedding_rows_against_the_records(config: RunConfig, tokenizer: Tokeni
         expected = [1 + positive, *(1 + num_positives + negative for negative in negatives)]
         assert [chosen[slot] for slot in range(first, first + GROUP)] == expected
     assert len({texts[query][0] for query in range(QUERIES)}) == QUERIES
-    assert {name.rpartition("#")[0] for name, _ in texts.values()} == {batch.embedding_source}
+    assert {name.rpartition("#")[0] for name, _ in texts.values()} == {batch.counts_of("embedding").source}
 
 
 def test_every_mesh_has_the_same_rows(config: RunConfig, tokenizer: Tokenizer) -> None:
     whole = GritDataLoader(config, tokenizer).batch(4)
     for dp_size in (2, 4):
         parts = [GritDataLoader(config, tokenizer, rank, dp_size).batch(4) for rank in range(dp_size)]
-        for kind in ("embedding_rows", "generative_rows"):
-            rows = getattr(whole, kind)
-            assert all(len(getattr(part, kind)) == len(rows) // dp_size for part in parts)
+        for kind in RowKind:
+            rows = whole.rows_of(kind)
+            assert all(len(part.rows_of(kind)) == len(rows) // dp_size for part in parts)
             for index, row in enumerate(rows):
                 part = parts[index % dp_size]
-                assert tensors(getattr(part, kind)[index // dp_size]) == tensors(row)
+                assert tensors(part.rows_of(kind)[index // dp_size]) == tensors(row)
         for rank, part in enumerate(parts):
-            mine = [slot for row in part.embedding_rows for slot in row.slots_S.tolist()]
-            assert [slots.tolist() for slots in part.slots_by_rank] == [s.tolist() for s in parts[0].slots_by_rank]
-            assert part.slots_by_rank[rank].tolist() == mine
-            for count in ("row_length", "num_loss_tokens", "num_tokens", "num_padded_tokens", "num_generative_rows"):
+            mine = [slot for row in part.rows_of("embedding") for slot in row.slots_S.tolist()]
+            slots, first = (each.counts_of("embedding").slots_by_rank for each in (part, parts[0]))
+            assert [slot.tolist() for slot in slots] == [slot.tolist() for slot in first]
+            assert slots[rank].tolist() == mine
+            for count in ("row_length", "num_tokens", "num_padded_tokens"):
                 assert getattr(part, count) == getattr(whole, count)
+            assert part.counts_of("generative") == whole.counts_of("generative")
 
 
 def test_slots_do_not_depend_on_the_number_of_rows(config: RunConfig, tokenizer: Tokenizer, indexed_prefixes) -> None:
@@ -226,11 +233,11 @@ def test_slots_do_not_depend_on_the_number_of_rows(config: RunConfig, tokenizer:
     def slots(dp_size: int) -> Counter:
         free = make_config(indexed_prefixes, num_rows_multiple=None)
         batches = [GritDataLoader(free, tokenizer, rank, dp_size).batch(1) for rank in range(dp_size)]
-        assert len({len(batch.embedding_rows) for batch in batches}) == 1
+        assert len({len(batch.rows_of("embedding")) for batch in batches}) == 1
         return Counter(
             (slot, name, tuple(row.tokens_1T[0, place].tolist()))
             for batch in batches
-            for row in batch.embedding_rows
+            for row in batch.rows_of("embedding")
             for slot, name, place in zip(row.slots_S.tolist(), row.record_ids, segments(row), strict=True)
         )
 
@@ -278,17 +285,20 @@ def test_errors_reach_the_step_they_belong_to(
     assert not prefetch_threads()
 
 
-@pytest.mark.parametrize(("objective", "counts"), [("embedding", (QUERIES, 0)), ("generative", (0, SEQUENCES))])
+@pytest.mark.parametrize(
+    ("objective", "name", "count"),
+    [("embedding", "num_queries", QUERIES), ("generative", "num_sequences", SEQUENCES)],
+)
 def test_one_objective(
-    indexed_prefixes: dict[str, str], tokenizer: Tokenizer, objective: str, counts: tuple[int, int]
+    indexed_prefixes: dict[str, str], tokenizer: Tokenizer, objective: str, name: str, count: int
 ) -> None:
     other = "generative" if objective == "embedding" else "embedding"
     batch = GritDataLoader(make_config(indexed_prefixes, objective=objective, **{other: []}), tokenizer).batch(0)
-    assert (batch.num_queries, batch.num_sequences) == counts
-    assert not getattr(batch, f"{other}_rows") and getattr(batch, f"{objective}_rows")
+    assert list(batch.parts) == [objective] and batch.rows_of(objective) and not batch.rows_of(other)
+    assert getattr(batch.counts_of(objective), name) == count
     unified = GritDataLoader(make_config(indexed_prefixes), tokenizer).batch(0)
-    names = [row.record_ids for row in getattr(batch, f"{objective}_rows")]
-    assert names == [row.record_ids for row in getattr(unified, f"{objective}_rows")]
+    names = [row.record_ids for row in batch.rows_of(objective)]
+    assert names == [row.record_ids for row in unified.rows_of(objective)]
 
 
 def test_without_negatives(indexed_prefixes: dict[str, str], tokenizer: Tokenizer) -> None:
@@ -296,7 +306,7 @@ def test_without_negatives(indexed_prefixes: dict[str, str], tokenizer: Tokenize
     with pytest.raises(ConfigError, match="no_neg has records without any; set data.train_group_size to 1"):
         GritDataLoader(make_config(indexed_prefixes, **sources), tokenizer)
     batch = GritDataLoader(make_config(indexed_prefixes, train_group_size=1, **sources), tokenizer).batch(0)
-    assert sum(len(row.slots_S) for row in batch.embedding_rows) == 2 * QUERIES
+    assert sum(len(row.slots_S) for row in batch.rows_of("embedding")) == 2 * QUERIES
     with pytest.raises(ConfigError, match="train_group_size 0 is below 1"):
         GritDataLoader(make_config(indexed_prefixes, train_group_size=0, **sources), tokenizer)
 
@@ -304,7 +314,7 @@ def test_without_negatives(indexed_prefixes: dict[str, str], tokenizer: Tokenize
 def test_too_few_negatives_are_repeated(indexed_prefixes: dict[str, str], tokenizer: Tokenizer) -> None:
     sources = {"embedding": [indexed_prefixes["emb_b"]], "objective": "embedding", "train_group_size": 6}
     batch = GritDataLoader(make_config(indexed_prefixes, **sources), tokenizer).batch(0)
-    assert sum(len(row.slots_S) for row in batch.embedding_rows) == QUERIES * 7
+    assert sum(len(row.slots_S) for row in batch.rows_of("embedding")) == QUERIES * 7
 
 
 @pytest.mark.parametrize(
@@ -356,7 +366,7 @@ def test_long_record_is_named_where_the_metadata_hides_it(
 ) -> None:
     for kind, name in (("embedding", "emb_."), ("generative", "gen")):
         loader = GritDataLoader(make_config(indexed_prefixes, objective=kind), tokenizer)
-        getattr(loader, f"_{kind}").sources.longest_segment = 20
+        loader.streams[kind].sources.longest_segment = 20
         with pytest.raises(
             DataError, match=rf"record .*{name}#\d+ has a segment of \d+ tokens, more than data.tokens_pe"
         ):
@@ -366,7 +376,7 @@ def test_long_record_is_named_where_the_metadata_hides_it(
 def test_record_without_labels_is_refused(
     indexed_prefixes: dict[str, str], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "labels_between", lambda *arguments: 0)
+    monkeypatch.setattr(generative, "labels_between", lambda *arguments: 0)
     loader = GritDataLoader(make_config(indexed_prefixes, objective="generative"), tokenizer)
     with pytest.raises(DataError, match=r"gen#\d+ has no token to predict"):
         loader.batch(0)
@@ -374,7 +384,7 @@ def test_record_without_labels_is_refused(
 
 def test_row_kinds(config: RunConfig, tokenizer: Tokenizer) -> None:
     batch = GritDataLoader(config, tokenizer).batch(0)
-    assert {row.kind for row in batch.embedding_rows} == {RowKind.EMBEDDING}
-    assert {row.kind for row in batch.generative_rows} == {RowKind.GENERATIVE}
-    assert all(row.labels_1T is None and row.loss_mask_1T is None for row in batch.embedding_rows)
-    assert all(row.slots_S is None and row.pool_mask_T is None for row in batch.generative_rows)
+    assert {row.kind for row in batch.rows_of("embedding")} == {RowKind.EMBEDDING}
+    assert {row.kind for row in batch.rows_of("generative")} == {RowKind.GENERATIVE}
+    assert all(row.labels_1T is None and row.loss_mask_1T is None for row in batch.rows_of("embedding"))
+    assert all(row.slots_S is None and row.pool_mask_T is None for row in batch.rows_of("generative"))

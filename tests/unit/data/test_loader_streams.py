@@ -14,13 +14,11 @@ from hypothesis import strategies as st
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.reader import IndexedRecords
 from megatron_grit.data.indexed.roles import Role, RowKind, num_labels
-from megatron_grit.data.kinds import streams
+from megatron_grit.data.kinds import embedding
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.errors import ConfigError, DataError
 from tests.unit.data.indexed_files import TOKENIZER, chat, ids, pair, run_config, text, write, write_chats
-
-COUNTS = ("row_length", "num_queries", "num_loss_tokens", "num_sequences", "num_generative_rows", "num_tokens")
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +62,19 @@ def whole_batch(config: RunConfig, step: int, dp_size: int, start: int, prefetch
         batches = GritDataLoader(config, TOKENIZER, rank, dp_size).iterate(start, step + 1)
         parts.append(list(batches)[-1])
     rows = []
-    for kind in ("embedding_rows", "generative_rows"):
-        per_rank = [getattr(part, kind) for part in parts]
+    for kind in RowKind:
+        per_rank = [part.rows_of(kind) for part in parts]
         rows += [content(per_rank[index % dp_size][index // dp_size]) for index in range(sum(map(len, per_rank)))]
-    counts = [{name: getattr(part, name) for name in COUNTS} for part in parts]
+    counts = [
+        (part.row_length, part.num_tokens, pairs.num_queries, pairs.source, part.counts_of("generative"))
+        for part in parts
+        for pairs in [part.counts_of("embedding")]
+    ]
     assert all(count == counts[0] for count in counts)
     for rank, part in enumerate(parts):
-        mine = [slot for row in part.embedding_rows for slot in row.slots_S.tolist()]
-        assert [slots.tolist() for slots in part.slots_by_rank][rank] == mine
-    return rows, counts[0], parts[0].embedding_source
+        mine = [slot for row in part.rows_of("embedding") for slot in row.slots_S.tolist()]
+        assert [slots.tolist() for slots in part.counts_of("embedding").slots_by_rank][rank] == mine
+    return rows, counts[0]
 
 
 @pytest.mark.parametrize("packing", ["step", "window"])
@@ -118,12 +120,12 @@ def test_full_rows(files: dict[str, str], tmp_path: Path) -> None:
     filled, seen = [], Counter()
     for step in range(40):
         batch = loader.batch(step)
-        rows = batch.generative_rows
-        assert len(rows) == batch.num_generative_rows == 6
+        rows = batch.rows_of("generative")
+        assert len(rows) == batch.counts_of("generative").num_rows == 6
         assert {row.tokens_1T.shape[1] for row in rows} == {64}
         assert all(row.num_tokens <= 60 for row in rows)
-        assert batch.num_sequences == sum(len(row.record_ids) for row in rows)
-        assert batch.num_loss_tokens == sum(int(row.loss_mask_1T.sum()) for row in rows)
+        assert batch.counts_of("generative").num_sequences == sum(len(row.record_ids) for row in rows)
+        assert batch.counts_of("generative").num_loss_tokens == sum(int(row.loss_mask_1T.sum()) for row in rows)
         for row in rows:
             filled.append(row.num_tokens / 60)
             for name, place in zip(row.record_ids, segments(row), strict=True):
@@ -151,9 +153,9 @@ def test_no_text_twice_in_a_batch(files: dict[str, str], tmp_path: Path, packing
         loader, found, sources = GritDataLoader(config, TOKENIZER), 0, set()
         for step in range(30):
             batch = loader.batch(step)
-            sources.add(batch.embedding_source)
+            sources.add(batch.counts_of("embedding").source)
             texts = []
-            for row in batch.embedding_rows:
+            for row in batch.rows_of("embedding"):
                 for slot, place in zip(row.slots_S.tolist(), segments(row), strict=True):
                     if slot < 4 or (slot - 4) % 2 == 0:  # a query or a positive
                         pooled = row.pool_mask_T[place] > 0
@@ -181,9 +183,10 @@ def labels_trained(config: RunConfig, num_steps: int) -> tuple[Counter[str], dic
     heads: dict[str, list[int]] = {}
     for step in range(num_steps):
         batch = loader.batch(step)
-        assert batch.num_sequences == sum(len(row.record_ids) for row in batch.generative_rows)
-        assert batch.num_loss_tokens == sum(int(row.loss_mask_1T.sum()) for row in batch.generative_rows)
-        for row in batch.generative_rows:
+        rows, counts = batch.rows_of("generative"), batch.counts_of("generative")
+        assert counts.num_sequences == sum(len(row.record_ids) for row in rows)
+        assert counts.num_loss_tokens == sum(int(row.loss_mask_1T.sum()) for row in rows)
+        for row in rows:
             for name, place in zip(row.record_ids, segments(row), strict=True):
                 count = int(row.loss_mask_1T[0, place].sum())
                 assert count > 0
@@ -241,7 +244,7 @@ def test_long_texts_are_cut(tmp_path: Path) -> None:
     longest = max(
         place.stop - place.start
         for step in range(2)
-        for row in loader.batch(step).embedding_rows
+        for row in loader.batch(step).rows_of("embedding")
         for place in segments(row)
     )
     assert longest == 64
@@ -270,19 +273,19 @@ def test_a_batch_that_shared_texts_forbid(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pairs has no 4 records without a query or positive in common"):
         GritDataLoader(config, TOKENIZER).batch(0)
     config.data.allow_shared_texts = True
-    assert GritDataLoader(config, TOKENIZER).batch(0).num_queries == 4
+    assert GritDataLoader(config, TOKENIZER).batch(0).counts_of("embedding").num_queries == 4
 
 
 def test_shared_texts_of_a_large_source_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = write(tmp_path / "pairs", [pair(number // 2, 50 + number) for number in range(12)], RowKind.EMBEDDING)
     config = run_config(tmp_path, objective="embedding", embedding=[prefix])
-    expected = content(GritDataLoader(config, TOKENIZER).batch(2).embedding_rows[0])
+    expected = content(GritDataLoader(config, TOKENIZER).batch(2).rows_of("embedding")[0])
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(streams, "_CACHED_FROM_BYTES", 1)
+    monkeypatch.setattr(embedding, "_CACHED_FROM_BYTES", 1)
     GritDataLoader(config, TOKENIZER).batch(2)
     assert len(list((tmp_path / "cache").glob("shared_texts-*.cache"))) == 1
-    monkeypatch.setattr(streams, "find_bound_records", None)  # not called again
-    assert content(GritDataLoader(config, TOKENIZER).batch(2).embedding_rows[0]) == expected
+    monkeypatch.setattr(embedding, "find_bound_records", None)  # not called again
+    assert content(GritDataLoader(config, TOKENIZER).batch(2).rows_of("embedding")[0]) == expected
 
 
 def test_a_changed_source_is_planned_anew(tmp_path: Path) -> None:
@@ -294,7 +297,7 @@ def test_a_changed_source_is_planned_anew(tmp_path: Path) -> None:
             packing_window=16,
             training={"generative_rows": 2},
         )
-        return [row.record_ids for row in GritDataLoader(config, TOKENIZER).batch(0).generative_rows]
+        return [row.record_ids for row in GritDataLoader(config, TOKENIZER).batch(0).rows_of("generative")]
 
     short = names([[2, 3 + number] for number in range(20)])
     assert names([[2, 23 - number] for number in range(20)]) != short

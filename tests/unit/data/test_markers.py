@@ -119,9 +119,10 @@ def test_rows_hold_the_records_in_their_markers(
     markers = load_markers(config.embedding, config.model.vocab_size, tokenizer)
     batch, source = GritDataLoader(config, tokenizer).batch(3), IndexedRecords(indexed_prefixes["emb_a"])
     seen = 0
-    for row in batch.embedding_rows:
+    for row in batch.rows_of("embedding"):
         assert row.slots_S is not None and row.pool_mask_T is not None and row.is_query_S is not None
-        assert row.is_query_S.tolist() == [slot < batch.num_queries for slot in row.slots_S.tolist()]
+        num_queries = batch.counts_of("embedding").num_queries
+        assert row.is_query_S.tolist() == [slot < num_queries for slot in row.slots_S.tolist()]
         bounds = row.cu_seqlens.tolist()
         for segment, name in enumerate(row.record_ids):
             is_query = bool(row.is_query_S[segment])
@@ -148,7 +149,7 @@ def test_markers_are_no_part_of_a_texts_identity(indexed_prefixes: dict[str, str
     for brackets in ("none", "specb"):
         config = config_of(indexed_prefixes, None, brackets=brackets)
         found: dict[int, int] = {}
-        for row in GritDataLoader(config, tokenizer).batch(0).embedding_rows:
+        for row in GritDataLoader(config, tokenizer).batch(0).rows_of("embedding"):
             assert row.slots_S is not None
             found |= dict(zip(row.slots_S.tolist(), row.text_ids().tolist(), strict=True))
         ids.append(found)
@@ -167,7 +168,7 @@ def test_markers_count_towards_the_longest_segment(indexed_prefixes: dict[str, s
     markers = load_markers(config.embedding, None, tokenizer)
     loader, lengths = GritDataLoader(config, tokenizer), []
     for step in range(6):
-        for row in loader.batch(step).embedding_rows:
+        for row in loader.batch(step).rows_of("embedding"):
             ends = np.array(row.cu_seqlens[1 : len(row.record_ids) + 1])
             assert row.is_query_S is not None
             sides = [markers.query if is_query else markers.passage for is_query in row.is_query_S.tolist()]

@@ -13,13 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.reader import IndexedRecords
 from megatron_grit.data.indexed.roles import RowKind
+from megatron_grit.data.kinds.generative import source_rules
 from megatron_grit.data.order.sources import OpenFiles, Sources
 from megatron_grit.errors import ConfigError, DataError
 from tests.unit.data.indexed_files import TOKENIZER, chat, pair, run_config, write, write_chats
 
 NUM_SOURCES = 1000
+
+
+def open_sources(config: RunConfig, files: OpenFiles) -> Sources:
+    return Sources(config, TOKENIZER, source_rules(config), files)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,7 @@ def open_descriptors(prefixes: list[str]) -> int:
 
 
 def test_files_are_opened_when_they_are_read(thousand: list[str], tmp_path: Path) -> None:
-    sources = Sources(run_config(tmp_path, generative=thousand), TOKENIZER, RowKind.GENERATIVE, OpenFiles(20))
+    sources = open_sources(run_config(tmp_path, generative=thousand), OpenFiles(20))
     assert len(sources) == NUM_SOURCES and sources.sizes.tolist() == [2] * NUM_SOURCES
     assert open_descriptors(thousand) == 0
     for index in (0, 7, 7, 500):
@@ -72,8 +78,8 @@ from megatron_grit.data.rows.loader import GritDataLoader
 from tests.unit.data.indexed_files import TOKENIZER, run_config
 config = run_config(Path(sys.argv[1]), generative=json.loads(sys.argv[2]), training={"generative_batch_size": 500})
 loader = GritDataLoader(config, TOKENIZER)
-names = {name.rpartition("#")[0] for step in range(4) for row in loader.batch(step).generative_rows for name in
-         row.record_ids}
+names = {name.rpartition("#")[0] for step in range(4) for row in loader.batch(step).rows_of('generative')
+         for name in row.record_ids}
 print(len(names))
 """
 
@@ -101,13 +107,13 @@ def test_the_bound_follows_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lengths_of_records(tmp_path: Path) -> None:
     prefix = write_chats(tmp_path / "a", [[2, 3], [4, 2, 7, 1], [1, 1]])
-    sources = Sources(run_config(tmp_path, generative=[prefix]), TOKENIZER, RowKind.GENERATIVE, OpenFiles())
+    sources = open_sources(run_config(tmp_path, generative=[prefix]), OpenFiles())
     assert sources.record_lengths(0, np.array([2, 0, 1, 1])).tolist() == [2, 5, 14, 14]
     path = Path(f"{prefix}.idx")
     content = bytearray(path.read_bytes())
     content[34 + 12 * 8 + 8] ^= 64  # the first sequence of record 1
     path.write_bytes(content)
-    damaged = Sources(run_config(tmp_path, generative=[prefix]), TOKENIZER, RowKind.GENERATIVE, OpenFiles())
+    damaged = open_sources(run_config(tmp_path, generative=[prefix]), OpenFiles())
     with pytest.raises(DataError, match=r"a\.idx: record .*a#[01] has no possible length; build the file again"):
         damaged.record_lengths(0, np.array([0, 1]))
 
@@ -115,7 +121,7 @@ def test_lengths_of_records(tmp_path: Path) -> None:
 def test_identity_follows_the_content(tmp_path: Path) -> None:
     def identity(prefix: str) -> list[str]:
         config = run_config(tmp_path, generative=[prefix])
-        return Sources(config, TOKENIZER, RowKind.GENERATIVE, OpenFiles()).identity()
+        return open_sources(config, OpenFiles()).identity()
 
     first = write_chats(tmp_path / "a", [[2, 3]])
     second = write(tmp_path / "b", [chat(1, 2, 3)], RowKind.GENERATIVE)
@@ -130,16 +136,16 @@ def test_checksums_are_compared_where_asked(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[8] ^= 1
     path.write_bytes(content)
-    Sources(run_config(tmp_path, generative=[prefix]), TOKENIZER, RowKind.GENERATIVE, OpenFiles())
+    open_sources(run_config(tmp_path, generative=[prefix]), OpenFiles())
     with pytest.raises(DataError, match=r"a\.bin \(byte 0\): its SHA-256 is"):
-        Sources(run_config(tmp_path, generative=[prefix], checksum=True), TOKENIZER, RowKind.GENERATIVE, OpenFiles())
+        open_sources(run_config(tmp_path, generative=[prefix], checksum=True), OpenFiles())
 
 
 def test_refused(tmp_path: Path) -> None:
     chats, pairs = write_chats(tmp_path / "a", [[2, 30]]), write(tmp_path / "b", [pair(1, 2)], RowKind.EMBEDDING)
 
     def build(**data: object) -> Sources:
-        return Sources(run_config(tmp_path, **data), TOKENIZER, RowKind.GENERATIVE, OpenFiles())
+        return open_sources(run_config(tmp_path, **data), OpenFiles())
 
     with pytest.raises(ConfigError, match="data.generative is empty, but training.objective generative needs it"):
         build()

@@ -37,14 +37,14 @@ def test_encode_equals_the_training_pass(config: RunConfig, model: GritModel) ->
     loader = GritDataLoader(config, load_tokenizer(str(config.data.tokenizer)))
     batch = loader.batch(0)
     pairs = sentences(96)
-    for row in batch.embedding_rows:
+    for row in batch.rows_of("embedding"):
         with torch.no_grad():
             trained = model.model(row, Output.EMBEDDINGS).numpy()
         assert row.slots_S is not None
         queries = [
             (i, int(row.record_ids[i].rsplit("#", 1)[1]))
             for i, slot in enumerate(row.slots_S.tolist())
-            if slot < batch.num_queries
+            if slot < batch.counts_of("embedding").num_queries
         ]
         encoded = model.encode([pairs[record][0] for _, record in queries], instruction="Answer the question")
         np.testing.assert_allclose(encoded, trained[[i for i, _ in queries]], atol=1e-5)
@@ -73,11 +73,11 @@ def test_token_losses_are_those_of_training(config: RunConfig, model: GritModel)
     loader = GritDataLoader(config, load_tokenizer(str(config.data.tokenizer)))
     batch = loader.batch(0)
     total, records = 0.0, []
-    for row in batch.generative_rows:
+    for row in batch.rows_of("generative"):
         with torch.no_grad():
             total += float(model.model(row, Output.TOKEN_LOSSES).sum())
         records += [int(name.rsplit("#", 1)[1]) for name in row.record_ids]
-    assert counts[records].sum() == batch.num_loss_tokens
+    assert counts[records].sum() == batch.counts_of("generative").num_loss_tokens
     assert sums[records].sum() == pytest.approx(total, rel=1e-5)
 
 

@@ -65,17 +65,18 @@ def test_encode_equals_the_training_pass(name: str, request: pytest.FixtureReque
     model = GritModel.load(config.output_dir, device="cpu")
     batch, pairs = GritDataLoader(config, load_tokenizer(str(config.data.tokenizer))).batch(0), sentences(96)
     compared = 0
-    for row in batch.embedding_rows:
+    for row in batch.rows_of("embedding"):
         with torch.no_grad():
             trained = model.model(row, Output.EMBEDDINGS).numpy()
         assert row.slots_S is not None
         for place, slot in enumerate(row.slots_S.tolist()):
             record = int(row.record_ids[place].rpartition("#")[2])
-            if slot < batch.num_queries:
+            if slot < batch.counts_of("embedding").num_queries:
                 ours = model.encode(pairs[record][0], "Answer the question", side="query")
                 other = model.encode(pairs[record][0], "Answer the question", side="passage")
             else:
-                negative = (slot - batch.num_queries) % batch.group_size > 0
+                counts = batch.counts_of("embedding")
+                negative = (slot - counts.num_queries) % counts.group_size > 0
                 text = pairs[(record + 7) % 96 if negative else record][1]
                 ours, other = model.encode(text, side="passage"), model.encode(text, side="query")
             np.testing.assert_allclose(ours, trained[place], atol=1e-5)

@@ -26,7 +26,10 @@ def lora_config(**model: Any) -> RunConfig:
 
 def losses(model: GritDecoder) -> torch.Tensor:
     batch = make_batch(rows=1)
-    outputs = [model(batch.embedding_rows[0], Output.EMBEDDINGS), model(batch.generative_rows[0], Output.TOKEN_LOSSES)]
+    outputs = [
+        model(batch.rows_of("embedding")[0], Output.EMBEDDINGS),
+        model(batch.rows_of("generative")[0], Output.TOKEN_LOSSES),
+    ]
     return torch.cat([output.flatten() for output in outputs])
 
 

@@ -14,7 +14,7 @@ import torch
 
 from megatron_grit.config.parse import parse_train_arguments
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.rows import row as data_rows
+from megatron_grit.data.kinds import embedding, generative
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.errors import AuditError
 from megatron_grit.models import decoder as gpt
@@ -24,7 +24,6 @@ from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.parallel.random import RandomState
-from megatron_grit.training.audit import rows as audit_rows
 from megatron_grit.training.audit.run import audit_model, audit_weights
 from megatron_grit.training.audit.weights import digest
 from megatron_grit.training.optimizer import wrap_chunks
@@ -253,7 +252,7 @@ LEAKS: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
     ),
     "learned positions do not restart": (
         {"position_embedding": "learned_absolute"},
-        lambda: row_changed(audit_rows, "generative_row", positions_of_row),
+        lambda: row_changed(generative, "make_row", positions_of_row),
         "the embedding of token 1 of segment 1 .*positions do not restart",
     ),
     "padding pooled": (
@@ -268,7 +267,7 @@ LEAKS: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
     ),
     "instruction pooled": (
         {},
-        lambda: mock.patch.object(data_rows, "_POOLED", np.ones_like(data_rows._POOLED)),
+        lambda: mock.patch.object(embedding, "_POOLED", np.ones_like(embedding._POOLED)),
         "the embedding of segment 1 is made of the instruction's token 1 of segment 1",
     ),
     "text left out": (
@@ -298,7 +297,7 @@ LEAKS: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
     ),
     "labels cross segments": (
         {},
-        lambda: row_changed(audit_rows, "generative_row", label_last_tokens),
+        lambda: row_changed(generative, "make_row", label_last_tokens),
         "generative output: token 11 of segment 1 has a loss",
     ),
     "losses of other tokens": (

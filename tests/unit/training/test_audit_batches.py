@@ -14,7 +14,7 @@ import torch
 
 from megatron_grit.data.builders.grit_builder import build_grit
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.rows import row as data_rows
+from megatron_grit.data.kinds import embedding, generative
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.text.tokenizer import load_tokenizer
@@ -66,18 +66,19 @@ def test_sound_data_passes(corpus: Path) -> None:
     ],
 )
 def test_a_lost_mask_is_found(corpus: Path, table: str, value: float, message: str) -> None:
-    with mock.patch.object(data_rows, table, np.full(len(Role) + 1, value, dtype=np.float32)):
+    rows = generative if table == "_SUPERVISED" else embedding
+    with mock.patch.object(rows, table, np.full(len(Role) + 1, value, dtype=np.float32)):
         problem, _ = check_data(corpus)
     assert problem is not None
     assert re.search(message, problem), problem
 
 
 def first_generative(change: Callable[[PackedRow], None]) -> Callable[[StepBatch], None]:
-    return lambda batch: change(batch.generative_rows[0])
+    return lambda batch: change(batch.rows_of("generative")[0])
 
 
 def first_embedding(change: Callable[[PackedRow], None]) -> Callable[[StepBatch], None]:
-    return lambda batch: change(batch.embedding_rows[0])
+    return lambda batch: change(batch.rows_of("embedding")[0])
 
 
 def restart_nowhere(row: PackedRow) -> None:

@@ -37,10 +37,10 @@ class _NanInGradient(torch.autograd.Function):
 def batch_with(kind: str | None = None, row: int = 0, segment: int = 0) -> StepBatch:
     """A batch in which one record begins with the token that :func:`spoil` looks for. No kind: none does."""
     batch = make_batch()
-    for every in batch.embedding_rows + batch.generative_rows:
+    for every in batch.rows:
         every.tokens_1T[every.tokens_1T == RUINED] = RUINED + 1
     if kind is not None:
-        rows = batch.embedding_rows if kind == "embedding" else batch.generative_rows
+        rows = batch.rows_of("embedding") if kind == "embedding" else batch.rows_of("generative")
         rows[row].tokens_1T[0, int(rows[row].cu_seqlens[segment])] = RUINED
     return batch
 

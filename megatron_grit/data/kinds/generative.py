@@ -1,0 +1,269 @@
+"""Texts and conversations, whose next tokens are predicted: so many sequences a step, or so many full rows.
+
+Shape suffix legend: T = tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_grit.config.kinds import kind_batch_size, kind_options, kind_sources
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.indexed.roles import Role, RowKind, supervised
+from megatron_grit.data.order.blend import RecordOrder, blend_weights
+from megatron_grit.data.order.sampler import GenerativeSampler, Stream, stream_key
+from megatron_grit.data.order.sources import OpenFiles, SourceRules, Sources
+from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.data.rows.row import PADDING_ROLE, start_row
+from megatron_grit.data.rows.row_plan import PIECE, RowPlan
+from megatron_grit.data.rows.segments import Segment, labels_between, ranges, spans_between, too_long
+from megatron_grit.data.rows.stream import PlannedRow, RowStream, cache_folder
+from megatron_grit.data.text.tokenizer import Tokenizer
+from megatron_grit.errors import ConfigError, DataError
+
+LEAD_AND_TEXT = (Role.USER, Role.ANSWER)
+_SUPERVISED = np.array([*(supervised(role) for role in Role), False], dtype=np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerativeCounts:
+    """What the next-token loss is divided by, counted over the global batch."""
+
+    num_loss_tokens: int
+    """Supervised tokens."""
+    num_sequences: int
+    """Segments."""
+    num_rows: int
+    """Rows."""
+
+
+def source_rules(config: RunConfig, kind: str = "generative") -> SourceRules:
+    """What a run asks of its sources of texts and conversations.
+
+    Args:
+        config: the run.
+        kind: name of the kind whose sources they are.
+    """
+    return SourceRules(
+        key=kind_options(kind).DATA,
+        prefixes=kind_sources(config, kind),
+        records=RowKind.GENERATIVE,
+        policy=config.data.over_long,
+        policy_key="data.over_long",
+    )
+
+
+class GenerativeStream(RowStream):
+    """Texts and conversations: so many sequences a step, or so many full rows.
+
+    A kind with rows of the same make is a subclass with a name of its own.
+
+    Raises:
+        ConfigError, DataError: as for :class:`EmbeddingStream`.
+    """
+
+    kind = "generative"
+    record_draws: int = Stream.GENERATIVE_RECORDS
+    """Number of the random stream that orders the records; see :func:`~megatron_grit.data.order.sampler.stream_of`."""
+
+    def __init__(
+        self, config: RunConfig, tokenizer: Tokenizer, open_files: OpenFiles, num_rows_multiple: int = 1
+    ) -> None:
+        super().__init__(config, num_rows_multiple)
+        self._policy = config.data.over_long
+        self._num_sequences, self._num_rows = kind_batch_size(config, self.kind), self.full_rows(config)
+        if self._num_rows is not None and self._num_rows % num_rows_multiple:
+            raise ConfigError(
+                f"training.generative_rows {self._num_rows} is not a multiple of {num_rows_multiple}, the data "
+                "parallel size or data.num_rows_multiple"
+            )
+        self.sources = Sources(config, tokenizer, source_rules(config, self.kind), open_files)
+        entries, seed = self.sources.entries, config.training.seed
+        order = RecordOrder(self.sources.sizes, [entry.cap for entry in entries], stream_key(seed, self.record_draws))
+        weights = blend_weights(entries, order.sizes)
+        self._sampler = GenerativeSampler(order, weights)
+        self._plan: RowPlan | None = None
+        if self._num_rows is not None:
+            self.fixed_length = config.data.tokens_per_row
+            identity = {
+                "sources": self.sources.identity(),
+                "weights": weights.tolist(),
+                "sizes": order.sizes.tolist(),
+                "seed": seed,
+                "longest_segment": self.sources.longest_segment,
+                "over_long": self._policy,
+            }
+            self._plan = RowPlan(
+                self._pieces,
+                config.data.tokens_per_row,
+                config.data.packing_window,
+                stream_key(seed, Stream.ROWS),
+                cache_folder(config),
+                identity,
+            )
+
+    @staticmethod
+    def full_rows(config: RunConfig) -> int | None:
+        """Rows of a step, each filled from the stream of sequences. None: the sequences of a step fill its rows.
+
+        Raises:
+            ConfigError: rows are to be full, and their number is not given.
+        """
+        if config.data.packing == "step":
+            return None
+        if config.training.generative_rows is None:
+            raise ConfigError("data.packing window needs training.generative_rows: the generative rows of a step")
+        return config.training.generative_rows
+
+    def segments(self, step: int) -> list[Segment]:
+        """The sequences of a step, or the pieces of its full rows; see the base class."""
+        if self._plan is not None:
+            return [segment for row in self.rows(step) for segment in row.segments]
+        return self._sequences(step)
+
+    def rows(self, step: int) -> list[PlannedRow]:
+        """As in the base class."""
+        if self._plan is None:
+            return super().rows(step)
+        assert self._num_rows is not None
+        planned = self._plan.rows(step * self._num_rows, (step + 1) * self._num_rows)
+        ends = np.cumsum([len(row) for row in planned])
+        return [
+            PlannedRow(segments=[self._piece(piece) for piece in row.tolist()], slots=np.arange(end - len(row), end))
+            for row, end in zip(planned, ends.tolist(), strict=True)
+        ]
+
+    def counts(self, rows: Sequence[PlannedRow], data_size: int) -> GenerativeCounts:
+        """As in the base class."""
+        return GenerativeCounts(
+            num_loss_tokens=sum(segment.num_labels for row in rows for segment in row.segments),
+            num_sequences=sum(len(row.segments) for row in rows),
+            num_rows=len(rows),
+        )
+
+    def make_row(self, row: PlannedRow, row_length: int, pad_id: int) -> PackedRow:
+        """As in the base class."""
+        return make_row(row.segments, row.slots, row_length, pad_id, self.kind)
+
+    def _sequences(self, step: int) -> list[Segment]:
+        start = step * self._num_sequences
+        sources, records = self._sampler.slots(start, start + self._num_sequences)
+        segments = []
+        for source, record in zip(sources.tolist(), records.tolist(), strict=True):
+            roles, lengths = self._spans(source, record)
+            length = sum(lengths)
+            for begin, end in self._ranges(source, record, roles, lengths):
+                segments.append(self._segment(source, record, roles, lengths, begin, end))
+            if length <= self.sources.longest_segment and not segments[-1].num_labels:
+                raise self._nothing(source, record)
+        if not segments:
+            raise DataError(
+                f"step {step}: all of its {self._num_sequences} sequences are too long, and data.over_long is "
+                f"{self._policy}; raise data.tokens_per_row"
+            )
+        return segments
+
+    def _piece(self, piece: tuple[int, int, int, int, int]) -> Segment:
+        source, record, start, stop, _ = piece
+        roles, lengths = self._spans(source, record)
+        if stop > sum(lengths):
+            name = self.sources[source].name(record)
+            raise DataError(f"record {name} has {sum(lengths)} tokens, not the {stop} that were planned with")
+        segment = self._segment(source, record, roles, lengths, start, stop)
+        if not segment.num_labels:
+            raise self._nothing(source, record)
+        return segment
+
+    def _spans(self, source: int, record: int) -> tuple[list[int], list[int]]:
+        return self.sources[source].spans(record)
+
+    def _nothing(self, source: int, record: int) -> DataError:
+        return DataError(f"record {self.sources[source].name(record)} has no token to predict; build the file again")
+
+    def _ranges(self, source: int, record: int, roles: list[int], lengths: list[int]) -> list[tuple[int, int]]:
+        """What becomes of a record: pieces of one that is too long only where they have something to train on."""
+        length, limit = sum(lengths), self.sources.longest_segment
+        found = ranges(length, limit, self._policy)
+        if length <= limit:
+            return found
+        if self._policy == "stop":
+            raise too_long(self.sources, source, record, length)
+        return [(start, stop) for start, stop in found if labels_between(roles, lengths, start, stop)]
+
+    def _segment(
+        self, source: int, record: int, roles: list[int], lengths: list[int], start: int, stop: int
+    ) -> Segment:
+        num_labels = labels_between(roles, lengths, start, stop)
+        if stop - start < sum(lengths):
+            roles, lengths = spans_between(roles, lengths, start, stop)
+        return Segment(
+            sources=self.sources,
+            source=source,
+            record=record,
+            start=start,
+            stop=stop,
+            roles=roles,
+            lengths=lengths,
+            num_labels=num_labels,
+        )
+
+    def _pieces(self, start: int, stop: int) -> np.ndarray:
+        """The pieces of some slots, in their order: PIECE."""
+        sources, records = self._sampler.slots(start, stop)
+        lengths = np.empty(len(records), dtype=np.int64)
+        for source in np.unique(sources).tolist():
+            chosen = sources == source
+            lengths[chosen] = self.sources.record_lengths(source, records[chosen])
+        pieces = np.zeros(len(records), dtype=PIECE)
+        pieces["source"], pieces["record"], pieces["stop"] = sources, records, lengths
+        parts, done = [], 0
+        for slot in np.flatnonzero(lengths > self.sources.longest_segment).tolist():
+            source, record = int(sources[slot]), int(records[slot])
+            found = self._ranges(source, record, *self._spans(source, record))
+            parts.append(pieces[done:slot])
+            parts.append(np.array([(source, record, begin, end, 0) for begin, end in found], dtype=PIECE))
+            done = slot + 1
+        return np.concatenate([*parts, pieces[done:]])
+
+    def source_counts(self, num_steps: int) -> dict[str, int]:
+        """Sequences of each source in the first steps; of records that are cut, each piece."""
+        if self._plan is None:
+            counts = self._sampler.counts(num_steps * self._num_sequences)
+        else:
+            assert self._num_rows is not None
+            counts = self._plan.counts(num_steps * self._num_rows, len(self.sources))
+        return dict(zip(self.sources.names, counts.tolist(), strict=True))
+
+
+def make_row(
+    sequences: Sequence[Segment], slots: np.ndarray, row_length: int, pad_id: int, kind: str = GenerativeStream.kind
+) -> PackedRow:
+    """A row of texts and conversations.
+
+    Args:
+        sequences: the segments of the row.
+        slots: int64 [S], place of each among those of the step; the loss has no use for it.
+        row_length: T.
+        pad_id: token of the padding.
+        kind: name of the kind that trains on it.
+
+    Raises:
+        DataError: a damaged source.
+    """
+    roles_T, row = start_row(kind, False, sequences, row_length, pad_id)
+    tokens_T, positions_T = row.tokens_1T[0].numpy(), row.positions_1T[0].numpy()
+    # Position t predicts token t + 1 of its own segment, if that one has a supervised role.
+    follows = (positions_T[1:] > 0) & (roles_T[1:] != PADDING_ROLE)
+    mask_1T = np.zeros((1, row_length), dtype=np.float32)
+    mask_1T[0, :-1] = _SUPERVISED[roles_T[1:]] * follows
+    labels_1T = np.zeros((1, row_length), dtype=np.int64)
+    labels_1T[0, :-1] = tokens_T[1:] * follows
+    row.labels_1T, row.loss_mask_1T = torch.from_numpy(labels_1T), torch.from_numpy(mask_1T)
+    return row
+
+
+STREAM = GenerativeStream

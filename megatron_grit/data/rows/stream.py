@@ -1,0 +1,100 @@
+"""What every kind of row has: a stream of segments for each step, and the rows that are made of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.order.sources import Sources
+from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.data.rows.packing import pack
+from megatron_grit.data.rows.segments import Segment
+from megatron_grit.errors import ConfigError
+
+
+def cache_folder(config: RunConfig) -> str:
+    """Where index caches are."""
+    return config.data.cache_dir or str(Path(config.output_dir) / "cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRow:
+    """The segments of a row, before their tokens are read."""
+
+    segments: list[Segment]
+    slots: np.ndarray
+    """int64 [S]; place of each among the segments of the step."""
+
+    @property
+    def length(self) -> int:
+        """Tokens without padding."""
+        return sum(segment.length for segment in self.segments)
+
+
+class RowStream(ABC):
+    """The rows of one kind, step by step. Everything is a function of the step, the same on all ranks.
+
+    Args:
+        config: the run.
+        num_rows_multiple: the rows of a step are a multiple of this.
+    """
+
+    kind: ClassVar[str]
+    """Name of the kind."""
+    sources: Sources
+    fixed_length: int | None = None
+    """Tokens that every row is padded to; None: as many as the row's segments have, or those of the longest row."""
+
+    def __init__(self, config: RunConfig, num_rows_multiple: int) -> None:
+        self._tokens_per_row, self._num_rows_multiple = config.data.tokens_per_row, num_rows_multiple
+
+    @abstractmethod
+    def segments(self, step: int) -> list[Segment]:
+        """All segments of a step; the data fingerprint is taken of them, in this order.
+
+        Raises:
+            DataError: a record that breaks the grammar, has nothing to train on, or is too long.
+            ConfigError: no batch can be filled.
+        """
+
+    def rows(self, step: int) -> list[PlannedRow]:
+        """The rows of a step: by default as few, nearly equal rows as hold its segments.
+
+        Raises:
+            DataError: as for :meth:`segments`.
+            ConfigError: as for :meth:`segments`, or fewer segments than rows.
+        """
+        segments = self.segments(step)
+        lengths = np.array([segment.length for segment in segments], dtype=np.int64)
+        try:
+            packed = pack(lengths, self._tokens_per_row, self._num_rows_multiple)
+        except ConfigError as error:
+            raise ConfigError(f"{self.kind} batch: {error}") from None
+        return [PlannedRow(segments=[segments[slot] for slot in slots], slots=slots) for slots in packed]
+
+    @abstractmethod
+    def counts(self, rows: Sequence[PlannedRow], data_size: int) -> Any:
+        """What the losses are divided by.
+
+        Args:
+            rows: of the global batch; row r is data parallel rank r % data_size's.
+            data_size: data parallel size.
+        """
+
+    @abstractmethod
+    def make_row(self, row: PlannedRow, row_length: int, pad_id: int) -> PackedRow:
+        """A row with its tokens, padded to ``row_length``.
+
+        Raises:
+            DataError: a damaged source.
+        """
+
+    @abstractmethod
+    def source_counts(self, num_steps: int) -> dict[str, int]:
+        """Samples of each source in the first steps."""

@@ -1,0 +1,78 @@
+"""What an optimizer step asks of each kind of row that it trains."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor
+
+from megatron_grit.config.kinds import kind_weight, load_kind, trained_kinds
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.rows.batch import PackedRow, StepBatch
+from megatron_grit.models.decoder import Output
+from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.parallel.random import RandomState
+
+OBJECTIVES = "megatron_grit.training.objectives"
+"""Folder with a file for each kind of row."""
+
+
+class Objective(ABC):
+    """How one kind of row is trained.
+
+    Args:
+        config: the run.
+        context: this process's place in the mesh.
+    """
+
+    kind: ClassVar[str]
+    """Name of the kind."""
+    output: ClassVar[Output]
+    """What the last pipeline stage makes of a row."""
+    loss_name: ClassVar[str]
+    """Name of its loss among the metrics of a step."""
+    other_metrics: ClassVar[tuple[str, ...]] = ()
+    """Names of its other metrics."""
+
+    def __init__(self, config: RunConfig, context: ParallelContext) -> None:
+        self.config, self.context = config, context
+        self.weight = kind_weight(config, self.kind)
+        """Weight of its loss in the loss of a step."""
+
+    def rows(self, batch: StepBatch) -> list[PackedRow]:
+        """The rows of a step that this objective trains on."""
+        return batch.rows_of(self.kind)
+
+    def prepare(self, batch: StepBatch, rows: list[PackedRow], forward_all: Callable[..., list[Tensor]]) -> None:
+        """Take note of the step and of the counts that its losses are divided by.
+
+        Args:
+            batch: the step.
+            rows: its rows of this kind, on the device.
+            forward_all: runs rows through all stages without a graph; returns the outputs on the last stage, and
+                notes the random state of each chunk of layers and row in the dictionary it is given.
+        """
+        self.batch, self.counts = batch, batch.counts_of(self.kind)
+
+    def random_state(self, chunk: int, index: int) -> RandomState | None:
+        """Random state to run a row's forward pass through a chunk of layers from. None: go on from the present one."""
+        return None
+
+    @abstractmethod
+    def row_loss(self, index: int, row: PackedRow, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A row's share of the loss to train on, weight included, and its shares of the metrics.
+
+        Metrics are summed over rows and ranks.
+        """
+
+
+def objective_of(kind: str) -> type[Objective]:
+    """The objective of a kind of row."""
+    return load_kind(OBJECTIVES, kind).OBJECTIVE
+
+
+def trained_objectives(config: RunConfig) -> list[type[Objective]]:
+    """The objectives of the kinds that a run trains."""
+    return [objective_of(kind) for kind in trained_kinds(config)]
