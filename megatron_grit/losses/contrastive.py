@@ -173,9 +173,35 @@ def _direction(
         candidates_KD = torch.cat((candidates_KD, anchors_AD))
         if candidate_ids is not None and anchor_ids is not None:
             candidate_ids = torch.cat((candidate_ids, anchor_ids))
-    arguments = (targets_A, anchor_ids, candidate_ids, num_others, options.temperature, options.false_negative_margin)
-    loss, hits = _ChunkedCrossEntropy.apply(anchors_AD, candidates_KD, anchors, *arguments)
+    matching = _Matching(
+        anchors=anchors,
+        targets_A=targets_A,
+        anchor_ids=anchor_ids,
+        candidate_ids=candidate_ids,
+        num_others=num_others,
+        temperature=options.temperature,
+        margin=options.false_negative_margin,
+    )
+    loss, hits = _ChunkedCrossEntropy.apply(anchors_AD, candidates_KD, matching)
     return loss, hits
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Matching:
+    """What each anchor is to find, and what counts against it."""
+
+    anchors: slice
+    """Those whose losses are computed."""
+    targets_A: Tensor
+    """The candidate that is an anchor's positive."""
+    anchor_ids: Tensor | None
+    candidate_ids: Tensor | None
+    """Texts with equal ids are the same and no negatives of each other."""
+    num_others: int
+    """That many candidates at the end are the anchors themselves."""
+    temperature: float
+    margin: float | None
+    """A candidate that is more similar than the positive by more than this is no negative. None: it is one."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -187,19 +213,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        anchors_AD: Tensor,
-        candidates_KD: Tensor,
-        anchors: slice,
-        targets_A: Tensor,
-        anchor_ids: Tensor | None,
-        candidate_ids: Tensor | None,
-        num_others: int,
-        temperature: float,
-        margin: float | None,
-    ) -> tuple[Tensor, Tensor]:
-        """``num_others``: that many candidates at the end are the anchors themselves."""
+    def forward(ctx: Any, anchors_AD: Tensor, candidates_KD: Tensor, matching: _Matching) -> tuple[Tensor, Tensor]:
+        """Loss and number of hits, each divided by the number of anchors."""
+        anchors, temperature = matching.anchors, matching.temperature
         num_anchors, num_candidates = len(anchors_AD), len(candidates_KD)
         loss, hits = anchors_AD.new_zeros(()), anchors_AD.new_zeros(())
         gradient_AD = torch.zeros_like(anchors_AD) if ctx.needs_input_grad[0] else None
@@ -211,14 +227,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(anchors_AD.device.type, enabled=False):
             for start in range(anchors.start, anchors.stop, step):
                 chunk = slice(start, min(start + step, anchors.stop))
-                targets_C1 = targets_A[chunk, None]
+                targets_C1 = matching.targets_A[chunk, None]
                 anchors_CD = anchors_AD[chunk] / temperature
                 logits_CK = torch.mm(anchors_CD, candidates_KD.T, out=buffer_CK[: len(anchors_CD)])
                 positives_C1 = logits_CK.gather(1, targets_C1)
-                scaled_margin = None if margin is None else margin / temperature
-                left_out = _left_out(logits_CK, chunk, targets_C1, anchor_ids, candidate_ids, num_others, scaled_margin)
+                left_out = _left_out(logits_CK, chunk, matching)
                 logits_CK.scatter_(1, targets_C1, -torch.inf)
-                largest_C1 = logits_CK[:, : num_candidates - num_others].amax(1, keepdim=True)
+                largest_C1 = logits_CK[:, : num_candidates - matching.num_others].amax(1, keepdim=True)
                 hits += (positives_C1 > largest_C1).sum()
                 if left_out is not None:
                     largest_C1 = logits_CK.masked_fill_(left_out, -torch.inf).amax(1, keepdim=True)
@@ -240,30 +255,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         saved = (None if tensor is None else tensor * gradients[0] for tensor in ctx.saved_tensors)
-        return *saved, None, None, None, None, None, None, None
+        return *saved, None
 
 
-def _left_out(
-    similarities_CK: Tensor,
-    chunk: slice,
-    targets_C1: Tensor,
-    anchor_ids: Tensor | None,
-    candidate_ids: Tensor | None,
-    num_others: int,
-    margin: float | None,
-) -> Tensor | None:
+def _left_out(logits_CK: Tensor, chunk: slice, matching: _Matching) -> Tensor | None:
     """bool [C, K]: candidates that are no negatives of an anchor; never its positive. None: there are none."""
+    margin, num_others = matching.margin, matching.num_others
+    anchor_ids, candidate_ids = matching.anchor_ids, matching.candidate_ids
     if margin is None and candidate_ids is None and not num_others:
         return None
-    left_out_CK = torch.zeros_like(similarities_CK, dtype=torch.bool)
+    targets_C1 = matching.targets_A[chunk, None]
+    left_out_CK = torch.zeros_like(logits_CK, dtype=torch.bool)
     if margin is not None:
-        left_out_CK |= similarities_CK > similarities_CK.gather(1, targets_C1) + margin
+        left_out_CK |= logits_CK > logits_CK.gather(1, targets_C1) + margin / matching.temperature
     if candidate_ids is not None and anchor_ids is not None:
         left_out_CK |= candidate_ids == candidate_ids[targets_C1]
         left_out_CK |= candidate_ids == anchor_ids[chunk, None]
     if num_others:
-        itself_C1 = torch.arange(chunk.start, chunk.stop, device=similarities_CK.device)[:, None]
-        left_out_CK.scatter_(1, itself_C1 + similarities_CK.shape[1] - num_others, True)
+        itself_C1 = torch.arange(chunk.start, chunk.stop, device=logits_CK.device)[:, None]
+        left_out_CK.scatter_(1, itself_C1 + logits_CK.shape[1] - num_others, True)
     return left_out_CK.scatter_(1, targets_C1, False)
 
 

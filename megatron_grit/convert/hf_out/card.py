@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_grit import __version__
 from megatron_grit.config.embedding_shape import head_widths
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.convert.hf_out.embedding import is_affine
+from megatron_grit.convert.hf_out.exported import Exported
 from megatron_grit.data.text.templates import EMBED_PREFIX, USER_PREFIX, embedding_prefix
-
-if TYPE_CHECKING:
-    from megatron_grit.convert.hf_out.files import Exported
 
 _POOLING = {
     "mean": "the mean of the text's states",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from megatron_grit.data.text.chat_templates import TEMPLATES, TOKENIZER, ChatTemplate
+from megatron_grit.data.text.chat_format import TOKENIZER
+from megatron_grit.data.text.chat_templates import TEMPLATES, ChatTemplate
 from megatron_grit.data.text.jinja_template import template_source
 from megatron_grit.data.text.tokenizer import Tokenizer
 

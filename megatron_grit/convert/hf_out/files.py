@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_grit.config.blend import read_blend
-from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.convert.hf_out.card import VLLM_ARCHITECTURES, model_card, vllm_settings
 from megatron_grit.convert.hf_out.chat import chat_template
 from megatron_grit.convert.hf_out.embedding import (
@@ -20,96 +16,19 @@ from megatron_grit.convert.hf_out.embedding import (
     why_not_sentence_transformers,
     write_modules,
 )
+from megatron_grit.convert.hf_out.exported import Checkpoint, Exported
 from megatron_grit.convert.hf_out.tokenizer import misread_by_transformers, write_tokenizer
-from megatron_grit.convert.param_map import Family
 from megatron_grit.data.text.chat_templates import TEMPLATES
 from megatron_grit.data.text.jinja_template import template_source
-from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
-from megatron_grit.errors import CheckpointError, GritError
+from megatron_grit.data.text.tokenizer import Tokenizer
+from megatron_grit.errors import GritError
 from megatron_grit.store.files import replacing, write_json
 from megatron_grit.store.logs import get_logger
-from megatron_grit.training.checkpoint import read_config, read_state, tokenizer_path
 
 log = get_logger(__name__)
 
 _TORCH_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 DEFAULT_TEMPLATE = "gritlm"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A checkpoint that is exported."""
-
-    path: Path
-    state: dict[str, Any]
-    """state.json."""
-    config: RunConfig
-    model: ModelConfig
-    """Its shape, with the size of the vocabulary."""
-    tokenizer: Tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens of the vocabulary, without padding."""
-        assert self.model.vocab_size is not None
-        return self.model.vocab_size
-
-    @property
-    def run(self) -> Path:
-        """The run's output directory, where the checkpoint still lies in it."""
-        return self.path.parent.parent
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exported:
-    """What was written of a model so far."""
-
-    source: Source
-    family: Family
-    dtype: torch.dtype
-    num_bytes: int
-    """Of all weights."""
-    num_parameters: int
-    weight_map: dict[str, str]
-    """The file of each tensor."""
-    head: dict[str, Tensor]
-    """fp32 tensors of the embedding head; empty where there is none."""
-
-
-def read_source(path: Path, tokenizer: str | Path | None) -> Source:
-    """Read what a checkpoint says of itself.
-
-    Args:
-        path: the checkpoint.
-        tokenizer: the tokenizer that it was trained with. None: where the run found it, or the checkpoint's own copy.
-
-    Raises:
-        CheckpointError: no tokenizer, or another one than the model was trained with.
-    """
-    state, config = read_state(path), read_config(path)
-    model = replace(config.model, vocab_size=int(state["vocab_size"]))
-    return Source(
-        path=path, state=state, config=config, model=model, tokenizer=_tokenizer(path, state, config, tokenizer)
-    )
-
-
-def _tokenizer(path: Path, state: dict[str, Any], config: RunConfig, given: str | Path | None) -> Tokenizer:
-    fingerprint = state.get("tokenizer_fingerprint")
-    if given is not None:
-        found = load_tokenizer(given)
-        if fingerprint not in (None, found.fingerprint):
-            raise CheckpointError(f"{found.path}: is not the tokenizer that {path} was trained with; give that one")
-        return found
-    if config.data.tokenizer is not None and Path(config.data.tokenizer).exists():
-        # Beside the run's own file lie the names of its special tokens, and its chat template.
-        with suppress(GritError):  # it was replaced, or damaged, since
-            found = load_tokenizer(config.data.tokenizer)
-            if found.fingerprint == fingerprint:
-                return found
-    copy = tokenizer_path(path)
-    if copy is None:
-        raise CheckpointError(f"{path}: holds no tokenizer.model or tokenizer.json; give --tokenizer")
-    return load_tokenizer(copy)
 
 
 def write_files(folder: Path, exported: Exported) -> None:
@@ -173,7 +92,7 @@ def _generation_config(tokenizer: Tokenizer, template: str) -> dict[str, Any]:
     }
 
 
-def _chat_template(source: Source) -> tuple[str, str | None]:
+def _chat_template(source: Checkpoint) -> tuple[str, str | None]:
     """Name and Jinja of the template that the generative data were built with, as far as they are still there."""
     names = set()
     for entry in _entries(source.config.data.generative):

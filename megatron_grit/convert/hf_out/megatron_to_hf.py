@@ -23,8 +23,8 @@ from megatron_grit import __version__
 from megatron_grit.config.schema import ModelConfig, ParallelConfig
 from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model
 from megatron_grit.convert.hf_out.checkpoint_reader import CheckpointReader
-from megatron_grit.convert.hf_out.files import Exported, read_source, write_files
-from megatron_grit.convert.hf_out.files import Source as Checkpoint
+from megatron_grit.convert.hf_out.exported import Checkpoint, Exported, read_checkpoint
+from megatron_grit.convert.hf_out.files import write_files
 from megatron_grit.convert.hf_out.folder import ExportFolder, HashingFile
 from megatron_grit.convert.param_map import Family, Kind
 from megatron_grit.convert.peft.merge import Into, Reader, has_adapters, open_merged
@@ -41,7 +41,7 @@ _BATCH_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
-class Source:
+class PlannedTensor:
     """A tensor of the checkpoint, and the tensors that it becomes."""
 
     name: str
@@ -100,7 +100,7 @@ def export_checkpoint(
             if adapters is not None
             else f"{path} holds adapters; give --merge for one model, or --adapter-only for an adapter that PEFT loads"
         )
-    read = read_source(path, tokenizer)
+    read = read_checkpoint(path, tokenizer)
     family = family_of_model(read.model)
     identity = _identity(path, limit, dtype, adapters)
     with (
@@ -130,7 +130,7 @@ def export_checkpoint(
 
 
 def _describe(
-    source: Checkpoint, family: Family, dtype: torch.dtype, files: dict[str, list[Source]], reader: Reader
+    source: Checkpoint, family: Family, dtype: torch.dtype, files: dict[str, list[PlannedTensor]], reader: Reader
 ) -> Exported:
     """What was written, for the other files."""
     targets = {target: name for name, shard in files.items() for entry in shard for target in entry.targets}
@@ -176,7 +176,7 @@ def _identity(path: Path, limit: int, dtype: str, adapters: Into | None) -> dict
 
 def _plan_shards(
     family: Family, model: ModelConfig, reader: Reader, limit: int, dtype: torch.dtype
-) -> Iterator[list[Source]]:
+) -> Iterator[list[PlannedTensor]]:
     """What goes into each file: layer by layer, as many tensors as fit."""
     entries = []
     for name, kind, targets in family.outputs(model):
@@ -187,11 +187,11 @@ def _plan_shards(
             RawTensor(hf, _SAFETENSORS[dtype], tuple(part.shape), Path(), 0, part.numel() * dtype.itemsize)
             for hf, part in zip(targets, parts, strict=True)
         ]
-        entries.append(Source(name, kind, tuple(described)))
+        entries.append(PlannedTensor(name, kind, tuple(described)))
     left_over = sorted(reader.shapes.keys() - {entry.name for entry in entries} - set(reader.head_names))
     if left_over:
         raise CheckpointError(f"tensor {left_over[0]} ({len(left_over)} in all) has no place in a {family.name} model")
-    shard: list[Source] = []
+    shard: list[PlannedTensor] = []
     for entry in sorted(entries, key=_place):
         if shard and sum(other.num_bytes for other in shard) + entry.num_bytes > limit:
             yield shard
@@ -200,7 +200,7 @@ def _plan_shards(
     yield shard
 
 
-def _place(entry: Source) -> tuple[int, int]:
+def _place(entry: PlannedTensor) -> tuple[int, int]:
     """Embedding, layers in their order, then what stands at the end."""
     if entry.name.startswith("embedding."):
         return 0, 0
@@ -225,7 +225,7 @@ def _check_room(folder: Path, num_bytes: int) -> None:
 
 
 def _write_shard(
-    file: HashingFile, batches: Sequence[list[Source]], reader: Reader, model: ModelConfig, dtype: torch.dtype
+    file: HashingFile, batches: Sequence[list[PlannedTensor]], reader: Reader, model: ModelConfig, dtype: torch.dtype
 ) -> None:
     targets = [target for batch in batches for entry in batch for target in entry.targets]
     write_header(file, targets, [_SAFETENSORS[dtype]] * len(targets), {"format": "pt"})
@@ -237,9 +237,9 @@ def _write_shard(
                 file.write(_bytes_of(target.name, part, dtype))
 
 
-def _batches(shard: Sequence[Source], limit: int) -> list[list[Source]]:
+def _batches(shard: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:
     """The tensors of a file by what is read at a time."""
-    batches: list[list[Source]] = [[]]
+    batches: list[list[PlannedTensor]] = [[]]
     most = min(_BATCH_BYTES, limit // 8)
     for entry in shard:
         if batches[-1] and sum(other.num_bytes for other in batches[-1]) + entry.num_bytes > most:

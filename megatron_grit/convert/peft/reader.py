@@ -89,7 +89,7 @@ def read_peft(path: str | Path, model: ModelConfig) -> WholeAdapter:
         raise CheckpointError(f"{path / WEIGHTS}: missing; adapters in pickle (*.bin) are not read") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path / WEIGHTS}: not a whole safetensors file ({error}); copy it again") from None
-    reader = _Reader(path / WEIGHTS, settings, model)
+    reader = _PeftTensors(path / WEIGHTS, settings, model)
     reader.take(stored)
     kind = "dora" if settings.get("use_dora") else "lora"
     return reader.finish(kind)
@@ -121,7 +121,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-class _Reader:
+class _PeftTensors:
     """Turns PEFT's tensors to ours, one module after another."""
 
     def __init__(self, file: Path, settings: dict[str, Any], model: ModelConfig) -> None:

@@ -10,7 +10,8 @@ from megatron_grit.data.builders.build_report import BuildReport
 from megatron_grit.data.builders.grit_builder import build_grit
 from megatron_grit.data.builders.record_encoder import Limits
 from megatron_grit.data.indexed.roles import RowKind
-from megatron_grit.data.text.chat_templates import TEMPLATES, TOKENIZER
+from megatron_grit.data.text.chat_format import TOKENIZER
+from megatron_grit.data.text.chat_templates import TEMPLATES
 from megatron_grit.errors import EXIT_STATUS, GritError
 from megatron_grit.store.logs import configure_logging
 

@@ -15,7 +15,8 @@ from megatron_grit.data.builders.filters import FINGERPRINT_BYTES, HeldOut, cont
 from megatron_grit.data.indexed.reader import token_dtype
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.writer import TokenBlock
-from megatron_grit.data.text.chat_templates import Piece, load_chat_format
+from megatron_grit.data.text.chat_format import Piece
+from megatron_grit.data.text.chat_templates import load_chat_format
 from megatron_grit.data.text.line_blocks import LineBlock
 from megatron_grit.data.text.records import Message, Record, TextPair, parse_line
 from megatron_grit.data.text.spans import Span, SpanTable, encode_units

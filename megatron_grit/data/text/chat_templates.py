@@ -25,38 +25,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_grit.data.indexed.roles import Role
+from megatron_grit.data.text.chat_format import TOKENIZER, ChatFormat, Piece, join_completion
+from megatron_grit.data.text.jinja_template import JinjaChatFormat
 from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError
-
-Piece = tuple[Role, str | int]
-"""Text, or the id of a special token, and its role."""
-
-TOKENIZER = "tokenizer"
-"""Name of the template that comes with the tokenizer."""
-
-
-class ChatFormat(Protocol):
-    """Turns conversations into pieces: text with roles, special tokens as ids."""
-
-    name: str
-    """Written into the indexed file."""
-
-    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
-        """A whole conversation.
-
-        Raises:
-            DataError: the template cannot hold it.
-        """
-
-    def prompt(self, messages: Sequence[Message]) -> list[Piece]:
-        """A conversation that ends with the user's turn, up to where the model's answer begins."""
-
-    def completion(self, prompt: str, completion: str) -> list[Piece]:
-        """A text of which the prompt is given, without any template but BOS and EOS."""
 
 
 class _Slot(Enum):
@@ -165,8 +141,6 @@ def load_chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
         DataError: the tokenizer has no template of its own.
     """
     if name == TOKENIZER:
-        from megatron_grit.data.text.jinja_template import JinjaChatFormat
-
         return JinjaChatFormat(tokenizer)
     if name in TEMPLATES:
         return BoundTemplate(TEMPLATES[name], tokenizer)
@@ -280,10 +254,3 @@ def _fill(pieces: list[Piece], parts: Sequence[_Part], content: str = "", system
             value = system
         if value != "" and not isinstance(value, _Slot):
             pieces.append((role, value))
-
-
-def join_completion(prompt: str, completion: str) -> list[Piece]:
-    """A prompt and its completion with a space between them, unless there is white space on either side already."""
-    glue = "" if not prompt or prompt[-1].isspace() or completion[:1].isspace() else " "
-    pieces: list[Piece] = [(Role.USER, prompt)] if prompt else []
-    return [*pieces, (Role.ANSWER, glue + completion)]

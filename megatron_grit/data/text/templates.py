@@ -21,7 +21,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.text.chat_templates import ChatFormat, Piece, load_chat_format
+from megatron_grit.data.text.chat_format import ChatFormat, Piece
+from megatron_grit.data.text.chat_templates import load_chat_format
 from megatron_grit.data.text.markers import NO_MARKERS, TextMarkers
 from megatron_grit.data.text.records import Message, Record, TextPair, alternate
 from megatron_grit.data.text.spans import Span, encode_units

@@ -1,0 +1,93 @@
+"""What the files of an export are written from: the checkpoint, and what was written of it so far."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_grit.config.schema import ModelConfig, RunConfig
+from megatron_grit.convert.param_map import Family
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_grit.errors import CheckpointError, GritError
+from megatron_grit.training.checkpoint import read_config, read_state, tokenizer_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that is exported."""
+
+    path: Path
+    state: dict[str, Any]
+    """state.json."""
+    config: RunConfig
+    model: ModelConfig
+    """Its shape, with the size of the vocabulary."""
+    tokenizer: Tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary, without padding."""
+        assert self.model.vocab_size is not None
+        return self.model.vocab_size
+
+    @property
+    def run(self) -> Path:
+        """The run's output directory, where the checkpoint still lies in it."""
+        return self.path.parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written of a model so far."""
+
+    source: Checkpoint
+    family: Family
+    dtype: torch.dtype
+    num_bytes: int
+    """Of all weights."""
+    num_parameters: int
+    weight_map: dict[str, str]
+    """The file of each tensor."""
+    head: dict[str, Tensor]
+    """fp32 tensors of the embedding head; empty where there is none."""
+
+
+def read_checkpoint(path: Path, tokenizer: str | Path | None) -> Checkpoint:
+    """Read what a checkpoint says of itself.
+
+    Args:
+        path: the checkpoint.
+        tokenizer: the tokenizer that it was trained with. None: where the run found it, or the checkpoint's own copy.
+
+    Raises:
+        CheckpointError: no tokenizer, or another one than the model was trained with.
+    """
+    state, config = read_state(path), read_config(path)
+    model = replace(config.model, vocab_size=int(state["vocab_size"]))
+    return Checkpoint(
+        path=path, state=state, config=config, model=model, tokenizer=_tokenizer(path, state, config, tokenizer)
+    )
+
+
+def _tokenizer(path: Path, state: dict[str, Any], config: RunConfig, given: str | Path | None) -> Tokenizer:
+    fingerprint = state.get("tokenizer_fingerprint")
+    if given is not None:
+        found = load_tokenizer(given)
+        if fingerprint not in (None, found.fingerprint):
+            raise CheckpointError(f"{found.path}: is not the tokenizer that {path} was trained with; give that one")
+        return found
+    if config.data.tokenizer is not None and Path(config.data.tokenizer).exists():
+        # Beside the run's own file lie the names of its special tokens, and its chat template.
+        with suppress(GritError):  # it was replaced, or damaged, since
+            found = load_tokenizer(config.data.tokenizer)
+            if found.fingerprint == fingerprint:
+                return found
+    copy = tokenizer_path(path)
+    if copy is None:
+        raise CheckpointError(f"{path}: holds no tokenizer.model or tokenizer.json; give --tokenizer")
+    return load_tokenizer(copy)
