@@ -14,7 +14,7 @@ import torch
 
 from megatron_grit.config.schema import ParallelConfig
 from tests.distributed.harness import run_on_ranks
-from tests.unit.convert.test_hf_folder import stack_experts
+from tests.unit.convert.hf_in.test_hf_folder import stack_experts
 from tests.unit.convert.test_param_map import random_hf
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -69,7 +69,7 @@ def write_source(directory: Path, name: str) -> None:
     """A Hugging Face directory of random weights in two files."""
     from megatron_grit.config.schema import ModelConfig
     from megatron_grit.convert.hf_in.hf_to_megatron import FAMILIES
-    from tests.unit.convert.test_hf_folder import write_shards
+    from tests.unit.convert.hf_in.test_hf_folder import write_shards
 
     architecture, changes = MODELS[name]
     family = next(family for family in FAMILIES if family.architecture == architecture)

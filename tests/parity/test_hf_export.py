@@ -19,7 +19,7 @@ from megatron_grit.inference.model import GritModel
 from tests.corpus import sentences, tiny_run
 from tests.distributed.harness import run_on_ranks
 from tests.parity.test_hf_import import LENGTHS, MODELS, TOLERANCE, make_model, make_row, segments, write_tokenizer
-from tests.unit.convert.test_export import make_checkpoint
+from tests.unit.convert.hf_out.test_export import make_checkpoint
 
 transformers = pytest.importorskip("transformers", reason="the reference is transformers")
 

@@ -24,7 +24,7 @@ from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.training.checkpoint import list_checkpoints, read_config, read_state
 from megatron_grit.training.trainer import Trainer
 from tests.corpus import tiny_run
-from tests.unit.convert.test_hf_folder import write_shards
+from tests.unit.convert.hf_in.test_hf_folder import write_shards
 from tests.unit.convert.test_param_map import random_hf
 
 SHAPE: dict[str, Any] = {

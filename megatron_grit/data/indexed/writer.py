@@ -1,8 +1,8 @@
 """Writing indexed files: streams that grow block by block in constant memory, and go on after a kill.
 
 The bytes are those that ``megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder`` writes for the same tokens;
-tests/unit/data/test_indexed_writer.py compares. That builder keeps the whole index in Python lists and cannot go on
-where it stopped, which is why it is not used.
+tests/unit/data/indexed/test_indexed_writer.py compares. That builder keeps the whole index in Python lists and cannot
+resume, which is why it is not used.
 """
 
 from __future__ import annotations

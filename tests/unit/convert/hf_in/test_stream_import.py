@@ -32,7 +32,7 @@ from megatron_grit.models.decoder import build_model
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.training.checkpoint import load_weights, read_config, read_state
 from megatron_grit.training.checkpoint_save import save_checkpoint
-from tests.unit.convert.test_hf_folder import stack_experts, write_shards
+from tests.unit.convert.hf_in.test_hf_folder import stack_experts, write_shards
 from tests.unit.convert.test_param_map import DENSE, GPT, MIXTURE, random_hf
 
 NUM_TOKENS = 300

@@ -15,7 +15,7 @@ from megatron_grit.convert.hf_out.chat import jinja_of
 from megatron_grit.convert.hf_out.embedding import bidirectional_settings
 from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
 from megatron_grit.data.text.chat_templates import TEMPLATES
-from tests.unit.convert.test_export import make_checkpoint
+from tests.unit.convert.hf_out.test_export import make_checkpoint
 
 
 @pytest.fixture(scope="module")
