@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-import logging
 import queue
 from importlib import metadata
 from pathlib import Path
@@ -66,23 +65,6 @@ def have_varlen_attention() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def gpt_model_class() -> type:
-    """The engine's decoder class.
-
-    From 0.19 on, GPTModel logs that HybridModel will take its place. Its state-dict names are the ones that
-    checkpoints in the field carry, so it stays the base; when it goes, this is the line to change.
-    """
-    from megatron.core.models.gpt import gpt_model
-
-    if engine_version() >= (0, 19):
-        gpt_model.logger.addFilter(_without_deprecation)
-    return gpt_model.GPTModel
-
-
-def _without_deprecation(record: logging.LogRecord) -> bool:
-    return "GPTModel IS DEPRECATED" not in record.getMessage()
-
-
 def te_core_attention_class() -> type:
     """TransformerEngine's dot-product attention as the engine wraps it."""
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -90,10 +72,18 @@ def te_core_attention_class() -> type:
     return TEDotProductAttention
 
 
-def set_router(mlp_spec: Any, router: type) -> None:
-    """Have the specification of a mixture layer build ``router``. It is a ModuleSpec, and a partial from 0.19 on."""
-    arguments = mlp_spec.keywords if isinstance(mlp_spec, functools.partial) else vars(mlp_spec)
-    arguments["submodules"].router = router
+def feed_forward_spec(submodules: Any) -> Any:
+    """How a layer's specification names the engine's feed-forward layer: from 0.18 on, a function that builds it.
+
+    Args:
+        submodules: the layer's MLPSubmodules.
+    """
+    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    if hasattr(MLP, "as_mlp_submodule"):
+        return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=MLP, submodules=submodules)
 
 
 def let_routers_run_without_transformer_engine() -> None:

@@ -1,16 +1,36 @@
-"""Which linear layers have a bias. The engine gives all of them one or none, but for queries, keys and values."""
+"""Biases of linear layers: which layers have one, and its gradient beside a frozen weight."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from torch import Tensor
 
 from megatron_grit.config.schema import ModelConfig
 from megatron_grit.config.shape import has_attention_output_bias, has_mlp_bias, has_qkv_bias
 
 
+class TrainedBiasLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """The engine's column parallel layer, whose bias has a gradient whether its weight is trained or frozen.
+
+    With a frozen weight the engine computes product and bias in one operation that has a gradient for its input only
+    (LinearWithFrozenWeight, layers.py:347 of 0.16.1). Here the bias is then added outside of it.
+    """
+
+    def _forward_impl(
+        self, input: Tensor, weight: Tensor, *args: Any, bias: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        if bias is None or weight.requires_grad:
+            output: Tensor = super()._forward_impl(input, weight, *args, bias=bias, **kwargs)
+            return output
+        return super()._forward_impl(input, weight, *args, bias=None, **kwargs) + bias
+
+
 def drop_biases(decoder: torch.nn.Module, model: ModelConfig) -> None:
-    """Take away the biases that the configuration does not ask for."""
+    """Remove the biases that the configuration does not ask for. The engine gives all linear layers one or none, except
+    that of queries, keys and values."""
     wanted = {
         "linear_qkv": has_qkv_bias(model),
         "linear_proj": has_attention_output_bias(model),
@@ -20,16 +40,3 @@ def drop_biases(decoder: torch.nn.Module, model: ModelConfig) -> None:
     for name, module in decoder.named_modules():
         if not wanted.get(name.rpartition(".")[2], True):
             module.register_parameter("bias", None)
-
-
-def add_output_bias(output_layer: torch.nn.Module, num_rows: int, dtype: torch.dtype) -> None:
-    """Give the output layer a bias, sharded as its rows are.
-
-    Args:
-        output_layer: the engine's, built without one.
-        num_rows: of the vocabulary on this rank.
-        dtype: of the weights.
-    """
-    bias = torch.nn.Parameter(torch.zeros(num_rows, dtype=dtype))
-    set_tensor_model_parallel_attributes(bias, is_parallel=True, dim=0, stride=1)
-    output_layer.register_parameter("bias", bias)

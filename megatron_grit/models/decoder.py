@@ -1,4 +1,4 @@
-"""The decoder: megatron-core's GPTModel over packed rows, with an embedding output beside the language-model head.
+"""The decoder: megatron-core's transformer block over packed rows, with a language-model head and an embedding head.
 
 Shape suffix legend: T = tokens of a row, S = segments, D = hidden size, V = vocabulary.
 """
@@ -9,21 +9,24 @@ from enum import StrEnum
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_grit import compat
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import padded_vocabulary
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.models.adapters import has_trained, insert_adapters, reach_back, select_trainable
 from megatron_grit.models.attention import AttentionMode, KeyValueCache, PackedSegments
-from megatron_grit.models.biases import add_output_bias, drop_biases
+from megatron_grit.models.biases import drop_biases
 from megatron_grit.models.embedding_head import apply_head, build_head
 from megatron_grit.models.layer_specs import block_spec, transformer_config
 from megatron_grit.models.pooling import PositionWeights, normalize, pool
-from megatron_grit.models.rope import stretched_frequencies
+from megatron_grit.models.rope import RotaryAngles
 from megatron_grit.models.row_share import RowShare
+from megatron_grit.models.vocabulary import OutputLayer, token_embedding
 from megatron_grit.parallel.context import ParallelContext
 
 
@@ -42,10 +45,15 @@ class Output(StrEnum):
     """[T, 1, D] after the final norm; of this rank's tokens."""
 
 
-class GritDecoder(compat.gpt_model_class()):  # type: ignore[misc]
+class GritDecoder(LanguageModule):  # type: ignore[misc]
     """One pipeline stage, or one chunk of an interleaved one, of a decoder that generates and embeds.
 
-    State-dict names are those of the engine's GPTModel, plus ``embedding_head`` (see
+    It is put together from parts that know nothing of each other: the embedding of tokens and the output layer
+    (:mod:`~megatron_grit.models.vocabulary`), positions (:mod:`~megatron_grit.models.rope`), layers by a specification
+    (:mod:`~megatron_grit.models.layer_specs`) and the embedding head (:mod:`~megatron_grit.models.embedding_head`). The
+    engine's base class keeps a tied output weight on the last stage equal to the embedding's on the first.
+
+    State-dict names are those of Megatron-LM's GPTModel, plus ``embedding_head`` (see
     :func:`~megatron_grit.models.embedding_head.build_head`) and ``embedding_pooling`` where they are configured.
     """
 
@@ -57,26 +65,34 @@ class GritDecoder(compat.gpt_model_class()):  # type: ignore[misc]
         context: ParallelContext,
         virtual_stage: int | None = None,
     ) -> None:
+        super().__init__(engine_config)
         model = config.model
         last_virtual_stage = None if context.virtual_size is None else context.virtual_size - 1
-        super().__init__(
-            config=engine_config,
-            transformer_layer_spec=block_spec(config, engine_config, context.device, virtual_stage),
-            vocab_size=padded_vocabulary(vocab_size, model.vocab_multiple, context.tensor_size),
-            max_sequence_length=model.max_position_embeddings,
-            pre_process=context.is_first_stage and not virtual_stage,
-            post_process=context.is_last_stage and virtual_stage == last_virtual_stage,
-            position_embedding_type=model.position_embedding,
-            rotary_percent=model.rotary_percent,
-            rotary_base=model.rotary_base,
-            share_embeddings_and_output_weights=model.tie_embeddings,
+        # Read by the engine's schedules and by its base class, under these names.
+        self.model_type = ModelType.encoder_or_decoder
+        self.vp_stage = virtual_stage
+        self.pre_process = context.is_first_stage and not virtual_stage
+        self.post_process = context.is_last_stage and virtual_stage == last_virtual_stage
+        self.share_embeddings_and_output_weights = model.tie_embeddings
+
+        num_rows = padded_vocabulary(vocab_size, model.vocab_multiple, context.tensor_size)
+        if self.pre_process:
+            self.embedding = token_embedding(model, engine_config, num_rows, self.tp_group)
+        self.rotary_angles = RotaryAngles(model, context.device) if model.position_embedding == "rope" else None
+        self.decoder = TransformerBlock(
+            engine_config,
+            block_spec(config, engine_config, context.device, virtual_stage),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=self.pg_collection,
             vp_stage=virtual_stage,
         )
         drop_biases(self.decoder, model)
-        if model.add_output_bias and self.post_process:
-            add_output_bias(self.output_layer, self.output_layer.output_size_per_partition, engine_config.params_dtype)
-        if model.position_embedding == "rope":
-            self.rotary_pos_emb.inv_freq = stretched_frequencies(model, self.rotary_pos_emb.inv_freq)
+        if self.post_process:
+            has_weight = not (model.tie_embeddings and self.pre_process)
+            self.output_layer = OutputLayer(model, engine_config, vocab_size, num_rows, has_weight, self.tp_group)
+        if self.pre_process or self.post_process:
+            self.setup_embeddings_and_output_layer()
         self.num_tokens_in_vocab = vocab_size
         self.embedding_config = config.embedding
         self.context = context
@@ -90,6 +106,10 @@ class GritDecoder(compat.gpt_model_class()):  # type: ignore[misc]
             self.embedding_head = None if head is None else head.to(device)
             if config.embedding.pooling == "learnedmean":
                 self.embedding_pooling = PositionWeights(model.max_position_embeddings, dtype, device)
+
+    def set_input_tensor(self, states: Tensor | list[Tensor]) -> None:
+        """What :meth:`forward` starts from on a stage that does not embed tokens; called by the engine's schedules."""
+        self.decoder.set_input_tensor(states[0] if isinstance(states, list) else states)
 
     def forward(self, row: PackedRow, output: Output, cache: KeyValueCache | None = None) -> Tensor:
         """One row through this stage.
@@ -116,7 +136,7 @@ class GritDecoder(compat.gpt_model_class()):  # type: ignore[misc]
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=self._rotary_of(held),
+            rotary_pos_emb=None if self.rotary_angles is None else self.rotary_angles(held.positions_1T[0]),
             packed_seq_params=segments,
             padding_mask=self._router_padding(held),
         )
@@ -125,21 +145,17 @@ class GritDecoder(compat.gpt_model_class()):  # type: ignore[misc]
         if output is Output.EMBEDDINGS:
             return self._embed(hidden, row, share)
         if output is Output.TOKEN_LOSSES:
-            losses = self._token_losses(hidden, held)
+            losses = self.output_layer.token_losses(hidden, self._output_weight(), held)
             for module in (self.embedding_head, self.embedding_pooling):
                 if module is not None:
                     # A gradient of zero: gradients are reduced when the last row has reached every parameter.
                     losses = losses + 0.0 * sum(parameter.sum() for parameter in module.parameters())
             return losses if share is None else losses.new_zeros(share.row_length).index_put((share.index_L,), losses)
-        return self._logits(hidden)
+        return self.output_layer.logits(hidden, self._output_weight())[:, : self.num_tokens_in_vocab]
 
-    def _rotary_of(self, row: PackedRow) -> Tensor | None:
-        """Angles of each token's own position, [T, 1, 1, H]; positions restart in each segment."""
-        if self.position_embedding_type != "rope":
-            return None
-        # The engine keeps a table for each of the last 32 lengths that it was asked for, and rows differ in theirs.
-        table = self.rotary_pos_emb(1 << (row.max_seqlen - 1).bit_length(), packed_seq=True)
-        return table[row.positions_1T[0]]
+    def _output_weight(self) -> Tensor | None:
+        """The embedding's weight, where the output layer has none of its own."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
 
     def _router_padding(self, row: PackedRow) -> Tensor | None:
         """Padding that the router's balancing loss leaves out; this rank's share under sequence parallelism."""
@@ -169,36 +185,6 @@ class GritDecoder(compat.gpt_model_class()):  # type: ignore[misc]
         if head is not None and after:
             pooled = apply_head(head, pooled, is_query_S)
         return normalize(pooled) if self.embedding_config.normalize else pooled
-
-    def _token_losses(self, hidden: Tensor, row: PackedRow) -> Tensor:
-        assert row.labels_1T is not None and row.loss_mask_1T is not None
-        if self.config.sequence_parallel:
-            logits = self._shard_logits(hidden)
-            token_losses = self.compute_language_model_loss(row.labels_1T, logits)[0]
-            return token_losses.float() * row.loss_mask_1T[0]
-        # Logits are computed where a label is supervised and nowhere else.
-        supervised = row.label_index_L
-        if supervised is None:  # a GPU's mask is waited for here
-            supervised = row.loss_mask_1T[0].nonzero().squeeze(1)
-        losses = row.loss_mask_1T.new_zeros(row.tokens_1T.shape[1])
-        logits = self._shard_logits(hidden[supervised])
-        token_losses = self.compute_language_model_loss(row.labels_1T[:, supervised], logits)[0]
-        return losses.index_put((supervised,), token_losses.float())
-
-    def _shard_logits(self, hidden: Tensor) -> Tensor:
-        """[L, 1, V / tensor parallel size]; rows that only pad the vocabulary get no probability."""
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden, weight=weight)
-        shard = logits.shape[-1]
-        num_real = self.num_tokens_in_vocab - self.context.tensor_rank * shard
-        if num_real < shard:
-            padding = torch.arange(shard, device=logits.device) >= num_real
-            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
-        return logits
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = tensor_parallel.gather_from_tensor_model_parallel_region(self._shard_logits(hidden))
-        return logits.squeeze(1)[:, : self.num_tokens_in_vocab]
 
 
 def attention_mode(embeds: bool, embed_causally: bool) -> AttentionMode:

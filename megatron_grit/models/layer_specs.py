@@ -7,17 +7,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from megatron_grit import compat
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import dense_layers, expert_width, head_channels, num_query_groups, window_of_layer
 from megatron_grit.models.attention import PackedAttention, select_backend
+from megatron_grit.models.biases import TrainedBiasLinear
 from megatron_grit.models.norms import norm_class
 from megatron_grit.models.parallel_residual import ParallelResidualLayer
 from megatron_grit.models.rope import attention_scale
@@ -109,53 +121,77 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
 def block_spec(
     config: RunConfig, engine_config: TransformerConfig, device: torch.device, virtual_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Layers of this pipeline stage, or of one chunk of it: the engine's local specification with our norms and core
-    attention."""
-    if config.model.num_experts is not None:
-        compat.let_routers_run_without_transformer_engine()
+    """Layers of this pipeline stage, or of one chunk of it, and the final norm."""
     num_layers = get_num_layers_to_build(engine_config, virtual_stage)
     first = get_transformer_layer_offset(engine_config, virtual_stage)
-    dense = dense_layers(config.model)
-    layers = [
-        layer_spec(config, engine_config, device, layer, layer in dense) for layer in range(first, first + num_layers)
-    ]
+    layers = [layer_spec(config, engine_config, device, layer) for layer in range(first, first + num_layers)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_class(config.model.normalization))
 
 
-def layer_spec(
-    config: RunConfig, engine_config: TransformerConfig, device: torch.device, layer: int, is_dense: bool
-) -> ModuleSpec:
-    """One layer.
-
-    Args:
-        config: the run.
-        engine_config: the engine's configuration of it.
-        device: where the model computes.
-        layer: number of the layer in the whole model, from 0.
-        is_dense: whether it has a feed-forward layer rather than experts.
-    """
+def layer_spec(config: RunConfig, engine_config: TransformerConfig, device: torch.device, layer: int) -> ModuleSpec:
+    """Layer number ``layer`` of the whole model, from 0."""
     model = config.model
-    spec = get_gpt_layer_local_spec(
-        num_experts=None if is_dense else model.num_experts,
-        moe_grouped_gemm=False,
-        qk_layernorm=model.qk_norm,
-        normalization=engine_config.normalization,
-    )
-    if model.num_experts is not None and not is_dense:
-        compat.set_router(spec.submodules.mlp, PackedRouter)
     norm = norm_class(model.normalization)
-    spec.submodules.input_layernorm = norm
-    spec.submodules.pre_mlp_layernorm = IdentityOp if model.parallel_residual == "one_norm" else norm
-    attention = spec.submodules.self_attention.submodules
-    if model.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = norm
-    attention.core_attention = ModuleSpec(
+    return ModuleSpec(
+        module=TransformerLayer if model.parallel_residual == "none" else ParallelResidualLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=self_attention_spec(config, engine_config, device, layer),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=IdentityOp if model.parallel_residual == "one_norm" else norm,
+            mlp=feed_forward_spec() if layer in dense_layers(model) else experts_spec(),
+            mlp_bda=get_bias_dropout_add,
+            # In files a norm belongs to the linear layer after it, as in TransformerEngine's fused layers.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def self_attention_spec(
+    config: RunConfig, engine_config: TransformerConfig, device: torch.device, layer: int
+) -> ModuleSpec:
+    """Attention of a layer to its own row; arguments as for :func:`layer_spec`."""
+    model = config.model
+    head_norm = norm_class(model.normalization) if model.qk_norm else IdentityOp
+    core_attention = ModuleSpec(
         module=PackedAttention,
         params={
             "backend": select_backend(model.attention_backend, device, engine_config),
             "sliding_window": window_of_layer(model, layer),
         },
     )
-    if model.parallel_residual != "none":
-        spec.module = ParallelResidualLayer
-    return spec
+    return ModuleSpec(
+        module=SelfAttention,
+        # The engine requires a mask type; PackedAttention follows the mode of each row instead.
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=TrainedBiasLinear,
+            core_attention=core_attention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+
+
+def feed_forward_spec() -> Any:
+    """The feed-forward layer of a dense layer."""
+    return compat.feed_forward_spec(_linears())
+
+
+def experts_spec() -> ModuleSpec:
+    """The experts of a mixture layer, with a shared one where the configuration has it."""
+    compat.let_routers_run_without_transformer_engine()
+    experts = MoESubmodules(
+        experts=ModuleSpec(module=SequentialMLP, submodules=_linears()),
+        shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_linears()),
+        router=PackedRouter,
+    )
+    return ModuleSpec(module=MoELayer, submodules=experts)
+
+
+def _linears() -> MLPSubmodules:
+    return MLPSubmodules(linear_fc1=TrainedBiasLinear, linear_fc2=RowParallelLinear)

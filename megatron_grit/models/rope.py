@@ -1,4 +1,5 @@
-"""Stretched RoPE: the periods of ``model.rope_type``, as transformers computes them from ``rope_parameters``.
+"""Rotary position embeddings (RoPE, arXiv 2104.09864), with the stretched periods of ``model.rope_type`` as
+transformers computes them from ``rope_parameters``.
 
 linear: all periods are longer (position interpolation, arXiv 2306.15595). llama3: those beyond a length are, with a
 ramp between (arXiv 2407.21783, section 3.4). yarn: likewise by channel, and attention is sharper (arXiv 2309.00071).
@@ -13,6 +14,28 @@ from torch import Tensor
 
 from megatron_grit.config.schema import ModelConfig
 from megatron_grit.config.shape import head_channels
+
+
+class RotaryAngles:
+    """The angles by which queries and keys are turned.
+
+    Args:
+        model: the decoder's shape.
+        device: where it computes.
+    """
+
+    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        num_channels = int(head_channels(model) * model.rotary_percent)
+        exponents = torch.arange(0, num_channels, 2, dtype=torch.float32, device=device) / num_channels
+        self._frequencies = stretched_frequencies(model, 1.0 / model.rotary_base**exponents)
+        self._is_interleaved = model.rotary_interleaved
+
+    def __call__(self, positions_T: Tensor) -> Tensor:
+        """fp32 [T, 1, 1, C] for C turned channels of a head: as the engine's attention takes them."""
+        angles = torch.outer(positions_T.to(self._frequencies), self._frequencies)
+        if self._is_interleaved:
+            return angles.repeat_interleave(2, 1)[:, None, None]
+        return torch.cat([angles, angles], 1)[:, None, None]
 
 
 def stretched_frequencies(model: ModelConfig, frequencies: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from torch import Tensor
 from megatron_grit.config.schema import AdapterConfig, RunConfig
 from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.models.adapters import adapted_linears
+from megatron_grit.models.adapters.quantization import quantize_linear_
 from megatron_grit.models.decoder import GritDecoder
-from megatron_grit.models.quantization import quantize_linear_
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.training.checkpoint import NEW_MODULES, Stage, base_state, read_config, stage_chunks
 

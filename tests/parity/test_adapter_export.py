@@ -129,7 +129,7 @@ def test_a_merged_run_is_the_run(trained: tuple[str, RunConfig], directory: Path
 def test_peft_loads_the_adapter_of_a_run(trained: tuple[str, RunConfig], directory: Path) -> None:
     """Onto the exported base; of a run in 4 bits, onto the base in the same 4 bits by bitsandbytes' arithmetic."""
     from megatron_grit.convert.peft.merge import export_adapter
-    from megatron_grit.models.quantization import round_trip
+    from megatron_grit.models.adapters.quantization import round_trip
 
     name, config = trained
     export_adapter(config.output_dir, directory / f"{name}_adapter")

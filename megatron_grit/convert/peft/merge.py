@@ -24,7 +24,7 @@ from megatron_grit.convert.hf_out.checkpoint_reader import CheckpointReader
 from megatron_grit.convert.peft.format import write_peft
 from megatron_grit.convert.peft.sites import Site, WholeAdapter, adapter_sites
 from megatron_grit.errors import CheckpointError
-from megatron_grit.models.quantization import round_trip
+from megatron_grit.models.adapters.quantization import round_trip
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.store.logs import get_logger

@@ -14,7 +14,6 @@ from torch import Tensor
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
 from megatron_grit.models.adapters.names import global_name
-from megatron_grit.models.adapters.trained_bias import train_biases
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "biases": ("*.bias",),
@@ -63,7 +62,6 @@ def select_trainable(chunks: Sequence[Any], config: RunConfig) -> None:
         raise ConfigError("training.trainable and training.frozen leave no parameter to train")
     _check_experts_alike(dict(named))
     for chunk in chunks:
-        train_biases(chunk)
         chunk.layers_differ = any(entry not in PRESETS for entry in [*training.trainable, *training.frozen])
 
 

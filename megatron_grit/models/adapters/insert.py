@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_grit.config.checks.adapter import adapter_targets
 from megatron_grit.config.schema import AdapterConfig, RunConfig
-from megatron_grit.models.adapters.lora import AdaptedLinear, LoraAdapter, LoraPart, PartLayout, attach
+from megatron_grit.models.adapters.layout import PartLayout, part_layout
+from megatron_grit.models.adapters.lora import AdaptedLinear, LoraAdapter, LoraPart, attach
 from megatron_grit.models.adapters.names import global_name
 from megatron_grit.models.adapters.split import Split
 
@@ -42,28 +43,6 @@ def insert_adapters(model: Any, config: RunConfig) -> None:
             }
             allreduce = getattr(linear.weight, "allreduce", True)
             attach(linear, LoraAdapter(layout, parts, config.adapter.dropout, split, allreduce))
-
-
-def part_layout(kind: str, linear: Any, engine_config: Any) -> PartLayout:
-    """How Hugging Face's projections lie in a layer's output on this rank.
-
-    Args:
-        kind: the layer's name: linear_qkv, linear_proj, linear_fc1 or linear_fc2.
-        linear: the layer.
-        engine_config: its TransformerConfig.
-    """
-    if kind == "linear_proj":
-        return PartLayout(("o_proj",), (linear.output_size,))
-    if kind == "linear_fc2":
-        return PartLayout(("down_proj",), (linear.output_size,))
-    rows = linear.output_size_per_partition
-    if kind == "linear_fc1":
-        if engine_config.gated_linear_unit:
-            return PartLayout(("gate_proj", "up_proj"), (rows // 2, rows // 2))
-        return PartLayout(("up_proj",), (rows,))
-    groups, channels = engine_config.num_query_groups, engine_config.kv_channels
-    queries = engine_config.num_attention_heads // groups * channels
-    return PartLayout(("q_proj", "k_proj", "v_proj"), (queries, channels, channels), rows // (queries + 2 * channels))
 
 
 def _fresh_part(

@@ -1,9 +1,8 @@
 """LoRA (arXiv 2106.09685) and DoRA (arXiv 2402.09353) beside the engine's tensor parallel linear layers.
 
-An engine's linear layer may hold several of Hugging Face's projections: linear_qkv holds q_proj, k_proj and v_proj,
-interleaved by query group, and a gated linear_fc1 holds gate_proj and up_proj. An adapter has a part for each of them,
-whose rows are in Hugging Face's order, so that a part means the same as PEFT's adapter of that projection.
-:mod:`split` says how a part is laid out over ranks.
+An adapter has a part for each of Hugging Face's projections in the layer (:mod:`layout`), with rows in Hugging Face's
+order, so that a part means the same as PEFT's adapter of that projection. :mod:`split` says how a part is split over
+ranks.
 
 Shape suffix legend: T = tokens that the layer's input holds, I = input width on this rank, O = output width of a part
 on this rank, R = rank of the adapter.
@@ -11,8 +10,6 @@ on this rank, R = rank of the adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,34 +18,10 @@ from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megatron_grit.models.adapters.layout import PartLayout
+from megatron_grit.models.adapters.quantization import QuantizedWeight
 from megatron_grit.models.adapters.split import Split
-from megatron_grit.models.adapters.trained_bias import TrainedBiasLinear
-from megatron_grit.models.quantization import QuantizedWeight
-
-
-@dataclass(frozen=True)
-class PartLayout:
-    """How the projections of a linear layer lie in its output on this rank: each of ``num_groups`` groups holds
-    ``widths`` rows of them in turn."""
-
-    names: tuple[str, ...]
-    """Hugging Face's projections: q_proj ..."""
-    widths: tuple[int, ...]
-    """Rows of each in one group."""
-    num_groups: int = 1
-    """Query groups of linear_qkv; 1 elsewhere."""
-
-    def split(self, rows: Tensor, dim: int) -> tuple[Tensor, ...]:
-        """The projections' rows of a tensor, each in Hugging Face's order. ``dim``: of the rows, 0 or above."""
-        grouped = rows.unflatten(dim, (self.num_groups, sum(self.widths)))
-        return tuple(part.flatten(dim, dim + 1) for part in grouped.split(self.widths, dim + 1))
-
-    def join(self, parts: Sequence[Tensor], dim: int) -> Tensor:
-        """Inverse of :meth:`split`."""
-        if len(parts) == 1:
-            return parts[0]
-        grouped = [part.unflatten(dim, (self.num_groups, -1)) for part in parts]
-        return torch.cat(grouped, dim + 1).flatten(dim, dim + 1)
+from megatron_grit.models.biases import TrainedBiasLinear
 
 
 class LoraPart(torch.nn.Module):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_grit.models import quantization
-from megatron_grit.models.quantization import (
+from megatron_grit.models.adapters import quantization
+from megatron_grit.models.adapters.quantization import (
     NF4_VALUES,
     QuantizedProjection,
     Statistics,

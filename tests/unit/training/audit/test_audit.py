@@ -17,10 +17,10 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.kinds import embedding, generative
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.errors import AuditError
-from megatron_grit.models import decoder as gpt
-from megatron_grit.models import pooling
+from megatron_grit.models import decoder, pooling
 from megatron_grit.models.attention import AttentionMode, PackedAttention, PackedSegments
-from megatron_grit.models.decoder import GritDecoder
+from megatron_grit.models.rope import RotaryAngles
+from megatron_grit.models.vocabulary import OutputLayer
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.parallel.random import RandomState
@@ -35,7 +35,7 @@ WINDOW = {"sliding_window": 64}  # beyond every segment of an audit
 
 
 def run_audit(config: RunConfig, context: ParallelContext, damage: Callable[[list[Any]], None] | None = None) -> int:
-    wrapped = wrap_chunks(gpt.build_chunks(config, VOCAB, context))
+    wrapped = wrap_chunks(decoder.build_chunks(config, VOCAB, context))
     if damage is not None:
         damage(wrapped)
     audit_weights([chunk.module for chunk in wrapped], context)
@@ -135,7 +135,7 @@ def pool_changed(change: Callable[[Any, Any, int], tuple[Any, Any]]) -> Any:
     def pool(states: Any, mask: Any, segment_ids: Any, num_segments: int, *rest: Any) -> Any:
         return original(states, *change(mask, segment_ids, num_segments), num_segments, *rest)
 
-    return mock.patch.object(gpt, "pool", pool)
+    return mock.patch.object(decoder, "pool", pool)
 
 
 def mix_tokens(states: Any) -> Any:
@@ -147,16 +147,18 @@ def scale_later_tokens(context_T1D: torch.Tensor) -> torch.Tensor:
     return context_T1D * (1 + (torch.arange(len(context_T1D)) > 30))[:, None, None]
 
 
-def rotate_by_row(self: GritDecoder, row: PackedRow) -> Any:
-    length = row.tokens_1T.shape[1]
-    return self.rotary_pos_emb(length, packed_seq=True)[torch.arange(length)]
+def rotated_by_row(original: Any = RotaryAngles.__call__) -> Any:
+    def angles(self: Any, positions_T: torch.Tensor) -> Any:
+        return original(self, torch.arange(len(positions_T)))
+
+    return angles
 
 
-def shifted_labels(original: Any = GritDecoder._token_losses) -> Any:
-    def token_losses(self: Any, hidden: Any, row: PackedRow) -> Any:
+def shifted_labels(original: Any = OutputLayer.token_losses) -> Any:
+    def token_losses(self: Any, states: Any, weight: Any, row: PackedRow) -> Any:
         row = copy.copy(row)
         row.labels_1T = row.labels_1T.roll(-1, 1)  # type: ignore[union-attr]
-        return original(self, hidden, row)
+        return original(self, states, weight, row)
 
     return token_losses
 
@@ -242,12 +244,12 @@ LEAKS: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
     ),
     "positions do not restart": (
         {},
-        lambda: mock.patch.object(GritDecoder, "_rotary_of", rotate_by_row),
+        lambda: mock.patch.object(RotaryAngles, "__call__", rotated_by_row()),
         "the rotary angle of token 1 of segment 1 .*positions do not restart",
     ),
     "positions stand still": (
         {},
-        lambda: output_changed(GritDecoder, "_rotary_of", lambda angles: angles[:1].expand_as(angles)),
+        lambda: output_changed(RotaryAngles, "__call__", lambda angles: angles[:1].expand_as(angles)),
         "two tokens of a segment have the same rotary angle",
     ),
     "learned positions do not restart": (
@@ -287,12 +289,12 @@ LEAKS: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
     ),
     "not normalised": (
         {},
-        lambda: mock.patch.object(gpt, "normalize", lambda embeddings: embeddings * 2),
+        lambda: mock.patch.object(decoder, "normalize", lambda embeddings: embeddings * 2),
         "embedding.normalize is set, and an embedding has the norm",
     ),
     "labels shifted": (
         {},
-        lambda: mock.patch.object(GritDecoder, "_token_losses", shifted_labels()),
+        lambda: mock.patch.object(OutputLayer, "token_losses", shifted_labels()),
         "generative output: the loss of token .*, its label being the next token, it should be|the loss of token .* is",
     ),
     "labels cross segments": (
@@ -302,7 +304,7 @@ LEAKS: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
     ),
     "losses of other tokens": (
         {},
-        lambda: output_changed(GritDecoder, "_token_losses", lambda losses: losses + 0.1 * losses.mean()),
+        lambda: output_changed(OutputLayer, "token_losses", lambda losses: losses + 0.1 * losses.mean()),
         "has a loss|has a part in the losses of others",
     ),
 }

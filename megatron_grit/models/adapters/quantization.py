@@ -18,15 +18,14 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_grit.models.adapters import PartLayout
+from megatron_grit.models.adapters.layout import PartLayout
 
 NF4_VALUES = (
     -1.0,
