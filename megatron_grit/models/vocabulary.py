@@ -58,7 +58,7 @@ class OutputLayer(TrainedBiasLinear):
         group: the tensor parallel ranks.
     """
 
-    def __init__(  # many: the engine's configuration and ours, both sizes, and where the weight is
+    def __init__(
         self,
         model: ModelConfig,
         engine_config: TransformerConfig,

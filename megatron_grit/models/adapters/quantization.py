@@ -287,7 +287,7 @@ class _QuantizedProduct(torch.autograd.Function):
         return gradient, None, None
 
 
-def _forward_quantized(
+def _forward_quantized(  # many: the engine passes them
     input: Tensor,
     weight: QuantizedWeight,
     bias: Tensor | None,
