@@ -27,7 +27,7 @@ from typing import Any
 
 from tests.distributed.grid_cases import Case, config_of, draw_case
 from tests.distributed.grid_run import References, Verdict, judge, layout_of, run_jobs
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 
 CASES_AT_ONCE = 12
 """One start of the processes runs so many."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from tests.harness import cost, engine, shards
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,20 +24,40 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, max_exa
 settings.load_profile("repeatable")
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Which tests go to the same worker: those of a file, and all that start several processes, one after another.
+pytest_plugins = ["tests.harness.slots"]
 
-    Two jobs of eight gloo processes at a time spend most of it switching between threads.
-    """
-    from xdist.scheduler import LoadScopeScheduling
+# Files with jobs of several processes take longest: begun last, they would keep one worker busy while others are idle.
+DEAR_FOLDERS = ("tests/distributed/", "tests/e2e/")
 
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "processes" if file.startswith(("tests/distributed/", "tests/e2e/")) else file
 
-    return ByFile(config, log)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu", action="store_true", help="print CPU seconds of folders and of the dearest files")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--cpu"):
+        config.pluginmanager.register(cost.Cost(config), "cost")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out what is in another shard."""
+    if not os.environ.get("SHARD") or not collection_path.name.startswith("test_"):
+        return None
+    number, count = shards.parse(os.environ["SHARD"])
+    return None if shards.is_in(collection_path.relative_to(ROOT).as_posix(), number, count) else True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    engine.mark(items)
+    items.sort(key=lambda item: not item.nodeid.startswith(DEAR_FOLDERS))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    """What is not marked touches no engine."""
+    with nullcontext() if item.get_closest_marker("engine") else engine.refused():
+        return (yield)
 
 
 @pytest.fixture(scope="session")

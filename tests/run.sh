@@ -6,7 +6,9 @@
 #   --engine newest   Python 3.12 with the newest megatron-core, in an environment under ~/.cache; tests only
 #   --fast            leave out the tests marked slow
 #
-# TEST_WORKERS (2) processes run the tests; 0 runs them in this one, as a debugger wants.
+# TEST_WORKERS (2) processes run the tests; 0 runs them in this one, as a debugger wants. SHARD=i/n runs the i-th of n
+# parts of the test files, for several machines. -m engine runs those that touch megatron-core; --cpu prints what each
+# folder costs.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/common.sh"
 cd "$ROOT"

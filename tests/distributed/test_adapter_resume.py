@@ -10,8 +10,8 @@ import pytest
 
 from megatron_grit.config.schema import ParallelConfig, RunConfig
 from tests.corpus import tiny_run
-from tests.distributed.harness import run_on_ranks
 from tests.distributed.test_resume import go_on, train_and_describe
+from tests.harness.ranks import run_on_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

@@ -14,7 +14,7 @@ import torch
 
 from megatron_grit.config.schema import RunConfig
 from tests.distributed.grid_run import _parts
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 from tests.rows import VOCAB, make_batch, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

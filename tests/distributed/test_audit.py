@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import RunConfig
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 from tests.rows import VOCAB, tiny_config
 
 SP = {"tensor": 2, "sequence_parallel": True}

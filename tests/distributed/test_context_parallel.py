@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 from tests.rows import VOCAB, make_batch, tiny_config
 
 CASES: dict[str, dict[str, Any]] = {

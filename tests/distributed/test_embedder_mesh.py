@@ -15,7 +15,7 @@ from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError
 from megatron_grit.training.trainer import train
 from tests.corpus import sentences, tiny_run
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 from tests.unit.retrieval.databases import make_texts, write_documents
 
 TEXTS = [f"{answer} {question}" if i % 3 else answer for i, (question, answer) in enumerate(sentences(30))]

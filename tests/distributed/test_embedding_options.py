@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 from tests.rows import VOCAB, make_batch, tiny_config
 
 CASES: dict[str, dict[str, Any]] = {

@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 
 from megatron_grit.config.schema import RunConfig
-from tests.distributed.harness import run_on_ranks
 from tests.distributed.test_gradients import one_graph
+from tests.harness.ranks import run_on_ranks
 from tests.rows import VOCAB, make_batch, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_grit.data.rows.batch import StepBatch
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 from tests.rows import VOCAB, make_batch, tiny_config
 
 LAYOUTS: dict[str, dict[str, Any]] = {"dp2": {}, "pp2": {"pipeline": 2}, "cp2": {"context": 2}}

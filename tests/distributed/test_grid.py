@@ -26,7 +26,7 @@ from megatron_grit import compat
 from tests.distributed.grid_cases import NAMED, Case, draw_case
 from tests.distributed.grid_damage import DAMAGED, DAMAGED_IN_0_16
 from tests.distributed.grid_run import Job, References, Verdict, judge, run_jobs
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 
 FAST = 2  # processes
 SEED = 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 from tests.rows import VOCAB, make_batch, tiny_config
 
 OBJECTIVES = ("unified", "embedding", "generative")

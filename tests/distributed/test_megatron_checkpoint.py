@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_grit.config.schema import RunConfig
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 from tests.rows import VOCAB, make_row, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import ParallelConfig
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 from tests.unit.convert.hf_in.test_hf_folder import stack_experts
 from tests.unit.convert.test_param_map import random_hf
 

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 from tests.rows import VOCAB, make_batch, tiny_config
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ import pytest
 from megatron_grit.config.parse import load_config, save_config
 from megatron_grit.config.schema import ParallelConfig, RunConfig
 from tests.corpus import tiny_run
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

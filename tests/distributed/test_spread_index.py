@@ -22,7 +22,7 @@ from megatron_grit.retrieval.stages.query import query_neighbors  # noqa: E402
 from megatron_grit.retrieval.stages.validate import validate_stage  # noqa: E402
 from megatron_grit.retrieval.stages.versions import add_documents, open_index, remove_documents  # noqa: E402
 from megatron_grit.retrieval.stages.work import Worker, worker  # noqa: E402
-from tests.distributed.harness import run_on_ranks  # noqa: E402
+from tests.harness.ranks import run_on_ranks  # noqa: E402
 from tests.unit.retrieval.databases import (  # noqa: E402
     WordEmbedder,
     another,

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_grit.data.text.templates import embedding_prefix
 from megatron_grit.inference.model import GritModel
 from tests.corpus import sentences, tiny_run
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 from tests.parity.test_hf_import import LENGTHS, MODELS, TOLERANCE, make_model, make_row, segments, write_tokenizer
 from tests.unit.convert.hf_out.test_export import make_checkpoint
 

@@ -14,7 +14,7 @@ import torch
 
 from megatron_grit.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from megatron_grit.data.indexed.roles import RowKind
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 from tests.parity.test_hf_import import TOLERANCE, make_model, make_row, segments, write_tokenizer
 
 pytest.importorskip("transformers", reason="the reference is transformers")

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_grit.config.schema import ParallelConfig, RunConfig
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.errors import CheckpointError
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 from tests.parity.test_hf_import import LENGTHS, make_model, make_row
 
 transformers = pytest.importorskip("transformers", reason="the reference is transformers")

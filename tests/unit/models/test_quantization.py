@@ -24,7 +24,7 @@ from megatron_grit.models.adapters.quantization import (
     quantize_nf4,
     round_trip,
 )
-from tests.distributed.harness import run_on_ranks
+from tests.harness.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
 SHAPES = [(64, 64), (5, 100), (1, 1), (3, 7), (128, 192), (33, 65), (512, 512), (1, 63), (300, 257), (700, 640)]

@@ -15,6 +15,8 @@ from typing import Any
 import torch.multiprocessing as torch_multiprocessing
 from torch.distributed import TCPStore
 
+from tests.harness.slots import slots
+
 MAX_SECONDS = 600
 GRACE_SECONDS = 5
 
@@ -32,6 +34,11 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, directory: Path,
     Returns:
         What each rank returned. Fails with the first rank's traceback where one raises.
     """
+    with slots(world_size):
+        return _run(function, world_size, directory, args)
+
+
+def _run(function: Callable[..., Any], world_size: int, directory: Path, args: Any) -> list[Any]:
     # This process holds the store, so that its port is taken when ranks are told of it.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     # Ranks are forked from a process that has imported the engine and done nothing else: imports are paid for once.

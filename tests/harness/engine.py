@@ -1,0 +1,124 @@
+"""Which tests touch the engine: they are run with each megatron-core that is supported, the others with one.
+
+A test file touches it that imports a module whose import brings megatron-core, or one of the layers below, or that
+starts processes; helpers of the tests that it imports are looked at too. What a function of the package imports when it
+is called is not seen in its text: while an unmarked test runs, such an import fails, and says that the file is to be
+marked ``pytestmark = pytest.mark.engine``.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE = "megatron"
+LAYERS = ("parallel", "models", "losses", "training", "inference", "serving", "cli")
+"""Whose modules count, whatever they import."""
+FOLDERS = ("distributed", "e2e", "gpu", "parity")
+"""Whose tests count, whatever they import."""
+OURS = ("megatron_grit", "tests", "benchmarks", "tools")
+_IMPORT = re.compile(
+    r"^([ \t]*)(?:from[ \t]+([\w.]+)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)|import[ \t]+([\w.]+))", re.MULTILINE
+)
+_PROCESSES = re.compile(r"\b(?:subprocess|sys\.executable|run_on_ranks|multiprocessing)\b")
+
+
+def modules_of(text: str, *, everywhere: bool) -> set[str]:
+    """Names that imports of a source mention; those inside functions only if ``everywhere``."""
+    found = set()
+    for indent, source, names, module in _IMPORT.findall(text):
+        if indent and not everywhere:
+            continue
+        found.add(source or module)
+        found |= {f"{source}.{name}" for name in re.findall(r"\w+", names.partition("#")[0])}
+    return found
+
+
+def path_of(module: str) -> Path | None:
+    """The file of one of our modules."""
+    stem = ROOT.joinpath(*module.split("."))
+    candidates = (stem.with_suffix(".py"), stem / "__init__.py")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _with_packages(names: set[str]) -> set[str]:
+    return {".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts) + 1)}
+
+
+@cache
+def _needs(path: Path, everywhere: bool) -> frozenset[str]:
+    names = modules_of(path.read_text(encoding="utf-8"), everywhere=everywhere)
+    return frozenset(_with_packages({name for name in names if name.partition(".")[0] in (ENGINE, *OURS)}))
+
+
+@cache
+def is_engine_module(module: str) -> bool:
+    """Whether importing it brings the engine, or it is of a layer that counts."""
+    seen, todo = set(), [module]
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        parts = name.split(".")
+        if parts[0] == ENGINE or (parts[0] == "megatron_grit" and parts[1:2] and parts[1] in LAYERS):
+            return True
+        path = path_of(name)
+        if path is not None and parts[0] in OURS:
+            todo += _needs(path, parts[0] != "megatron_grit")
+    return False
+
+
+@cache
+def touches(path: Path) -> bool:
+    """Whether the tests of a file touch the engine."""
+    if path.relative_to(ROOT).parts[1] in FOLDERS:
+        return True
+    conftests = [folder / "conftest.py" for folder in path.parents if folder.is_relative_to(ROOT / "tests" / "unit")]
+    for file in (path, *filter(Path.is_file, conftests)):
+        if any(map(is_engine_module, _needs(file, True))):
+            return True
+    return bool(_PROCESSES.search(path.read_text(encoding="utf-8")))
+
+
+def mark(items: list[pytest.Item]) -> None:
+    """Mark what touches the engine."""
+    for item in items:
+        if touches(item.path):
+            item.add_marker("engine")
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """No import of the engine's modules, not even of loaded ones."""
+    find, import_module = builtins.__import__, importlib.import_module
+
+    def look_at(name: str) -> None:
+        if name.partition(".")[0] in (ENGINE, "megatron_grit") and is_engine_module(name):
+            pytest.fail(f"the test imports {name} and is not marked: add pytestmark = pytest.mark.engine to its file")
+
+    def guarded(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        if name.startswith(ENGINE) and not level:
+            for each in (name, *(f"{name}.{part}" for part in fromlist or ())):
+                look_at(each)
+        return find(name, globals, locals, fromlist, level)
+
+    def guarded_module(name: str, package: str | None = None) -> Any:
+        look_at(name)
+        return import_module(name, package)
+
+    with (
+        mock.patch.object(builtins, "__import__", guarded),
+        mock.patch.object(importlib, "import_module", guarded_module),
+    ):
+        yield
