@@ -48,6 +48,10 @@ class DataError(GritError):
         super().__init__(f"{where}: {message}" if where else message)
 
 
+class OutputError(DataError):
+    """Output that cannot be written: there is no room or no permission, or another process is writing it."""
+
+
 class CheckpointError(GritError):
     """A checkpoint that is missing, incomplete, or of another model."""
 

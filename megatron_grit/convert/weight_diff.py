@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from megatron_grit.convert.raw_safetensors import WIDTHS, RawTensor, Sink, read_header, write_header
 from megatron_grit.errors import CheckpointError
+from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.files import replacing, write_json
 
 MANIFEST, JOURNAL, FORMAT = "manifest.json", "journal.json", "weight_diff_1"
@@ -70,7 +71,10 @@ def make_diff(base: str | Path, tuned: str | Path, diff: str | Path) -> Path:
         "base": {"name": base.name, "tokenizer_sha256": tokenizer_hash(base), "tensors": base_entries},
         "tuned": {"tokenizer_sha256": tokenizer_hash(tuned), "files": tuned_hashes},
     }
-    with _Folder(diff, _hash_json(manifest)) as folder, _Progress(_total_bytes(files.values()), "writing") as progress:
+    with (
+        _Folder(diff, digest_of_settings(manifest)) as folder,
+        _Progress(_total_bytes(files.values()), "writing") as progress,
+    ):
         for name, path in files.items():
             if name in plans:
                 folder.write(name, _difference_writer(path, base_tensors, progress), progress)
@@ -107,7 +111,7 @@ def recover(base: str | Path, diff: str | Path, tuned: str | Path) -> Path:
     base_tensors = _checked_inputs(base, diff, manifest)
     names = list(manifest["tuned"]["files"])
     with (
-        _Folder(tuned, _hash_json(manifest)) as folder,
+        _Folder(tuned, digest_of_settings(manifest)) as folder,
         _Progress(_total_bytes(diff / name for name in names), "recovering") as progress,
     ):
         for name in names:
@@ -374,10 +378,6 @@ def _list_files(path: Path) -> dict[str, Path]:
 
 def _total_bytes(paths: Iterable[Path]) -> int:
     return sum(os.path.getsize(path) for path in paths)
-
-
-def _hash_json(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _refuse_target(target: Path, sources: tuple[Path, ...]) -> None:

@@ -10,9 +10,7 @@ Which process computes a block never changes what is in it, so the folder is the
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_grit.errors import DataError
+from megatron_grit.errors import DataError, OutputError
+from megatron_grit.store.digest import digest_of_arrays, digest_of_settings
 from megatron_grit.store.files import replacing_path
 
 Arrays = dict[str, np.ndarray]
@@ -85,7 +84,7 @@ class BlockFolder:
         """Write a block, whole or not at all.
 
         Raises:
-            DataError: the disk is full, or the folder cannot be written.
+            OutputError: the disk is full, or the folder cannot be written.
         """
         write_arrays(block.path, arrays, self.signature)
 
@@ -146,28 +145,13 @@ def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
     return first.dtype == second.dtype and first.shape == second.shape and (first.tobytes() == second.tobytes())
 
 
-def digest_of_settings(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of settings that JSON can hold."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def digest_of_arrays(arrays: Arrays) -> str:
-    """SHA-256 of names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(array.data.cast("B") if array.size else b"")
-    return digest.hexdigest()
-
-
 def write_arrays(path: Path, arrays: Arrays, signature: str) -> None:
     """Write named arrays as HDF5 with their checksum, whole or not at all.
 
     The same arrays give the same bytes: no times are stored, and names are written in their order.
 
     Raises:
-        DataError: the disk is full, or the folder cannot be written.
+        OutputError: the disk is full, or the folder cannot be written.
     """
     import h5py
 
@@ -185,9 +169,9 @@ def write_arrays(path: Path, arrays: Arrays, signature: str) -> None:
         raise cannot_write(path, error) from None
 
 
-def cannot_write(path: Path, reason: object) -> DataError:
+def cannot_write(path: Path, reason: object) -> OutputError:
     """What to say of a full disk, or of a folder that cannot be written."""
-    return DataError(f"cannot be written ({reason}); when there is room, the same command goes on", path=path)
+    return OutputError(f"cannot be written ({reason}); when there is room, the same command resumes", path=path)
 
 
 def read_arrays(path: Path) -> Arrays:

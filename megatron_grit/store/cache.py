@@ -18,15 +18,16 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_grit.errors import DataError
+from megatron_grit.store.digest import HashingFile, canonical_json, digest_of_settings
 from megatron_grit.store.files import replacing
+from megatron_grit.store.lock import locked
 from megatron_grit.store.logs import get_logger
 
 log = get_logger(__name__)
@@ -35,7 +36,6 @@ FORMAT_VERSION = 1
 _MAGIC = b"GRITCACH"
 _HEADER = struct.Struct("<8s32sQ")  # magic, SHA-256 of what follows it, bytes of the description
 _ALIGNMENT = 64
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 Arrays = dict[str, np.ndarray]
@@ -61,7 +61,7 @@ def cached(
         return found
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path):
+        with locked(path.with_name(f".{path.name}.lock"), path, wait=True):
             found = load(path, key)  # by the process that had the lock before
             if found is None:
                 store(path, key, build())
@@ -78,7 +78,7 @@ def cached(
 
 def cache_path(folder: str | os.PathLike[str], name: str, key: Mapping[str, Any]) -> Path:
     """The file of a key."""
-    digest = hashlib.sha256(_canonical(key)).hexdigest()
+    digest = digest_of_settings(_versioned(key))
     return Path(folder) / f"{name}-{digest[:24]}.cache"
 
 
@@ -107,17 +107,17 @@ def store(path: Path, key: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) 
         described.append({"name": name, "dtype": array.dtype.str, "shape": list(array.shape), "offset": offset})
         parts.append((padding, array))
         offset += array.nbytes
-    description = json.dumps({"key": json.loads(_canonical(key)), "arrays": described}).encode()
+    description = json.dumps({"key": json.loads(canonical_json(_versioned(key))), "arrays": described}).encode()
     description += b" " * (-(_HEADER.size + len(description)) % _ALIGNMENT)
-    digest = hashlib.sha256(struct.pack("<Q", len(description)) + description)
     with replacing(path, "wb") as file:
-        file.write(b"\0" * _HEADER.size + description)
+        file.write(b"\0" * _HEADER.size)
+        hashing = HashingFile(file, prefix=struct.pack("<Q", len(description)))
+        hashing.write(description)
         for padding, array in parts:
-            for piece in (b"\0" * padding, array.reshape(-1).view(np.uint8).data if array.size else b""):
-                file.write(piece)
-                digest.update(piece)
+            hashing.write(b"\0" * padding)
+            hashing.write(array.reshape(-1).view(np.uint8).data if array.size else b"")
         file.seek(0)
-        file.write(_HEADER.pack(_MAGIC, digest.digest(), len(description)))
+        file.write(_HEADER.pack(_MAGIC, hashing.digest(), len(description)))
 
 
 class _BadCacheError(Exception):
@@ -138,7 +138,7 @@ def _read(path: Path, key: Mapping[str, Any]) -> Arrays:
         size = file.tell()
         file.seek(_HEADER.size)
         description = json.loads(file.read(length))
-        if description["key"] != json.loads(_canonical(key)):
+        if description["key"] != json.loads(canonical_json(_versioned(key))):
             raise _BadCacheError("is of other sources or options")
         if size == _HEADER.size + length:
             return {entry["name"]: _empty(entry) for entry in description["arrays"]}
@@ -155,19 +155,5 @@ def _empty(entry: dict[str, Any]) -> np.ndarray:
     return np.empty(entry["shape"], dtype=entry["dtype"])
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold the lock of a cache file, if the file system has locks."""
-    import fcntl
-
-    with path.with_name(f".{path.name}.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        yield
-
-
-def _canonical(key: Mapping[str, Any]) -> bytes:
-    return json.dumps({"version": FORMAT_VERSION, **key}, sort_keys=True).encode()
+def _versioned(key: Mapping[str, Any]) -> dict[str, Any]:
+    return {"version": FORMAT_VERSION, **key}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -72,18 +71,6 @@ def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]
                 yield file
 
 
-def sha256_of_file(path: str | os.PathLike[str], num_bytes: int | None = None) -> str:
-    """SHA-256 of a file's content, or of its first bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        if num_bytes is None:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while num_bytes and (block := file.read(min(num_bytes, 1 << 24))):
-            digest.update(block)
-            num_bytes -= len(block)
-        return digest.hexdigest()
-
-
 def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Write a value as indented JSON, atomically.
 
@@ -92,3 +79,12 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     """
     with replacing(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -29,6 +29,7 @@ from megatron_grit.errors import CheckpointError, GritError
 from megatron_grit.parallel.collectives import all_ranks_arrive, any_rank, gather_json
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState
+from megatron_grit.store.files import sync_folder
 from megatron_grit.store.logs import get_logger
 from megatron_grit.training.checkpoint import (
     FORMAT_VERSION,
@@ -40,7 +41,7 @@ from megatron_grit.training.checkpoint import (
     random_file,
     saved_state,
 )
-from megatron_grit.training.manifest import sync_folder, write_manifest, write_part
+from megatron_grit.training.manifest import write_manifest, write_part
 from megatron_grit.training.restore_checks import optimizer_parts, optimizer_step
 from megatron_grit.training.sharded_write import ShardedWrite, write_error
 

@@ -6,16 +6,17 @@ parts together.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from megatron_grit.errors import CheckpointError
 from megatron_grit.parallel.collectives import any_rank
 from megatron_grit.parallel.context import ParallelContext
-from megatron_grit.store.files import write_json
+from megatron_grit.store.digest import describe_file
+from megatron_grit.store.files import sync_folder, write_json
 
 NAME = "manifest.json"
 
@@ -28,7 +29,7 @@ def write_part(folder: Path, paths: Iterable[Path], rank: int) -> None:
 
 def write_manifest(folder: Path, world_size: int) -> None:
     """Make the manifest of all ranks' parts and of whatever other files there are. One rank, when all have written."""
-    entries: dict[str, dict[str, int | str]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for rank in range(world_size):
         part = _part(folder, rank)
         entries |= json.loads(part.read_text())
@@ -85,17 +86,7 @@ def _first_problem(folder: Path, within: str, context: ParallelContext) -> Check
     return None
 
 
-def _describe(path: Path) -> dict[str, int | str]:
+def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
-        return {"bytes": file.tell(), "sha256": digest}
-
-
-def sync_folder(directory: Path) -> None:
-    """Flush a directory's list of names to disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return describe_file(path)

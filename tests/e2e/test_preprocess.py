@@ -79,7 +79,7 @@ def test_a_build_that_is_stopped_goes_on_where_it_was(corpus, tmp_path, how):
     first = work / "piece-00000-of-00004" / "journal.json"
     wait_for(lambda: first.exists() and json.loads(first.read_bytes())["stage"] == "finished", process)
     second = run(arguments, status=2)
-    assert "another build of this output is running; wait for it or end it" in second.stderr
+    assert "another process is writing it; wait for it or end it" in second.stderr
     wait_for(lambda: (work / "piece-00001-of-00004").exists(), process)
     wait_for(lambda: len(workers_of(process.pid)) == 2, process)
     workers = workers_of(process.pid)

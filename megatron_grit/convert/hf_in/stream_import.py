@@ -12,7 +12,6 @@ those whose content is still that of the note, and gives the same files as one t
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,10 +37,11 @@ from megatron_grit.errors import CheckpointError
 from megatron_grit.models.decoder import GritDecoder, build_model
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
-from megatron_grit.store.files import sha256_of_file, write_json
+from megatron_grit.store.digest import digest_of_settings, sha256_of_file
+from megatron_grit.store.files import sync_folder, write_json
 from megatron_grit.training.checkpoint import checkpoint_path, model_state
 from megatron_grit.training.checkpoint_save import describe_checkpoint
-from megatron_grit.training.manifest import sync_folder, write_manifest, write_part
+from megatron_grit.training.manifest import write_manifest, write_part
 
 MAX_FILE_BYTES = 2 << 30
 """Files of the checkpoint are about as large as the source's, or this large where those are larger."""
@@ -318,4 +318,4 @@ def _fingerprint(config: RunConfig, weights: WeightFolder, tokenizer: Tokenizer)
         compat.installed_versions(),
         MAX_FILE_BYTES,
     ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return digest_of_settings(parts)

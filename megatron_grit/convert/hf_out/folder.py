@@ -7,7 +7,6 @@ the journal names and that are still what was written are kept, all others are w
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -18,37 +17,17 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from megatron_grit.errors import CheckpointError
-from megatron_grit.store.files import sha256_of_file, write_json
+from megatron_grit.store.digest import HashingFile, is_as_described
+from megatron_grit.store.files import sync_folder, write_json
 from megatron_grit.store.logs import get_logger
-from megatron_grit.training.manifest import sync_folder
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    pass
 
 log = get_logger(__name__)
 
 _JOURNAL, _LOCK = "export.journal.json", ".lock"
 _BLOCK = 1 << 20
-
-
-class HashingFile:
-    """A file that is written from front to back, with the SHA-256 of what was written."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self.num_bytes = 0
-
-    def write(self, content: Buffer, /) -> int:
-        """Append ``content``."""
-        written = self._file.write(content)
-        self._digest.update(content)
-        self.num_bytes += written
-        return written
-
-    def entry(self) -> dict[str, Any]:
-        """What the journal says of the file."""
-        return {"bytes": self.num_bytes, "sha256": self._digest.hexdigest()}
 
 
 class ExportFolder:
@@ -116,10 +95,7 @@ class ExportFolder:
 
     def is_whole(self, name: str) -> bool:
         """Whether an earlier attempt wrote this file and it still is what was written."""
-        path, entry = self.path / name, self._files.get(name)
-        if entry is None or not path.is_file() or path.stat().st_size != entry["bytes"]:
-            return False
-        return bool(sha256_of_file(path) == entry["sha256"])
+        return name in self._files and is_as_described(self.path / name, self._files[name])
 
     @contextmanager
     def writing(self, name: str) -> Iterator[HashingFile]:

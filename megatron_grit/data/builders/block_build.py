@@ -35,7 +35,6 @@ from megatron_grit.data.builders.build_folder import (
     PLACE_DTYPE,
     BuildFolder,
     StreamSpec,
-    folder_lock,
     remove_folder,
 )
 from megatron_grit.data.builders.work_pool import map_ordered
@@ -52,6 +51,7 @@ from megatron_grit.data.text.line_blocks import (
     partition_segments,
 )
 from megatron_grit.errors import ConfigError, DataError, GritError
+from megatron_grit.store.lock import locked
 
 JOURNAL_SECONDS = 5.0
 """A kill loses no more work than this."""
@@ -173,7 +173,7 @@ def build_blocks(
     if not job.work.exists():
         job.refuse_existing()  # and leave no folder behind
     with (
-        folder_lock(job.work / "lock", shared=partition is not None),
+        locked(job.work / "lock", job.work_prefix, shared=partition is not None),
         Progress(size, description, enabled=progress, log_interval=log_interval) as bar,
     ):
         return job.build_all(bar) if partition is None else job.build_one(partition, bar)
@@ -272,7 +272,8 @@ class _Job:
 
     def build_one(self, index: int, bar: Progress) -> BuildTotals:
         """Build a partition, unless that is done."""
-        with folder_lock(self.work / f"{self.piece_name(index)}.lock"):
+        name = self.piece_name(index)
+        with locked(self.work / f"{name}.lock", self.work / name):
             piece = self.build_piece(index, bar, alone=False)
         totals = BuildTotals(num_documents=dict(piece.num_documents))
         totals.add(piece.state)

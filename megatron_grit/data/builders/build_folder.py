@@ -6,13 +6,10 @@ is cut off and the build goes on from there.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +19,7 @@ import numpy as np
 from megatron_grit.data.indexed.reader import IndexedFile, IndexedMeta, file_paths, read_meta
 from megatron_grit.data.indexed.writer import IndexedFacts, IndexedStream, TokenBlock
 from megatron_grit.errors import DataError
+from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.files import write_json
 from megatron_grit.store.logs import get_logger
 
@@ -40,38 +38,6 @@ class StreamSpec:
 
     dtype: Any
     with_modes: bool
-
-
-@contextmanager
-def folder_lock(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold a lock file until the block ends; the system releases it if the process dies.
-
-    Raises:
-        DataError: another process holds it.
-    """
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:
-            continue  # another build ended just now and removed its folder
-        try:
-            _flock(descriptor, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-            # The build that held it may have removed the folder, and with it the file that others would lock.
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                yield
-                return
-        finally:
-            os.close(descriptor)
-
-
-def _flock(descriptor: int, path: Path, mode: int) -> None:
-    try:
-        fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DataError("another build of this output is running; wait for it or end it", path=path) from error
-    except OSError as error:  # a network file system without locks
-        LOG.warning("%s cannot be locked (%s): make sure that no other build writes this output", path, error.strerror)
 
 
 class BuildFolder:
@@ -115,7 +81,7 @@ class BuildFolder:
         path = self.folder / JOURNAL_NAME
         try:
             journal = json.loads(path.read_bytes())
-            intact = journal["version"] == _JOURNAL_VERSION and journal.pop("sha256") == _digest(journal)
+            intact = journal["version"] == _JOURNAL_VERSION and journal.pop("sha256") == digest_of_settings(journal)
         except FileNotFoundError:
             journal, intact = None, False
         except (ValueError, TypeError, KeyError):
@@ -184,8 +150,9 @@ class BuildFolder:
             self._journal["sizes"] = sizes
             self._journal["num_documents"] = {name: stream.num_documents() for name, stream in self._streams.items()}
         self._journal["stage"] = stage
+        # With a digest: damaged sizes would cut streams at wrong positions.
         journal = {"version": _JOURNAL_VERSION, "signature": self._signature, **self._journal, "state": self.state}
-        write_json(self.folder / JOURNAL_NAME, {**journal, "sha256": _digest(journal)})
+        write_json(self.folder / JOURNAL_NAME, {**journal, "sha256": digest_of_settings(journal)})
 
     def complete(self) -> None:
         """Nothing is appended any more. From here on a kill repeats nothing but the index."""
@@ -267,8 +234,3 @@ def remove_folder(folder: Path) -> None:
     """Remove a folder of a build, or what is left of it; first the journal, which promises the rest."""
     (folder / JOURNAL_NAME).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _digest(journal: Mapping[str, Any]) -> str:
-    """SHA-256 of what a journal says: sizes that were damaged would cut streams at wrong places."""
-    return hashlib.sha256(json.dumps(journal, sort_keys=True).encode()).hexdigest()

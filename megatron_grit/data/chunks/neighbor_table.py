@@ -11,7 +11,6 @@ own document; Megatron's tools those of the sample).
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from megatron_grit.data.chunks.chunking import document_tokens
 from megatron_grit.data.chunks.versions import Source, begins_with, document_keys, is_among, sorted_keys
 from megatron_grit.data.indexed.reader import IndexedFile
 from megatron_grit.errors import DataError
+from megatron_grit.store.digest import HashingFile, digest_of_rows
 from megatron_grit.store.files import replacing_path, write_json
 
 NONE = -1
@@ -114,7 +114,7 @@ class NeighborTable:
             ("neighbors.npy", self.neighbors, self.manifest.sha256),
             ("starts.npy", self.starts, self.manifest.starts_sha256),
         ):
-            if _digest(array) != sha256:
+            if digest_of_rows(array) != sha256:
                 raise DataError(f"does not match its checksum; {_REMEDY}", path=self.folder / name)
 
     def places(self, chunks: Sequence[tuple[int, int]] | np.ndarray) -> np.ndarray:
@@ -241,24 +241,14 @@ def write_table(folder: Path, parts: Iterable[np.ndarray], manifest: TableManife
         manifest: what it is of; its checksums are filled in.
     """
     shape = (manifest.num_places, manifest.num_neighbors)
-    digest = hashlib.sha256()
     with replacing_path(folder / "neighbors.npy") as path, path.open("wb") as file:
         np.lib.format.write_array_header_2_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
+        hashing = HashingFile(file)
         for part in parts:
-            content = np.ascontiguousarray(part, dtype="<i8").tobytes()
-            digest.update(content)
-            file.write(content)
-    manifest.sha256 = digest.hexdigest()
-    manifest.starts_sha256 = _digest(np.load(folder / "starts.npy", mmap_mode="r", allow_pickle=False))
+            hashing.write(np.ascontiguousarray(part, dtype="<i8").tobytes())
+    manifest.sha256 = hashing.entry()["sha256"]
+    manifest.starts_sha256 = digest_of_rows(np.load(folder / "starts.npy", mmap_mode="r", allow_pickle=False))
     write_json(folder / "table.json", asdict(manifest))
-
-
-def _digest(array: np.ndarray) -> str:
-    """SHA-256 of the numbers of an array, read in parts."""
-    digest, step = hashlib.sha256(), max(1, (1 << 24) // max(array[:1].nbytes, 1))
-    for start in range(0, len(array), step):
-        digest.update(array[start : start + step].tobytes())
-    return digest.hexdigest()
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -12,7 +12,8 @@ from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.data.indexed.reader import IndexedFile, file_paths, read_meta
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.store.files import sha256_of_file, write_json
+from megatron_grit.store.digest import sha256_of_file
+from megatron_grit.store.files import write_json
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,6 @@ tombstones: their chunks keep their ids, and searches pass them over.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,8 @@ from megatron_grit.data.chunks.chunk_db import DATASET, DOCUMENT, ChunkDb, map_d
 from megatron_grit.data.chunks.project import DatasetInfo, Project, fingerprint, sha256_of_bin
 from megatron_grit.data.indexed.reader import IndexedFile, file_paths, read_meta
 from megatron_grit.errors import DataError
-from megatron_grit.store.files import sha256_of_file, write_json
+from megatron_grit.store.digest import digest_of_rows, sha256_of_file
+from megatron_grit.store.files import write_json
 
 _GIVEN_UP = "given_up"
 """Folder of versions that were built over."""
@@ -283,11 +283,8 @@ def shares_documents(path: Path, own: Path, source: Source) -> bool:
 
 
 def _index_digest(file: IndexedFile, num_sequences: int, num_documents: int) -> str:
-    digest = hashlib.sha256(file.dtype.str.encode())
-    for array in (file.lengths[:num_sequences], file.documents[: num_documents + 1]):
-        for start in range(0, len(array), 1 << 16):
-            digest.update(array[start : start + (1 << 16)].tobytes())
-    return digest.hexdigest()
+    arrays = (file.lengths[:num_sequences], file.documents[: num_documents + 1])
+    return digest_of_rows(*arrays, prefix=file.dtype.str.encode())
 
 
 def document_keys(datasets: np.ndarray, documents: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ import numpy as np
 
 from megatron_grit.data.indexed.roles import Role, RowKind, check_grammar
 from megatron_grit.errors import DataError
+from megatron_grit.store.digest import digest_of_settings
 
 FORMAT_NAME = "megatron_grit.indexed"
 FORMAT_VERSION = 2
@@ -79,11 +80,7 @@ class IndexedMeta:
     def to_json(self) -> str:
         """Text of the ``.json``: the fields, and the SHA-256 of what they say."""
         values = asdict(self)
-        return json.dumps({**values, "sha256": _digest_of(values)}, indent=2) + "\n"
-
-
-def _digest_of(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return json.dumps({**values, "sha256": digest_of_settings(values)}, indent=2) + "\n"
 
 
 def file_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
@@ -111,7 +108,7 @@ def read_meta(prefix: str | Path) -> IndexedMeta:
     if values.get("version") != FORMAT_VERSION:
         raise DataError(f"format version {values.get('version')}, this is {FORMAT_VERSION}; build it again", path=path)
     digest = values.pop("sha256", None)
-    if digest != _digest_of(values):
+    if digest != digest_of_settings(values):
         raise DataError("was changed or damaged: it does not match its own checksum; build it again", path=path)
     try:
         meta = IndexedMeta(**values)

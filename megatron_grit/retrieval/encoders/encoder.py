@@ -24,7 +24,8 @@ from megatron_grit.retrieval.encoders.sentence_modules import (
     TextMean,
     read_modules,
 )
-from megatron_grit.retrieval.stages.embed import Side, digest_of_files, finite
+from megatron_grit.retrieval.stages.embed import Side, finite
+from megatron_grit.store.digest import digest_of_files
 
 _WINDOW = 8192
 """Texts that are tokenised and sorted at a time: memory does not grow with the number of texts, and the next window is

@@ -27,7 +27,9 @@ from megatron_grit.config.database.schema import MOST_ON_GPU
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.index.factory import MIN_POINTS_PER_LIST, lists_of
 from megatron_grit.retrieval.index.manifest import IndexManifest, is_whole, read_manifest
-from megatron_grit.store.files import replacing_path, sha256_of_file, write_json
+from megatron_grit.store.blocks import cannot_write
+from megatron_grit.store.digest import sha256_of_file
+from megatron_grit.store.files import replacing_path, write_json
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import still_at_work
 
@@ -393,9 +395,7 @@ class VectorIndex:
                 manifest.bytes, manifest.sha256 = temporary.stat().st_size, sha256_of_file(temporary)
             write_json(path.with_suffix(".json"), asdict(manifest))
         except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"cannot be written ({_reason(error)}); when there is room, the same command goes on", path=path
-            ) from None
+            raise cannot_write(path, _reason(error)) from None
 
     @staticmethod
     def load(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_grit.errors import DataError
-from megatron_grit.store.files import sha256_of_file
+from megatron_grit.store.digest import is_as_described
 
 
 @dataclass(kw_only=True)
@@ -48,4 +48,4 @@ def read_manifest(path: Path) -> IndexManifest:
 
 def is_whole(path: Path, manifest: IndexManifest) -> bool:
     """Whether an index file is what its manifest says; reads it."""
-    return path.is_file() and path.stat().st_size == manifest.bytes and sha256_of_file(path) == manifest.sha256
+    return is_as_described(path, {"bytes": manifest.bytes, "sha256": manifest.sha256})

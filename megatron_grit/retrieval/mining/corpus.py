@@ -24,7 +24,8 @@ from megatron_grit.retrieval.stages.run import project_embedder
 from megatron_grit.retrieval.stages.vectors import rows_of
 from megatron_grit.retrieval.stages.versions import open_index, stored_vectors
 from megatron_grit.retrieval.stages.work import Worker, compute_blocks
-from megatron_grit.store.blocks import Arrays, Block, BlockFolder, digest_of_settings
+from megatron_grit.store.blocks import Arrays, Block, BlockFolder
+from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.logs import get_logger
 
 log = get_logger(__name__)

@@ -22,7 +22,8 @@ from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.dedup.buckets import mix64
 from megatron_grit.retrieval.dedup.duplicates import EQUAL, SIMILAR, ChunkBlock, DuplicateSearch
 from megatron_grit.retrieval.stages.work import Worker, compute_blocks
-from megatron_grit.store.blocks import Arrays, Block, BlockFolder, cannot_write, digest_of_settings, signature_of
+from megatron_grit.store.blocks import Arrays, Block, BlockFolder, cannot_write, signature_of
+from megatron_grit.store.digest import digest_of_rows, digest_of_settings
 from megatron_grit.store.files import replacing_path, write_json
 from megatron_grit.store.logs import get_logger
 
@@ -211,10 +212,7 @@ def _holds_its_rows(path: Path) -> bool:
 
     with h5py.File(path, "r") as file:
         written = file.attrs.get("rows_sha256")
-    digest, rows = hashlib.sha256(), map_dataset(path, "chunks")
-    for start in range(0, len(rows), _ROWS_AT_A_TIME):
-        digest.update(rows[start : start + _ROWS_AT_A_TIME].tobytes())
-    return bool(written == digest.hexdigest())
+    return bool(written == digest_of_rows(map_dataset(path, "chunks")))
 
 
 def _merge_signature(project: Project, folders: list[BlockFolder]) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -16,6 +14,7 @@ from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.data.text.markers import Side
 from megatron_grit.errors import ConfigError, MeshError, NumericsError
 from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.store.digest import digest_of_files
 
 if TYPE_CHECKING:
     from megatron_grit.inference.model import GritModel
@@ -179,16 +178,3 @@ def finite(vectors_ND: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     if len(bad):
         raise NumericsError(f"{len(bad)} vectors are not finite; the first is of the text {texts[int(bad[0])][:80]!r}")
     return vectors_ND
-
-
-def digest_of_files(root: Path, files: Sequence[Path], settings: Any) -> str:
-    """SHA-256 of settings, and of the places and contents of those files that are there."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in sorted(set(files)):
-        if path.is_file():
-            # Sizes part one file from the next.
-            digest.update(f"\n{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-    return digest.hexdigest()

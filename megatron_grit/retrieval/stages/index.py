@@ -29,11 +29,11 @@ from megatron_grit.store.blocks import (
     Arrays,
     Block,
     BlockFolder,
-    digest_of_settings,
     read_arrays,
     signature_of,
     write_arrays,
 )
+from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.files import write_json
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import Progress

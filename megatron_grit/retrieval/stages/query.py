@@ -38,7 +38,8 @@ from megatron_grit.retrieval.stages.overlap import Runs, shared_runs
 from megatron_grit.retrieval.stages.vectors import ChunkVectors
 from megatron_grit.retrieval.stages.versions import open_index, search_of, stored_vectors, version_to_use
 from megatron_grit.retrieval.stages.work import Worker, compute_blocks
-from megatron_grit.store.blocks import Arrays, Block, BlockFolder, digest_of_settings
+from megatron_grit.store.blocks import Arrays, Block, BlockFolder
+from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.files import replacing, write_json
 from megatron_grit.store.logs import get_logger
 

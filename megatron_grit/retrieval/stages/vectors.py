@@ -12,7 +12,8 @@ from megatron_grit.data.chunks.chunk_db import DOCUMENT, START, ChunkDb, map_dat
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.retrieval.stages.embed import Embedder
 from megatron_grit.retrieval.stages.work import Worker, compute_blocks
-from megatron_grit.store.blocks import Arrays, Block, BlockFolder, digest_of_settings
+from megatron_grit.store.blocks import Arrays, Block, BlockFolder
+from megatron_grit.store.digest import digest_of_settings
 
 
 class ChunkVectors:

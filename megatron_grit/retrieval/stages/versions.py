@@ -45,7 +45,8 @@ from megatron_grit.retrieval.stages.index import IndexFiles, read_search
 from megatron_grit.retrieval.stages.removal import live_blocks, segment_blocks, warn_of_duplicates
 from megatron_grit.retrieval.stages.vectors import ChunkVectors
 from megatron_grit.retrieval.stages.work import Worker, compute_blocks
-from megatron_grit.store.blocks import Arrays, Block, BlockFolder, digest_of_settings, signature_of
+from megatron_grit.store.blocks import Arrays, Block, BlockFolder, signature_of
+from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.files import replacing
 from megatron_grit.store.logs import get_logger
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from megatron_grit.errors import DataError
+from megatron_grit.errors import DataError, OutputError
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder, shares
+from megatron_grit.store.lock import locked
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import Progress
 
@@ -125,25 +126,16 @@ def alone_in(folder: Path, worker: Worker) -> Iterator[None]:
     """Hold the lock of a folder: two commands at a time would remove each other's files. All processes call it.
 
     Raises:
-        DataError: another command holds it, or the folder cannot be made.
+        OutputError: another command holds it, or the folder cannot be made.
     """
     if not worker.is_first:
         yield
         return
-    import fcntl
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise DataError(f"cannot be written ({error.strerror})", path=folder) from None
-    with file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError("another command works on it; wait for it or end it", path=folder) from None
-        except OSError as error:  # a file system without locks
-            log.warning(f"{folder}: cannot be locked ({error.strerror}); start no second command on it")
+            stack.enter_context(locked(folder / ".lock", folder))
+        except OSError as error:
+            raise OutputError(f"cannot be written ({error.strerror})", path=folder) from None
         yield
 
 

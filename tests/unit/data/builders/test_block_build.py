@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from megatron_grit.data.builders.block_join import find_duplicates
-from megatron_grit.data.builders.build_folder import PLACE_DTYPE, folder_lock
+from megatron_grit.data.builders.build_folder import PLACE_DTYPE
 from megatron_grit.data.builders.work_pool import map_ordered
 from megatron_grit.data.indexed.reader import IndexedFile
-from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.errors import ConfigError, DataError, OutputError
+from megatron_grit.store.lock import locked
 from tests.unit.data.line_encoder import FACTS, build_lines, contents
 
 
@@ -312,13 +313,14 @@ def test_two_builds_of_one_output_exclude_each_other(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\n")
     work = tmp_path / ".out.build"
-    with folder_lock(work / "lock"), pytest.raises(DataError, match="another build of this output is running"):
+    with locked(work / "lock", work), pytest.raises(OutputError, match="out: another process is writing it"):
         build_lines([path], tmp_path / "out")
-    with folder_lock(work / "lock", shared=True):
-        with pytest.raises(DataError, match="another build"):
+    with locked(work / "lock", work, shared=True):
+        with pytest.raises(OutputError, match="out: another process"):
             build_lines([path], tmp_path / "out", partitions=2)
         build_lines([path], tmp_path / "out", partitions=2, partition=0)  # those of several nodes may
-        with folder_lock(work / "piece-00001-of-00002.lock"), pytest.raises(DataError, match="another build"):
+        taken = locked(work / "piece-00001-of-00002.lock", work)
+        with taken, pytest.raises(OutputError, match="piece-00001-of-00002: another process"):
             build_lines([path], tmp_path / "out", partitions=2, partition=1)
     build_lines([path], tmp_path / "out", partitions=2)
     assert documents(tmp_path / "out") == ["one"]

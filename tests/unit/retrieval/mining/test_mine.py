@@ -414,7 +414,7 @@ def test_only_one_command_at_a_time(pairs: Path) -> None:
     folder.mkdir()
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another command works on it"):
+        with pytest.raises(DataError, match="another process is writing it"):
             run(pairs)
 
 

@@ -209,7 +209,7 @@ def test_what_is_no_indexed_file(tmp_path: Path, given: dict[str, Any]) -> None:
 def test_only_one_command_at_a_time(project: Path) -> None:
     with (project / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another command works on it"):
+        with pytest.raises(DataError, match="another process is writing it"):
             run_tasks(project, "build", {})
     run_tasks(project, "build", {})
 
