@@ -32,8 +32,9 @@ from megatron_grit.data.chunks.chunk_db import ChunkDb
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import read_version
 from megatron_grit.errors import EXIT_STATUS, GritError
+from megatron_grit.inference.encoders.load import load_embedder
+from megatron_grit.inference.encoders.protocol import EmbedderOptions
 from megatron_grit.retrieval.stages.chunk import build_chunks
-from megatron_grit.retrieval.stages.embed import load_embedder
 from megatron_grit.retrieval.stages.index import add_to_index, train_index
 from megatron_grit.retrieval.stages.versions import open_index, record_version
 from megatron_grit.retrieval.stages.work import Worker
@@ -97,7 +98,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
     half, quarter = len(texts) // 2, 3 * len(texts) // 4
     parts = {"documents": texts[:half], "choosing": texts[half:quarter], "asked": texts[quarter:]}
     prefix = {name: index_texts(folder, name, part, tokenizer) for name, part in parts.items()}
-    embedder = Remembering(load_embedder(str(minilm_folder()), precision="bf16"))
+    embedder = Remembering(load_embedder(str(minilm_folder()), EmbedderOptions(precision="bf16")))
     questions = read_cranfield(arguments.data).queries
     chosen = folder / "questions.txt"
     chosen.write_text("".join(" ".join(text.split()) + "\n" for text in questions[::2]), encoding="utf-8")

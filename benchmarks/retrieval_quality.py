@@ -38,11 +38,13 @@ from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.data.builders.documents import DocumentOptions, preprocess
 from megatron_grit.data.chunks.chunk_db import DOCUMENT, ChunkDb
 from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.text.markers import Side
 from megatron_grit.errors import EXIT_STATUS, DataError, GritError
 from megatron_grit.evaluation.retrieval import evaluate_retrieval
+from megatron_grit.inference.encoders.load import load_embedder
+from megatron_grit.inference.encoders.protocol import Embedder, EmbedderOptions
 from megatron_grit.retrieval.index.faiss_index import exact_search
 from megatron_grit.retrieval.stages.chunk import build_chunks
-from megatron_grit.retrieval.stages.embed import Embedder, Side, load_embedder
 from megatron_grit.retrieval.stages.index import add_to_index, train_index
 from megatron_grit.retrieval.stages.query import query_neighbors
 from megatron_grit.retrieval.stages.work import Worker
@@ -122,6 +124,7 @@ class Remembering:
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
         self.dim, self.fingerprint, self.sides_alike = embedder.dim, embedder.fingerprint, embedder.sides_alike
+        self.team = embedder.team
         self._known: dict[tuple[str, str], np.ndarray] = {}
         self.seconds = 0.0
 
@@ -212,7 +215,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         name: index_texts(folder, name, getattr(collection, name), tokenizer) for name in ("documents", "queries")
     }
     peer = SentenceTransformer(str(minilm_folder()), device="cpu")
-    embedders = {name: Remembering(load_embedder(str(minilm_folder()), precision=name)) for name in ("fp32", "bf16")}
+    embedders = {
+        name: Remembering(load_embedder(str(minilm_folder()), EmbedderOptions(precision=name)))
+        for name in ("fp32", "bf16")
+    }
     rows: list[dict[str, Any]] = []
 
     def add(row: dict[str, Any]) -> None:

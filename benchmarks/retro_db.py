@@ -42,11 +42,13 @@ from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.data.chunks.chunk_db import ChunkDb
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.indexed.reader import IndexedFile
+from megatron_grit.data.text.markers import Side
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import EXIT_STATUS, GritError
+from megatron_grit.inference.encoders.load import load_embedder
+from megatron_grit.inference.encoders.protocol import EmbedderOptions
 from megatron_grit.retrieval.index.search import ShardedIndex
 from megatron_grit.retrieval.stages.chunk import build_chunks
-from megatron_grit.retrieval.stages.embed import Side, load_embedder
 from megatron_grit.retrieval.stages.index import add_to_index, train_index
 from megatron_grit.retrieval.stages.query import query_neighbors
 from megatron_grit.retrieval.stages.work import Worker
@@ -58,7 +60,7 @@ DIM = 384
 class RandomEmbedder:
     """Vectors of random numbers, the same for the same text."""
 
-    dim, fingerprint, sides_alike = DIM, "random numbers", True
+    dim, fingerprint, sides_alike, team = DIM, "random numbers", True, None
     seconds = 0.0
 
     def embed(self, texts: Sequence[str], side: Side = "passage") -> np.ndarray:
@@ -165,7 +167,10 @@ def measure_embeddings(texts: list[str], rounds: int) -> dict[str, Any]:
     from sentence_transformers import SentenceTransformer
 
     peer = SentenceTransformer(str(minilm_folder()), device="cpu")
-    ours = {name: load_embedder(str(minilm_folder()), precision=name, device="cpu") for name in ("fp32", "bf16")}
+    ours = {
+        name: load_embedder(str(minilm_folder()), EmbedderOptions(precision=name, device="cpu"))
+        for name in ("fp32", "bf16")
+    }
     vectors: dict[str, np.ndarray] = {}
 
     def side(name: str, encode: Callable[[list[str]], np.ndarray]) -> Callable[[], float]:

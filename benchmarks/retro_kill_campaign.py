@@ -308,7 +308,7 @@ def import_all() -> None:
     import torch
     import transformers.models.bert.modeling_bert  # noqa: F401
 
-    import megatron_grit.retrieval.encoders.encoder
+    import megatron_grit.inference.encoders.hugging_face
     import megatron_grit.retrieval.stages.run  # noqa: F401
     from megatron_grit.retrieval.index.faiss_index import new_index
 

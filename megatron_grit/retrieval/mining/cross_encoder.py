@@ -74,7 +74,7 @@ class CrossEncoder:
             from transformers import AutoModelForSequenceClassification
         except ImportError as error:
             raise ConfigError(f"a cross-encoder of Hugging Face needs the package {error.name}") from None
-        from megatron_grit.retrieval.encoders.encoder import check_vocabulary, load_tokenizer, quiet, reason_of
+        from megatron_grit.inference.encoders.hugging_face import check_vocabulary, load_tokenizer, quiet, reason_of
 
         self._torch, self._max_length, self._batch_size = torch, max_length, batch_size
         self._device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -31,6 +31,8 @@ import numpy as np
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.text.records import BadLine, Record, TextPair, read_records
 from megatron_grit.errors import DataError
+from megatron_grit.inference.encoders.load import load_embedder
+from megatron_grit.inference.encoders.protocol import Embedder, EmbedderOptions
 from megatron_grit.retrieval.mining.corpus import (
     Corpus,
     DatabaseChunks,
@@ -44,7 +46,6 @@ from megatron_grit.retrieval.mining.corpus import (
 )
 from megatron_grit.retrieval.mining.cross_encoder import PairScorer, load_scorer
 from megatron_grit.retrieval.mining.options import MineOptions, check_options, most_negatives, report_path, work_folder
-from megatron_grit.retrieval.stages.embed import Embedder, load_embedder
 from megatron_grit.retrieval.stages.query import MOST_TIMES_MORE
 from megatron_grit.retrieval.stages.work import Worker, alone_in, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder
@@ -168,10 +169,12 @@ class Miner:
         options = self.options
         return load_embedder(
             path,
-            max_length=options.max_length,
-            batch_tokens=options.batch_tokens,
-            precision=options.precision,
-            query_instruction=options.query_instruction,
+            EmbedderOptions(
+                max_length=options.max_length,
+                batch_tokens=options.batch_tokens,
+                precision=options.precision,
+                query_instruction=options.query_instruction,
+            ),
         )
 
     def _teacher(self) -> Scores:

@@ -16,13 +16,13 @@ from megatron_grit.data.chunks.chunk_db import DATASET, ChunkDb, map_dataset
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.order.permutation import derive_keys, permute
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.index.factory import choose_factory, lists_of, num_training_vectors
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search, new_index
 from megatron_grit.retrieval.index.manifest import IndexManifest, is_whole, read_manifest
 from megatron_grit.retrieval.index.recall import RECALL_AT, SearchSettings, choose_search, without_own
 from megatron_grit.retrieval.index.recall_queries import RecallQueries
 from megatron_grit.retrieval.index.search import ShardedIndex, merge_nearest
-from megatron_grit.retrieval.stages.embed import Embedder
 from megatron_grit.retrieval.stages.vectors import ChunkVectors, chunks_fingerprint, open_vectors
 from megatron_grit.retrieval.stages.work import Worker, compute_blocks
 from megatron_grit.store.blocks import (

@@ -23,10 +23,10 @@ from megatron_grit.data.chunks.versions import (
     version_numbers,
 )
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.index.manifest import read_manifest
 from megatron_grit.retrieval.stages.chunk import REPORT_FILE
 from megatron_grit.retrieval.stages.chunk import report_lines as db_build_lines
-from megatron_grit.retrieval.stages.embed import Embedder
 from megatron_grit.retrieval.stages.index import read_search
 from megatron_grit.retrieval.stages.query import MOST_TIMES_MORE, find_allowed, tables_of
 from megatron_grit.retrieval.stages.run import project_embedder

@@ -31,10 +31,10 @@ from megatron_grit.data.chunks.versions import (
 )
 from megatron_grit.data.indexed.reader import file_paths
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.index.faiss_index import gpus_of_process
 from megatron_grit.retrieval.index.recall_queries import RecallQueries
 from megatron_grit.retrieval.stages.chunk import refuse_other_sources
-from megatron_grit.retrieval.stages.embed import Embedder
 from megatron_grit.retrieval.stages.index import check_index
 from megatron_grit.store.logs import get_logger
 

@@ -32,8 +32,8 @@ from megatron_grit.data.chunks.versions import (
     source_of,
 )
 from megatron_grit.errors import DataError
+from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.index.search import SearchableIndex
-from megatron_grit.retrieval.stages.embed import Embedder
 from megatron_grit.retrieval.stages.overlap import Runs, shared_runs
 from megatron_grit.retrieval.stages.vectors import ChunkVectors
 from megatron_grit.retrieval.stages.versions import open_index, search_of, stored_vectors, version_to_use

@@ -13,8 +13,9 @@ from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.data.chunks.chunk_db import ChunkDb
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.inference.encoders.load import MESH, load_embedder
+from megatron_grit.inference.encoders.protocol import Embedder, EmbedderOptions
 from megatron_grit.retrieval.stages.chunk import build_chunks
-from megatron_grit.retrieval.stages.embed import MESH, Embedder, in_teams, load_embedder
 from megatron_grit.retrieval.stages.index import IndexFiles, add_to_index, train_index
 from megatron_grit.retrieval.stages.preparation import MAKING, Preparation
 from megatron_grit.retrieval.stages.query import query_neighbors
@@ -113,7 +114,7 @@ def _run_stage(stage: str, prepared: Preparation, worker: Worker, embedder: Embe
     # What comes after the task add sees its documents.
     project = Project(prepared.folder, prepared.kept if stage in MAKING else prepared.wanted)
     if prepared.validate is not None:
-        team = in_teams(worker, embedder) if stage in _WITH_EMBEDDER else worker
+        team = worker.in_team_of(embedder) if stage in _WITH_EMBEDDER else worker
         validate_stage(stage, project, team, embedder, prepared.validate)
     elif stage in MAKING and prepared.is_grown:
         log.info(f"task {stage}: left as it is; the task add adds documents")
@@ -126,7 +127,7 @@ def _run_stage(stage: str, prepared: Preparation, worker: Worker, embedder: Embe
         if stage == "embed" and "index-train" in prepared.stages:
             # Known before days of embedding.
             IndexFiles(project, ChunkDb(project), embedder.fingerprint, embedder.dim)
-        _WITH_EMBEDDER[stage](project, in_teams(worker, embedder), embedder)
+        _WITH_EMBEDDER[stage](project, worker.in_team_of(embedder), embedder)
     if stage == "add" and prepared.validate is None and worker.is_first:
         save_project_config(prepared.kept_after_adding(), prepared.folder)
 
@@ -180,11 +181,13 @@ def project_embedder(config: RetroDbConfig, *, alone: bool = False) -> Embedder:
     mesh: dict[str, Any] = {name: 1 if alone else getattr(config, f"embedder_{name}") for name in MESH}
     return load_embedder(
         config.embedder,
-        pooling=config.embedder_pooling,
-        max_length=config.embedder_max_length,
-        batch_tokens=config.batch_tokens,
-        precision=config.embedder_precision,
-        query_instruction=config.query_instruction,
+        EmbedderOptions(
+            pooling=config.embedder_pooling,
+            max_length=config.embedder_max_length,
+            batch_tokens=config.batch_tokens,
+            precision=config.embedder_precision,
+            query_instruction=config.query_instruction,
+        ),
         # A process may wait for the others of its team as long as processes do anywhere in a build.
         parallel=ParallelConfig(**mesh, timeout_minutes=MINUTES),
     )

@@ -22,9 +22,9 @@ from megatron_grit.data.chunks.versions import (
 )
 from megatron_grit.data.indexed.reader import IndexedFile
 from megatron_grit.errors import DataError
+from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.index.faiss_index import VectorIndex
 from megatron_grit.retrieval.stages.chunk import recompute_chunks
-from megatron_grit.retrieval.stages.embed import Embedder
 from megatron_grit.retrieval.stages.index import IndexFiles, recompute_codes, recompute_sample
 from megatron_grit.retrieval.stages.query import Searcher, index_to_search
 from megatron_grit.retrieval.stages.vectors import find_chunks, open_vectors

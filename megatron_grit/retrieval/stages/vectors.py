@@ -10,7 +10,7 @@ import numpy as np
 from megatron_grit.config.database.stages import setting_in_use
 from megatron_grit.data.chunks.chunk_db import DOCUMENT, START, ChunkDb, map_dataset
 from megatron_grit.data.chunks.project import Project
-from megatron_grit.retrieval.stages.embed import Embedder
+from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.stages.work import Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder
 from megatron_grit.store.digest import digest_of_settings

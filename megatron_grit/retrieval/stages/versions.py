@@ -35,12 +35,12 @@ from megatron_grit.data.chunks.versions import (
     write_version,
 )
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.dedup.duplicates import ChunkBlock, DuplicateSearch
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, gpus_of_process
 from megatron_grit.retrieval.index.manifest import read_manifest
 from megatron_grit.retrieval.index.search import SearchableIndex, ShardedIndex, SpreadIndex
 from megatron_grit.retrieval.stages.chunk import chunk_rules, cut_documents, is_validation, writing_table
-from megatron_grit.retrieval.stages.embed import Embedder
 from megatron_grit.retrieval.stages.index import IndexFiles, read_search
 from megatron_grit.retrieval.stages.removal import live_blocks, segment_blocks, warn_of_duplicates
 from megatron_grit.retrieval.stages.vectors import ChunkVectors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megatron_grit.errors import DataError, OutputError
+from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder, shares
 from megatron_grit.store.lock import locked
 from megatron_grit.store.logs import get_logger
@@ -58,6 +59,13 @@ class Worker:
     def is_first(self) -> bool:
         """Whether this process does what is done once."""
         return self.rank == 0
+
+    def in_team_of(self, embedder: Embedder | None) -> Worker:
+        """This process for a stage that embeds: teams share the blocks, and one process of each team writes them."""
+        team = None if embedder is None else embedder.team
+        if team is None:
+            return self
+        return replace(self, team=team.number, num_teams=team.num_teams, leads=team.leads)
 
     def barrier(self) -> None:
         """Return when every process has called it."""

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.errors import ConfigError, DataError, NumericsError
-from megatron_grit.retrieval.stages.embed import finite, in_teams, load_embedder
+from megatron_grit.inference.encoders.load import load_embedder
+from megatron_grit.inference.encoders.protocol import EmbedderOptions, finite
 from megatron_grit.retrieval.stages.work import Worker
 
 pytest.importorskip("transformers")
@@ -65,7 +66,7 @@ def plain_states(folder: Path, texts: list[str], max_length: int = 64):
 def test_pooling_is_that_of_a_plain_implementation(bert, pooling):
     rule = {"mean": lambda states: states.mean(0), "cls": lambda states: states[0]}
     expected = [rule.get(pooling, lambda states: states[1:-1].mean(0))(states) for states in plain_states(bert, TEXTS)]
-    found = load_embedder(str(bert), pooling=pooling).embed(TEXTS)
+    found = load_embedder(str(bert), EmbedderOptions(pooling=pooling)).embed(TEXTS)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, np.stack(expected), atol=1e-5)
 
@@ -87,7 +88,7 @@ def test_vectors_depend_neither_on_batches_nor_on_order(bert, monkeypatch):
         embedder.batch_tokens = batch_tokens
         same(embedder.embed(TEXTS))
         same(embedder.embed(TEXTS[::-1])[::-1])
-    monkeypatch.setattr("megatron_grit.retrieval.encoders.encoder._WINDOW", 7)  # 40 texts are six windows
+    monkeypatch.setattr("megatron_grit.inference.encoders.hugging_face._WINDOW", 7)  # 40 texts are six windows
     same(embedder.embed(TEXTS))
     assert embedder.embed([]).shape == (0, embedder.dim)
 
@@ -154,10 +155,10 @@ def test_long_texts_are_cut_to_the_shortest_limit(bert):
     for max_length in (64, 9):
         expected = plain_states(bert, [text], max_length)[0][1:-1].mean(0)
         np.testing.assert_allclose(
-            load_embedder(str(bert), max_length=max_length).embed([text])[0], expected, atol=2e-6
+            load_embedder(str(bert), EmbedderOptions(max_length=max_length)).embed([text])[0], expected, atol=2e-6
         )
     with pytest.raises(ConfigError, match="embedder_max_length 2 leaves no room beside 2 special tokens"):
-        load_embedder(str(bert), max_length=2)
+        load_embedder(str(bert), EmbedderOptions(max_length=2))
 
 
 def test_positions_that_begin_after_the_padding_id_are_not_passed(tmp_path):
@@ -180,14 +181,14 @@ def test_half_precision_files_are_computed_in_fp32(tmp_path):
 
 
 def test_bf16_is_near_fp32_and_another_embedder(bert):
-    exact, rough = load_embedder(str(bert)), load_embedder(str(bert), precision="bf16")
+    exact, rough = load_embedder(str(bert)), load_embedder(str(bert), EmbedderOptions(precision="bf16"))
     first, second = exact.embed(TEXTS), rough.embed(TEXTS)
     assert 0 < abs(first - second).max() < 0.1
     assert exact.fingerprint != rough.fingerprint
 
 
 def test_onednn_is_used_where_torch_has_it_and_changes_nothing(bert, monkeypatch):
-    from megatron_grit.retrieval.encoders import encoder
+    from megatron_grit.inference.encoders import hugging_face as encoder
 
     fast = load_embedder(str(bert))
     kinds = {type(module) for module in fast._model.modules()}
@@ -198,7 +199,7 @@ def test_onednn_is_used_where_torch_has_it_and_changes_nothing(bert, monkeypatch
 
 
 def test_without_onednn_the_model_is_left_as_it_is(monkeypatch):
-    from megatron_grit.retrieval.encoders import encoder
+    from megatron_grit.inference.encoders import hugging_face as encoder
 
     def forward(self, inputs):
         raise RuntimeError("no such operator")
@@ -341,7 +342,8 @@ def test_a_decoder_attends_as_its_sentence_transformers_settings_say(bert, tmp_p
 
 
 def test_a_query_instruction_stands_in_for_the_prompt_and_leaves_passages_alone(bert):
-    plain, instructed = load_embedder(str(bert)), load_embedder(str(bert), query_instruction="query : ")
+    plain = load_embedder(str(bert))
+    instructed = load_embedder(str(bert), EmbedderOptions(query_instruction="query : "))
     assert plain.sides_alike and not instructed.sides_alike
     assert plain.fingerprint == instructed.fingerprint
     np.testing.assert_array_equal(plain.embed(TEXTS), instructed.embed(TEXTS))
@@ -358,7 +360,7 @@ def test_the_fingerprint_knows_every_file_that_a_vector_follows_from(bert, tmp_p
     package = pytest.importorskip("sentence_transformers")
     package.SentenceTransformer(modules=st_modules(bert, "mean"), device="cpu").save_pretrained(str(tmp_path))
     before = load_embedder(str(tmp_path)).fingerprint
-    assert load_embedder(str(tmp_path), batch_tokens=5).fingerprint == before
+    assert load_embedder(str(tmp_path), EmbedderOptions(batch_tokens=5)).fingerprint == before
     (tmp_path / "README.md").write_text("changed")
     assert load_embedder(str(tmp_path)).fingerprint == before
     path = tmp_path / name
@@ -373,7 +375,8 @@ def test_the_fingerprint_knows_every_file_that_a_vector_follows_from(bert, tmp_p
 
 def test_the_fingerprint_knows_settings(bert):
     settings = [{}, {"pooling": "mean"}, {"max_length": 10}, {"precision": "bf16"}]
-    assert len({load_embedder(str(bert), **setting).fingerprint for setting in settings}) == len(settings)
+    found = {load_embedder(str(bert), EmbedderOptions(**setting)).fingerprint for setting in settings}
+    assert len(found) == len(settings)
 
 
 # What is refused.
@@ -446,14 +449,14 @@ def test_mean_text_needs_special_tokens_around_a_text(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(str(tmp_path))
     with pytest.raises(ConfigError, match="mean_text would leave out words"):
         load_embedder(str(tmp_path))
-    embedder = load_embedder(str(tmp_path), pooling="mean")
+    embedder = load_embedder(str(tmp_path), EmbedderOptions(pooling="mean"))
     with pytest.raises(DataError, match="has no token"):
         embedder.embed(["wing", ""])
 
 
 def test_a_prompt_that_fills_the_length_is_refused(bert):
     with pytest.raises(ConfigError, match="the query prompt fills the 8 tokens"):
-        load_embedder(str(bert), max_length=8, query_instruction="query : no no no no no no no")
+        load_embedder(str(bert), EmbedderOptions(max_length=8, query_instruction="query : no no no no no no no"))
 
 
 def test_vectors_that_are_not_finite_are_refused(bert):
@@ -477,4 +480,4 @@ def test_an_encoder_of_hugging_face_is_not_spread(bert):
         load_embedder(str(bert), parallel=ParallelConfig(expert=2))
     embedder = load_embedder(str(bert), parallel=ParallelConfig())
     worker = Worker(rank=1, world_size=2, team=1, num_teams=2)
-    assert in_teams(worker, embedder) == in_teams(worker, None) == worker
+    assert worker.in_team_of(embedder) == worker.in_team_of(None) == worker

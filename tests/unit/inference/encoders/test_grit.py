@@ -10,9 +10,11 @@ import pytest
 from megatron_grit.config.database.schema import RetroDbConfig, config_problems
 from megatron_grit.config.schema import ParallelConfig, RunConfig
 from megatron_grit.errors import ConfigError, MeshError
+from megatron_grit.inference.encoders.grit import GritEmbedder
+from megatron_grit.inference.encoders.load import MESH, load_embedder
+from megatron_grit.inference.encoders.protocol import EmbedderOptions
 from megatron_grit.inference.model import GritModel
 from megatron_grit.inference.team import Team
-from megatron_grit.retrieval.stages.embed import MESH, GritEmbedder, in_teams, load_embedder
 from megatron_grit.retrieval.stages.work import Worker
 from megatron_grit.training.trainer import train
 from tests.corpus import sentences, tiny_run
@@ -22,7 +24,7 @@ from tests.corpus import sentences, tiny_run
 def grit(monkeypatch, tmp_path) -> SimpleNamespace:
     """A stand-in for a model that keeps what it is asked."""
     (tmp_path / "manifest.json").write_text("{}")
-    monkeypatch.setattr("megatron_grit.training.checkpoint.resolve_checkpoint", lambda folder: tmp_path)
+    monkeypatch.setattr("megatron_grit.inference.encoders.grit.resolve_checkpoint", lambda folder: tmp_path)
     calls = []
 
     def encode(texts, instruction, **options):
@@ -35,9 +37,14 @@ def grit(monkeypatch, tmp_path) -> SimpleNamespace:
     return SimpleNamespace(encode=encode, config=config, calls=calls, folder=tmp_path, team=team)
 
 
+def embedder_of(model: SimpleNamespace, max_length: int, instruction: str = "") -> GritEmbedder:
+    options = EmbedderOptions(max_length=max_length, batch_tokens=128, query_instruction=instruction)
+    return GritEmbedder(model, model.folder, options)
+
+
 def test_our_models_get_the_instruction_with_queries_alone(grit, monkeypatch):
-    monkeypatch.setattr("megatron_grit.retrieval.stages.embed._WINDOW", 2)
-    embedder = GritEmbedder(grit, grit.folder, 99, 128, "find")
+    monkeypatch.setattr("megatron_grit.inference.encoders.grit._WINDOW", 2)
+    embedder = embedder_of(grit, 99, "find")
     assert embedder.dim == 2 and not embedder.sides_alike
     assert embedder.embed(["a", "bb", "ccc"]).tolist() == [[1, 0], [2, 0], [3, 0]]
     assert embedder.embed(["a"], "query").tolist() == [[1, 4]]
@@ -46,14 +53,14 @@ def test_our_models_get_the_instruction_with_queries_alone(grit, monkeypatch):
 
 
 def test_our_models_that_tell_sides_apart_have_no_vectors_in_common(grit):
-    assert GritEmbedder(grit, grit.folder, 99, 128, "").sides_alike
+    assert embedder_of(grit, 99).sides_alike
     grit.config.embedding.brackets = "specb"
-    assert not GritEmbedder(grit, grit.folder, 99, 128, "").sides_alike
+    assert not embedder_of(grit, 99).sides_alike
 
 
 def test_the_fingerprint_of_our_models_is_of_the_checkpoint_and_of_what_passages_follow_from(grit):
     def fingerprint(max_length=64, instruction=""):
-        return GritEmbedder(grit, grit.folder, max_length, 128, instruction).fingerprint
+        return embedder_of(grit, max_length, instruction).fingerprint
 
     before = fingerprint()
     assert fingerprint(instruction="find") == before
@@ -64,9 +71,7 @@ def test_the_fingerprint_of_our_models_is_of_the_checkpoint_and_of_what_passages
 
 def test_a_team_is_one_worker_of_which_one_process_writes(grit):
     alone = Worker(rank=7, world_size=12, team=7, num_teams=12)
-    assert in_teams(alone, GritEmbedder(grit, grit.folder, 64, 128, "")) == Worker(
-        rank=7, world_size=12, team=1, num_teams=3, leads=False
-    )
+    assert alone.in_team_of(embedder_of(grit, 64)) == Worker(rank=7, world_size=12, team=1, num_teams=3, leads=False)
 
 
 def test_a_checkpoint_of_ours_embeds_as_the_model_itself(tmp_path):
@@ -74,14 +79,16 @@ def test_a_checkpoint_of_ours_embeds_as_the_model_itself(tmp_path):
     config.training.steps = 1
     train(config)
     texts = [answer for _, answer in sentences(12)]
-    embedder = load_embedder(str(config.output_dir), query_instruction="Answer the question", device="cpu")
+    embedder = load_embedder(
+        str(config.output_dir), EmbedderOptions(query_instruction="Answer the question", device="cpu")
+    )
     model = GritModel.load(config.output_dir, device="cpu")
     assert embedder.dim == 64
     np.testing.assert_allclose(embedder.embed(texts), model.encode(texts), atol=1e-6)
     np.testing.assert_allclose(embedder.embed(texts, "query"), model.encode(texts, "Answer the question"), atol=1e-6)
     with pytest.raises(ConfigError, match="ours are pooled as trained"):
-        load_embedder(str(config.output_dir), pooling="mean")
-    assert in_teams(Worker(rank=1, world_size=2, team=1, num_teams=2), embedder) == Worker(rank=1, world_size=2)
+        load_embedder(str(config.output_dir), EmbedderOptions(pooling="mean"))
+    assert Worker(rank=1, world_size=2, team=1, num_teams=2).in_team_of(embedder) == Worker(rank=1, world_size=2)
     for sizes, message in (
         ({"tensor": 2}, "the number of processes, 1, is no multiple of tensor 2 x pipeline 1 x context 1; start a"),
         ({"tensor": 3}, "parallel.tensor 3 does not divide model.num_attention_heads 4|no multiple of tensor 3"),
@@ -90,7 +97,7 @@ def test_a_checkpoint_of_ours_embeds_as_the_model_itself(tmp_path):
     ):
         named = "".join(rf".*embedder_{name} {sizes.get(name, 1)}" for name in MESH)
         with pytest.raises(MeshError, match=f"embedder .*run with{named}: .*({message})"):
-            load_embedder(str(config.output_dir), device="cpu", parallel=ParallelConfig(**sizes))
+            load_embedder(str(config.output_dir), EmbedderOptions(device="cpu"), parallel=ParallelConfig(**sizes))
 
 
 def test_sizes_of_the_mesh_are_checked():

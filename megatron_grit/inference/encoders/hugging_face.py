@@ -15,16 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megatron_grit.data.text.markers import Side
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.parallel.launch import select_device
-from megatron_grit.retrieval.encoders.sentence_modules import (
+from megatron_grit.inference.encoders.protocol import EmbedderOptions, finite
+from megatron_grit.inference.encoders.sentence_modules import (
     Features,
     Pooling,
     SentenceModules,
     TextMean,
     read_modules,
 )
-from megatron_grit.retrieval.stages.embed import Side, finite
+from megatron_grit.inference.team import Team
+from megatron_grit.parallel.launch import select_device
 from megatron_grit.store.digest import digest_of_files
 
 _WINDOW = 8192
@@ -39,47 +41,34 @@ class HuggingFaceEmbedder:
 
     Args:
         folder: of the encoder, or of a sentence-transformers model.
-        pooling: mean, mean_text or cls, in place of all modules of sentence-transformers; auto: those modules, without
-            them mean_text.
-        max_length: tokens to which a text is cut, special tokens and prompt included; less where the model or its
-            modules allow less.
-        batch_tokens: tokens of a forward pass, padding included; raised to the longest text.
-        precision: fp32, or bf16 for the matrix products.
-        query_prompt: in front of queries; "": what the directory says.
-        device: auto, cpu or cuda.
+        options: how texts are embedded. ``pooling`` other than auto replaces all modules of sentence-transformers;
+            ``max_length`` is lowered to what the model or its modules allow.
 
     Raises:
         ConfigError: an encoder, or a module of it, that is not known here.
         DataError: a file that is missing or damaged, or weights or a tokenizer that are not those of the encoder.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        pooling: str = "auto",
-        max_length: int = 256,
-        batch_tokens: int = 8192,
-        precision: str = "fp32",
-        query_prompt: str = "",
-        device: str = "auto",
-    ) -> None:
+    def __init__(self, folder: Path, options: EmbedderOptions) -> None:
+        pooling, precision = options.pooling, options.precision
         has_modules = (folder / "modules.json").is_file()
         modules = read_modules(folder) if has_modules else SentenceModules(folder)
         if pooling != "auto" or not has_modules:
             step = {"cls": Pooling(["cls"]), "mean": Pooling(["mean"])}.get(pooling, TextMean())
             modules.steps, modules.folders = [step], []
-        if query_prompt:
-            modules.prompts["query"] = query_prompt
-        self.device = _device(device)
-        self.precision, self.batch_tokens, self.prompts = precision, batch_tokens, modules.prompts
+        if options.query_instruction:
+            modules.prompts["query"] = options.query_instruction
+        self.device = _device(options.device)
+        self.precision, self.batch_tokens, self.prompts = precision, options.batch_tokens, modules.prompts
         self.sides_alike = self.prompts["query"] == self.prompts["passage"]
+        self.team: Team | None = None
         self._tokenizer = _load_tokenizer(modules)
         self._model = _load_model(modules).to(self.device).eval()
         check_vocabulary(modules.encoder_folder, self._tokenizer, self._model)
         if self.device.type == "cpu" and precision == "fp32":
             use_onednn(self._model)
         self._steps = nn.ModuleList(modules.steps).to(self.device).eval()
-        limits = [max_length, modules.max_length, self._tokenizer.model_max_length, _num_positions(self._model)]
+        limits = [options.max_length, modules.max_length, self._tokenizer.model_max_length, _num_positions(self._model)]
         self.max_length = min(int(limit) for limit in limits if limit)
         self._check(modules)
         with torch.inference_mode():
@@ -90,7 +79,7 @@ class HuggingFaceEmbedder:
         self.fingerprint = digest_of_files(folder, files, settings)
 
     def embed(self, texts: Sequence[str], side: Side = "passage") -> np.ndarray:
-        """As :class:`~megatron_grit.retrieval.stages.embed.Embedder` says.
+        """As :class:`~megatron_grit.inference.encoders.protocol.Embedder` says.
 
         Raises:
             DataError: a text without any token.
