@@ -5,27 +5,33 @@ Megatron-LM saves with ``--ckpt-format torch_dist`` into
     latest_checkpointed_iteration.txt   number of the newest iteration, or "release"
     iter_0000100/                       weights, optimizer, random states and arguments in one sharded state dict
 
-Names of weights are those of the engine's GPTModel without a prefix. Two things vary: layers are stacked under one name
-or have a number each, and a mixture of experts saved with TransformerEngine's layers names the norm before it
-otherwise.
+Names of GPTModel's weights are ours, but for two things: layers are stacked under one name or have a number each, and a
+mixture of experts saved with TransformerEngine's layers has another name for the norm before it.
+
+HybridModel (MambaModel in older versions) numbers attention and what follows it as layers of their own, so that layer i
+here is layers 2i and 2i + 1 there, and calls the last norm ``final_norm``. Its patterns have a symbol for each layer: *
+attention, - feed-forward, E experts; *-*-*E loads, whatever has other layers or another order is another model.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
 
 from megatron_grit.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _NUMBERED = re.compile(r"decoder\.layers\.(\d+)\.")
 _NORM_OF_DENSE, _NORM_OF_EXPERTS = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
+_LAST_NORM, _LAST_NORM_OF_HYBRID = "decoder.final_layernorm.", "decoder.final_norm."
+_SYMBOLS = {"self_attention.linear_qkv.": "*", "mlp.experts.": "E", "mlp.": "-", "mixer.": "M"}
+"""HybridModel's symbol of a layer that has such names; of several the first."""
 _OTHER_STATE = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler", "common_state")
 _KEYS = {  # which keys of the configuration a tensor's shape hangs on
     "embedding.position_embeddings": "model.max_position_embeddings and model.hidden_size",
@@ -69,7 +75,7 @@ class MegatronNames:
         folder: of an iteration.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or is of HybridModel with other layers than a decoder here has.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -78,6 +84,16 @@ class MegatronNames:
             self._saved = dist_checkpointing.load_tensors_metadata(str(folder))
         except Exception as error:  # whatever the engine's reader meets in a damaged file
             raise CheckpointError(f"{folder}: cannot be read ({error})") from error
+        self._layers = _layer_symbols(self._saved)
+        self._pattern: str | None = None
+        """HybridModel's; None: the names are GPTModel's."""
+        if any(name.startswith(_LAST_NORM_OF_HYBRID) for name in self._saved):
+            self._pattern = "".join(self._layers.values())
+        if self._pattern is not None and not re.fullmatch(r"(\*[-E])+", self._pattern):
+            raise CheckpointError(
+                f"{folder}: is of HybridModel with the layers {self._pattern}; only attention (*) with a feed-forward "
+                "layer (-) or experts (E) after it, such as *-*- or *E*E, is a decoder here"
+            )
 
     def metadata(self) -> dict[str, Any]:
         """What the model's sharded state dict must be told to have the checkpoint's names."""
@@ -86,7 +102,11 @@ class MegatronNames:
     def rename(self, state: dict[str, Any]) -> None:
         """Give the model's tensors the checkpoint's names."""
         for value in nested_values(state):
-            other = value.key.replace(_NORM_OF_DENSE, _NORM_OF_EXPERTS) if isinstance(value, ShardedTensor) else None
+            if not isinstance(value, ShardedBase):
+                continue
+            if self._pattern is not None:
+                value.key = _name_of_hybrid(value.key)
+            other = value.key.replace(_NORM_OF_DENSE, _NORM_OF_EXPERTS)
             if other in self._saved and value.key not in self._saved:
                 value.key = other
 
@@ -101,9 +121,16 @@ class MegatronNames:
         Raises:
             CheckpointError: the first that differs, and the key of the configuration that it hangs on.
         """
-        numbers = {int(found.group(1)) for name in self._saved if (found := _NUMBERED.match(name))}
-        if numbers and len(numbers) != num_layers:
-            raise CheckpointError(f"{self._folder}: has {len(numbers)} layers; set model.num_layers to that")
+        saved_layers = len(self._layers) if self._pattern is None else len(self._layers) // 2
+        if saved_layers and saved_layers != num_layers:
+            raise CheckpointError(f"{self._folder}: has {saved_layers} layers; set model.num_layers to {saved_layers}")
+        symbols = _layer_symbols(value.key for value in nested_values(state) if isinstance(value, ShardedBase))
+        if any(self._layers.get(number) != symbol for number, symbol in symbols.items()):
+            raise CheckpointError(
+                f"{self._folder}: has experts in other layers than this model; its layers are "
+                f"{''.join(self._layers.values())} (* attention, - feed-forward, E experts): compare "
+                "model.num_experts and model.moe_dense_layers"
+            )
         for tensor in _tensors(state):
             saved = self._saved.get(tensor.key)
             if saved is None:
@@ -119,6 +146,28 @@ class MegatronNames:
             if theirs != ours:
                 shapes = f"is {list(theirs)} there and {list(ours)} in this model"
                 raise CheckpointError(f"{self._folder}: {tensor.key} {shapes}; {_advice(tensor, theirs, ours)}")
+
+
+def _layer_symbols(names: Iterable[str]) -> dict[int, str]:
+    """HybridModel's symbol of each layer that has a number in these names, in their order; ? for one not known here."""
+    parts: dict[int, set[str]] = {}
+    for name in names:
+        if found := _NUMBERED.match(name):
+            parts.setdefault(int(found[1]), set()).add(name[found.end() :])
+    symbols = {}
+    for number in sorted(parts):
+        known = (symbol for start, symbol in _SYMBOLS.items() if any(name.startswith(start) for name in parts[number]))
+        symbols[number] = next(known, "?")
+    return symbols
+
+
+def _name_of_hybrid(name: str) -> str:
+    found = _NUMBERED.match(name)
+    if found is None:
+        return name.replace(_LAST_NORM, _LAST_NORM_OF_HYBRID)
+    rest = name[found.end() :]
+    number = 2 * int(found[1]) + (not rest.startswith("self_attention."))
+    return f"decoder.layers.{number}.{rest}"
 
 
 def _tensors(state: dict[str, Any]) -> Iterator[ShardedTensor]:
