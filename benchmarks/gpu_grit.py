@@ -318,7 +318,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.layers is None:
             on_cuda = device.type == "cuda"
             memory = torch.cuda.get_device_properties(device).total_memory if on_cuda else 2**62
-            arguments.layers = choose_layers(arguments, workload_of(batches[0], 1), memory)
+            arguments.layers = choose_layers(arguments, workload_of(run_config(arguments, 1), batches[0], 1), memory)
             config = run_config(arguments, arguments.layers)
         settings = MistralConfig(**model_config(shape, arguments.layers, arguments.tokens_per_row))
         settings._attn_implementation = "sdpa"
@@ -361,7 +361,7 @@ def _report(
     for objective, sides in results.items():
         parts = [part_of(batch, objective) for batch in batches[timed]]
         config.training.objective = objective  # type: ignore[assignment]
-        flops = [count_flops(config, 1, shape.vocab_size, workload_of(part, 1)).model for part in parts]
+        flops = [count_flops(config, 1, shape.vocab_size, workload_of(config, part, 1)).model for part in parts]
         seconds = {side: statistics.median(measured.seconds) for side, measured in sides.items()}
         for side, measured in sides.items():
             padded = measured.padded_tokens[timed]

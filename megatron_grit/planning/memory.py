@@ -1,17 +1,19 @@
 """What a run needs, computed from its configuration: parameters, and memory of a process by kind.
 
-Plain arithmetic: nothing here imports torch, so a login node without a GPU can plan a run. Activations are counted
-tensor by tensor, as autograd keeps them for the backward pass of the layers of models/layer_specs.py; docs/planning.md
-says how far the result was from what was measured.
+Plain arithmetic: a login node without a GPU can plan a run. What differs between kinds of row is asked of data/kinds
+and losses, which are imported when a plan is made. Activations are counted tensor by tensor, as autograd keeps them for
+the backward pass of the layers of models/layer_specs.py; docs/planning.md says how far the result was from what was
+measured.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from megatron_grit.config.checks.run import data_parallel_size
+from megatron_grit.config.kinds import kind_options, load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import (
     attention_widths,
@@ -21,14 +23,15 @@ from megatron_grit.config.shape import (
     padded_vocabulary,
     stage_layers,
 )
+from megatron_grit.data.rows.workload import LossCost, RowWorkload, TextLengths
 from megatron_grit.models.gathered_keys import gathered_keys
 from megatron_grit.planning.adapters import count_adapters, count_trained
 from megatron_grit.planning.parameters import count_parameters, expert_tensor_size
 
 FP32 = 4
-SIMILARITIES_AT_ONCE = 1 << 24
-"""losses/contrastive.py's CHUNK_ELEMENTS, which this layer may not import; a test compares them."""
 
+KINDS = "megatron_grit.data.kinds"
+"""Folder with a file for each kind of row, imported when a plan is made."""
 Device = Literal["cpu", "cuda"]
 
 
@@ -36,80 +39,30 @@ Device = Literal["cpu", "cuda"]
 class Workload:
     """The rows of a step."""
 
-    embedding_tokens: int = 0
-    """Tokens of the texts of the global batch."""
-    generative_tokens: int = 0
-    """Tokens of the sequences of the global batch."""
-    supervised_tokens: int = 0
-    """Labels of the global batch."""
-    embedding_rows: int = 0
-    """Rows of the global batch."""
-    generative_rows: int = 0
-    """Rows of the global batch."""
-    num_texts: int = 0
-    """Queries and passages of the global batch."""
-    num_queries: int = 0
-    """Queries of the global batch."""
-    text_tokens: float = 1.0
-    """Mean length of a text; attention pays for it."""
-    sequence_tokens: float = 1.0
-    """Mean length of a sequence."""
-    embedding_row_tokens: int = 0
-    """Longest embedding row."""
-    generative_row_tokens: int = 0
-    """Longest generative row."""
-    row_labels: int = 0
-    """Most labels of a generative row."""
+    kinds: tuple[RowWorkload, ...]
+    """Those of each kind that the run trains."""
 
     @staticmethod
-    def of_config(
-        config: RunConfig,
-        data_size: int,
-        *,
-        text_tokens: int = 256,
-        sequence_tokens: int = 1024,
-        supervised_share: float = 1.0,
-    ) -> Workload:
+    def of_config(config: RunConfig, data_size: int, lengths: TextLengths) -> Workload:
         """The rows that a configuration leads to, for texts of a stated mean length.
 
         Args:
             config: the run.
             data_size: data parallel size.
-            text_tokens: mean tokens of a query or passage; no more than a row holds.
-            sequence_tokens: mean tokens of a generative sequence.
-            supervised_share: share of the generative tokens that are labels.
+            lengths: of the data.
         """
-        training, data = config.training, config.data
-        row, multiple = data.tokens_per_row, data.num_rows_multiple or data_size
-        text_tokens, sequence_tokens = min(text_tokens, row), min(sequence_tokens, row)
-        num_queries = 0 if training.objective == "generative" else training.embedding_batch_size
-        num_texts = num_queries * (1 + data.train_group_size)
-        embedding_tokens = num_texts * text_tokens
-        embedding_rows = _round_up(ceil(embedding_tokens / row), multiple)
-        generative_tokens = 0 if training.objective == "embedding" else training.generative_batch_size * sequence_tokens
-        generative_rows = _round_up(ceil(generative_tokens / row), multiple)
-        if generative_tokens and data.packing == "window":
-            generative_rows = training.generative_rows or multiple
-            generative_tokens = generative_rows * row
-        # Rows of a step are nearly equal, but a row of what fills the fewest rows may be full.
-        longest = min(row, max(generative_tokens // max(generative_rows, 1), sequence_tokens))
-        generative_row = row if generative_rows > multiple else longest
-        return Workload(
-            embedding_tokens=embedding_tokens,
-            generative_tokens=generative_tokens,
-            supervised_tokens=int(generative_tokens * supervised_share),
-            embedding_rows=embedding_rows,
-            generative_rows=generative_rows,
-            num_texts=num_texts,
-            num_queries=num_queries,
-            text_tokens=text_tokens,
-            sequence_tokens=sequence_tokens,
-            embedding_row_tokens=row
-            if embedding_rows > multiple
-            else min(row, max(text_tokens, embedding_tokens // max(embedding_rows, 1))),
-            generative_row_tokens=generative_row,
-            row_labels=ceil(generative_row * supervised_share),
-        )
+        kinds = (load_kind(KINDS, kind) for kind in trained_kinds(config))
+        return Workload(kinds=tuple(kind.plan_rows(config, data_size, lengths) for kind in kinds))
+
+    @property
+    def embedded(self) -> list[RowWorkload]:
+        """Those that are embedded."""
+        return [rows for rows in self.kinds if rows.embeds and rows.rows]
+
+    @property
+    def predicted(self) -> list[RowWorkload]:
+        """Those whose next tokens are predicted."""
+        return [rows for rows in self.kinds if not rows.embeds and rows.rows]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +87,14 @@ class Memory:
         return max(self.moments, key=lambda name: self.moments[name])
 
 
-def caches_gradients(config: RunConfig, world_size: int, workload: Workload) -> bool:
-    """Whether texts are embedded twice."""
-    rows_of_a_rank = ceil(workload.embedding_rows / data_parallel_size(config, world_size))
-    return config.training.grad_cache == "on" or rows_of_a_rank > 1
+def caches_gradients(config: RunConfig, data_size: int, rows: RowWorkload) -> bool:
+    """Whether rows go through the model twice."""
+    return rows.embeds and (config.training.grad_cache == "on" or ceil(rows.rows / data_size) > 1)
+
+
+def loss_cost(config: RunConfig, rows: RowWorkload, data_size: int) -> LossCost:
+    """What the loss of a kind of row takes besides the rows' own passes."""
+    return load_kind("megatron_grit.losses", kind_options(rows.kind).LOSS).loss_cost(config, rows, data_size)
 
 
 def estimate_memory(
@@ -161,14 +118,6 @@ def estimate_memory(
     stages = range(config.parallel.pipeline) if stage is None else [stage]
     every = [_StageMemory(config, world_size, vocab_size, workload, device, each).estimate() for each in stages]
     return max(every, key=lambda memory: memory.peak)
-
-
-class _Row(NamedTuple):
-    """A row of one kind, all segments of the mean length."""
-
-    tokens: int
-    segment_tokens: float
-    causal: bool
 
 
 class _StageMemory:
@@ -206,30 +155,32 @@ class _StageMemory:
         gradients = (dense + experts) * FP32
         # Adam's two moments, and fp32 main weights where the model's own are bf16.
         optimizer = shard * (2 * FP32 + (FP32 if self.size == 2 else 0))
-        static = weights + gradients + optimizer
-        cached = caches_gradients(self.config, self.data_size * self._model_size(), workload)
-        local_texts = ceil(workload.num_texts / self.data_size)
-        grad_cache = local_texts * self.projected * FP32 if cached and self.last else 0
-        rows = self._row_bytes()
-        contrastive = self._contrastive(local_texts) if workload.num_texts and self.last else 0
-        texts = _Row(workload.embedding_row_tokens, workload.text_tokens, self.config.embedding.causal)
-        sequences = _Row(workload.generative_row_tokens, workload.sequence_tokens, True)
-        embedding, generative = self._activations(texts), self._activations(sequences)
-        logits = self._logits() if workload.generative_rows and self.last else 0
-        pooling = self._pooling() if workload.embedding_rows and self.last else 0
-        layer = max(self._layer_backward(texts), self._layer_backward(sequences))
-        base = static + rows
-        held = max(embedding, generative)
+        base = weights + gradients + optimizer + self._row_bytes()
+        kept = {rows.kind: self._activations(rows) for rows in workload.kinds}
+        held = max(kept.values(), default=0)
+        layer = max((self._layer_backward(rows) for rows in workload.kinds), default=0)
+        embedded, predicted = (workload.embedded, workload.predicted) if self.last else ([], [])
+        cached = {rows.kind for rows in embedded if caches_gradients(self.config, self.data_size, rows)}
+        grad_cache = sum(
+            ceil(rows.segments / self.data_size) * self.projected * FP32 for rows in embedded if rows.kind in cached
+        )
+        logits = {rows.kind: self._logits(rows) for rows in predicted}
+        pooling = {rows.kind: self._pooling(rows) for rows in embedded}
         moments = {
             "building the model": 2 * weights + gradients,
             "backward pass of a layer": base + grad_cache + held + layer,
             "optimizer step": base + self._optimizer_step(shard),
         }
-        if self.last and workload.generative_rows:
-            moments["logits of a generative row"] = base + grad_cache + generative + logits
-        if self.last and workload.embedding_rows:
-            moments["pooling of an embedding row"] = base + grad_cache + embedding + pooling
-            moments["contrastive loss"] = base + contrastive + (0 if cached else embedding)
+        for kind, size in logits.items():
+            moments[f"logits of {_a(kind)} row"] = base + grad_cache + kept[kind] + size
+        for kind, size in pooling.items():
+            moments[f"pooling of {_a(kind)} row"] = base + grad_cache + kept[kind] + size
+        losses: dict[str, int] = {}
+        for rows in embedded + predicted:
+            cost = loss_cost(self.config, rows, self.data_size)
+            if cost.memory:
+                losses[cost.name] = cost.memory
+                moments[f"{cost.name} loss"] = base + cost.memory + (0 if rows.kind in cached else kept[rows.kind])
         if self.stage == 0:
             # The gradient of the embedding matrix is dense; all other activations are gone by then.
             table = self.vocabulary * self.model.hidden_size * self.size
@@ -238,29 +189,24 @@ class _StageMemory:
             "weights": weights,
             "gradients": gradients,
             "optimizer": optimizer,
-            "activations": held + max(layer, pooling),
-            "logits": logits,
-            "contrastive": contrastive,
+            "activations": held + max([layer, *pooling.values()]),
+            "logits": max(logits.values(), default=0),
+            **losses,
             "grad cache": grad_cache,
-            "rows": rows,
+            "rows": self._row_bytes(),
         }
         return Memory(stage=self.stage, kinds=kinds, moments=moments)
 
-    def _model_size(self) -> int:
-        return self.tensor * self.parallel.pipeline * self.parallel.context
-
     def _row_bytes(self) -> int:
         """Tokens, positions, labels and masks of every row of the step on this rank."""
-        workload = self.workload
-        per_rank = workload.embedding_rows * workload.embedding_row_tokens * (8 + 8 + 1 + 8 + 4)
-        per_rank += workload.generative_rows * workload.generative_row_tokens * (8 + 8 + 1 + 8 + 4)
-        return per_rank // self.data_size
+        every = sum(rows.rows * rows.row_tokens * (8 + 8 + 1 + 8 + 4) for rows in self.workload.kinds)
+        return every // self.data_size
 
-    def _activations(self, row: _Row) -> int:
+    def _activations(self, row: RowWorkload) -> int:
         """Kept for the backward pass of the rows in flight, logits left out."""
-        if not row.tokens:
+        if not row.row_tokens:
             return 0
-        tokens = ceil(row.tokens / self.parallel.context)
+        tokens = ceil(row.row_tokens / self.parallel.context)
         shared = tokens // self.tensor if self.parallel.sequence_parallel else tokens
         width = self.model.hidden_size
         if self.config.training.recompute == "full":
@@ -280,17 +226,17 @@ class _StageMemory:
 
     def _rows_in_flight(self) -> float:
         """Rows whose backward pass this stage still waits for, in whole rows of all its layers."""
-        rows = ceil((self.workload.embedding_rows + self.workload.generative_rows) / self.data_size)
+        rows = ceil(sum(rows.rows for rows in self.workload.kinds) / self.data_size)
         behind, chunks = self.parallel.pipeline - self.stage, self.parallel.virtual_pipeline or 1
         if chunks == 1:
             return max(1, min(rows, behind))
         # Interleaved: a warm-up of 2 (stages behind - 1) + (chunks - 1) stages chunks, and the one at work.
         return max(1.0, min(rows * chunks, 2 * (behind - 1) + (chunks - 1) * self.parallel.pipeline + 1) / chunks)
 
-    def _layer_kept(self, row: _Row, is_mixture: bool) -> int:
+    def _layer_kept(self, row: RowWorkload, is_mixture: bool) -> int:
         """What one layer keeps without full recompute."""
         model, size = self.model, self.size
-        tokens = ceil(row.tokens / self.parallel.context)
+        tokens = ceil(row.row_tokens / self.parallel.context)
         shared = tokens // self.tensor if self.parallel.sequence_parallel else tokens
         kept = self._norm_kept(shared) * (1 if model.parallel_residual == "one_norm" else 2)
         if model.parallel_residual == "two_norms":
@@ -341,8 +287,8 @@ class _StageMemory:
             normed = tokens * (queries * self.size if fused else (2 * queries + keys) * FP32)
         return kept * self.size + normed
 
-    def _gathered_keys(self, row: _Row) -> int:
-        return gathered_keys(row.tokens, row.segment_tokens, self.parallel.context, row.causal)
+    def _gathered_keys(self, row: RowWorkload) -> int:
+        return gathered_keys(row.row_tokens, row.segment_tokens, self.parallel.context, row.causal)
 
     def _attention_output(self) -> int:
         """SDPA goes segment by segment and its outputs are joined to one tensor, so both are kept."""
@@ -350,15 +296,15 @@ class _StageMemory:
         segmentwise = backend == "sdpa" or (backend == "auto" and self.device == "cpu")
         return attention_widths(self.model)[0] // self.tensor if segmentwise else 0
 
-    def _layer_backward(self, row: _Row) -> int:
+    def _layer_backward(self, row: RowWorkload) -> int:
         """Most that the backward pass of a layer adds to what the forward pass kept."""
-        if not row.tokens:
+        if not row.row_tokens:
             return 0
         kinds = {False} if self.num_mixtures == 0 else {True} if self.num_mixtures == self.num_layers else {False, True}
         return max(self._layer_adds(row, is_mixture) for is_mixture in kinds)
 
-    def _layer_adds(self, row: _Row, is_mixture: bool) -> int:
-        model, tokens = self.model, ceil(row.tokens / self.parallel.context)
+    def _layer_adds(self, row: RowWorkload, is_mixture: bool) -> int:
+        model, tokens = self.model, ceil(row.row_tokens / self.parallel.context)
         width, routed, visits = model.hidden_size, tokens, tokens
         inner = model.ffn_hidden_size // self.tensor
         if is_mixture:
@@ -375,48 +321,31 @@ class _StageMemory:
         adds += states * (2 if is_mixture else 1)
         return adds * self.size + self._recomputed(row, is_mixture)
 
-    def _recomputed(self, row: _Row, is_mixture: bool) -> int:
+    def _recomputed(self, row: RowWorkload, is_mixture: bool) -> int:
         """What is computed again for the backward pass of a layer."""
         recompute = self.config.training.recompute
         if recompute == "full":
             return self._layer_kept(row, is_mixture)
-        tokens = ceil(row.tokens / self.parallel.context)
+        tokens = ceil(row.row_tokens / self.parallel.context)
         return tokens * self._attention_output() * self.size if recompute == "selective" else 0
 
-    def _logits(self) -> int:
+    def _logits(self, row: RowWorkload) -> int:
         """The language-model head of a row, at its worst."""
-        tokens, size = self.workload.row_labels, self.size
+        tokens, size = row.row_labels, self.size
         if self.parallel.sequence_parallel:  # then logits are taken of every token
-            tokens = ceil(self.workload.generative_row_tokens / self.parallel.context)
-        tokens = min(tokens, self.workload.generative_row_tokens)
+            tokens = ceil(row.row_tokens / self.parallel.context)
+        tokens = min(tokens, row.row_tokens)
         logits = tokens * self.vocabulary
         states = tokens * self.model.hidden_size * size
         copies = FP32 if size == FP32 and not self.pads_vocabulary else FP32 + size
         weight_gradient = self.vocabulary * self.model.hidden_size * size
         return states + max(logits * copies, logits * size + weight_gradient + states)
 
-    def _pooling(self) -> int:
+    def _pooling(self, row: RowWorkload) -> int:
         """Weighted token states in fp32, forward and backward."""
-        tokens = ceil(self.workload.embedding_row_tokens / self.parallel.context)
+        tokens = ceil(row.row_tokens / self.parallel.context)
         copies = 2 if self.size == FP32 else 3
         return tokens * self.projected * FP32 * copies
-
-    def _contrastive(self, local_texts: int) -> int:
-        """Embeddings of the global batch, their gradients, and one chunk of similarities."""
-        workload, loss = self.workload, self.config.loss
-        passages = workload.num_texts - workload.num_queries
-        candidates = passages + (workload.num_queries if loss.same_side_negatives else 0)
-        if loss.negatives == "hard":
-            chunk = workload.num_queries * self.config.data.train_group_size
-        else:
-            anchors = ceil(workload.num_queries / (self.data_size * self.parallel.context))
-            chunk = min(max(SIMILARITIES_AT_ONCE, candidates), anchors * candidates)
-        masked = loss.mask_equal_texts or loss.same_side_negatives or loss.false_negative_margin is not None
-        # Similarities, which become their gradient where they are, and which of them are left out.
-        similarities = chunk * (FP32 + (2 if masked else 0))
-        # Gathered, in order, gradient of the loss, that times the incoming gradient; this rank's, joined, and gradient.
-        everyone = 4 * workload.num_texts * (1 + len(loss.matryoshka_dims) / 2)
-        return similarities + int(everyone + 3 * local_texts) * self.projected * FP32
 
     def _optimizer_step(self, shard: int) -> int:
         """Temporaries of Adam: one tensor at a time on the CPU, all of them at once on a GPU."""
@@ -428,5 +357,5 @@ class _StageMemory:
         return 2 * min(largest, shard) * FP32
 
 
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+def _a(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

@@ -1,7 +1,6 @@
 """Floating-point operations of a step and the time that they should take, from a stated peak and stated bandwidths.
 
-A multiplication and its addition count as two operations. Only matrix products and attention are counted. Nothing here
-imports torch.
+A multiplication and its addition count as two operations. Only matrix products and attention are counted.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from math import ceil
 from megatron_grit.config.checks.run import data_parallel_size
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import attention_widths, dense_layers, expert_width, mixture_layers, padded_vocabulary
-from megatron_grit.planning.memory import FP32, Workload, caches_gradients
+from megatron_grit.planning.memory import FP32, Workload, caches_gradients, loss_cost
 from megatron_grit.planning.parameters import count_parameters, expert_tensor_size
 
 PEAK_TFLOPS = {
@@ -55,16 +54,14 @@ class Machine:
 class Flops:
     """Operations of a step on all processes together."""
 
-    embedding: float
-    """Both passes of GradCache where there are two."""
-    first_pass: float
-    """Of ``embedding``: the pass without a graph, where gradients are cached."""
-    generative: float
-    """Forward and backward, the head included."""
+    passes: dict[str, float]
+    """By kind of row: forward and backward, the head included, and both passes of GradCache where there are two."""
+    first_passes: dict[str, float]
+    """Of ``passes``: those without a graph, where gradients are cached."""
     head: float
     """The language-model head, which only the last stage computes."""
-    contrastive: float
-    """The loss, which every data parallel rank computes for the whole batch."""
+    losses: dict[str, float]
+    """By name: those that every data parallel rank computes for the whole batch."""
     recompute: float
     """Of activations, for the backward pass."""
 
@@ -72,12 +69,13 @@ class Flops:
     def model(self) -> float:
         """What the losses and their gradients take, nothing computed twice to save memory: what a share of the peak is
         stated of (model FLOPs utilisation; PaLM, arXiv 2204.02311, appendix B)."""
-        return self.embedding - self.first_pass + self.generative + self.contrastive
+        once = (count - self.first_passes[kind] for kind, count in self.passes.items())
+        return sum(once) + sum(self.losses.values())
 
     @property
     def total(self) -> float:
         """All that is executed."""
-        return self.embedding + self.generative + self.contrastive + self.recompute
+        return sum(self.passes.values()) + sum(self.losses.values()) + self.recompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,25 +108,28 @@ def count_flops(config: RunConfig, world_size: int, vocab_size: int, workload: W
         vocab_size: of the model before padding.
         workload: rows of a step.
     """
-    model = config.model
-    causal_texts = config.embedding.causal
-    embedding = workload.embedding_tokens * _forward(config, workload.text_tokens, causal_texts)
-    generative = workload.generative_tokens * _forward(config, workload.sequence_tokens, True)
-    rows = padded_vocabulary(vocab_size, model.vocab_multiple, config.parallel.tensor)
-    labels = workload.generative_tokens if config.parallel.sequence_parallel else workload.supervised_tokens
-    head = 2 * labels * model.hidden_size * rows
-    passes = 4 if caches_gradients(config, world_size, workload) else 3
-    width = config.embedding.projection_dim or model.hidden_size
-    passages = workload.num_texts - workload.num_queries
-    # Similarities, and two products for the gradient.
-    similarities = 2.0 * workload.num_queries * passages * width * (3 if config.loss.negatives == "batch" else 1)
-    again = {"none": 0.0, "full": embedding + generative, "selective": _core_attention(config, workload)}
+    data_size = data_parallel_size(config, world_size)
+    padded = padded_vocabulary(vocab_size, config.model.vocab_multiple, config.parallel.tensor)
+    passes, first_passes, losses = {}, {}, {}
+    forward_all = core_attention = all_heads = 0.0
+    for rows in workload.kinds:
+        forward = rows.tokens * _forward(config, rows.segment_tokens, rows.causal)
+        labels = rows.tokens if config.parallel.sequence_parallel else rows.labels
+        head = 0 if rows.embeds else 2 * labels * config.model.hidden_size * padded
+        first = forward if caches_gradients(config, data_size, rows) else 0.0
+        passes[rows.kind], first_passes[rows.kind] = float(3 * (forward + head) + first), float(first)
+        cost = loss_cost(config, rows, data_size)
+        if cost.operations:
+            losses[cost.name] = cost.operations
+        forward_all += forward
+        core_attention += rows.tokens * _attention(config, rows.segment_tokens, rows.causal)
+        all_heads += 3 * head
+    again = {"none": 0.0, "full": forward_all, "selective": core_attention}
     return Flops(
-        embedding=float(passes * embedding),
-        first_pass=float((passes - 3) * embedding),
-        generative=float(3 * (generative + head)),
-        head=float(3 * head),
-        contrastive=similarities * config.parallel.tensor,  # replicas share it, tensor parallel ranks repeat it
+        passes=passes,
+        first_passes=first_passes,
+        head=all_heads,
+        losses=losses,
         recompute=float(again[config.training.recompute]),
     )
 
@@ -158,12 +159,6 @@ def _attention(config: RunConfig, segment_tokens: float, causal: bool) -> float:
     return 4 * attention_widths(model)[0] * tokens
 
 
-def _core_attention(config: RunConfig, workload: Workload) -> float:
-    texts = workload.embedding_tokens * _attention(config, workload.text_tokens, config.embedding.causal)
-    sequences = workload.generative_tokens * _attention(config, workload.sequence_tokens, True)
-    return texts + sequences
-
-
 def expected_step_time(
     config: RunConfig, world_size: int, vocab_size: int, workload: Workload, machine: Machine
 ) -> StepTime:
@@ -176,21 +171,19 @@ def expected_step_time(
     data_size = data_parallel_size(config, world_size)
     flops = count_flops(config, world_size, vocab_size, workload)
     rate = world_size * machine.peak_tflops * 1e12 * machine.efficiency
-    compute, last_alone = flops.total / rate, (flops.head + flops.contrastive) / rate
-    cached = caches_gradients(config, world_size, workload)
-    embedding_rows = ceil(workload.embedding_rows / data_size)
-    rows = embedding_rows + ceil(workload.generative_rows / data_size)
+    compute, last_alone = flops.total / rate, (flops.head + sum(flops.losses.values())) / rate
+    num_rows = sum(ceil(rows.rows / data_size) for rows in workload.kinds)
     slowest = compute + last_alone * (parallel.pipeline - 1)
-    bubble = slowest * (1 + (parallel.pipeline - 1) / (max(rows, 1) * (parallel.virtual_pipeline or 1))) - compute
+    bubble = slowest * (1 + (parallel.pipeline - 1) / (max(num_rows, 1) * (parallel.virtual_pipeline or 1))) - compute
     size = 2 if config.training.precision == "bf16" else FP32
     layers = model.num_layers // parallel.pipeline
     # Bytes of hidden states that pass a point of a rank in one direction, in all forward passes of a step.
-    texts = workload.embedding_tokens / data_size / parallel.context * model.hidden_size * size
-    sequences = workload.generative_tokens / data_size / parallel.context * model.hidden_size * size
-    forward = texts * (2 if cached else 1) + sequences
+    once = [rows.tokens / data_size / parallel.context * model.hidden_size * size for rows in workload.kinds]
+    cached = [caches_gradients(config, data_size, rows) for rows in workload.kinds]
+    forward = sum(count * (2 if twice else 1) for count, twice in zip(once, cached, strict=True))
     if config.training.recompute == "full":
-        forward += texts + sequences
-    both = forward + texts + sequences
+        forward += sum(once)
+    both = forward + sum(once)
 
     def speed(group: int, stride: int) -> float:
         inside = group * stride <= machine.devices_per_node

@@ -10,25 +10,14 @@ from typing import Any
 
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.checks.run import data_parallel_size, find_problems, mesh_summary
+from megatron_grit.config.kinds import kind_names, kind_options
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.rows.workload import TextLengths
 from megatron_grit.planning.memory import Device, Memory, Workload, estimate_memory
 from megatron_grit.planning.operations import Flops, Machine, StepTime, count_flops, expected_step_time
 from megatron_grit.planning.parameters import Parameters, count_parameters
 
 GIB = 2**30
-_INPUT_KEYS = ("data.embedding", "data.generative", "data.tokenizer")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextLengths:
-    """What a plan assumes of the data."""
-
-    text_tokens: int = 256
-    """Mean tokens of a query or passage."""
-    sequence_tokens: int = 1024
-    """Mean tokens of a generative sequence."""
-    supervised_share: float = 1.0
-    """Share of the generative tokens that are labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +76,8 @@ class Plan:
 
 def problems_of(config: RunConfig, world_size: int) -> list[Problem]:
     """What makes a run impossible, inputs that are not there yet left out."""
-    return [problem for problem in find_problems(config, world_size, files=False) if problem.key not in _INPUT_KEYS]
+    inputs = {"data.tokenizer", *(kind_options(kind).DATA for kind in kind_names())}
+    return [problem for problem in find_problems(config, world_size, files=False) if problem.key not in inputs]
 
 
 def estimate_run(
@@ -99,13 +89,7 @@ def estimate_run(
     device: Device = "cuda",
 ) -> Estimate:
     """Needs of a possible run."""
-    workload = Workload.of_config(
-        config,
-        data_parallel_size(config, world_size),
-        text_tokens=lengths.text_tokens,
-        sequence_tokens=lengths.sequence_tokens,
-        supervised_share=lengths.supervised_share,
-    )
+    workload = Workload.of_config(config, data_parallel_size(config, world_size), lengths)
     memory = estimate_memory(config, world_size, vocab_size, workload, device)
     return Estimate(
         mesh=mesh_label(config, world_size),

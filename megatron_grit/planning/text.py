@@ -45,12 +45,14 @@ def _in_full(estimate: Estimate, plan: Plan) -> list[str]:
     return [
         f"Mesh: {estimate.mesh}",
         f"Parameters: {parameters.total:,}{active}; {parameters.rank:,} on a rank of pipeline stage {memory.stage}",
-        f"Rows a step: {workload.embedding_rows} embedding, {workload.generative_rows} generative, "
-        f"{workload.embedding_tokens + workload.generative_tokens:,} tokens",
+        f"Rows a step: {', '.join(f'{rows.rows} {rows.kind}' for rows in workload.kinds)}, "
+        f"{sum(rows.tokens for rows in workload.kinds):,} tokens",
         f"Memory a rank: {format_bytes(memory.peak)}, {fits}; the worst moment: {memory.worst_moment}",
         *(f"  {kind:<12}{format_bytes(count):>14}" for kind, count in memory.kinds.items() if count),
-        f"FLOPs a step: {flops.total:.3e} (embedding {flops.embedding:.3e}, generative {flops.generative:.3e}, "
-        f"contrastive loss {flops.contrastive:.1e}, recompute {flops.recompute:.1e})",
+        f"FLOPs a step: {flops.total:.3e} ("
+        + "".join(f"{kind} {count:.3e}, " for kind, count in flops.passes.items())
+        + "".join(f"{name} loss {count:.1e}, " for name, count in flops.losses.items())
+        + f"recompute {flops.recompute:.1e})",
         f"Step time: {seconds.total:.2f} s ("
         + ", ".join(f"{part} {getattr(seconds, part):.2f}" for part in parts if getattr(seconds, part))
         + ")",

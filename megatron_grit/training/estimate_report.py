@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_grit.config.kinds import kind_options
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.rows.batch import PackedRow, StepBatch
+from megatron_grit.data.rows.batch import BatchPart, StepBatch
+from megatron_grit.data.rows.workload import RowWorkload
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.planning.memory import Device, Workload, estimate_memory
 from megatron_grit.planning.operations import count_flops
@@ -75,7 +77,7 @@ class EstimateReport:
         """Take note of a step; after the second, report."""
         if len(self._seen) == _STEPS:
             return
-        self._seen.append(workload_of(batch, self._context.data_size))
+        self._seen.append(workload_of(self._config, batch, self._context.data_size))
         if len(self._seen) < _STEPS:
             return
         config, world_size = self._config, self._context.world_size
@@ -98,30 +100,22 @@ class EstimateReport:
         )
 
 
-def workload_of(batch: StepBatch, data_size: int) -> Workload:
+def workload_of(config: RunConfig, batch: StepBatch, data_size: int) -> Workload:
     """The rows of a step as the estimate takes them. Rows of other ranks are taken to be as long as this rank's."""
-    texts, sequences = batch.rows_of("embedding"), batch.rows_of("generative")
-    pairs = batch.parts["embedding"].counts if texts else None
-    counts = batch.parts["generative"].counts if sequences else None
-    num_queries = pairs.num_queries if pairs else 0
-    num_texts = num_queries * (1 + pairs.group_size) if pairs else 0
-    embedding_tokens = sum(row.num_tokens for row in texts) * data_size
-    generative_tokens = sum(row.num_tokens for row in sequences) * data_size
-    return Workload(
-        embedding_tokens=embedding_tokens,
-        generative_tokens=generative_tokens,
-        supervised_tokens=counts.num_loss_tokens if counts else 0,
-        embedding_rows=len(texts) * data_size,
-        generative_rows=len(sequences) * data_size,
-        num_texts=num_texts,
-        num_queries=num_queries,
-        text_tokens=embedding_tokens / max(num_texts, 1),
-        sequence_tokens=generative_tokens / max(counts.num_sequences if counts else 0, 1),
-        embedding_row_tokens=max((_length(row) for row in texts), default=0),
-        generative_row_tokens=max((_length(row) for row in sequences), default=0),
-        row_labels=max((int(row.loss_mask_1T.sum()) for row in sequences if row.loss_mask_1T is not None), default=0),
+    return Workload(kinds=tuple(_rows_of(config, kind, part, data_size) for kind, part in batch.parts.items()))
+
+
+def _rows_of(config: RunConfig, kind: str, part: BatchPart, data_size: int) -> RowWorkload:
+    rows, embeds = part.rows, kind_options(kind).EMBEDS
+    tokens = sum(row.num_tokens for row in rows) * data_size
+    return RowWorkload(
+        kind=kind,
+        embeds=embeds,
+        causal=config.embedding.causal or not embeds,
+        tokens=tokens,
+        rows=len(rows) * data_size,
+        segment_tokens=tokens / max(part.counts.num_segments, 1),
+        row_tokens=max((row.tokens_1T.shape[1] for row in rows), default=0),
+        row_labels=max((int(row.loss_mask_1T.sum()) for row in rows if row.loss_mask_1T is not None), default=0),
+        counts=part.counts,
     )
-
-
-def _length(row: PackedRow) -> int:
-    return row.tokens_1T.shape[1]

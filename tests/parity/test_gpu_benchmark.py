@@ -67,7 +67,7 @@ def test_sides_that_disagree_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_layers_are_as_many_as_fit() -> None:
     arguments = gpu_grit.parse(["--batch", "16", "--precision", "bf16"])
-    workload = workload_of(gpu_grit.make_batches(arguments)[0], 1)
+    workload = workload_of(gpu_grit.run_config(arguments, 1), gpu_grit.make_batches(arguments)[0], 1)
     layers = {gib: gpu_grit.choose_layers(arguments, workload, gib * 2**30) for gib in (24, 80, 141, 400)}
     assert 0 < layers[24] < layers[80] < layers[141] < layers[400] == 32
     peaks = [

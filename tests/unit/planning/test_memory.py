@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -16,28 +17,40 @@ import pytest
 
 from megatron_grit.config.parse import parse_run_config
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.kinds.embedding import EmbeddingCounts
+from megatron_grit.data.kinds.generative import GenerativeCounts
+from megatron_grit.data.rows.workload import RowWorkload, TextLengths
+from megatron_grit.losses.contrastive import CHUNK_ELEMENTS
 from megatron_grit.models.gathered_keys import gathered_keys
-from megatron_grit.planning.memory import SIMILARITIES_AT_ONCE, Workload, estimate_memory
+from megatron_grit.planning.memory import Workload, estimate_memory
 from megatron_grit.planning.operations import Machine, count_flops, expected_step_time
 from megatron_grit.planning.parameters import count_parameters
-from megatron_grit.planning.plan import TextLengths, make_plan, meshes, problems_of
+from megatron_grit.planning.plan import make_plan, meshes, problems_of
 from megatron_grit.planning.text import format_plan
 from tests.rows import VOCAB, tiny_config
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+def pairs(num_queries: int, tokens: int = 0, rows: int = 1, **sizes: Any) -> RowWorkload:
+    """Queries with two passages each."""
+    counts = EmbeddingCounts(num_queries=num_queries, group_size=2, slots_by_rank=[])
+    settings = {"kind": "embedding", "embeds": True, "causal": False}
+    return RowWorkload(**(settings | {"tokens": tokens, "rows": rows, "counts": counts} | sizes))
+
+
+def sequences(tokens: int, rows: int = 1, **sizes: Any) -> RowWorkload:
+    """Texts whose every token is a label."""
+    counts = GenerativeCounts(num_loss_tokens=tokens, num_sequences=1, num_rows=rows)
+    settings = {"kind": "generative", "embeds": False, "tokens": tokens, "rows": rows, "counts": counts}
+    return RowWorkload(**(settings | sizes))
+
+
 WORKLOAD = Workload(
-    embedding_tokens=64 * 512,
-    generative_tokens=16 * 512,
-    supervised_tokens=16 * 512,
-    embedding_rows=64,
-    generative_rows=16,
-    num_texts=96,
-    num_queries=32,
-    text_tokens=341,
-    sequence_tokens=512,
-    embedding_row_tokens=512,
-    generative_row_tokens=512,
-    row_labels=512,
+    kinds=(
+        pairs(32, 64 * 512, 64, segment_tokens=341, row_tokens=512),
+        sequences(16 * 512, 16, segment_tokens=512, row_tokens=512, row_labels=512),
+    )
 )
 
 
@@ -101,29 +114,23 @@ def test_similarities_do_not_grow_with_the_square_of_the_batch() -> None:
     config = tiny_config()
     sizes = []
     for num_queries in (1 << 14, 1 << 16):
-        workload = Workload(embedding_rows=64, num_texts=3 * num_queries, num_queries=num_queries)
+        workload = Workload(kinds=(pairs(num_queries, rows=64),))
         kinds = estimate_memory(config, 8, VOCAB, workload).kinds
-        sizes.append(kinds["contrastive"] - 4 * SIMILARITIES_AT_ONCE)
+        sizes.append(kinds["contrastive"] - 4 * CHUNK_ELEMENTS)
     assert sizes[1] == 4 * sizes[0]
-
-
-def test_the_chunk_is_the_one_of_the_loss() -> None:
-    from megatron_grit.losses.contrastive import CHUNK_ELEMENTS
-
-    assert CHUNK_ELEMENTS == SIMILARITIES_AT_ONCE
 
 
 def test_flops_of_mistral() -> None:
     """Forward 2 and backward 4 for each weight but the input embedding's; embedding twice with GradCache."""
     config = preset("mistral_7b")
-    workload = Workload(generative_tokens=1000, supervised_tokens=1000, generative_rows=1, sequence_tokens=0)
+    workload = Workload(kinds=(sequences(1000, segment_tokens=0),))
     flops = count_flops(config, 1, 32000, workload)
     weights = 7_241_732_096 - 32000 * 4096 - 65 * 4096
-    assert flops.generative == 6 * weights * 1000 and flops.embedding == 0
-    texts = Workload(embedding_tokens=1000, embedding_rows=1, text_tokens=0)
-    one_pass = count_flops(config, 1, 32000, texts).embedding
+    assert flops.passes == {"generative": 6 * weights * 1000} and flops.losses == {}
+    texts = Workload(kinds=(pairs(0, 1000, segment_tokens=0),))
+    one_pass = count_flops(config, 1, 32000, texts).passes["embedding"]
     config.training.grad_cache = "on"
-    assert count_flops(config, 1, 32000, texts).embedding == one_pass * 4 / 3
+    assert count_flops(config, 1, 32000, texts).passes["embedding"] == one_pass * 4 / 3
     config.training.recompute = "full"
     assert count_flops(config, 1, 32000, texts).recompute == one_pass / 3
 
@@ -131,23 +138,24 @@ def test_flops_of_mistral() -> None:
 def test_attention_is_counted_by_what_a_token_sees() -> None:
     config = tiny_config(num_layers=1)
 
-    def of(**lengths: float) -> float:
-        flops = count_flops(config, 1, VOCAB, Workload(**lengths))  # type: ignore[arg-type]
-        return flops.embedding + flops.generative
+    def of(rows: RowWorkload) -> float:
+        return sum(count_flops(config, 1, VOCAB, Workload(kinds=(rows,))).passes.values())
 
-    short, long = (of(embedding_tokens=1, text_tokens=length) for length in (0, 100))
-    assert long - short == 3 * 4 * 64 * 100
-    causal = of(generative_tokens=1, sequence_tokens=100) - of(generative_tokens=1, sequence_tokens=0)
-    assert causal == (long - short) / 2
+    def grows(rows: Callable[..., RowWorkload]) -> float:
+        return of(rows(segment_tokens=100)) - of(rows(segment_tokens=0))
+
+    long_less_short = grows(partial(pairs, 0, 1))
+    assert long_less_short == 3 * 4 * 64 * 100
+    causal = grows(partial(sequences, 1))
+    assert causal == long_less_short / 2
     config.model.sliding_window = 10
-    windowed = of(generative_tokens=1, sequence_tokens=100) - of(generative_tokens=1, sequence_tokens=0)
-    assert windowed == causal / 5
+    assert grows(partial(sequences, 1)) == causal / 5
 
 
 def slowest_stage(config: RunConfig, machine: Machine) -> float:
     """Seconds of the last stage, which has its layers and the head."""
     flops, stages = count_flops(config, 16, 32000, WORKLOAD), config.parallel.pipeline
-    ends = flops.head + flops.contrastive
+    ends = flops.head + flops.losses["contrastive"]
     return ((flops.total - ends) / stages + ends) / (16 / stages) / (machine.peak_tflops * 1e12 * machine.efficiency)
 
 
@@ -180,10 +188,13 @@ def test_workload_of_a_configuration() -> None:
     config = tiny_config()
     config.data.tokens_per_row, config.data.train_group_size = 512, 2
     config.training.embedding_batch_size, config.training.generative_batch_size = 32, 10
-    workload = Workload.of_config(config, 4, text_tokens=100, sequence_tokens=1000, supervised_share=0.25)
-    assert (workload.num_texts, workload.embedding_tokens, workload.embedding_rows) == (96, 9600, 20)
+    lengths = TextLengths(text_tokens=100, sequence_tokens=1000, supervised_share=0.25)
+    texts, chats = Workload.of_config(config, 4, lengths).kinds
+    assert (texts.segments, texts.tokens, texts.rows) == (96, 9600, 20)
     # A sequence is no longer than a row.
-    assert (workload.generative_tokens, workload.generative_rows, workload.row_labels) == (5120, 12, 128)
+    assert (chats.tokens, chats.rows, chats.row_labels, chats.labels) == (5120, 12, 128, 1280)
+    config.training.objective = "generative"
+    assert [rows.kind for rows in Workload.of_config(config, 4, lengths).kinds] == ["generative"]
 
 
 def test_a_plan_ranks_what_fits_and_says_why_not() -> None:
@@ -256,9 +267,9 @@ def test_the_command_refuses_in_one_line(options: list[str], message: str) -> No
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_planning_needs_no_torch() -> None:
+def test_planning_needs_neither_the_engine_nor_a_gpu() -> None:
     script = (
-        "import sys; sys.modules['torch'] = None\n"
+        "import sys; sys.modules['megatron'] = None\n"
         "from megatron_grit.cli.plan import main\n"
         "sys.exit(main(['--model', 'mistral_7b', '--world-size', '8']))"
     )
@@ -318,7 +329,7 @@ def test_activations_are_what_autograd_keeps(case: str) -> None:
     from megatron_grit.data.indexed.roles import RowKind
     from megatron_grit.models.decoder import Output, build_model
     from megatron_grit.parallel.launch import parallel_job
-    from megatron_grit.planning.memory import _Row, _StageMemory
+    from megatron_grit.planning.memory import _StageMemory
     from tests.rows import make_row
 
     config, tokens = tiny_config(**KEPT[case]), 512  # type: ignore[arg-type]
@@ -341,9 +352,8 @@ def test_activations_are_what_autograd_keeps(case: str) -> None:
             states = model(make_row(RowKind.EMBEDDING, [SEGMENT] * (tokens // SEGMENT), tokens), Output.EMBEDDINGS)
     assert states.requires_grad
     config.parallel.context = size
-    workload = Workload(embedding_rows=1, embedding_row_tokens=tokens)
-    stage = _StageMemory(config, size, VOCAB, workload, "cpu", 0)
-    counted = stage._activations(_Row(tokens, SEGMENT, config.embedding.causal))
+    row = pairs(0, causal=config.embedding.causal, row_tokens=tokens, segment_tokens=SEGMENT)
+    counted = _StageMemory(config, size, VOCAB, Workload(kinds=(row,)), "cpu", 0)._activations(row)
     assert counted == pytest.approx(sum(kept.values()), rel=0.02)
 
 

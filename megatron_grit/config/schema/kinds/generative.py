@@ -2,4 +2,5 @@
 
 SECTION = None
 DATA, WEIGHT, BATCH = "data.generative", "loss.loss_gen_factor", "training.generative_batch_size"
+LOSS = "next_token"
 EMBEDS = False
