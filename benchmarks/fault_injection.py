@@ -40,7 +40,7 @@ import numpy as np
 from megatron_grit.data.indexed.reader import IndexedFile, IndexedRecords
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.writer import IndexedFacts, IndexedStream, IndexedWriter, TokenBlock
-from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_segments
+from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_files
 from megatron_grit.data.text.records import BadLine, Record, read_records
 from megatron_grit.errors import DataError
 from megatron_grit.store import cache as index_cache
@@ -288,7 +288,7 @@ def _write_documents(prefix: Path, documents: list[list[list[int]]]) -> None:
 def read_lines(name: str, folder: Path) -> Content:
     """Lines of a file, in blocks as the workers of a build get them."""
     inputs = find_inputs([folder / name])
-    segments = [segment for part in partition_segments(inputs, 3) for segment in part]
+    segments = [segment for part in partition_files(inputs, 3) for segment in part]
     return [line for ref in iterate_blocks(inputs, segments, block_bytes=256) for line in ref.read().lines()]
 
 

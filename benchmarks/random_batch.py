@@ -19,6 +19,8 @@ from megatron_grit.data.rows.packing import pack
 from megatron_grit.data.rows.segments import Segment, labels_between
 
 GROUP_SIZE = 2
+_ROW_MULTIPLE = 8
+"""Rows are padded to a multiple of this."""
 _INSTRUCTION = 12
 _QUERY, _PASSAGE, _CHAT = (40, 0.6), (180, 0.8), (149, 1.73)
 
@@ -47,7 +49,6 @@ def random_batch(
     longest: int,
     tokens_per_row: int,
     vocab_size: int,
-    row_multiple: int = 8,
     seed: int = 1,
 ) -> StepBatch:
     """The batch of a step of one process, on the host.
@@ -59,7 +60,6 @@ def random_batch(
         longest: no text is longer; at most ``tokens_per_row``.
         tokens_per_row: token budget of a row.
         vocab_size: tokens are below this.
-        row_multiple: rows are padded to a multiple of this.
         seed: of lengths and tokens.
     """
     sources: Any = _RandomTokens(vocab_size, seed * 1_000_003 + step)
@@ -96,7 +96,7 @@ def random_batch(
     for name, kind, segments in (("embedding", embedding, texts), ("generative", generative, chats)):
         places = pack(np.array([each.length for each in segments]), tokens_per_row)
         rows = [
-            kind.make_row([segments[slot] for slot in row], row, _padded(segments, row, row_multiple), 0)
+            kind.make_row([segments[slot] for slot in row], row, _padded(segments, row, _ROW_MULTIPLE), 0)
             for row in places
         ]
         slots = [torch.from_numpy(np.concatenate(places))]

@@ -43,12 +43,12 @@ from megatron_grit.data.indexed.writer import IndexedFacts, refuse_existing
 from megatron_grit.data.text.line_blocks import (
     BLOCK_BYTES,
     BlockRef,
+    FilePart,
     InputFile,
-    Segment,
     count_lines,
     find_inputs,
     iterate_blocks,
-    partition_segments,
+    partition_files,
 )
 from megatron_grit.errors import ConfigError, DataError, GritError
 from megatron_grit.store.lock import locked
@@ -155,7 +155,7 @@ def build_blocks(
     facts = {"inputs": [[os.fspath(file.path), file.size, file.mtime_ns] for file in files], "deduplicate": deduplicate}
     job = _Job(
         files=files,
-        segments=partition_segments(files, partitions),
+        segments=partition_files(files, partitions),
         outputs=outputs,
         factory=factory,
         signature={**facts, **signature},
@@ -209,7 +209,7 @@ class _Job:
     """The settings of a build, and its steps."""
 
     files: list[InputFile]
-    segments: list[list[Segment]]
+    segments: list[list[FilePart]]
     outputs: Mapping[str, OutputSpec]
     factory: Callable[[], BlockEncoder]
     signature: dict[str, Any]

@@ -22,7 +22,7 @@ from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
 from megatron_grit.data.builders.sentences import SentenceSplitter, find_language, load_punkt, train_punkt
 from megatron_grit.data.indexed.reader import DOCUMENTS, token_dtype
 from megatron_grit.data.indexed.writer import IndexedFacts, TokenBlock
-from megatron_grit.data.text.line_blocks import LineBlock, find_inputs, iterate_blocks, partition_segments
+from megatron_grit.data.text.line_blocks import LineBlock, find_inputs, iterate_blocks, partition_files
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.files import replacing
@@ -283,7 +283,7 @@ def _corpus_texts(inputs: Sequence[str | os.PathLike[str]], keys: Sequence[str],
     files = find_inputs(inputs)
     room = PUNKT_TRAINING_BYTES
     with tqdm(total=room, unit="B", unit_scale=True, desc="punkt", disable=None if progress else True) as bar:
-        for ref in iterate_blocks(files, partition_segments(files, 1)[0]):
+        for ref in iterate_blocks(files, partition_files(files, 1)[0]):
             for line in ref.read().lines():
                 try:
                     documents = parse_document(line, keys) if line.strip() else []

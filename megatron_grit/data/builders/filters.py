@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_segments
+from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_files
 from megatron_grit.data.text.records import Record, parse_line
 from megatron_grit.errors import ConfigError, DataError
 
@@ -114,7 +114,7 @@ class HeldOut:
 def _read_texts(path: str | Path) -> Iterator[list[str]]:
     inputs = find_inputs([path])
     line = 0
-    for reference in iterate_blocks(inputs, partition_segments(inputs, 1)[0]):
+    for reference in iterate_blocks(inputs, partition_files(inputs, 1)[0]):
         block = reference.read()
         suffixes = [suffix for suffix in block.path.suffixes if suffix not in _COMPRESSED]
         plain = bool(suffixes) and suffixes[-1] in _TEXT_SUFFIXES

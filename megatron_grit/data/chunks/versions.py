@@ -56,7 +56,7 @@ class StoredFile:
 
 
 @dataclass(kw_only=True)
-class Segment:
+class AddedChunks:
     """Chunks that came at one time."""
 
     table: StoredFile
@@ -70,7 +70,7 @@ class Version:
 
     number: int
     sources: list[Source]
-    segments: list[Segment]
+    segments: list[AddedChunks]
     trained: StoredFile
     """The trained index without vectors, with which new chunks are encoded."""
     search: str
@@ -157,9 +157,9 @@ def read_version(folder: Path, number: int | None = None) -> Version:
         raise DataError(f"cannot be read ({error}); put it back from a copy", path=path) from None
 
 
-def _segment(values: dict[str, Any]) -> Segment:
+def _segment(values: dict[str, Any]) -> AddedChunks:
     index = [StoredFile(**file) for file in values["index"]]
-    return Segment(table=StoredFile(**values["table"]), num_chunks=values["num_chunks"], index=index)
+    return AddedChunks(table=StoredFile(**values["table"]), num_chunks=values["num_chunks"], index=index)
 
 
 def write_version(folder: Path, version: Version) -> None:

@@ -96,7 +96,7 @@ class BlockRef:
 
 
 @dataclass(frozen=True)
-class Segment:
+class FilePart:
     """The part of a file that belongs to one partition: lines that start within ``[start, stop)``."""
 
     file: int
@@ -140,33 +140,33 @@ def find_inputs(patterns: Sequence[str | os.PathLike[str]]) -> list[InputFile]:
     return inputs
 
 
-def partition_segments(inputs: Sequence[InputFile], partitions: int) -> list[list[Segment]]:
+def partition_files(inputs: Sequence[InputFile], partitions: int) -> list[list[FilePart]]:
     """Cut the inputs into ranges of about equal size on disk, at the begin of a line.
 
     A line belongs to the partition in which it starts; a compressed file to the one in which the file starts.
     """
     total = sum(file.size for file in inputs)
     cuts = [total * index // partitions for index in range(partitions + 1)]
-    ranges: list[list[Segment]] = [[] for _ in range(partitions)]
+    ranges: list[list[FilePart]] = [[] for _ in range(partitions)]
     begin = 0  # of the file, in the concatenation of all
     for number, file in enumerate(inputs):
         for index, (low, high) in enumerate(zip(cuts, cuts[1:], strict=False)):
             if file.compressed:
                 if low <= begin < high:
-                    ranges[index].append(Segment(number, 0, None))
+                    ranges[index].append(FilePart(number, 0, None))
                 continue
             if low >= begin + file.size or high <= begin:
                 continue
             start, stop = (_next_line_start(file, cut - begin) for cut in (low, high))
             if start < stop:
-                ranges[index].append(Segment(number, start, stop))
+                ranges[index].append(FilePart(number, start, stop))
         begin += file.size
     return ranges
 
 
 def iterate_blocks(
     inputs: Sequence[InputFile],
-    segments: Sequence[Segment],
+    segments: Sequence[FilePart],
     *,
     skip_to: tuple[int, int] | None = None,
     block_bytes: int = BLOCK_BYTES,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_grit.data.indexed.roles import RowKind
-from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_segments
+from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_files
 from megatron_grit.errors import DataError
 
 
@@ -192,7 +192,7 @@ def read_records(path: str | Path, on_bytes: Callable[[int], None] | None = None
     """
     inputs = find_inputs([path])
     line, current = 0, -1
-    for reference in iterate_blocks(inputs, partition_segments(inputs, 1)[0]):
+    for reference in iterate_blocks(inputs, partition_files(inputs, 1)[0]):
         line = line if reference.file == current else 0
         current = reference.file
         block = reference.read()

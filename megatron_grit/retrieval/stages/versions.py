@@ -16,7 +16,7 @@ from megatron_grit.data.chunks.chunk_db import ChunkDb
 from megatron_grit.data.chunks.chunking import visible_tokens
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import (
-    Segment,
+    AddedChunks,
     Source,
     StoredFile,
     TableDb,
@@ -98,7 +98,7 @@ def _record(project: Project, embedder: Embedder) -> None:
     version = Version(
         number=next_version_number(project.folder),
         sources=[source_of(info.prefix, project.resolve(info.prefix)) for info in db.infos],
-        segments=[Segment(table=table, num_chunks=len(db), index=index)],
+        segments=[AddedChunks(table=table, num_chunks=len(db), index=index)],
         trained=stored_file(project.folder, files.trained, read_manifest(files.trained).sha256),
         search=files.search.relative_to(project.folder).as_posix(),
         embedder=files.embedder,
@@ -453,7 +453,7 @@ class Addition:
     def finish(self) -> None:
         """Fill the index of the new chunks, where there are any, and write the version. In one process."""
         index_files = [self._fill()] if len(self.new) else []
-        segment = Segment(
+        segment = AddedChunks(
             table=stored_file(self.project.folder, self.table), num_chunks=len(self.new), index=index_files
         )
         counts = [source.num_documents - first for source, first in zip(self.sources, self.first, strict=True)]

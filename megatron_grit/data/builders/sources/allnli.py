@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_segments
+from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_files
 from megatron_grit.errors import DataError
 from megatron_grit.store.files import replacing
 
@@ -68,7 +68,7 @@ def numbered_lines(path: Path, bar: tqdm | None = None) -> Iterator[tuple[int, s
         DataError: the file is missing, damaged or not UTF-8.
     """
     inputs, number = find_inputs([path]), 0
-    for reference in iterate_blocks(inputs, partition_segments(inputs, 1)[0]):
+    for reference in iterate_blocks(inputs, partition_files(inputs, 1)[0]):
         lines = reference.read().lines()
         for content in lines:
             number += 1

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_grit.data.text.line_blocks import (
+    FilePart,
     InputFile,
-    Segment,
     count_lines,
     find_inputs,
     iterate_blocks,
-    partition_segments,
+    partition_files,
 )
 from megatron_grit.errors import DataError
 
@@ -26,7 +26,7 @@ def read_all(paths: list[Path], partitions: int = 1, **options: object) -> list[
     inputs = find_inputs(paths)
     return [
         [line for ref in iterate_blocks(inputs, segments, **options) for line in ref.read().lines()]  # type: ignore
-        for segments in partition_segments(inputs, partitions)
+        for segments in partition_files(inputs, partitions)
     ]
 
 
@@ -60,7 +60,7 @@ def test_an_iteration_goes_on_where_another_stopped(tmp_path, suffix):
     first, second = tmp_path / "a.jsonl", compress(tmp_path / f"b.jsonl{suffix}", TEXT)
     first.write_bytes(b"zero\n")
     inputs = find_inputs([first, second])
-    segments = partition_segments(inputs, 1)[0]
+    segments = partition_files(inputs, 1)[0]
     refs = list(iterate_blocks(inputs, segments, block_bytes=4))
     assert len(refs) >= 3
     for stopped in range(len(refs)):
@@ -96,22 +96,22 @@ def test_partitions_are_of_about_equal_size(tmp_path):
 def test_a_cut_at_the_begin_of_a_line_is_left_where_it_is(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"ab\ncd\n")
-    assert partition_segments(find_inputs([path]), 2) == [[Segment(0, 0, 3)], [Segment(0, 3, 6)]]
+    assert partition_files(find_inputs([path]), 2) == [[FilePart(0, 0, 3)], [FilePart(0, 3, 6)]]
 
 
 def test_a_compressed_file_belongs_to_the_partition_it_starts_in(tmp_path):
     paths = [compress(tmp_path / f"{name}.gz", name.encode() * 50) for name in "abcd"]
     inputs = find_inputs(paths)
-    ranges = partition_segments(inputs, 2)
-    assert ranges == [[Segment(0, 0, None), Segment(1, 0, None)], [Segment(2, 0, None), Segment(3, 0, None)]]
-    assert sum(len(segments) for segments in partition_segments(inputs, 9)) == 4
+    ranges = partition_files(inputs, 2)
+    assert ranges == [[FilePart(0, 0, None), FilePart(1, 0, None)], [FilePart(2, 0, None), FilePart(3, 0, None)]]
+    assert sum(len(segments) for segments in partition_files(inputs, 9)) == 4
 
 
 def test_progress_adds_up_to_the_size_on_disk(tmp_path):
     paths = [compress(tmp_path / f"a{suffix}", os.urandom(300_000) + TEXT * 300) for suffix in ("", ".gz", ".zst")]
     for path in paths:
         inputs = find_inputs([path])
-        refs = list(iterate_blocks(inputs, partition_segments(inputs, 1)[0], block_bytes=1000))
+        refs = list(iterate_blocks(inputs, partition_files(inputs, 1)[0], block_bytes=1000))
         assert len(refs) > 5
         assert sum(ref.num_disk_bytes for ref in refs) == path.stat().st_size
 
@@ -169,7 +169,7 @@ def test_a_file_that_changes_is_noticed(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(TEXT)
     inputs = find_inputs([path])
-    ref = next(iterate_blocks(inputs, partition_segments(inputs, 1)[0]))
+    ref = next(iterate_blocks(inputs, partition_files(inputs, 1)[0]))
     path.write_bytes(TEXT[:-1])
     with pytest.raises(DataError, match="became shorter"):
         ref.read()
