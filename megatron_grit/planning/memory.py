@@ -25,8 +25,7 @@ from megatron_grit.config.shape import (
 )
 from megatron_grit.data.rows.workload import LossCost, RowWorkload, TextLengths
 from megatron_grit.models.gathered_keys import gathered_keys
-from megatron_grit.planning.adapters import count_adapters, count_trained
-from megatron_grit.planning.parameters import count_parameters, expert_tensor_size
+from megatron_grit.planning.parameters import count_adapters, count_parameters, count_trained, expert_tensor_size
 
 FP32 = 4
 
