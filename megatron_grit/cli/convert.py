@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from megatron_grit.cli.main import guarded
+from megatron_grit.config.checkpoint_folder import holds_checkpoint
 from megatron_grit.errors import ConfigError
 
 _IMPORT_ONLY = {"revision": None, "allow_pickle": False, "vocab_size": None}
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     source = Path(arguments.source)
-    is_export = (source / "state.json").is_file() or (source / "checkpoints").is_dir()
+    is_export = holds_checkpoint(source)
     for name, default in (_IMPORT_ONLY if is_export else _EXPORT_ONLY).items():
         if getattr(arguments, name) != default:
             way = "is a checkpoint, which is exported" if is_export else "holds no checkpoint of ours to export"

@@ -6,7 +6,6 @@ about 1 / (tensor x pipeline x expert parallel size) of them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,9 +23,11 @@ from megatron_grit.convert.hf_in.hf_to_megatron import (
     load_hf_config,
     same_value,
 )
-from megatron_grit.convert.param_map import WHOLE, Conversion, Shard
+from megatron_grit.convert.param_map import Conversion
+from megatron_grit.convert.shards import shard_of
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError
+from megatron_grit.models.adapters import global_name
 from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.collectives import any_rank
 from megatron_grit.parallel.context import ParallelContext
@@ -42,8 +43,6 @@ _DERIVED = {
     "num_query_groups": num_query_groups,
     "moe_ffn_hidden_size": expert_width,
 }
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
 def resolve_pretrained(config: RunConfig, origins: Mapping[str, str], *, files: bool = True) -> RunConfig:
@@ -68,7 +67,7 @@ def resolve_pretrained(config: RunConfig, origins: Mapping[str, str], *, files: 
         raise ConfigError(f"model.pretrained {given} and checkpoint.load {config.checkpoint.load}: give one of them")
     checkpoints = list_checkpoints(config.output_dir) if config.checkpoint.resume else []
     try:
-        folder = _folder(given, weights=files and not checkpoints)
+        folder = pretrained_folder(given, weights=files and not checkpoints)
         shape = load_hf_config(folder)
         tokenizer: Path | None = folder
     except CheckpointError:
@@ -97,7 +96,7 @@ def pretrained_weights(config: RunConfig) -> InitialWeights | None:
     def fill(chunks: Sequence[GritDecoder], context: ParallelContext) -> None:
         problem: CheckpointError | None = None
         try:
-            load_pretrained(config, chunks, context)
+            load_pretrained(config, chunks, context, checked=True)
         except CheckpointError as error:
             problem = error
         if any_rank(problem is not None, context):
@@ -106,13 +105,16 @@ def pretrained_weights(config: RunConfig) -> InitialWeights | None:
     return fill
 
 
-def load_pretrained(config: RunConfig, chunks: Sequence[GritDecoder], context: ParallelContext) -> int:
+def load_pretrained(
+    config: RunConfig, chunks: Sequence[GritDecoder], context: ParallelContext, *, checked: bool = False
+) -> int:
     """Fill the weights of this process's chunks; an embedding head and adapters keep those that they have.
 
     Args:
         config: with ``model.pretrained``.
         chunks: this process's stage, unwrapped.
         context: this process's place in the mesh.
+        checked: :func:`resolve_pretrained` has compared types and shapes already.
 
     Returns:
         Bytes that were read.
@@ -122,28 +124,24 @@ def load_pretrained(config: RunConfig, chunks: Sequence[GritDecoder], context: P
     """
     source = config.model.pretrained
     assert source is not None
-    folder = _folder(source)
+    folder = pretrained_folder(source)
     shape = load_hf_config(folder)
     with open_weights(folder) as weights:
         plan = family_of_model(shape).plan(weights, shape)
-        check_weights(plan, weights)
-        fill_chunks(chunks, context, config.model, plan, weights)
+        if not checked:
+            check_weights(plan, weights)
+        fill_chunks(chunks, config.model, plan, weights)
         log.info(f"started from the weights of {source}; rank {context.rank} read {weights.bytes_read / 1e6:,.1f} MB")
         return weights.bytes_read
 
 
 def fill_chunks(
-    chunks: Sequence[GritDecoder],
-    context: ParallelContext,
-    model: ModelConfig,
-    plan: Sequence[Conversion],
-    weights: WeightFolder,
+    chunks: Sequence[GritDecoder], model: ModelConfig, plan: Sequence[Conversion], weights: WeightFolder
 ) -> None:
     """Fill parameters with their parts of the converted tensors, reading each part once and no other.
 
     Args:
         chunks: this process's stage.
-        context: this process's place in the mesh.
         model: shape of the model, which may have more tokens than the source.
         plan: how each tensor is made.
         weights: the source.
@@ -153,36 +151,23 @@ def fill_chunks(
         for name, parameter in chunk.named_parameters():
             if name.startswith(NEW_MODULES) or ".adapter." in name:
                 continue
-            conversion = conversions[_name_in_whole_model(name, chunk)]
-            made = conversion.make(weights.stored, model, _shard(name, parameter, chunk, context))
+            conversion = conversions[global_name(chunk, name)]
+            made = conversion.make(weights.stored, model, shard_of(chunk, name, parameter))
             assert made.shape == parameter.shape, f"{name}: {list(made.shape)} for {list(parameter.shape)}"
             with torch.no_grad():
                 parameter.copy_(made)
 
 
-def _name_in_whole_model(name: str, chunk: GritDecoder) -> str:
-    """A parameter's name in a model on one process: layers and experts are counted anew on each rank."""
-    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
-        return "embedding.word_embeddings.weight"  # the last stage has a copy of the first's
-    found = _LAYER.match(name)
-    if found is None:
-        return name
-    layer = chunk.decoder.layers[int(found[1])]
-    name = f"decoder.layers.{layer.layer_number - 1}.{name[found.end() :]}"
-    return _EXPERT.sub(lambda local: f".local_experts.{layer.mlp.local_expert_indices[int(local[1])]}.", name)
+def pretrained_folder(source: str, *, weights: bool = True) -> Path:
+    """The directory of a Hugging Face model: ``source`` itself, or a copy of "organisation/name@revision".
 
+    Args:
+        source: as ``model.pretrained``.
+        weights: whether they are needed, too.
 
-def _shard(name: str, parameter: torch.nn.Parameter, chunk: GritDecoder, context: ParallelContext) -> Shard:
-    """The part of a tensor that a parameter holds."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return WHOLE
-    group = context.tensor_group
-    if _EXPERT.search(name):
-        group = chunk.get_submodule(name.rpartition(".")[0]).tp_group  # of experts; it may be larger or smaller
-    return Shard(parameter.partition_dim, group.rank(), group.size())  # type: ignore[attr-defined]
-
-
-def _folder(source: str, *, weights: bool = True) -> Path:
+    Raises:
+        CheckpointError: there is none.
+    """
     if Path(source).is_dir():
         return Path(source)
     name, _, revision = source.partition("@")

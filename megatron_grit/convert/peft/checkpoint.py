@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.convert.hf_in.pretrained import load_pretrained
+from megatron_grit.convert.peft.base import locate_base
 from megatron_grit.errors import CheckpointError
 from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.context import ParallelContext
@@ -36,26 +37,16 @@ def load_checkpoint(
         CheckpointError: a file is missing or damaged, or the base is not the one that the adapters were trained with.
     """
     state = read_state(path)
-    saved = state.get("base")
-    if saved is None:
+    if "base" not in state:
         if base is not None:
             raise CheckpointError(f"{path}: holds a whole model and no adapters; it needs no base")
         load_weights(path, model, context)
         return
-    source = saved["source"] if base is None else str(base)
-    if _is_huggingface(source, saved["kind"] if base is None else None):
-        of_base = replace(config, model=replace(config.model, pretrained=source))
-        load_pretrained(of_base, model, context)
+    found = locate_base(path, base)
+    if found.is_huggingface:
+        load_pretrained(replace(config, model=replace(config.model, pretrained=str(found.path))), model, context)
     else:
-        if not Path(source).is_dir():
-            raise CheckpointError(
-                f"{path}: holds adapters, and their base {source} is not there; say where it is now as base"
-            )
-        load_weights(find_megatron_checkpoint(Path(source)) or resolve_checkpoint(source), model, context)
+        load_weights(find_megatron_checkpoint(found.path) or resolve_checkpoint(found.path), model, context)
     check_base(path, state, base_fingerprint(model, context))
     prepare_base(model, config.adapter)
     load_adapters(path, model, context)
-
-
-def _is_huggingface(source: str, kind: str | None) -> bool:
-    return kind == "pretrained" if kind is not None else (Path(source) / "config.json").is_file()

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from megatron_grit.config.schema import ModelConfig, ParallelConfig
-from megatron_grit.convert.hf_in.folder import WeightFolder, check_weights, local_folder, open_weights
+from megatron_grit.convert.hf_in.folder import WeightFolder, check_weights, open_weights
 from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model, load_hf_config
 from megatron_grit.convert.hf_out.checkpoint_reader import CheckpointReader
+from megatron_grit.convert.peft.base import locate_base
 from megatron_grit.convert.peft.format import write_peft
 from megatron_grit.convert.peft.sites import Site, WholeAdapter, adapter_sites
 from megatron_grit.errors import CheckpointError
@@ -211,19 +212,13 @@ def open_merged(
         CheckpointError: a checkpoint is damaged, or the base is missing or another than the run's.
     """
     run = AdapterRun(path, context)
-    saved = run.state["base"]
-    source = str(saved["source"] if base is None else base)
-    is_huggingface = (Path(source) / "config.json").is_file() if base is not None else saved["kind"] == "pretrained"
+    located = locate_base(path, base)
     shapes = {name: shape for name, shape in run.reader.shapes.items() if ".adapter." not in name}
     reader: Reader
-    if is_huggingface:
-        name, _, revision = source.partition("@")
-        folder = Path(source) if Path(source).is_dir() else local_folder(name, revision or None)
-        reader = HuggingFaceReader(folder, run.model, shapes, run.reader.dtype)
+    if located.is_huggingface:
+        reader = HuggingFaceReader(located.path, run.model, shapes, run.reader.dtype)
     else:
-        if not Path(source).is_dir():
-            raise CheckpointError(f"{path}: its base {source} is not there; say where it is now with --base")
-        found = resolve_checkpoint(source)
+        found = resolve_checkpoint(located.path)
         reader = CheckpointReader(found, read_config(found), int(read_state(found)["vocab_size"]), context)
     fingerprint = base_fingerprint([run.reader.skeleton], context, lambda name: reader.read([name])[name])
     check_base(path, run.state, fingerprint)

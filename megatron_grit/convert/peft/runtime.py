@@ -11,10 +11,10 @@ from torch import Tensor
 
 from megatron_grit.config.schema import AdapterConfig, ModelConfig, RunConfig
 from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model
-from megatron_grit.convert.param_map import Shard
 from megatron_grit.convert.peft.format import is_peft_folder
 from megatron_grit.convert.peft.reader import read_peft
 from megatron_grit.convert.peft.sites import WholeAdapter, resized
+from megatron_grit.convert.shards import shard_of
 from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.models.adapters import adapted_linears, global_name
 from megatron_grit.models.decoder import GritDecoder
@@ -127,12 +127,7 @@ def fill_trained(chunks: Sequence[GritDecoder], trained: dict[str, Tensor], mode
             if (found := made.get(global_name(chunk, name))) is None:
                 continue
             kind, there, target = found
-            shard = Shard()
-            if getattr(parameter, "tensor_model_parallel", False):
-                owner = chunk.get_submodule(name.rpartition(".")[0])
-                group = getattr(owner, "tp_group", None) or chunk.context.tensor_group
-                shard = Shard(parameter.partition_dim, dist.get_rank(group), dist.get_world_size(group))  # type: ignore[attr-defined]
-            value = kind.hf_to_megatron(there, model, 0, shard)
+            value = kind.hf_to_megatron(there, model, 0, shard_of(chunk, name, parameter))
             if value.shape != parameter.shape:
                 raise CheckpointError(
                     f"modules_to_save: {target} has shape {list(there[0].shape)}, which is not this model's; a "

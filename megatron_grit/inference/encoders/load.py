@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_grit.config.checkpoint_folder import holds_checkpoint
 from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.errors import ConfigError, MeshError
 from megatron_grit.inference.encoders.protocol import Embedder, EmbedderOptions
@@ -29,7 +30,7 @@ def load_embedder(
         DataError: a damaged file.
     """
     folder, options = Path(path), options or EmbedderOptions()
-    if (folder / "state.json").is_file() or (folder / "checkpoints").is_dir():
+    if holds_checkpoint(folder):
         from megatron_grit.inference.encoders.grit import GritEmbedder
         from megatron_grit.inference.model import GritModel
 
