@@ -124,7 +124,7 @@ class Remembering:
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
         self.dim, self.fingerprint, self.sides_alike = embedder.dim, embedder.fingerprint, embedder.sides_alike
-        self.team = embedder.team
+        self.model_group = embedder.model_group
         self._known: dict[tuple[str, str], np.ndarray] = {}
         self.seconds = 0.0
 

@@ -60,7 +60,7 @@ DIM = 384
 class RandomEmbedder:
     """Vectors of random numbers, the same for the same text."""
 
-    dim, fingerprint, sides_alike, team = DIM, "random numbers", True, None
+    dim, fingerprint, sides_alike, model_group = DIM, "random numbers", True, None
     seconds = 0.0
 
     def embed(self, texts: Sequence[str], side: Side = "passage") -> np.ndarray:

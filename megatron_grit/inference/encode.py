@@ -1,7 +1,7 @@
 """Texts to embeddings at any layout: packed into rows, without padding to the longest.
 
-The rows of a window of texts go through the engine's pipeline schedule. The lanes of a team (see :mod:`team`) share
-them out.
+The rows of a window of texts go through the engine's pipeline schedule; the replicas of a model-parallel group
+(:mod:`model_group`) share them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.packing import pack
-from megatron_grit.inference.team import Team
+from megatron_grit.inference.model_group import ModelGroup
 from megatron_grit.models.decoder import GritDecoder, Output
 from megatron_grit.parallel.collectives import from_last_stage, gather_in_order
 from megatron_grit.parallel.context import ParallelContext
@@ -34,19 +34,19 @@ def encode_tokens(
     model: GritDecoder,
     texts: Sequence[tuple[list[int], list[int]]],
     *,
-    team: Team,
+    group: ModelGroup,
     batch_tokens: int,
     progress: bool = True,
     is_query: bool | None = None,
 ) -> np.ndarray:
-    """Embed tokenised texts. All processes of a team call it with the same texts; teams are on their own.
+    """Embed tokenised texts. All processes of a model-parallel group call it with the same texts; groups are
+    independent of each other.
 
     Args:
         model: this process's pipeline stage of the model, or all of it.
         texts: for each text its instruction's tokens, attended and not pooled, and its own.
-        team: this process's.
-        batch_tokens: token budget of one forward pass of a lane; raised to the longest text.
-        progress: show a bar from 256 texts on, in the process that leads the team.
+        batch_tokens: token budget of one forward pass, on each replica; raised to the longest text.
+        progress: show a bar from 256 texts on, in the process that leads the group.
         is_query: whether they are queries or passages, for a model whose linear layers differ between the two.
 
     Returns:
@@ -56,14 +56,14 @@ def encode_tokens(
     lengths = np.array([len(head) + len(tail) for head, tail in texts], dtype=np.int64)
     budget = max(batch_tokens, int(lengths.max()))
     embeddings = np.empty((len(texts), embedding_width(model)), dtype=np.float32)
-    shows = progress and team.leads and len(texts) >= _PROGRESS_FROM
+    shows = progress and group.leads and len(texts) >= _PROGRESS_FROM
     with tqdm(total=len(texts), unit="text", disable=not shows) as bar:
         for start in range(0, len(texts), _WINDOW):
             window = slice(start, min(start + _WINDOW, len(texts)))
-            batches = share_out(lengths[window], budget, team.num_lanes)
+            batches = share_out(lengths[window], budget, group.num_replicas)
             row_length = _row_length(model.context, [int(lengths[window][batch].sum()) for batch in batches])
             row_of = partial(_row_of, texts[window], is_query, row_length)
-            vectors_ND = _encode_batches(model, team, batches, row_of, row_length, bar.update)
+            vectors_ND = _encode_batches(model, group, batches, row_of, row_length, bar.update)
             embeddings[window] = vectors_ND.cpu().numpy()
     return embeddings
 
@@ -74,39 +74,39 @@ def _row_of(
     return embedding_row([texts[member] for member in members.tolist()], is_query, row_length)
 
 
-def share_out(lengths: np.ndarray, budget: int, num_lanes: int) -> list[np.ndarray]:
-    """Batches of texts, as many as a multiple of the lanes where there are texts enough.
+def share_out(lengths: np.ndarray, budget: int, num_replicas: int) -> list[np.ndarray]:
+    """Batches of texts, as many as a multiple of the replicas where there are texts enough.
 
     Args:
         lengths: int [N], tokens of each text.
         budget: tokens of a batch.
-        num_lanes: that take batches in turn.
+        num_replicas: that take batches in turn.
 
     Returns:
         The texts of each batch: int64, together 0 to N - 1.
     """
     batches = pack(lengths, budget)
-    if len(batches) % num_lanes and -(-len(batches) // num_lanes) * num_lanes <= len(lengths):
-        return pack(lengths, budget, num_lanes)
+    if len(batches) % num_replicas and -(-len(batches) // num_replicas) * num_replicas <= len(lengths):
+        return pack(lengths, budget, num_replicas)
     return batches
 
 
 def _encode_batches(
     model: GritDecoder,
-    team: Team,
+    group: ModelGroup,
     batches: list[np.ndarray],
     row_of: Callable[[np.ndarray], PackedRow],
     row_length: int | None,
     advance: Callable[[int], Any],
 ) -> Tensor:
-    """Embeddings of all batches' texts, on every process of the team: [N, D]."""
-    context, num_lanes = model.context, team.num_lanes
-    rounds = [batches[first : first + num_lanes] for first in range(0, len(batches), num_lanes)]
+    """Embeddings of all batches' texts, on every process of the group: [N, D]."""
+    context, num_replicas = model.context, group.num_replicas
+    rounds = [batches[first : first + num_replicas] for first in range(0, len(batches), num_replicas)]
 
     def forward_step(iterator: Iterator[list[np.ndarray]], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         several = next(iterator)
-        # In the last round there may be fewer batches than lanes. All of them compute: experts wait for each of them.
-        row = row_of(several[min(team.lane, len(several) - 1)])
+        # In the last round there may be fewer batches than replicas. All compute: experts wait for all of them.
+        row = row_of(several[min(group.replica, len(several) - 1)])
         output = stage(row.to(context.device), Output.EMBEDDINGS)
         advance(sum(map(len, several)))
         return output, lambda output: (output.new_zeros(()), {"output": output})
@@ -120,11 +120,11 @@ def _encode_batches(
         micro_batch_size=1,
         forward_only=True,
     )
-    places = [_joined(batches[lane::num_lanes]) for lane in range(num_lanes)]
+    places = [_joined(batches[replica::num_replicas]) for replica in range(num_replicas)]
     if context.is_last_stage:
-        # What a lane without a batch computed comes last, and is no more than was asked of it.
-        own_LD = torch.cat([entry["output"] for entry in reported])[: len(places[team.lane])]
-        vectors_ND = gather_in_order(own_LD, places, team.lane_group or context.data_group)
+        # What a replica without a batch computed comes last, and is no more than was asked of it.
+        own_LD = torch.cat([entry["output"] for entry in reported])[: len(places[group.replica])]
+        vectors_ND = gather_in_order(own_LD, places, group.replica_group or context.data_group)
     else:
         vectors_ND = torch.empty(sum(map(len, places)), embedding_width(model), device=context.device)
     return from_last_stage(vectors_ND, context)

@@ -23,8 +23,8 @@ from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError, DataError, MeshError
 from megatron_grit.inference.encode import encode_tokens
 from megatron_grit.inference.generate import generate_tokens
+from megatron_grit.inference.model_group import join_model_group
 from megatron_grit.inference.score import score_tokens
-from megatron_grit.inference.team import join_team
 from megatron_grit.models.decoder import GritDecoder, build_model
 from megatron_grit.parallel.launch import initialize
 from megatron_grit.training.checkpoint import read_config, read_state, resolve_checkpoint, tokenizer_path
@@ -41,7 +41,7 @@ class GritModel:
     >>> similarity = queries @ passages.T
     >>> model.generate("What does json.dumps do?")
 
-    A model that one process cannot hold is spread over several, which then call :meth:`encode` together:
+    A model that one process cannot hold is sharded over several, which then call :meth:`encode` together:
 
     >>> model = GritModel.load("runs/mixtral", parallel=ParallelConfig(tensor=2, expert=8))
 
@@ -51,7 +51,7 @@ class GritModel:
     def __init__(self, config: RunConfig, model: GritDecoder, tokenizer: Tokenizer) -> None:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.markers = load_markers(config.embedding, config.model.vocab_size, tokenizer)
-        self.team = join_team(model, config.parallel.timeout_minutes)
+        self.model_group = join_model_group(model, config.parallel.timeout_minutes)
 
     @staticmethod
     def load(
@@ -105,7 +105,7 @@ class GritModel:
     ) -> np.ndarray:
         """Embed texts with the pooling that the model was trained with.
 
-        Processes that hold the model together, a team, call this with the same texts, and each is given all vectors.
+        All processes of a model-parallel group call this with the same texts, and each gets all vectors.
 
         Args:
             texts: one text or several; none empty.
@@ -114,7 +114,7 @@ class GritModel:
             side: what the texts are, for a model that was trained to tell queries from passages (brackets, side
                 tokens, linear layers of their own); others do not look at it.
             max_length: tokens of a text with its instruction; the rest is cut off.
-            batch_tokens: token budget of one forward pass; of each lane of a team (see :class:`Team`).
+            batch_tokens: token budget of one forward pass, on each replica of a group (see :class:`ModelGroup`).
             progress: show a bar from 256 texts on.
 
         Returns:
@@ -135,7 +135,12 @@ class GritModel:
         if not all(tail for _, tail in tokenised):
             raise DataError(f"the instruction fills max_length {max_length}; shorten it or raise max_length")
         embeddings = encode_tokens(
-            self.model, tokenised, team=self.team, batch_tokens=batch_tokens, progress=progress, is_query=is_query
+            self.model,
+            tokenised,
+            group=self.model_group,
+            batch_tokens=batch_tokens,
+            progress=progress,
+            is_query=is_query,
         )
         return embeddings[0] if isinstance(texts, str) else embeddings
 
@@ -187,9 +192,9 @@ class GritModel:
 
         Raises:
             DataError: a conversation that does not end with the user.
-            ConfigError: the model is spread over several processes.
+            ConfigError: the model is sharded over several processes.
         """
-        self._refuse_team("generate")
+        self._refuse_sharded("generate")
         conversations, single = _conversations(messages)
         prompts = [encode_prompt(self.tokenizer, conversation) for conversation in conversations]
         outputs = generate_tokens(
@@ -216,9 +221,9 @@ class GritModel:
 
         Raises:
             DataError: the file is damaged, of another kind or of another tokenizer.
-            ConfigError: the model is spread over several processes.
+            ConfigError: the model is sharded over several processes.
         """
-        self._refuse_team("token_losses")
+        self._refuse_sharded("token_losses")
         records = IndexedRecords(prefix)
         if records.kind is not RowKind.GENERATIVE:
             raise DataError(f"holds {records.meta.kind} records; next-token loss needs generative ones", path=prefix)
@@ -231,11 +236,11 @@ class GritModel:
             texts.append((tokens, np.repeat([supervised(role) for role, _ in spans], [len(ids) for _, ids in spans])))
         return score_tokens(self.model, texts, batch_tokens=batch_tokens)
 
-    def _refuse_team(self, what: str) -> None:
-        if self.team.size > 1:
+    def _refuse_sharded(self, what: str) -> None:
+        if self.model_group.size > 1:
             raise ConfigError(
-                f"{what} takes a model that each process holds whole, and this one is spread over {self.team.size}; "
-                "load it without parallel"
+                f"{what} takes a model that each process holds whole, and this one is sharded over "
+                f"{self.model_group.size}; load it without parallel"
             )
 
 

@@ -1,4 +1,4 @@
-"""A model that is spread over several processes embeds as in one, and builds databases in teams of processes."""
+"""A model that is sharded over several processes embeds as in one, and builds databases in groups of processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CALLS: dict[str, tuple[list[str], str, Side]] = {
     "one": (TEXTS[:1], "", "passage"),
 }
 BATCH_TOKENS = 96
-"""Of some three texts, so that there are more batches than stages and lanes."""
+"""Of some three texts, so that there are more batches than stages and replicas."""
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "dense, 2 processes": {
         "tp2": {"tensor": 2},
@@ -44,28 +44,30 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "cp2_ep4": {"context": 2, "expert": 4},
     },
 }
-TEAMS = {"tp2_twice": 2, "ep2_twice": 2}
+GROUPS = {"tp2_twice": 2, "ep2_twice": 2}
 """Of a layout; one where it is not named."""
-LANES = {"ep2": 2, "ep2_twice": 2, "ep2_pp2": 2, "tp2_ep2": 2, "cp2_ep4": 2}
+REPLICAS = {"ep2": 2, "ep2_twice": 2, "ep2_pp2": 2, "tp2_ep2": 2, "cp2_ep4": 2}
 
 
 def embed(run: str, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Place in the team, and vectors of each call, by layout. A second team makes fewer calls than the first."""
+    """Place in the group, and vectors of each call, by layout. A second group makes fewer calls than the first."""
     from megatron_grit.inference.model import GritModel
 
     results: dict[str, Any] = {}
     for name, layout in layouts.items():
         model = GritModel.load(run, device="cpu", parallel=ParallelConfig(**layout))
         model.model.embedding_config.causal = name == "causal"
-        team = model.team
+        group = model.model_group
         vectors = {
             call: model.encode(texts, instruction, side=side, batch_tokens=BATCH_TOKENS).tolist()
             for call, (texts, instruction, side) in CALLS.items()
-            if team.number == 0 or call == "two"
+            if group.number == 0 or call == "two"
         }
-        place = {key: getattr(team, key) for key in ("number", "num_teams", "size", "leads", "lane", "num_lanes")}
-        results[name] = {"team": place, "vectors": vectors}
-        with pytest.raises(ConfigError, match=f"generate takes a model .* spread over {team.size}"):
+        place = {
+            key: getattr(group, key) for key in ("number", "num_groups", "size", "leads", "replica", "num_replicas")
+        }
+        results[name] = {"group": place, "vectors": vectors}
+        with pytest.raises(ConfigError, match=f"generate takes a model .* sharded over {group.size}"):
             model.generate("a")
         with pytest.raises(ConfigError, match="token_losses takes a model"):
             model.token_losses("nowhere")
@@ -89,7 +91,7 @@ def in_one_process(config: RunConfig) -> dict[str, np.ndarray]:
     from megatron_grit.inference.model import GritModel
 
     model = GritModel.load(config.output_dir, device="cpu")
-    assert (model.team.size, model.team.num_teams, model.team.leads) == (1, 1, True)
+    assert (model.model_group.size, model.model_group.num_groups, model.model_group.leads) == (1, 1, True)
     return {
         call: model.encode(texts, instruction, side=side, batch_tokens=BATCH_TOKENS)
         for call, (texts, instruction, side) in CALLS.items()
@@ -107,12 +109,12 @@ def test_vectors_are_those_of_one_process(runs: dict[str, RunConfig], tmp_path: 
     expected = in_one_process(config)
     results = run_on_ranks(embed, world_size, tmp_path, str(config.output_dir), LAYOUTS[case])
     for name in LAYOUTS[case]:
-        teams = [result[name]["team"] for result in results]
-        num_teams = TEAMS.get(name, 1)
-        assert {(t["num_teams"], t["size"], t["num_lanes"]) for t in teams} == {
-            (num_teams, world_size // num_teams, LANES.get(name, 1))
+        groups = [result[name]["group"] for result in results]
+        num_groups = GROUPS.get(name, 1)
+        assert {(t["num_groups"], t["size"], t["num_replicas"]) for t in groups} == {
+            (num_groups, world_size // num_groups, REPLICAS.get(name, 1))
         }
-        assert [t["number"] for t in teams if t["leads"]] == list(range(num_teams))
+        assert [t["number"] for t in groups if t["leads"]] == list(range(num_groups))
         for result in results:
             apart = furthest(result[name]["vectors"], expected)
             assert apart > 1e-3 if name == "causal" else apart < 1e-5, (name, apart)
@@ -152,5 +154,5 @@ def test_teams_build_the_same_database(
         run_on_ranks(build, world_size, ranks, str(tmp_path / f"of_{world_size}"), settings)
     found = digests(tmp_path / "of_2")
     for stage in ("train_emb", "add_codes", "query/"):
-        assert sum(stage in name for name in found) > 2, f"{stage} has no block for each team"
+        assert sum(stage in name for name in found) > 2, f"{stage} has no block for each group"
     assert found == digests(tmp_path / "of_4")

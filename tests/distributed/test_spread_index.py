@@ -71,15 +71,15 @@ def copy_of(project: Project, folder: Path) -> Project:
     return Project(folder, project.config)
 
 
-def query(folder: str, config: Any, team_size: int) -> dict[str, Any]:
+def query(folder: str, config: Any, group_size: int) -> dict[str, Any]:
     """Search with the index spread, check the blocks, and say what this process held and did."""
     project = another(Project(Path(folder), config), index_placement="spread")
     with worker() as alone:
         this = dataclasses.replace(
             alone,
-            team=alone.rank // team_size,
-            num_teams=alone.world_size // team_size,
-            leads=alone.rank % team_size == 0,
+            group=alone.rank // group_size,
+            num_groups=alone.world_size // group_size,
+            leads=alone.rank % group_size == 0,
         )
         index = open_index(project, read_version(project.folder), this)
         assert isinstance(index, SpreadIndex)
@@ -103,14 +103,14 @@ def query(folder: str, config: Any, team_size: int) -> dict[str, Any]:
         }
 
 
-@pytest.mark.parametrize(("num_processes", "team_size"), [(2, 1), (3, 1), (4, 2)])
+@pytest.mark.parametrize(("num_processes", "group_size"), [(2, 1), (3, 1), (4, 2)])
 def test_spread_finds_what_one_process_finds(
-    grown: Project, num_processes: int, team_size: int, tmp_path: Path
+    grown: Project, num_processes: int, group_size: int, tmp_path: Path
 ) -> None:
     mapped, spread = copy_of(grown, tmp_path / "mapped"), copy_of(grown, tmp_path / "spread")
     query_neighbors(mapped, Worker(), WordEmbedder())
     (tmp_path / "results").mkdir()
-    found = run_on_ranks(query, num_processes, tmp_path / "results", str(spread.folder), spread.config, team_size)
+    found = run_on_ranks(query, num_processes, tmp_path / "results", str(spread.folder), spread.config, group_size)
     assert tables(mapped.folder) == tables(spread.folder)
     assert len([name for name in tables(spread.folder) if name.endswith("neighbors.npy")]) == 2
 

@@ -11,7 +11,7 @@ from megatron_grit.config.embedding_shape import tells_sides_apart
 from megatron_grit.data.text.markers import Side
 from megatron_grit.inference.encoders.protocol import EmbedderOptions, finite
 from megatron_grit.inference.model import GritModel
-from megatron_grit.inference.team import Team
+from megatron_grit.inference.model_group import ModelGroup
 from megatron_grit.store.digest import digest_of_files
 from megatron_grit.training.checkpoint import resolve_checkpoint
 
@@ -20,9 +20,9 @@ _WINDOW = 8192
 
 
 class GritEmbedder:
-    """The bidirectional pass of one of our models, whole in this process or spread over a team of several.
+    """The bidirectional pass of one of our models, whole in this process or sharded over a model-parallel group.
 
-    All processes of a team call :meth:`embed` with the same texts, and each is given all vectors.
+    All processes of the group call :meth:`embed` with the same texts, and each gets all vectors.
 
     Args:
         model: the loaded model.
@@ -32,7 +32,7 @@ class GritEmbedder:
 
     def __init__(self, model: GritModel, folder: Path, options: EmbedderOptions) -> None:
         self._model, self._options = model, options
-        self.team: Team | None = model.team
+        self.model_group: ModelGroup | None = model.model_group
         self._instructions = {"query": options.query_instruction, "passage": ""}
         self.sides_alike = not options.query_instruction and not tells_sides_apart(model.config.embedding)
         checkpoint = resolve_checkpoint(folder)

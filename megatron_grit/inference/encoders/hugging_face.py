@@ -25,7 +25,7 @@ from megatron_grit.inference.encoders.sentence_modules import (
     TextMean,
     read_modules,
 )
-from megatron_grit.inference.team import Team
+from megatron_grit.inference.model_group import ModelGroup
 from megatron_grit.parallel.launch import select_device
 from megatron_grit.store.digest import digest_of_files
 
@@ -61,7 +61,7 @@ class HuggingFaceEmbedder:
         self.device = _device(options.device)
         self.precision, self.batch_tokens, self.prompts = precision, options.batch_tokens, modules.prompts
         self.sides_alike = self.prompts["query"] == self.prompts["passage"]
-        self.team: Team | None = None
+        self.model_group: ModelGroup | None = None
         self._tokenizer = _load_tokenizer(modules)
         self._model = _load_model(modules).to(self.device).eval()
         check_vocabulary(modules.encoder_folder, self._tokenizer, self._model)

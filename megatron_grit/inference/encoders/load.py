@@ -22,7 +22,7 @@ def load_embedder(
         path: a Hugging Face encoder, a sentence-transformers model, or a checkpoint or run of ours.
         options: how texts are embedded. None: the defaults.
         parallel: the mesh that one of our own models is sharded over; all processes of the job then call this, and
-            those of a team embed together. None: each process holds all of it.
+            those of a model-parallel group embed together. None: each process holds all of it.
 
     Raises:
         ConfigError: the directory holds none of these, a package is missing, or the mesh is not for this embedder or

@@ -12,7 +12,7 @@ from megatron_grit.data.text.markers import Side
 from megatron_grit.errors import NumericsError
 
 if TYPE_CHECKING:
-    from megatron_grit.inference.team import Team
+    from megatron_grit.inference.model_group import ModelGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Embedder(Protocol):
     ``batch_tokens``, which change the last digits."""
     sides_alike: bool
     """Whether a text has one vector as a query and as a passage."""
-    team: Team | None
+    model_group: ModelGroup | None
     """The processes that hold this embedder together: all of them call :meth:`embed` with the same texts, and each gets
     all vectors. None: this process holds all of it."""
 

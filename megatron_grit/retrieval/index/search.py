@@ -102,9 +102,9 @@ class SpreadIndex(_Shards):
                 f"{worker.world_size - len(paths)} of them hold none; raise num_shards to spread it further"
             )
         self.shards = [VectorIndex.load(paths[number], embedder=embedder) for number in mine]
-        teams = worker.gather([worker.team, worker.leads])
-        leader = {team: rank for rank, (team, leads) in enumerate(teams) if leads}
-        self._asks_for = [leader[team] for team, _ in teams]
+        groups = worker.gather([worker.group, worker.leads])
+        leader = {group: rank for rank, (group, leads) in enumerate(groups) if leads}
+        self._asks_for = [leader[group] for group, _ in groups]
         """For each process the one whose queries it asks."""
 
     def __len__(self) -> int:

@@ -77,8 +77,8 @@ def query_neighbors(project: Project, worker: Worker, embedder: Embedder) -> Non
 
 
 def index_to_search(project: Project, version: Version, worker: Worker) -> SearchableIndex | None:
-    """The index of a version where this process searches in it; None where another one of its team does that for it,
-    and no other needs it. All processes call it."""
+    """The index of a version if this process searches it. None: another process of its model-parallel group searches it
+    alone. All processes call it."""
     if worker.leads or project.config.index_placement == "spread":
         return open_index(project, version, worker)
     return None

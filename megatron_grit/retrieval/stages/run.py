@@ -114,8 +114,8 @@ def _run_stage(stage: str, prepared: Preparation, worker: Worker, embedder: Embe
     # What comes after the task add sees its documents.
     project = Project(prepared.folder, prepared.kept if stage in MAKING else prepared.wanted)
     if prepared.validate is not None:
-        team = worker.in_team_of(embedder) if stage in _WITH_EMBEDDER else worker
-        validate_stage(stage, project, team, embedder, prepared.validate)
+        group = worker.in_group_of(embedder) if stage in _WITH_EMBEDDER else worker
+        validate_stage(stage, project, group, embedder, prepared.validate)
     elif stage in MAKING and prepared.is_grown:
         log.info(f"task {stage}: left as it is; the task add adds documents")
     elif stage == "db-build":
@@ -127,7 +127,7 @@ def _run_stage(stage: str, prepared: Preparation, worker: Worker, embedder: Embe
         if stage == "embed" and "index-train" in prepared.stages:
             # Known before days of embedding.
             IndexFiles(project, ChunkDb(project), embedder.fingerprint, embedder.dim)
-        _WITH_EMBEDDER[stage](project, worker.in_team_of(embedder), embedder)
+        _WITH_EMBEDDER[stage](project, worker.in_group_of(embedder), embedder)
     if stage == "add" and prepared.validate is None and worker.is_first:
         save_project_config(prepared.kept_after_adding(), prepared.folder)
 
@@ -188,6 +188,6 @@ def project_embedder(config: RetroDbConfig, *, alone: bool = False) -> Embedder:
             precision=config.embedder_precision,
             query_instruction=config.query_instruction,
         ),
-        # A process may wait for the others of its team as long as processes do anywhere in a build.
+        # A process may wait for the others of its group as long as processes do anywhere in a build.
         parallel=ParallelConfig(**mesh, timeout_minutes=MINUTES),
     )

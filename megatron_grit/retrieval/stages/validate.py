@@ -77,7 +77,7 @@ def validate_stage(stage: str, project: Project, worker: Worker, embedder: Embed
                 log.info(f"{what}: not kept, nothing to compare")
             continue
         chosen = folder.sample(fraction, project.config.seed)
-        mine = list(shares(chosen, worker.team, worker.num_teams))
+        mine = list(shares(chosen, worker.group, worker.num_groups))
         # The others have about as many.
         bar = Progress(len(mine), f"{what}, again", "block", enabled=worker.is_first and bool(mine))
         with bar, during:

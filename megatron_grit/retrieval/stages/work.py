@@ -41,9 +41,9 @@ class Worker:
         gather_arrays: likewise of arrays that have one type and number of axes, and may differ in length.
         exchange: given an array for each process, in the order of ranks, the arrays that they have for this one; arrays
             of one axis and one type.
-        team: several processes may hold one embedder together; this process's such team, of 0 to ``num_teams - 1``.
-        num_teams: how many; teams share out the blocks.
-        leads: whether this process writes what its team computes.
+        group: several processes may hold one embedder together; number of this process's model-parallel group.
+        num_groups: model-parallel groups of the job; they share the blocks.
+        leads: whether this process writes what its group computes.
     """
 
     rank: int = 0
@@ -51,8 +51,8 @@ class Worker:
     gather: Callable[[Any], list[Any]] = _alone
     gather_arrays: Callable[[np.ndarray], list[np.ndarray]] = _alone
     exchange: Callable[[list[np.ndarray]], list[np.ndarray]] = list
-    team: int = 0
-    num_teams: int = 1
+    group: int = 0
+    num_groups: int = 1
     leads: bool = True
 
     @property
@@ -60,12 +60,13 @@ class Worker:
         """Whether this process does what is done once."""
         return self.rank == 0
 
-    def in_team_of(self, embedder: Embedder | None) -> Worker:
-        """This process for a stage that embeds: teams share the blocks, and one process of each team writes them."""
-        team = None if embedder is None else embedder.team
-        if team is None:
+    def in_group_of(self, embedder: Embedder | None) -> Worker:
+        """This process for a stage that embeds: model-parallel groups share the blocks, and one process
+        of each writes them."""
+        group = None if embedder is None else embedder.model_group
+        if group is None:
             return self
-        return replace(self, team=team.number, num_teams=team.num_teams, leads=team.leads)
+        return replace(self, group=group.number, num_groups=group.num_groups, leads=group.leads)
 
     def barrier(self) -> None:
         """Return when every process has called it."""
@@ -121,8 +122,8 @@ def worker() -> Iterator[Worker]:
                 lambda value: gather_json(value, place),
                 lambda array: _gather_arrays(array, place.world_size),
                 _exchange,
-                team=place.rank,
-                num_teams=place.world_size,
+                group=place.rank,
+                num_groups=place.world_size,
             )
     finally:
         if owns_process_group and dist.is_initialized():
@@ -189,7 +190,7 @@ def compute_blocks(
 
     Args:
         folder: where they are.
-        compute: a block's arrays; the same whichever team calls it. All processes of the team do.
+        compute: a block's arrays; the same whichever model-parallel group calls it. All processes of the group do.
         worker: this process.
         what: for the progress, which is that of the first process and counts for all.
         unit: what a block has many of.
@@ -215,12 +216,12 @@ def compute_blocks(
         log.info(f"{what}: {folder.num_items - to_do:,} of {folder.num_items:,} {unit}s are there already")
     bar = Progress(to_do, what, unit, enabled=worker.is_first and to_do > 0)
     with bar, during or nullcontext():
-        for place, block in enumerate(shares(missing, worker.team, worker.num_teams)):
+        for place, block in enumerate(shares(missing, worker.group, worker.num_groups)):
             arrays = compute(block)
             if worker.leads:
                 folder.write(block, arrays)
             # The others are about as far.
-            bar.update(sum(len(other) for other in missing[place * worker.num_teams :][: worker.num_teams]))
+            bar.update(sum(len(other) for other in missing[place * worker.num_groups :][: worker.num_groups]))
     worker.barrier()
     unseen = [block for block in missing if not block.path.is_file()]
     if unseen:

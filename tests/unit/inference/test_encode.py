@@ -1,4 +1,4 @@
-"""Texts to rows and batches of lanes, and what a checkpoint's settings become on another mesh."""
+"""Texts to rows and batches of replicas, and what a checkpoint's settings become on another mesh."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ TEXTS = [([5, 6], [7, 8, 9]), ([], [1]), ([2], [3, 4])]
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60),
     budget=st.integers(30, 200),
-    num_lanes=st.integers(1, 5),
+    num_replicas=st.integers(1, 5),
 )
-def test_lanes_have_equal_shares_where_texts_are_enough(lengths: list[int], budget: int, num_lanes: int) -> None:
-    batches = share_out(np.array(lengths), budget, num_lanes)
+def test_replicas_have_equal_shares_where_texts_are_enough(lengths: list[int], budget: int, num_replicas: int) -> None:
+    batches = share_out(np.array(lengths), budget, num_replicas)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in batch) <= budget for batch in batches)
-    if len(lengths) >= num_lanes * len(batches):
-        assert len(batches) % num_lanes == 0
+    if len(lengths) >= num_replicas * len(batches):
+        assert len(batches) % num_replicas == 0
 
 
 @pytest.mark.parametrize("row_length", [None, 9, 16])

@@ -28,7 +28,7 @@ class WordEmbedder:
     """The sum of a random vector for each word. Counts what it embeds."""
 
     sides_alike = True
-    team = None
+    model_group = None
 
     def __init__(self, dim: int = 16, name: str = "words") -> None:
         self.dim, self.fingerprint, self.num_embedded = dim, f"{name}-{dim}", 0

@@ -25,7 +25,7 @@ def run_together(num_workers: int, task: Callable[[Worker], None]) -> None:
         return gather
 
     workers = [
-        Worker(rank, num_workers, gather_of(rank), gather_of(rank), team=rank, num_teams=num_workers)
+        Worker(rank, num_workers, gather_of(rank), gather_of(rank), group=rank, num_groups=num_workers)
         for rank in range(num_workers)
     ]
     with ThreadPoolExecutor(num_workers) as pool:

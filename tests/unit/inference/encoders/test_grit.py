@@ -14,7 +14,7 @@ from megatron_grit.inference.encoders.grit import GritEmbedder
 from megatron_grit.inference.encoders.load import MESH, load_embedder
 from megatron_grit.inference.encoders.protocol import EmbedderOptions
 from megatron_grit.inference.model import GritModel
-from megatron_grit.inference.team import Team
+from megatron_grit.inference.model_group import ModelGroup
 from megatron_grit.retrieval.stages.work import Worker
 from megatron_grit.training.trainer import train
 from tests.corpus import sentences, tiny_run
@@ -33,8 +33,8 @@ def grit(monkeypatch, tmp_path) -> SimpleNamespace:
 
     config = RunConfig()
     config.training.precision = "fp32"
-    team = Team(number=1, num_teams=3, size=4, leads=False, lane=0, num_lanes=1, lane_group=None)
-    return SimpleNamespace(encode=encode, config=config, calls=calls, folder=tmp_path, team=team)
+    group = ModelGroup(number=1, num_groups=3, size=4, leads=False, replica=0, num_replicas=1, replica_group=None)
+    return SimpleNamespace(encode=encode, config=config, calls=calls, folder=tmp_path, model_group=group)
 
 
 def embedder_of(model: SimpleNamespace, max_length: int, instruction: str = "") -> GritEmbedder:
@@ -70,8 +70,8 @@ def test_the_fingerprint_of_our_models_is_of_the_checkpoint_and_of_what_passages
 
 
 def test_a_team_is_one_worker_of_which_one_process_writes(grit):
-    alone = Worker(rank=7, world_size=12, team=7, num_teams=12)
-    assert alone.in_team_of(embedder_of(grit, 64)) == Worker(rank=7, world_size=12, team=1, num_teams=3, leads=False)
+    alone = Worker(rank=7, world_size=12, group=7, num_groups=12)
+    assert alone.in_group_of(embedder_of(grit, 64)) == Worker(rank=7, world_size=12, group=1, num_groups=3, leads=False)
 
 
 def test_a_checkpoint_of_ours_embeds_as_the_model_itself(tmp_path):
@@ -88,7 +88,7 @@ def test_a_checkpoint_of_ours_embeds_as_the_model_itself(tmp_path):
     np.testing.assert_allclose(embedder.embed(texts, "query"), model.encode(texts, "Answer the question"), atol=1e-6)
     with pytest.raises(ConfigError, match="ours are pooled as trained"):
         load_embedder(str(config.output_dir), EmbedderOptions(pooling="mean"))
-    assert Worker(rank=1, world_size=2, team=1, num_teams=2).in_team_of(embedder) == Worker(rank=1, world_size=2)
+    assert Worker(rank=1, world_size=2, group=1, num_groups=2).in_group_of(embedder) == Worker(rank=1, world_size=2)
     for sizes, message in (
         ({"tensor": 2}, "the number of processes, 1, is no multiple of tensor 2 x pipeline 1 x context 1; start a"),
         ({"tensor": 3}, "parallel.tensor 3 does not divide model.num_attention_heads 4|no multiple of tensor 3"),

@@ -479,5 +479,5 @@ def test_an_encoder_of_hugging_face_is_not_spread(bert):
     ):
         load_embedder(str(bert), parallel=ParallelConfig(expert=2))
     embedder = load_embedder(str(bert), parallel=ParallelConfig())
-    worker = Worker(rank=1, world_size=2, team=1, num_teams=2)
-    assert worker.in_team_of(embedder) == worker.in_team_of(None) == worker
+    worker = Worker(rank=1, world_size=2, group=1, num_groups=2)
+    assert worker.in_group_of(embedder) == worker.in_group_of(None) == worker

@@ -151,9 +151,9 @@ def test_deeper_searches_have_no_more_candidates_than_the_first(seed: int, num_q
 
 def processes(count: int) -> list[Worker]:
     """Some that open an index and never search, so that none waits for another one."""
-    teams = [[number, True] for number in range(count)]
+    groups = [[number, True] for number in range(count)]
     return [
-        Worker(rank, count, lambda value: teams, team=rank, num_teams=count)  # type: ignore[arg-type]
+        Worker(rank, count, lambda value: groups, group=rank, num_groups=count)  # type: ignore[arg-type]
         for rank in range(count)
     ]
 
