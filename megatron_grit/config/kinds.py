@@ -6,8 +6,10 @@ above asks for it by name here, so no list has to name it.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -16,6 +18,23 @@ from megatron_grit.config.schema import RunConfig
 SECTIONS = "megatron_grit.config.schema.kinds"
 SHORT_FORMS = {"unified": ("embedding", "generative")}
 """Words of ``training.objective`` that stand for several kinds."""
+
+
+def add_sections() -> None:
+    """Give :class:`RunConfig` the section of each kind that has one. Called again, it looks for new kinds."""
+    known = {field.name: field for field in dataclasses.fields(RunConfig)}
+    new = {kind: section for kind in kind_names() if (section := kind_options(kind).SECTION) and kind not in known}
+    if not new:
+        return
+    for name, declared in known.items():  # the decorator took the defaults off the class
+        if declared.default_factory is not dataclasses.MISSING:
+            setattr(RunConfig, name, dataclasses.field(default_factory=declared.default_factory))
+    for kind, section in new.items():
+        RunConfig.__annotations__[kind] = section
+        setattr(RunConfig, kind, dataclasses.field(default_factory=section))
+    for name in ("__init__", "__repr__", "__eq__", "__match_args__"):  # of the old fields
+        delattr(RunConfig, name)
+    dataclasses.dataclass(kw_only=True)(RunConfig)
 
 
 def kind_names() -> list[str]:
@@ -33,6 +52,15 @@ def trained_kinds(config: RunConfig) -> list[str]:
     objective = config.training.objective
     wanted = SHORT_FORMS.get(objective, (objective,)) if isinstance(objective, str) else objective
     return [kind for kind in kind_names() if kind in wanted]
+
+
+def objective_problem(config: RunConfig) -> str | None:
+    """What is wrong with ``training.objective``, to follow the key; None: nothing."""
+    objective, names = config.training.objective, kind_names()
+    words = [*SHORT_FORMS, *names]
+    if (objective in words) if isinstance(objective, str) else (objective and set(objective) <= set(names)):
+        return None
+    return f"must be one of {', '.join(words)}, or a list of kinds such as [{', '.join(names)}], not {objective!r}"
 
 
 def kind_options(kind: str) -> Any:
@@ -55,6 +83,20 @@ def kind_weight(config: RunConfig, kind: str) -> float:
     return option(config, kind_options(kind).WEIGHT)
 
 
+def loss_name(kind: str) -> str:
+    """Name of a kind's loss among the metrics of a step."""
+    return kind_options(kind).METRICS[0]
+
+
+def metric_names(kinds: Iterable[str]) -> list[str]:
+    """Names of the metrics of several kinds, all losses first."""
+    metrics = [kind_options(kind).METRICS for kind in kinds]
+    return [names[0] for names in metrics] + [name for names in metrics for name in names[1:]]
+
+
 def kind_batch_size(config: RunConfig, kind: str) -> int:
     """Samples of a kind in a global batch."""
     return option(config, kind_options(kind).BATCH)
+
+
+add_sections()

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from megatron_grit.config.kinds import objective_problem
 from megatron_grit.config.locate import Located, read_yaml
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
@@ -54,7 +55,7 @@ def parse_run_config(argv: list[str] | None = None) -> RunConfig:
 def parse_train_arguments(argv: list[str] | None = None, prog: str = "megatron-grit train") -> TrainArguments:
     """As :func:`parse_run_config`, with the switches that are not part of the configuration."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = _full_parser(prog)
+    parser = _full_parser(prog, tuple(_sections()))
     if "-h" in argv or "--help" in argv:
         parser.print_help()
         raise SystemExit(0)
@@ -69,8 +70,8 @@ def parse_train_arguments(argv: list[str] | None = None, prog: str = "megatron-g
     if switches.model is not None:
         _apply_preset(located, switches.model, "command line")
     tree = _validated(parser, located)
-    config = _from_tree(RunConfig, _with_options(parser, tree, given))
     origins = located.origins | {name.removesuffix("+"): "command line" for name, _ in given}
+    config = _run_config(_with_options(parser, tree, given), origins)
     return TrainArguments(config=config, origins=origins, dry_run=switches.dry_run, print_config=switches.print_config)
 
 
@@ -82,7 +83,7 @@ def load_config(path: str | Path) -> RunConfig:
     """
     located = Located()
     _read_config_file(path, located)
-    return _from_tree(RunConfig, _validated(_full_parser("load_config"), located))
+    return _run_config(_validated(_full_parser("load_config", tuple(_sections())), located), located.origins)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -131,7 +132,7 @@ def _switch_parser() -> argparse.ArgumentParser:
 
 
 @functools.cache
-def _full_parser(prog: str) -> Any:
+def _full_parser(prog: str, sections: tuple[str, ...]) -> Any:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -148,7 +149,7 @@ def _full_parser(prog: str) -> Any:
     parser.add_class_arguments(RunConfig)
     for action in parser._actions:
         # jsonargparse would read "--data FILE" into a section, and lose the line numbers.
-        if action.dest in _sections():
+        if action.dest in sections:
             action.help = argparse.SUPPRESS
         if action.dest == "model":
             action.help, action.metavar = f"preset of the model's shape: {names}, or a YAML file", "NAME"
@@ -286,6 +287,15 @@ def _type_message(key: str, value: Any, error: Exception) -> str:
     if hint is None:
         return " ".join(str(error).split())
     return f"{key} must be {describe_type(hint)}, not {value!r}"
+
+
+def _run_config(tree: Any, origins: dict[str, str]) -> RunConfig:
+    """A run from a namespace whose types were checked; names of kinds are checked here."""
+    config = _from_tree(RunConfig, tree)
+    if (problem := objective_problem(config)) is not None:
+        where = origins.get("training.objective", "configuration")
+        raise ConfigError(f"{where}: {'--' if where == 'command line' else ''}training.objective {problem}")
+    return config
 
 
 def _from_tree(cls: Any, tree: Any) -> Any:

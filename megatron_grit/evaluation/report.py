@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from megatron_grit.config.kinds import kind_names, kind_options, loss_name
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.evaluation.bootstrap import Interval
 from megatron_grit.store.files import replacing, write_json
@@ -174,7 +176,7 @@ without {report["setup_seconds"]:.0f} seconds of package set-up.
 
 
 def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss_emb and loss_gen against the step: each step faintly, and a running mean of 10 steps.
+    """Draw the loss of each kind of row against the step: each step faintly, and a running mean of 10 steps.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -183,16 +185,16 @@ def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
 
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import TABLEAU_COLORS
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("plots need matplotlib: pip install 'megatron-grit[eval]'") from error
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display and without pyplot's global state
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats)")
-    for name, label, color in (
-        ("loss_emb", "contrastive (loss_emb)", "tab:blue"),
-        ("loss_gen", "next token (loss_gen)", "tab:orange"),
-    ):
+    for kind, color in zip(kind_names(), cycle(TABLEAU_COLORS), strict=False):
+        name = loss_name(kind)
+        label = f"{kind_options(kind).LOSS.replace('_', ' ')} ({name})"
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if not points:
             continue

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_grit.config.kinds import loss_name, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.store.files import replacing
-from megatron_grit.training.objectives.base import trained_objectives
 
 _NOT_PLOTTED = ("step", "seconds")
 
@@ -40,7 +40,7 @@ def build_callbacks(config: RunConfig, context: ParallelContext, start_step: int
     if config.logging.wandb_project is not None:
         callbacks.append(WeightsAndBiases(config))
     if config.logging.progress:
-        losses = [objective.loss_name for objective in trained_objectives(config)]
+        losses = [loss_name(kind) for kind in trained_kinds(config)]
         callbacks.append(ProgressBar(start_step, config.training.steps, losses))
     return callbacks
 

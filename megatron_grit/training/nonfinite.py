@@ -18,6 +18,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
+from megatron_grit.config.kinds import loss_name
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.errors import NumericsError
@@ -25,7 +26,6 @@ from megatron_grit.parallel.collectives import any_rank, gather_json
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.store.files import replacing
 from megatron_grit.store.logs import get_logger
-from megatron_grit.training.objectives.base import objective_of
 
 log = get_logger(__name__)
 
@@ -59,7 +59,7 @@ class RowOutcomes:
             if not row.embeds:  # tokens to segments; no loss falls on padding
                 places = torch.searchsorted(row.cu_seqlens.to(places.device, places.dtype), places, right=True) - 1
             bad = [row.record_ids[place] for place in places.unique().tolist()]
-            loss = objective_of(row.kind).loss_name
+            loss = loss_name(row.kind)
             found.append({"loss": loss, "row": index, "records": row.record_ids, "not_finite": bad})
         return found
 

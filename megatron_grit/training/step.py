@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_grit import compat
+from megatron_grit.config.kinds import metric_names
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import mixture_layers
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
@@ -47,7 +48,7 @@ class TrainStep:
         self.guard = NonFiniteGuard(config, context)
         self.outcomes = RowOutcomes()
         compat.take_balancing_loss()  # an earlier model's
-        self.objectives = [objective(config, context) for objective in trained_objectives(config)]
+        self.objectives = trained_objectives(config, context)
 
     def __call__(self, batch: StepBatch) -> dict[str, float]:
         """Train on a batch; the learning rate is the one that the optimizer has.
@@ -151,8 +152,7 @@ class TrainStep:
         )
 
     def _reduce_metrics(self, reported: list[dict[str, Tensor]], num_rows: int) -> dict[str, float]:
-        names = [objective.loss_name for objective in self.objectives]
-        names += [name for objective in self.objectives for name in objective.other_metrics]
+        names = metric_names(objective.kind for objective in self.objectives)
         values = torch.zeros(len(names), device=self.context.device)
         for entry in reported:
             for place, name in enumerate(names):

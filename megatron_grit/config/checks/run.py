@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from megatron_grit.config.blend import BlendEntry, read_blend
+from megatron_grit.config.blend import read_blend
 from megatron_grit.config.checks.adapter import adapter_problems, trains_output_layer
 from megatron_grit.config.checks.embedding import embedding_problems
 from megatron_grit.config.checks.model import model_problems
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.checks.ranges import range_problems
 from megatron_grit.config.embedding_shape import num_head_parameters
+from megatron_grit.config.kinds import kind_names, kind_options, kind_sources, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import expert_width, num_query_groups
 from megatron_grit.errors import ConfigError, MeshError
@@ -49,7 +50,7 @@ def find_problems(config: RunConfig, world_size: int, *, files: bool = True) -> 
         if found:
             # What follows divides by these numbers.
             return
-    yield from _batches(config, data_parallel_size(config, world_size))
+    yield from _kinds(config, data_parallel_size(config, world_size))
     yield from _data(config)
     yield from _contrast(config)
     yield from embedding_problems(config)
@@ -133,7 +134,7 @@ def _virtual_pipeline(config: RunConfig, data_size: int) -> Iterator[Problem]:
             f"divide model.num_layers {num_layers}",
             MeshError,
         )
-    kinds = 2 if config.training.objective == "unified" else 1
+    kinds = len(trained_kinds(config))
     num_rows = kinds * (config.data.num_rows_multiple or data_size) // max(data_size, 1)
     if num_rows < parallel.pipeline:
         yield Problem(
@@ -147,17 +148,17 @@ def _virtual_pipeline(config: RunConfig, data_size: int) -> Iterator[Problem]:
 
 def _overlap(config: RunConfig) -> Iterator[Problem]:
     """Gradients are reduced once the last row of a step has reached every weight, so each must be reached."""
-    objective = config.training.objective
+    embeds = {kind_options(kind).EMBEDS for kind in trained_kinds(config)}
     unused = None
-    if objective == "embedding" and not config.model.tie_embeddings and trains_output_layer(config):
+    if False not in embeds and not config.model.tie_embeddings and trains_output_layer(config):
         unused = "the language-model head"
-    if objective == "generative" and num_head_parameters(config):
+    if True not in embeds and num_head_parameters(config):
         unused = "the embedding head"
     if unused is not None:
         yield Problem(
             "parallel.overlap",
-            f"parallel.overlap needs a gradient for every weight, and training.objective {objective} has none for "
-            f"{unused}; set parallel.overlap to false",
+            "parallel.overlap needs a gradient for every weight, and training.objective "
+            f"{config.training.objective} has none for {unused}; set parallel.overlap to false",
         )
 
 
@@ -200,60 +201,17 @@ def _expert_mesh(config: RunConfig, stage_size: int) -> Iterator[Problem]:
         )
 
 
-def _batches(config: RunConfig, data_size: int) -> Iterator[Problem]:
-    """Each data parallel rank needs a row of each kind, and a row needs a text."""
-    training, data = config.training, config.data
-    multiple = data.num_rows_multiple or data_size
+def _kinds(config: RunConfig, data_size: int) -> Iterator[Problem]:
+    """Each data parallel rank needs a row of each kind, and each kind knows what its rows need."""
+    multiple = config.data.num_rows_multiple or data_size
     if multiple % data_size:
         yield Problem(
             "data.num_rows_multiple",
             f"data.num_rows_multiple {multiple} is no multiple of the data parallel size {data_size}",
             MeshError,
         )
-    texts = training.embedding_batch_size * (1 + data.train_group_size)
-    if training.objective != "generative" and texts < multiple:
-        yield Problem(
-            "training.embedding_batch_size",
-            f"training.embedding_batch_size {training.embedding_batch_size} gives {texts} texts, fewer than the "
-            f"{multiple} rows of a step",
-            MeshError,
-        )
-    if training.objective != "embedding":
-        yield from _generative_batch(config, multiple)
-    loss = config.loss
-    if loss.grit_world_size is not None and loss.emb_grad_scale != "grit":
-        yield Problem("loss.grit_world_size", "loss.grit_world_size has an effect only with loss.emb_grad_scale grit")
-
-
-def _generative_batch(config: RunConfig, multiple: int) -> Iterator[Problem]:
-    training = config.training
-    if config.data.packing == "step":
-        if training.generative_batch_size < multiple:
-            yield Problem(
-                "training.generative_batch_size",
-                f"training.generative_batch_size {training.generative_batch_size} is below the {multiple} rows of a "
-                "step",
-                MeshError,
-            )
-        if training.generative_rows is not None:
-            yield Problem(
-                "training.generative_rows", "training.generative_rows has an effect only with data.packing window"
-            )
-    elif training.generative_rows is None:
-        yield Problem(
-            "data.packing", "data.packing window needs training.generative_rows: the generative rows of a step"
-        )
-    elif training.generative_rows % multiple:
-        yield Problem(
-            "training.generative_rows",
-            f"training.generative_rows {training.generative_rows} is no multiple of {multiple}, the data parallel size "
-            "or data.num_rows_multiple",
-            MeshError,
-        )
-
-
-def _blend(config: RunConfig, kind: str) -> list[BlendEntry]:
-    return read_blend(getattr(config.data, kind), f"data.{kind}")
+    for kind in trained_kinds(config):
+        yield from kind_options(kind).problems(config, multiple)
 
 
 def _contrast(config: RunConfig) -> Iterator[Problem]:
@@ -266,46 +224,43 @@ def _contrast(config: RunConfig) -> Iterator[Problem]:
                 yield Problem(f"loss.{name}", f"loss.{name} compares texts of the batch, but loss.negatives is hard")
         if knobs.num_blocks > 1:
             yield Problem("loss.num_blocks", "loss.num_blocks has no effect with loss.negatives hard")
-    if config.training.objective != "generative" and config.training.embedding_batch_size % knobs.num_blocks:
-        yield Problem(
-            "loss.num_blocks",
-            f"training.embedding_batch_size {config.training.embedding_batch_size} cannot be cut into "
-            f"{knobs.num_blocks} blocks of equal size (loss.num_blocks)",
-        )
     if any(not 0 < size <= width for size in knobs.matryoshka_dims):
         yield Problem("loss.matryoshka_dims", f"loss.matryoshka_dims must be from 1 to the embedding's width {width}")
+    if knobs.grit_world_size is not None and knobs.emb_grad_scale != "grit":
+        yield Problem("loss.grit_world_size", "loss.grit_world_size has an effect only with loss.emb_grad_scale grit")
 
 
 def _data(config: RunConfig) -> Iterator[Problem]:
-    objective, data = config.training.objective, config.data
-    for kind, other in (("embedding", "generative"), ("generative", "embedding")):
-        if objective != other and not getattr(data, kind):
+    objective, data, kinds = config.training.objective, config.data, trained_kinds(config)
+    for kind in kinds:
+        key = kind_options(kind).DATA
+        if not kind_sources(config, kind):
+            others = [other for other in kinds if other != kind] or [other for other in kind_names() if other != kind]
             yield Problem(
-                f"data.{kind}",
-                f"training.objective {objective} needs data.{kind}: the prefix of a file made by "
-                f"tools/preprocess/build_grit.py; give data.{kind} or set training.objective to {other}",
+                key,
+                f"training.objective {objective} needs {key}: the prefix of a file made by "
+                f"tools/preprocess/build_grit.py; give {key} or set training.objective to {' or '.join(others)}",
             )
-        if objective != other:
+        try:
             # A blend file is read here, so that the run fails before it asks for devices.
-            try:
-                _blend(config, kind)
-            except ConfigError as error:
-                yield Problem(f"data.{kind}", str(error))
-                return
+            read_blend(kind_sources(config, kind), key)
+        except ConfigError as error:
+            yield Problem(key, str(error))
+            return
     if data.tokenizer is None:
         yield Problem("data.tokenizer", "data.tokenizer is not set; give the file or directory of the tokenizer")
 
 
 def _files(config: RunConfig) -> Iterator[Problem]:
-    objective, data = config.training.objective, config.data
-    for kind, other in (("embedding", "generative"), ("generative", "embedding")):
-        for entry in _blend(config, kind) if objective != other else []:
+    data = config.data
+    for kind in trained_kinds(config):
+        key = kind_options(kind).DATA
+        for entry in read_blend(kind_sources(config, kind), key):
             for suffix in INDEXED_SUFFIXES:
                 if not Path(entry.path + suffix).is_file():
                     yield Problem(
-                        f"data.{kind}",
-                        f"data.{kind}: there is no file {entry.path}{suffix}; make it with "
-                        "tools/preprocess/build_grit.py",
+                        key,
+                        f"{key}: there is no file {entry.path}{suffix}; make it with tools/preprocess/build_grit.py",
                     )
     if data.tokenizer is not None:
         tokenizer = Path(data.tokenizer)

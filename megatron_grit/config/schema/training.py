@@ -12,8 +12,9 @@ from megatron_grit.config.knob import knob
 class TrainingConfig:
     """The loop."""
 
-    objective: Literal["unified", "embedding", "generative"] = "unified"
-    """Which losses are trained."""
+    objective: list[str] | str = "unified"
+    """What is trained: a kind of row (embedding, generative), a list of kinds, or unified, which is short for both of
+    these."""
     steps: int = knob(1253, at_least=0)
     """Optimizer steps."""
     embedding_batch_size: int = knob(2048, at_least=1)

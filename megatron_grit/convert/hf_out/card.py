@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_grit import __version__
 from megatron_grit.config.embedding_shape import head_widths
+from megatron_grit.config.kinds import kind_names, kind_options, kind_sources, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.convert.hf_out.embedding import is_affine
 from megatron_grit.convert.hf_out.exported import Exported
@@ -22,7 +23,6 @@ _POOLING = {
     "cls": "the first state",
     "lasttoken": "the last state",
 }
-_LOSSES = ("loss", "loss_emb", "loss_gen", "loss_balance", "accuracy_emb")
 VLLM_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Whose own code in vLLM asks ``is_causal``; read in its source."""
 
@@ -170,7 +170,8 @@ def _shown(text: str) -> str:
 
 
 def _generate(exported: Exported) -> list[str]:
-    if exported.source.config.training.objective == "embedding" and exported.source.state.get("step"):
+    only_embeds = all(kind_options(kind).EMBEDS for kind in trained_kinds(exported.source.config))
+    if only_embeds and exported.source.state.get("step"):
         return []
     code = [
         "    from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -190,6 +191,7 @@ def _training(exported: Exported) -> list[str]:
     """What the run's files say. A converted model that was not trained since has none of it."""
     source = exported.source
     state, config = source.state, source.config
+    objective = config.training.objective
     versions = {"megatron_grit": __version__} | state.get("versions", {})
     rows = []
     base = config.model.pretrained or config.checkpoint.load
@@ -198,7 +200,7 @@ def _training(exported: Exported) -> list[str]:
     if state.get("step"):
         mesh = [f"{name} {size}" for name, size in state.get("parallel", {}).items()]
         rows += [
-            ("objective", config.training.objective),
+            ("objective", objective if isinstance(objective, str) else ", ".join(objective)),
             ("steps", f"{state['step']}"),
             ("mesh", f"{', '.join(mesh)}; processes {state.get('world_size')}"),
             ("precision", config.training.precision),
@@ -213,12 +215,19 @@ def _training(exported: Exported) -> list[str]:
 def _losses(exported: Exported) -> dict[str, float]:
     """Losses of the checkpoint's step, or of the last line before it."""
     step, found = exported.source.state["step"], {}
+    metrics = [kind_options(kind).METRICS for kind in kind_names()]
+    wanted = [
+        "loss",
+        *(names[0] for names in metrics),
+        "loss_balance",
+        *(name for names in metrics for name in names[1:]),
+    ]
     try:
         lines = (exported.source.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         for line in lines:
             record = json.loads(line)
             if record["step"] <= step:
-                found = {name: record[name] for name in _LOSSES if isinstance(record.get(name), float)}
+                found = {name: record[name] for name in wanted if isinstance(record.get(name), float)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return found
@@ -239,7 +248,7 @@ def _data(exported: Exported) -> str:
     except (OSError, ValueError, AttributeError):
         rows = [
             f"- {kind}: {' '.join(Path(word).name for word in item.split())}"
-            for kind in ("embedding", "generative")
-            for item in getattr(config.data, kind)
+            for kind in kind_names()
+            for item in kind_sources(config, kind)
         ]
         return "\n".join(rows)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_grit.config.blend import read_blend
+from megatron_grit.config.kinds import kind_names, kind_options, kind_sources
 from megatron_grit.convert.hf_out.card import VLLM_ARCHITECTURES, model_card, vllm_settings
 from megatron_grit.convert.hf_out.chat import chat_template
 from megatron_grit.convert.hf_out.embedding import (
@@ -93,9 +94,10 @@ def _generation_config(tokenizer: Tokenizer, template: str) -> dict[str, Any]:
 
 
 def _chat_template(source: Checkpoint) -> tuple[str, str | None]:
-    """Name and Jinja of the template that the generative data were built with, as far as they are still there."""
-    names = set()
-    for entry in _entries(source.config.data.generative):
+    """Name and Jinja of the template that the data of next tokens were built with, as far as they are still there."""
+    names, kinds = set(), [kind for kind in kind_names() if not kind_options(kind).EMBEDS]
+    given = {kind: kind_sources(source.config, kind) for kind in kinds}
+    for entry in [entry for kind, items in given.items() for entry in _entries(items, kind_options(kind).DATA)]:
         try:
             names.add(str(json.loads(Path(f"{entry}.json").read_bytes())["template"]))
         except (OSError, ValueError, KeyError, TypeError):
@@ -103,15 +105,15 @@ def _chat_template(source: Checkpoint) -> tuple[str, str | None]:
     if len(names) == 1:
         (name,) = names
         return name, chat_template(name, source.tokenizer)
-    own = template_source(source.tokenizer) if not source.config.data.generative else None
+    own = template_source(source.tokenizer) if not any(given.values()) else None
     if own is not None:
         return "tokenizer", own
     return DEFAULT_TEMPLATE, chat_template(DEFAULT_TEMPLATE, source.tokenizer)
 
 
-def _entries(items: list[str]) -> list[str]:
+def _entries(items: list[str], key: str) -> list[str]:
     try:
-        return [entry.path for entry in read_blend(items, "data.generative")]
+        return [entry.path for entry in read_blend(items, key)]
     except GritError:
         return []
 

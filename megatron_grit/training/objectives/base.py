@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from megatron_grit.config.kinds import kind_weight, load_kind, trained_kinds
+from megatron_grit.config.kinds import kind_weight, load_kind, loss_name, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.models.decoder import Output
@@ -31,15 +31,12 @@ class Objective(ABC):
     """Name of the kind."""
     output: ClassVar[Output]
     """What the last pipeline stage makes of a row."""
-    loss_name: ClassVar[str]
-    """Name of its loss among the metrics of a step."""
-    other_metrics: ClassVar[tuple[str, ...]] = ()
-    """Names of its other metrics."""
 
     def __init__(self, config: RunConfig, context: ParallelContext) -> None:
         self.config, self.context = config, context
         self.weight = kind_weight(config, self.kind)
         """Weight of its loss in the loss of a step."""
+        self.loss_name = loss_name(self.kind)
 
     def rows(self, batch: StepBatch) -> list[PackedRow]:
         """The rows of a step that this objective trains on."""
@@ -68,11 +65,6 @@ class Objective(ABC):
         """
 
 
-def objective_of(kind: str) -> type[Objective]:
-    """The objective of a kind of row."""
-    return load_kind(OBJECTIVES, kind).OBJECTIVE
-
-
-def trained_objectives(config: RunConfig) -> list[type[Objective]]:
+def trained_objectives(config: RunConfig, context: ParallelContext) -> list[Objective]:
     """The objectives of the kinds that a run trains."""
-    return [objective_of(kind) for kind in trained_kinds(config)]
+    return [load_kind(OBJECTIVES, kind).OBJECTIVE(config, context) for kind in trained_kinds(config)]

@@ -34,8 +34,6 @@ class EmbeddingObjective(Objective):
 
     kind = "embedding"
     output = Output.EMBEDDINGS
-    loss_name = "loss_emb"
-    other_metrics = ("accuracy_emb",)
 
     def __init__(self, config: RunConfig, context: ParallelContext) -> None:
         super().__init__(config, context)

@@ -15,7 +15,6 @@ class GenerativeObjective(Objective):
 
     kind = "generative"
     output = Output.TOKEN_LOSSES
-    loss_name = "loss_gen"
 
     def row_loss(self, index: int, row: PackedRow, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """As in the base class."""
