@@ -118,6 +118,53 @@ def import_arrows(path: str, text: str) -> list[str]:
     return bad
 
 
+# Files above the kinds of row that may say a kind's name, and why.
+NAMES_A_KIND = {
+    "cli/evaluate.py": "a flag that users type: the file of next tokens to evaluate",
+    "config/database/run.py": "a preset: a database's documents become sources of next tokens",
+    "config/kinds.py": "what training.objective unified is short for",
+    "evaluation/checkpoint.py": "takes the flag",
+    "inference/encode.py": "makes rows by hand",
+    "inference/model.py": "reads a file's kind of record",
+    "retrieval/mining/mine.py": "reads a file's kind of record",
+    "serving/server.py": "a word of the protocol that it speaks",
+    "training/checkpoint.py": "the section of the configuration with the embedding's shape",
+}
+# Folders below, or of, the kinds.
+KIND_HOMES = ("config/schema/", "losses/", "parallel/", "training/objectives/")
+_KIND_TEXT = re.compile(
+    r"(?:data\.|training\.|loss\.)?(?:embedding|generative)(?:_batch_size|_rows)?|loss_(?:emb|gen)(?:_factor)?|accuracy_emb"
+)
+_KIND_NAME = re.compile(
+    r"(?:^|_)generative(?:_|$)|^embedding_(?:rows?|part|counts|stream|objective|batch)|^(?:EMBEDDING|GENERATIVE)$"
+)
+_KIND_MODULE = re.compile(r"\.(?:data\.kinds|training\.objectives|config\.schema\.kinds)\.(?:embedding|generative)")
+
+
+def kind_names(path: str, text: str) -> list[str]:
+    """What is above the kinds of row asks for a kind by its name and knows none of the names itself.
+
+    Found are names of kinds, of their options and of their metrics, as strings, identifiers and imports. In data only
+    what is common to all rows is looked at: what lies below it holds kinds of records, which are a format on disk.
+    """
+    inner = path.removeprefix(f"{PACKAGE}/")
+    if inner == path or inner in NAMES_A_KIND or inner.startswith(KIND_HOMES):
+        return []
+    if inner.startswith("data/") and not inner.startswith("data/rows/"):
+        return []
+    tree = _tree(text)
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    bad = []
+    for node in ast.walk(tree):
+        words = [getattr(node, name, None) for name in ("id", "attr", "arg", "name")]
+        found = [word for word in words if isinstance(word, str) and _KIND_NAME.search(word)]
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            found += [node.value] if _KIND_TEXT.fullmatch(node.value) else []
+        bad += [f"{path}:{getattr(node, 'lineno', '?')}: names a kind of row: {word}" for word in found]
+    bad += [f"{path}:{line}: imports {name}" for line, name in imported_modules(tree) if _KIND_MODULE.search(name)]
+    return bad
+
+
 def relative_imports(path: str, text: str) -> list[str]:
     """Every import says where its module is."""
     return [

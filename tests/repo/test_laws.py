@@ -23,6 +23,7 @@ PYTHON_LAWS: list[Law] = [
     laws.single_readers,
     laws.unsafe_reading,
     laws.entry_points,
+    laws.kind_names,
 ]
 LAWS_OF_ALL: list[LawOfAll] = [laws.circles, laws.crowded_folders, laws.class_names]
 LONG_FUNCTION = "def f():\n" + "    x = 1\n" * 85
@@ -35,6 +36,13 @@ BROKEN: list[tuple[Law, str, str]] = [
     (laws.import_arrows, "megatron_grit/data/a.py", "importlib.import_module('megatron_grit.cli.train')"),
     (laws.import_arrows, "megatron_grit/errors.py", "from megatron_grit.config.schema import RunConfig"),
     (laws.import_arrows, "megatron_grit/store/a.py", "from megatron_grit.config.schema import RunConfig"),
+    (laws.kind_names, "megatron_grit/training/a.py", 'rows = batch.rows_of("generative")'),
+    (laws.kind_names, "megatron_grit/training/a.py", "rows = batch.embedding_rows"),
+    (laws.kind_names, "megatron_grit/planning/a.py", "if row.kind is RowKind.GENERATIVE: pass"),
+    (laws.kind_names, "megatron_grit/convert/a.py", 'shown = ("loss", "loss_emb")'),
+    (laws.kind_names, "megatron_grit/config/checks/a.py", 'Problem("training.embedding_batch_size")'),
+    (laws.kind_names, "megatron_grit/data/rows/a.py", "from megatron_grit.data.kinds.embedding import STREAM"),
+    (laws.kind_names, "megatron_grit/training/a.py", "from megatron_grit.training.objectives import generative"),
     (laws.relative_imports, "megatron_grit/data/a.py", "from .batch import StepBatch"),
     (laws.init_only_reexports, "megatron_grit/data/__init__.py", "def f():\n    return 1"),
     (laws.sizes, "megatron_grit/data/a.py", "x = 1\n" * 501),
@@ -71,6 +79,8 @@ KEPT: list[tuple[Law, str, str]] = [
     (laws.import_arrows, "megatron_grit/models/a.py", "from megatron_grit.data.rows.batch import PackedRow"),
     (laws.import_arrows, "megatron_grit/config/a.py", "from megatron_grit.errors import ConfigError"),
     (laws.import_arrows, "megatron_grit/cli/main.py", "from megatron_grit import __version__"),
+    (laws.kind_names, "megatron_grit/data/kinds/a.py", 'kind = "generative"'),
+    (laws.kind_names, "megatron_grit/training/a.py", "causal = config.embedding.causal"),
     (laws.init_only_reexports, "megatron_grit/data/__init__.py", '"""Doc."""\nimport a\n__all__ = ["a"]'),
     (laws.sizes, "megatron_grit/data/a.py", LONG_FUNCTION.replace("f():", "f():  # long: one table")),
     (laws.parameters, "megatron_grit/data/a.py", "class A:\n    def f(self, a, b, c, d, *, e, f, g):\n        pass"),
@@ -187,6 +197,11 @@ def test_law_of_all_finds_a_violation(law: LawOfAll, texts: dict[str, str]) -> N
 @pytest.mark.parametrize(("law", "texts"), KEPT_TOGETHER)
 def test_law_of_all_allows_what_is_allowed(law: LawOfAll, texts: dict[str, str]) -> None:
     assert law(texts) == []
+
+
+def test_files_that_name_a_kind_do(files: dict[str, str]) -> None:
+    for name in laws.NAMES_A_KIND:
+        assert laws.kind_names("megatron_grit/training/a.py", files[f"megatron_grit/{name}"]), f"{name} names no kind"
 
 
 def test_layers_are_those_of_the_package(repository: Path) -> None:
