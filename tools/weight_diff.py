@@ -7,8 +7,8 @@ Examples:
 
 make reads two Hugging Face directories with safetensors and writes a third. recover needs the very base that make had:
 it is compared tensor by tensor before anything is written. verify recovers without writing, and with --tuned compares
-that directory as well. All three need a few hundred MiB of memory for any size of model, show a bar, and go on where
-they were when they are killed and called again.
+that directory as well. All three need memory for twice the largest tensor. make and recover resume when they are killed
+and called again.
 """
 
 from __future__ import annotations

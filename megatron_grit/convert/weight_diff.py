@@ -2,8 +2,7 @@
 
 Differences are of bit patterns, taken as unsigned integers modulo 2^n: exact for any type, NaN and -0 included, and
 without rounding. A diff folder holds one file of differences for each weight file of the tuned model, all its other
-files as they are, and manifest.json: names, types, shapes and SHA-256 of the base's tensors and of every file.
-Layout of files and tensors is the tuned model's, so recovery writes its files again byte for byte.
+files as they are, and manifest.json: names, types, shapes and SHA-256 of the tensors of both models and of every file.
 
 Tensors that the base lacks, or has in another type or width, are stored as they are; of a tensor with more rows than
 the base's (a vocabulary that grew), the rows beyond.
@@ -13,113 +12,112 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+import torch
 
-from megatron_grit.convert.raw_safetensors import WIDTHS, RawTensor, Sink, read_header, write_header
+from megatron_grit.convert.hf_in.folder import DTYPES, SafetensorsFolder, WeightFolder
+from megatron_grit.convert.raw_safetensors import RawTensor, write_header
 from megatron_grit.errors import CheckpointError
-from megatron_grit.store.digest import digest_of_settings
-from megatron_grit.store.files import replacing, write_json
+from megatron_grit.store.digest import HashingFile, digest_of_rows, sha256_of_file
+from megatron_grit.store.files import write_json
+from megatron_grit.store.folder import OutputFolder
+from megatron_grit.store.progress import Progress
 
-MANIFEST, JOURNAL, FORMAT = "manifest.json", "journal.json", "weight_diff_1"
-BLOCK_BYTES = 1 << 24
-INDEX = "model.safetensors.index.json"
+MANIFEST, FORMAT = "manifest.json", "weight_diff_2"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-Writer = Callable[[Sink], None]
+_BLOCK_BYTES = 1 << 24
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Entries = dict[str, dict[str, Any]]
+"""Of each tensor "dtype", "shape" and "sha256", and "file" where it is one of the tuned model."""
 
 
 def make_diff(base: str | Path, tuned: str | Path, diff: str | Path) -> Path:
     """Write what a tuned model adds to its base.
 
-    Memory: a few blocks of 16 MiB, whatever the model's size. Killed, it goes on where it was when called again.
+    Memory: twice the largest tensor. A killed run resumes when it is called again.
 
     Args:
         base: Hugging Face directory of the public model, safetensors.
         tuned: Hugging Face directory of the model that was trained from it.
-        diff: directory to write; must not be there.
+        diff: directory to write; does not exist yet, or is empty.
 
     Returns:
         ``diff``.
 
     Raises:
-        CheckpointError: a directory that cannot be used, and which file of it; nothing in common; ``diff`` is there.
+        CheckpointError: a directory that cannot be used, and which file of it; nothing in common.
+        OutputError: ``diff`` has content or cannot be written.
     """
     base, tuned, diff = Path(base), Path(tuned), Path(diff)
-    _refuse_target(diff, (base, tuned))
-    base_tensors = read_base(base)
-    files = _list_files(tuned)
-    weights = _top_level_weights(tuned)
-    plans = {path.name: read_header(path) for path in weights}
-    mine = [tensor for _, _, tensors in plans.values() for tensor in tensors]
+    _refuse_within(diff, (base, tuned))
+    theirs, ours = SafetensorsFolder(base), SafetensorsFolder(tuned)
+    others = _other_files(ours)
     # Only tensors that a difference is taken from: the others of the base need not be there at recovery.
-    used = sorted(tensor.name for tensor in mine if _shared_bytes(tensor, base_tensors))
+    used = [name for name in sorted(ours) if _is_related(name, ours, theirs)]
     if not used:
         raise CheckpointError(f"{tuned}: no tensor has the name and type of one in {base}; is that its base?")
-    total = _total_bytes(files.values()) + sum(base_tensors[name].num_bytes for name in used)
-    with _Progress(total, "reading") as progress:
-        tuned_hashes = {name: hash_file(path, progress) for name, path in files.items()}
-        base_entries = {name: _describe(base_tensors[name], progress) for name in used}
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "base": {"name": base.name, "tokenizer_sha256": tokenizer_hash(base), "tensors": base_entries},
-        "tuned": {"tokenizer_sha256": tokenizer_hash(tuned), "files": tuned_hashes},
-    }
-    with (
-        _Folder(diff, digest_of_settings(manifest)) as folder,
-        _Progress(_total_bytes(files.values()), "writing") as progress,
-    ):
-        for name, path in files.items():
-            if name in plans:
-                folder.write(name, _difference_writer(path, base_tensors, progress), progress)
-            else:
-                folder.write(name, _copier(path, progress), progress)
-        manifest["tensors"] = {
-            tensor.name: {"dtype": tensor.dtype, "shape": tensor.shape, "file": file}
-            for file, (_, _, tensors) in plans.items()
-            for tensor in tensors
+    total = _num_bytes(theirs, used) + _num_bytes(ours, ours) + _total_bytes(others.values())
+    with Progress(total, "reading", "B") as progress:
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "base": {
+                "name": base.name,
+                "tokenizer_sha256": tokenizer_hash(base),
+                "tensors": {name: _describe(name, theirs, progress) for name in used},
+            },
+            "tuned": {
+                "tokenizer_sha256": tokenizer_hash(tuned),
+                "tensors": {
+                    name: _describe(name, ours, progress) | {"file": ours.file_of(name).name} for name in sorted(ours)
+                },
+                "files": {name: sha256_of_file(path, report=progress.update) for name, path in others.items()},
+            },
         }
-        manifest["files"] = folder.hashes
-        folder.finish(manifest)
+    entries: Entries = manifest["tuned"]["tensors"]
+    types = {name: f"U{8 * DTYPES[entry['dtype']].itemsize}" for name, entry in entries.items()}
+    with OutputFolder(diff, manifest) as folder:
+        _fill(folder, ours, others, manifest, types, partial(_combine, np.subtract, ours, theirs, manifest))
+        manifest["files"] = {name: entry["sha256"] for name, entry in sorted(folder.files.items())}
+        write_json(folder.path / MANIFEST, manifest)
+        folder.publish()
     return diff
 
 
 def recover(base: str | Path, diff: str | Path, tuned: str | Path) -> Path:
-    """Write the tuned model again from its base and the diff, byte for byte.
+    """Write the tuned model again from its base and the diff: its tensors bit for bit, other files byte for byte.
 
     Args:
         base: the directory that the diff was made from, or one with the same tensors in other files.
         diff: what :func:`make_diff` wrote.
-        tuned: directory to write; must not be there.
+        tuned: directory to write; does not exist yet, or is empty.
 
     Returns:
         ``tuned``.
 
     Raises:
         CheckpointError: the base differs from the one of the diff (which tensor, in which file) or the diff is damaged
-            (which file), both before anything is written; ``tuned`` is there.
+            (which file), both before anything is written.
+        OutputError: ``tuned`` has content or cannot be written.
     """
     base, diff, tuned = Path(base), Path(diff), Path(tuned)
-    _refuse_target(tuned, (base, diff))
+    _refuse_within(tuned, (base, diff))
     manifest = read_manifest(diff)
-    base_tensors = _checked_inputs(base, diff, manifest)
-    names = list(manifest["tuned"]["files"])
-    with (
-        _Folder(tuned, digest_of_settings(manifest)) as folder,
-        _Progress(_total_bytes(diff / name for name in names), "recovering") as progress,
-    ):
-        for name in names:
-            writer = _recovery(diff / name, base_tensors, progress, weights=is_weights(name))
-            folder.write(name, writer, progress)
-            if folder.hashes[name] != manifest["tuned"]["files"][name]:
-                raise CheckpointError(f"{diff / MANIFEST}: {name} comes out other than it says; get the diff again")
-        folder.finish(None)
+    theirs, stored = _checked_inputs(base, diff, manifest)
+    entries: Entries = manifest["tuned"]["tensors"]
+    types = {name: entry["dtype"] for name, entry in entries.items()}
+    others = {name: diff / name for name in manifest["tuned"]["files"]}
+    with OutputFolder(tuned, manifest) as folder:
+        _fill(folder, stored, others, manifest, types, partial(_recovered, stored, theirs, manifest))
+        folder.publish()
     return tuned
 
 
@@ -129,46 +127,30 @@ def verify(base: str | Path, diff: str | Path, tuned: str | Path | None = None) 
     Args:
         base: the base model.
         diff: the diff.
-        tuned: the tuned model, where it is there: its files are compared as well.
+        tuned: the tuned model, where it is there: its tensors and other files are compared as well.
 
     Raises:
         CheckpointError: they do not, and which file or tensor is the reason.
     """
     base, diff = Path(base), Path(diff)
     manifest = read_manifest(diff)
-    base_tensors = _checked_inputs(base, diff, manifest)
-    expected = manifest["tuned"]["files"]
-    with _Progress(_total_bytes(diff / name for name in expected), "recovering") as progress:
-        for name, sha in expected.items():
-            sink = _HashingFile(None)
-            _recovery(diff / name, base_tensors, progress, weights=is_weights(name))(sink)
-            if sink.hexdigest() != sha:
-                raise CheckpointError(f"{diff / MANIFEST}: {name} comes out other than it says; get the diff again")
+    theirs, stored = _checked_inputs(base, diff, manifest)
+    with Progress(_num_bytes(stored, stored), "recovering", "B") as progress:
+        for name in stored:
+            progress.update(_recovered(stored, theirs, manifest, name).nbytes)
     if tuned is None:
         return
-    present = _list_files(Path(tuned))
-    with _Progress(_total_bytes(present.values()), "comparing") as progress:
-        for name in sorted(set(expected) | set(present)):
-            if name not in present or name not in expected:
-                where = "in the diff" if name in expected else f"in {tuned}"
-                raise CheckpointError(f"{Path(tuned) / name}: is {where} only")
-            if hash_file(present[name], progress) != expected[name]:
-                raise CheckpointError(f"{Path(tuned) / name}: is not the file that the diff was made of")
-
-
-def read_base(path: Path) -> dict[str, RawTensor]:
-    """Where each tensor of a model lies: in the files of its index, or in all safetensors files without one.
-
-    Raises:
-        CheckpointError: no weights, a file that is damaged or missing, or a tensor in two files.
-    """
-    tensors: dict[str, RawTensor] = {}
-    for file in _indexed_weights(path):
-        for tensor in read_header(file)[2]:
-            if tensor.name in tensors:
-                raise CheckpointError(f"{file}: tensor {tensor.name} is in {tensors[tensor.name].file.name} as well")
-            tensors[tensor.name] = tensor
-    return tensors
+    present = SafetensorsFolder(tuned)
+    files = _other_files(present)
+    _compare_names(Path(tuned), "tensor ", set(manifest["tuned"]["tensors"]), set(present))
+    _compare_names(Path(tuned), "", set(manifest["tuned"]["files"]), set(files))
+    with Progress(_num_bytes(present, present) + _total_bytes(files.values()), "comparing", "B") as progress:
+        for name, entry in manifest["tuned"]["tensors"].items():
+            if entry | _describe(name, present, progress) != entry:
+                raise CheckpointError(f"{present.file_of(name)}: tensor {name} is not that of the diff's tuned model")
+        for name, sha in manifest["tuned"]["files"].items():
+            if sha256_of_file(files[name], report=progress.update) != sha:
+                raise CheckpointError(f"{files[name]}: is not that of the diff's tuned model")
 
 
 def read_manifest(diff: Path) -> dict[str, Any]:
@@ -179,11 +161,16 @@ def read_manifest(diff: Path) -> dict[str, Any]:
     """
     file = diff / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         known = manifest["format"] == FORMAT
-        names = [*manifest["files"], *manifest["tuned"]["files"]]
-        complete = set(manifest["files"]) == set(manifest["tuned"]["files"])
-        complete &= all({"dtype", "shape", "sha256"} <= set(entry) for entry in manifest["base"]["tensors"].values())
+        tensors: Entries = manifest["tuned"]["tensors"]
+        complete = {"dtype", "shape", "sha256"} <= set.intersection(
+            *(set(entry) for entry in [*manifest["base"]["tensors"].values(), *tensors.values()])
+        )
+        complete &= {entry["dtype"] for entry in tensors.values()} <= DTYPES.keys()
+        weights = {entry["file"] for entry in tensors.values()}
+        complete &= weights | set(manifest["tuned"]["files"]) <= set(manifest["files"])
+        names = [*manifest["files"], *manifest["tuned"]["files"], *weights]
     except FileNotFoundError:
         raise CheckpointError(f"{diff}: no {MANIFEST}; give the directory that `make` wrote") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -199,269 +186,168 @@ def read_manifest(diff: Path) -> dict[str, Any]:
 
 def tokenizer_hash(path: Path) -> str | None:
     """SHA-256 over a model's tokenizer files, names and contents; None where it has none."""
-    digest, found = hashlib.sha256(), False
-    for name in TOKENIZER_FILES:
-        if (path / name).is_file():
-            digest.update(f"{name} {hash_file(path / name)}\n".encode())
-            found = True
-    return digest.hexdigest() if found else None
+    found = [f"{name} {sha256_of_file(path / name)}\n" for name in TOKENIZER_FILES if (path / name).is_file()]
+    return hashlib.sha256("".join(found).encode()).hexdigest() if found else None
 
 
-def is_weights(name: str) -> bool:
-    """Whether a file of a model, by its relative name, is one that differences are taken of."""
-    return "/" not in name and name.endswith(".safetensors")
-
-
-def hash_file(path: Path, progress: _Progress | None = None) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-            if progress is not None:
-                progress.add(len(block))
-    return digest.hexdigest()
-
-
-def _checked_inputs(base: Path, diff: Path, manifest: dict[str, Any]) -> dict[str, RawTensor]:
-    """The base's tensors, when they and the diff's files are what the manifest says."""
+def _checked_inputs(base: Path, diff: Path, manifest: dict[str, Any]) -> tuple[WeightFolder, WeightFolder]:
+    """The tensors of the base and of the diff, when they and the diff's files are what the manifest says."""
     for name in manifest["files"]:
         if not (diff / name).is_file():
             raise CheckpointError(f"{diff / name}: missing, though {MANIFEST} names it; get the diff again")
-    expected: dict[str, dict[str, Any]] = manifest["base"]["tensors"]
-    tensors = read_base(base)
+    expected: Entries = manifest["base"]["tensors"]
+    theirs = SafetensorsFolder(base)
     for name, entry in expected.items():
-        if name not in tensors:
+        if name not in theirs:
             raise CheckpointError(f"{base}: tensor {name} is missing; the diff is of another base")
-        found = {"dtype": tensors[name].dtype, "shape": list(tensors[name].shape)}
-        if found != {"dtype": entry["dtype"], "shape": entry["shape"]}:
+        dtype, shape = _NAMES[theirs.stored[name].dtype], list(theirs.stored[name].shape)
+        if (dtype, shape) != (entry["dtype"], entry["shape"]):
             raise CheckpointError(
-                f"{tensors[name].file}: tensor {name} is {found['dtype']} {found['shape']}, the diff's base has "
+                f"{theirs.file_of(name)}: tensor {name} is {dtype} {shape}, the diff's base has "
                 f"{entry['dtype']} {entry['shape']}; give the base that the diff was made from"
             )
-    total = _total_bytes(diff / name for name in manifest["files"]) + sum(tensors[name].num_bytes for name in expected)
-    with _Progress(total, "checking") as progress:
+    total = _total_bytes(diff / name for name in manifest["files"]) + _num_bytes(theirs, expected)
+    with Progress(total, "checking", "B") as progress:
         for name, sha in manifest["files"].items():
-            if hash_file(diff / name, progress) != sha:
+            if sha256_of_file(diff / name, report=progress.update) != sha:
                 raise CheckpointError(f"{diff / name}: damaged, its SHA-256 is not the manifest's; get the diff again")
         for name, entry in expected.items():
-            if _describe(tensors[name], progress)["sha256"] != entry["sha256"]:
+            if _describe(name, theirs, progress)["sha256"] != entry["sha256"]:
                 raise CheckpointError(
-                    f"{tensors[name].file}: tensor {name} has other values than the diff's base; give the base that "
+                    f"{theirs.file_of(name)}: tensor {name} has other values than the diff's base; give the base that "
                     "the diff was made from"
                 )
-    return {name: tensors[name] for name in expected}
+    stored = SafetensorsFolder(diff)
+    if {name: list(each.shape) for name, each in stored.stored.items()} != {
+        name: entry["shape"] for name, entry in manifest["tuned"]["tensors"].items()
+    }:
+        raise CheckpointError(f"{diff / MANIFEST}: names other tensors than the files hold; get the diff again")
+    return theirs, stored
 
 
-def _describe(tensor: RawTensor, progress: _Progress) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for block in tensor.blocks(BLOCK_BYTES):
-        digest.update(block)
-        progress.add(len(block))
-    return {"dtype": tensor.dtype, "shape": list(tensor.shape), "sha256": digest.hexdigest()}
+def _bits(name: str, folder: WeightFolder, index: tuple[slice, ...] = ()) -> np.ndarray:
+    """A tensor's bit patterns as unsigned integers, flat."""
+    stored = folder.stored[name]
+    tensor = stored[index]
+    if tensor.dtype != stored.dtype:
+        raise CheckpointError(f"{folder.file_of(name)}: tensor {name} is of a type that is not known here")
+    return np.asarray(tensor.flatten().view(torch.uint8).numpy().view(f"<u{tensor.element_size()}"))
 
 
-def _shared_bytes(tensor: RawTensor, base: dict[str, RawTensor]) -> int:
-    """How many bytes of a tensor, from its first on, have a counterpart in the base."""
-    other = base.get(tensor.name)
-    if other is None or other.dtype != tensor.dtype or len(other.shape) != len(tensor.shape):
-        return 0
-    if other.shape[1:] != tensor.shape[1:]:
-        return 0
-    return min(other.num_bytes, tensor.num_bytes)
+def _describe(name: str, folder: WeightFolder, progress: Progress) -> dict[str, Any]:
+    bits, stored = _bits(name, folder), folder.stored[name]
+    progress.update(bits.nbytes)
+    return {"dtype": _NAMES[stored.dtype], "shape": list(stored.shape), "sha256": digest_of_rows(bits)}
 
 
-def _combined(
-    tensor: RawTensor, base: dict[str, RawTensor], dtype: str, combine: Callable[..., np.ndarray], progress: _Progress
-) -> Iterator[bytes]:
-    """A tensor's bytes with the base's subtracted or added, integer by integer."""
-    # The tensor of a diff has the integer type of its own width; what it is compared with keeps its type.
-    shared = _shared_bytes(RawTensor(tensor.name, dtype, tensor.shape, tensor.file, 0, tensor.num_bytes), base)
-    integer = np.dtype(f"<u{WIDTHS[tensor.dtype]}")
-    others = base[tensor.name].blocks(BLOCK_BYTES, shared) if shared else iter(())
-    done = 0
-    for block in tensor.blocks(BLOCK_BYTES):
-        progress.add(len(block))
-        count = max(0, min(len(block), shared - done))
-        if count:
-            ours = np.frombuffer(block, integer, count // integer.itemsize)
-            yield combine(ours, np.frombuffer(next(others), integer, len(ours))).tobytes()
-        yield block[count:]
-        done += len(block)
+def _is_related(name: str, ours: WeightFolder, theirs: WeightFolder) -> bool:
+    """Whether tensors of this name have numbers that a difference is taken of."""
+    if name not in theirs:
+        return False
+    mine, other = ours.stored[name], theirs.stored[name]
+    alike = mine.dtype == other.dtype and len(mine.shape) == len(other.shape) and mine.shape[1:] == other.shape[1:]
+    return alike and 0 not in (*mine.shape, *other.shape)
 
 
-def _difference_writer(path: Path, base: dict[str, RawTensor], progress: _Progress) -> Writer:
-    def write(file: Sink) -> None:
-        header, _, tensors = read_header(path)
-        # The header is kept as text: recovery is to give the same file, not merely the same tensors.
-        metadata = {"format": FORMAT, "header": header[8:].decode("utf-8")}
-        write_header(file, tensors, [f"U{8 * WIDTHS[tensor.dtype]}" for tensor in tensors], metadata)
-        for tensor in tensors:
-            for block in _combined(tensor, base, tensor.dtype, np.subtract, progress):
-                file.write(block)
-
-    return write
-
-
-def _recovery(path: Path, base: dict[str, RawTensor], progress: _Progress, *, weights: bool) -> Writer:
-    """A file of differences gives weights; any other file is copied."""
-    if not weights:
-        return _copier(path, progress)
-
-    def write(file: Sink) -> None:
-        _, metadata, tensors = read_header(path)
-        try:
-            header = metadata["header"].encode("utf-8")
-            entries = json.loads(header)
-            dtypes = [entries[tensor.name]["dtype"] for tensor in tensors]
-        except (KeyError, ValueError, TypeError):
-            raise CheckpointError(f"{path}: not a file of differences; get the diff again") from None
-        file.write(len(header).to_bytes(8, "little") + header)
-        for tensor, dtype in zip(tensors, dtypes, strict=True):
-            for block in _combined(tensor, base, dtype, np.add, progress):
-                file.write(block)
-
-    return write
+def _combine(
+    operation: np.ufunc, folder: WeightFolder, base: WeightFolder, manifest: dict[str, Any], name: str
+) -> np.ndarray:
+    """A tensor's bits with those of the rows that the base has subtracted or added, integer by integer."""
+    bits = _bits(name, folder)
+    known = manifest["base"]["tensors"].get(name)
+    if known is not None:
+        num_rows = [shape[0] for shape in (known["shape"], manifest["tuned"]["tensors"][name]["shape"]) if shape]
+        other = _bits(name, base, (slice(0, min(num_rows)),) if num_rows else ())
+        operation(bits[: len(other)], other, out=bits[: len(other)])
+    return bits
 
 
-def _copier(path: Path, progress: _Progress) -> Writer:
-    def write(file: Sink) -> None:
-        with path.open("rb") as source:
-            while block := source.read(BLOCK_BYTES):
-                progress.add(len(block))
-                file.write(block)
-
-    return write
+def _recovered(diff: WeightFolder, base: WeightFolder, manifest: dict[str, Any], name: str) -> np.ndarray:
+    bits = _combine(np.add, diff, base, manifest, name)
+    if digest_of_rows(bits) != manifest["tuned"]["tensors"][name]["sha256"]:
+        raise CheckpointError(f"{diff.path / MANIFEST}: tensor {name} comes out other than it says; get the diff again")
+    return bits
 
 
-def _indexed_weights(path: Path) -> list[Path]:
-    index = path / INDEX
-    if not index.is_file():
-        return _top_level_weights(path)
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"{index}: not an index of weights") from None
-    missing = [name for name in names if not (path / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{path / missing[0]}: missing, though {INDEX} names it")
-    return [path / name for name in names]
+def _write_weights(
+    out: HashingFile, file: Path, entries: Entries, types: Mapping[str, str], bits: Callable[[str], np.ndarray]
+) -> None:
+    """A safetensors file with the tensors and the metadata of another."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as reader:
+        metadata = reader.metadata() or {}
+    names = [name for name, entry in entries.items() if entry["file"] == file.name]
+    tensors = []
+    for name in sorted(names, key=lambda name: (-DTYPES[types[name]].itemsize, name)):  # keeps all of them aligned
+        shape = tuple(entries[name]["shape"])
+        tensors.append(RawTensor(name, types[name], shape, math.prod(shape) * DTYPES[types[name]].itemsize))
+    write_header(out, tensors, metadata)
+    for tensor in tensors:
+        out.write(bits(tensor.name).data)
 
 
-def _top_level_weights(path: Path) -> list[Path]:
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory")
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{path}: no *.safetensors; give the directory of a Hugging Face model")
-    return files
+def _fill(
+    folder: OutputFolder,
+    weights: WeightFolder,
+    others: Mapping[str, Path],
+    manifest: dict[str, Any],
+    types: Mapping[str, str],
+    bits: Callable[[str], np.ndarray],
+) -> None:
+    """Write a file of bits for each weight file and copy the others; what an earlier run finished is kept."""
+    files = {file.name: file for file in weights.files} | dict(others)
+    with Progress(_total_bytes(files.values()), "writing", "B") as progress:
+        for name, path in files.items():
+            if folder.find(name) is not None:
+                progress.skip(os.path.getsize(path))
+                continue
+            with folder.writing(name) as out:
+                if name in others:
+                    with path.open("rb") as source:
+                        shutil.copyfileobj(source, out, _BLOCK_BYTES)
+                else:
+                    _write_weights(out, path, manifest["tuned"]["tensors"], types, bits)
+            progress.update(os.path.getsize(path))
 
 
-def _list_files(path: Path) -> dict[str, Path]:
-    """All files of a model by relative name, weights and others. Hidden folders (.git, .cache) are none of it.
+def _other_files(model: WeightFolder) -> dict[str, Path]:
+    """A model's files by relative name, but its weights. Hidden folders (.git, .cache) are none of it.
 
     Raises:
-        CheckpointError: weights in pickle, which would be handed on as they are; a name that the diff needs.
+        CheckpointError: weights that would be handed on as they are; a name that the diff needs.
     """
     files = {}
-    for folder, folders, names in os.walk(path):
+    for folder, folders, names in os.walk(model.path):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            files[(Path(folder) / name).relative_to(path).as_posix()] = Path(folder) / name
+            files[(Path(folder) / name).relative_to(model.path).as_posix()] = Path(folder) / name
+    files = {name: file for name, file in sorted(files.items()) if file not in model.files}
     for name, file in files.items():
         if file.suffix in PICKLED:
             raise CheckpointError(f"{file}: pickled weights would go into the diff as they are; move the file away")
-        if name in (MANIFEST, JOURNAL):
+        if file.suffix == ".safetensors" and "/" not in name:
+            raise CheckpointError(f"{file}: is none of the model's weight files; move it away")
+        if name == MANIFEST:
             raise CheckpointError(f"{file}: a diff has a file of its own by this name; move it away")
-    return dict(sorted(files.items()))
+    return files
+
+
+def _num_bytes(folder: WeightFolder, names: Iterable[str]) -> int:
+    return sum(folder.stored[name].shape.numel() * folder.stored[name].dtype.itemsize for name in names)
 
 
 def _total_bytes(paths: Iterable[Path]) -> int:
     return sum(os.path.getsize(path) for path in paths)
 
 
-def _refuse_target(target: Path, sources: tuple[Path, ...]) -> None:
-    if target.exists():
-        raise CheckpointError(f"{target}: is there already; give another directory or remove it")
+def _compare_names(tuned: Path, kind: str, expected: set[str], present: set[str]) -> None:
+    for name in sorted(expected ^ present):
+        where = "in the diff" if name in expected else f"in {tuned}"
+        raise CheckpointError(f"{tuned if kind else tuned / name}: {kind and f'{kind}{name} '}is {where} only")
+
+
+def _refuse_within(target: Path, sources: tuple[Path, ...]) -> None:
     for source in sources:
         if source.resolve() in target.resolve().parents:
             raise CheckpointError(f"{target}: lies within {source}; give a directory outside of it")
-
-
-class _Progress:
-    """A bar of bytes."""
-
-    def __init__(self, total: int, what: str) -> None:
-        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True)
-
-    def add(self, count: int) -> None:
-        self._bar.update(count)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-
-class _HashingFile:
-    """A file to write, or none, and the SHA-256 of what was written."""
-
-    def __init__(self, file: IO[bytes] | None) -> None:
-        self._file, self._digest = file, hashlib.sha256()
-
-    def write(self, block: bytes) -> int:
-        self._digest.update(block)
-        return len(block) if self._file is None else self._file.write(block)
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
-
-
-class _Folder:
-    """A directory that appears whole: its files are written beside it, and kept when the process dies.
-
-    Args:
-        target: the directory.
-        job: what is written, as a hash of all inputs. Files of another job are thrown away.
-    """
-
-    def __init__(self, target: Path, job: str) -> None:
-        self._target, self._partial = target, target.with_name(f".{target.name}.partial")
-        self._job = job
-        self.hashes: dict[str, str] = {}
-
-    def __enter__(self) -> _Folder:
-        try:
-            journal = json.loads((self._partial / JOURNAL).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            journal = {}
-        if journal.get("job") == self._job:
-            self._finished = dict(journal["files"])
-        else:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._finished = {}
-        self._partial.mkdir(parents=True, exist_ok=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """What is finished stays for the next call."""
-
-    def write(self, name: str, writer: Writer, progress: _Progress) -> None:
-        """One file, unless an earlier call wrote it and it is as it was."""
-        path = self._partial / name
-        if name in self._finished and path.is_file() and hash_file(path, progress) == self._finished[name]:
-            self.hashes[name] = self._finished[name]
-            return
-        with replacing(path, "wb") as file:
-            sink = _HashingFile(file)
-            writer(sink)
-        self.hashes[name] = self._finished[name] = sink.hexdigest()
-        write_json(self._partial / JOURNAL, {"job": self._job, "files": self._finished})
-
-    def finish(self, manifest: dict[str, Any] | None) -> None:
-        """The manifest, if there is one, and the directory gets its name."""
-        if manifest is not None:
-            write_json(self._partial / MANIFEST, manifest)
-        (self._partial / JOURNAL).unlink(missing_ok=True)
-        self._partial.rename(self._target)

@@ -21,17 +21,27 @@ from torch import Tensor
 from megatron_grit.convert.param_map import Conversion, Index
 from megatron_grit.errors import CheckpointError
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_OTHER_DTYPES = {
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
     "F64": torch.float64,
+    "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": getattr(torch, "float8_e8m0fnu", torch.uint8),  # since torch 2.7
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Of masks and of quantised weights; those that are not here either count as bytes."""
+"""Types by their names in safetensors files. Those that pack several numbers into a byte count as bytes."""
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 _SMALL_FILES = ["config.json", *_TOKENIZERS]
@@ -199,12 +209,11 @@ class SafetensorsFolder(WeightFolder):
     def contents(self, file: Path) -> list[tuple[str, Sequence[int], torch.dtype]]:
         from safetensors import SafetensorError, safe_open
 
-        dtypes = _DTYPES | _OTHER_DTYPES
         try:
             with safe_open(file, framework="pt") as reader:
                 slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)
                 return [
-                    (name, each.get_shape(), dtypes.get(each.get_dtype(), torch.uint8)) for name, each in slices.items()
+                    (name, each.get_shape(), DTYPES.get(each.get_dtype(), torch.uint8)) for name, each in slices.items()
                 ]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: not a whole safetensors file ({error}); copy it again") from None
@@ -276,7 +285,7 @@ def check_weights(plan: Iterable[Conversion], weights: WeightFolder) -> Literal[
         for name in conversion.sources:
             stored = weights.stored[name]
             types.add(stored.dtype)
-            if stored.dtype not in _DTYPES.values():
+            if stored.dtype not in _PLAIN:
                 raise CheckpointError(
                     f"{weights.file_of(name)}: tensor {name} has the type {str(stored.dtype).removeprefix('torch.')}; "
                     "only float32, float16 and bfloat16 are read: give the weights before they were quantised"

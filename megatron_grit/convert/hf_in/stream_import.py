@@ -4,16 +4,14 @@ The model is built without storage, for the names, shapes and places on disk of 
 writing of it as of any checkpoint, so the format is that of every other, and the files are then filled one tensor
 after another, in the order of the source's files: one output file for each, or several for a large one.
 
-Until it is whole the checkpoint is ``step_00000000.partial``. Of each file in it that was written to its end there is a
-note in ``step_00000000.conversion``, with its SHA-256 and what is where in it. A conversion that is started again keeps
-those whose content is still that of the note, and gives the same files as one that was never interrupted.
+Until it is whole the checkpoint is in ``step_00000000.partial``, see :class:`~megatron_grit.store.folder.OutputFolder`
+whose journal also says where in a file its tensors are. A killed conversion resumes with the files that are whole, and
+gives the same files as one that was never interrupted.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
 from megatron_grit import compat
 from megatron_grit.config.parse import save_config
@@ -33,12 +30,12 @@ from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.convert.hf_in.folder import WeightFolder
 from megatron_grit.convert.param_map import Conversion
 from megatron_grit.data.text.tokenizer import Tokenizer, copy_tokenizer
-from megatron_grit.errors import CheckpointError
 from megatron_grit.models.decoder import GritDecoder, build_model
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
-from megatron_grit.store.digest import digest_of_settings, sha256_of_file
-from megatron_grit.store.files import sync_folder, write_json
+from megatron_grit.store.files import write_json
+from megatron_grit.store.folder import OutputFolder
+from megatron_grit.store.progress import Progress
 from megatron_grit.training.checkpoint import checkpoint_path, model_state
 from megatron_grit.training.checkpoint_save import describe_checkpoint
 from megatron_grit.training.manifest import write_manifest, write_part
@@ -61,30 +58,26 @@ def write_checkpoint(
         tokenizer: copied beside the weights.
 
     Raises:
-        CheckpointError: a file cannot be read or written; names it.
+        CheckpointError: a file cannot be read; names it.
+        OutputError: a file cannot be written, or another process writes this checkpoint.
     """
     final = checkpoint_path(config.output_dir, 0)
-    folder = final.with_name(final.name + ".partial")
-    notes = Notes(folder, _fingerprint(config, weights, tokenizer))
-    try:
-        with parallel_job(config.parallel, config.training.seed) as context:
-            notes.prepare()
-            _write_weights(config, context, plan, weights, notes)
-            save_config(config, folder / "config.yaml")
-            copy_tokenizer(tokenizer, folder)
-            write_json(folder / "state.json", describe_checkpoint(config, context, tokenizer, step=0))
-            write_part(folder, [], context.rank)
-            write_manifest(folder, context.world_size)
-            folder.rename(final)
-            sync_folder(final.parent)
-            notes.remove()
-    except (OSError, CheckpointException) as error:
-        path = Path(getattr(error, "filename", None) or folder)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path}: cannot be written ({reason}); make room and start the same command again, which goes on from the "
-            "files that are whole"
-        ) from error
+    partial = final.with_name(final.name + ".partial")
+    with (
+        parallel_job(config.parallel, config.training.seed) as context,
+        OutputFolder(final, _identity(config, weights, tokenizer), partial=partial) as folder,
+        folder.naming(partial),
+    ):
+        try:
+            _write_weights(config, context, plan, weights, folder)
+        except CheckpointException as error:
+            raise OSError(str(error).splitlines()[0]) from error
+        save_config(config, folder.path / "config.yaml")
+        copy_tokenizer(tokenizer, folder.path)
+        write_json(folder.path / "state.json", describe_checkpoint(config, context, tokenizer, step=0))
+        write_part(folder.path, [], context.rank)
+        write_manifest(folder.path, context.world_size)
+        folder.publish()
     return final
 
 
@@ -108,7 +101,7 @@ class _WithoutStorage(TorchFunctionMode):
 
 
 def _write_weights(
-    config: RunConfig, context: ParallelContext, plan: Sequence[Conversion], weights: WeightFolder, notes: Notes
+    config: RunConfig, context: ParallelContext, plan: Sequence[Conversion], weights: WeightFolder, folder: OutputFolder
 ) -> None:
     assert config.model.vocab_size is not None
     model = build_without_storage(config, config.model.vocab_size, context)
@@ -119,24 +112,27 @@ def _write_weights(
     }
     dtype = {name: parameter.dtype for name, parameter in model.named_parameters()}
     maker = _Maker(plan, weights, config.model, state, dtype)
-    request = compat.plan_sharded_save(model_state(model, context), notes.weights)
+    place = folder.path / "weights"
+    place.mkdir(exist_ok=True)
+    request = compat.plan_sharded_save(model_state(model, context), place)
     small, large = compat.planned_writes(request)
     files = _files(small, [(item, maker.conversion(_place(item))) for item, _ in large], weights)
     compat.set_planned_files(request, len(files))
     results: dict[int, list[Any]] = {}
     total = sum(file.num_bytes for file in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="converting", smoothing=0.05) as bar:
+    with Progress(total, "converting", "B") as bar:
         for number, file in enumerate(files):
-            path = notes.weights / f"__0_{number}.distcp"
-            found = notes.find(path, len(file.items))
-            if found is None:
+            path = place / f"__0_{number}.distcp"
+            name = path.relative_to(folder.path).as_posix()
+            found = folder.find(name)
+            if found is None or len(found["parts"]) != len(file.items):
                 bucket = (str(path), path.name, (file.small, maker.tensors(file.large, bar)))
                 written = compat.write_sharded_file(request, bucket, number)
-                notes.add(path, [compat.written_part(result) for result in written])
+                folder.add(name, parts=[compat.written_part(result) for result in written])
                 results[number] = written
             else:
-                bar.update(file.num_bytes)
-                pairs = zip(file.items, found, strict=True)
+                bar.skip(file.num_bytes)
+                pairs = zip(file.items, found["parts"], strict=True)
                 results[number] = [compat.written_before(item, path.name, part) for item, part in pairs]
     request.async_fn_args[2].put(results)
     for finalize in request.finalize_fns:
@@ -179,7 +175,7 @@ class _Maker:
         """How the tensor is made that a stored piece is of."""
         return self._conversions[place]
 
-    def tensors(self, items: Sequence[Any], bar: tqdm[Any]) -> Iterator[tuple[Any, Tensor]]:
+    def tensors(self, items: Sequence[Any], bar: Progress) -> Iterator[tuple[Any, Tensor]]:
         """Each item with its tensor; pieces of one tensor follow each other, and no other is in memory."""
         held: Conversion | None = None
         pieces: dict[Chunk, Tensor] = {}
@@ -251,66 +247,11 @@ def _num_bytes(item: Any) -> int:
     return int(torch.Size(sizes).numel() * item.tensor_data.properties.dtype.itemsize)
 
 
-class Notes:
-    """What is known of the files of a conversion that is under way.
-
-    Args:
-        folder: the checkpoint under its temporary name.
-        fingerprint: of all that the files depend on.
-    """
-
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.weights = folder / "weights"
-        self._folder, self._fingerprint = folder, fingerprint
-        self._notes = folder.with_suffix(".conversion")
-        self._kept = self._notes / "files"
-
-    def prepare(self) -> None:
-        """Make the folders. Files of an earlier start are put aside, since the engine plans into an empty folder; those
-        of another source, tokenizer or version are removed."""
-        source = self._notes / "source.json"
-        if not source.is_file() or json.loads(source.read_text()) != self._fingerprint:
-            for folder in (self._folder, self._notes):
-                shutil.rmtree(folder, ignore_errors=True)
-        self._kept.mkdir(parents=True, exist_ok=True)
-        if self.weights.is_dir():
-            for path in self.weights.glob("*.distcp"):
-                path.rename(self._kept / path.name)
-            shutil.rmtree(self.weights)
-        self.weights.mkdir(parents=True)
-        if not source.is_file():
-            write_json(source, self._fingerprint)
-
-    def add(self, path: Path, parts: list[list[int]]) -> None:
-        """Note that a file is whole."""
-        write_json(self._note(path), {"bytes": path.stat().st_size, "sha256": sha256_of_file(path), "parts": parts})
-
-    def find(self, path: Path, num_parts: int) -> list[list[int]] | None:
-        """Take up a file of an earlier start. None: there is none that is whole."""
-        kept, note = self._kept / path.name, self._note(path)
-        if kept.is_file() and note.is_file():
-            said = json.loads(note.read_text())
-            parts: list[list[int]] = said["parts"]
-            same_size = kept.stat().st_size == said["bytes"] and len(parts) == num_parts
-            if same_size and sha256_of_file(kept) == said["sha256"]:
-                kept.rename(path)
-                return parts
-        kept.unlink(missing_ok=True)
-        return None
-
-    def remove(self) -> None:
-        """Forget it all: the checkpoint is whole."""
-        shutil.rmtree(self._notes)
-
-    def _note(self, path: Path) -> Path:
-        return self._notes / f"{path.name}.json"
-
-
-def _fingerprint(config: RunConfig, weights: WeightFolder, tokenizer: Tokenizer) -> str:
-    """Changes with whatever the files depend on."""
+def _identity(config: RunConfig, weights: WeightFolder, tokenizer: Tokenizer) -> list[Any]:
+    """All that the files depend on."""
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights.files]
     shapes = {name: [list(each.shape), str(each.dtype)] for name, each in weights.stored.items()}
-    parts = [
+    return [
         dataclasses.asdict(config),
         stats,
         shapes,
@@ -318,4 +259,3 @@ def _fingerprint(config: RunConfig, weights: WeightFolder, tokenizer: Tokenizer)
         compat.installed_versions(),
         MAX_FILE_BYTES,
     ]
-    return digest_of_settings(parts)

@@ -6,7 +6,6 @@ given size: memory does not grow with the model.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import shutil
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_grit import __version__
 from megatron_grit.config.schema import ModelConfig, ParallelConfig
@@ -25,12 +23,14 @@ from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model
 from megatron_grit.convert.hf_out.checkpoint_reader import CheckpointReader
 from megatron_grit.convert.hf_out.exported import Checkpoint, Exported, read_checkpoint
 from megatron_grit.convert.hf_out.files import write_files
-from megatron_grit.convert.hf_out.folder import ExportFolder, HashingFile
 from megatron_grit.convert.param_map import Family, Kind
 from megatron_grit.convert.peft.merge import Into, Reader, has_adapters, open_merged
 from megatron_grit.convert.raw_safetensors import RawTensor, write_header
-from megatron_grit.errors import CheckpointError, ConfigError
+from megatron_grit.errors import CheckpointError, ConfigError, OutputError
 from megatron_grit.parallel.launch import parallel_job
+from megatron_grit.store.digest import HashingFile, sha256_of_file
+from megatron_grit.store.folder import OutputFolder
+from megatron_grit.store.progress import Progress
 from megatron_grit.training.checkpoint import resolve_checkpoint
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,7 +47,6 @@ class PlannedTensor:
     name: str
     kind: Kind
     targets: tuple[RawTensor, ...]
-    """Of them only names, shapes and sizes count."""
 
     @property
     def num_bytes(self) -> int:
@@ -84,8 +83,8 @@ def export_checkpoint(
         The directory.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of a shape that no family has, the target is not empty, or a file
-            cannot be written.
+        CheckpointError: the checkpoint is damaged or of a shape that no family has.
+        OutputError: the target is not empty, another process is writing it, or there is no room.
         ConfigError: a size or a type that is none.
     """
     limit = parse_size(max_shard_size)
@@ -104,7 +103,7 @@ def export_checkpoint(
     family = family_of_model(read.model)
     identity = _identity(path, limit, dtype, adapters)
     with (
-        ExportFolder(Path(target), identity) as folder,
+        OutputFolder(Path(target), identity) as folder,
         parallel_job(ParallelConfig(device="cpu"), seed=0) as context,
     ):
         reader: Reader
@@ -116,11 +115,13 @@ def export_checkpoint(
         shards = list(_plan_shards(family, read.model, reader, limit, wanted))
         _check_room(folder.path, sum(entry.num_bytes for shard in shards for entry in shard))
         names = _shard_names(len(shards))
-        with tqdm(total=sum(map(len, shards)), unit="tensor", desc="exporting") as bar:
+        with Progress(sum(map(len, shards)), "exporting", "tensor") as bar:
             for name, shard in zip(names, shards, strict=True):
-                if not folder.is_whole(name):
-                    with folder.writing(name) as file:
-                        _write_shard(file, _batches(shard, limit), reader, read.model, wanted)
+                if folder.find(name) is not None:
+                    bar.skip(len(shard))
+                    continue
+                with folder.writing(name) as file:
+                    _write_shard(file, _batches(shard, limit), reader, read.model, wanted)
                 bar.update(len(shard))
         exported = _describe(read, family, wanted, dict(zip(names, shards, strict=True)), reader)
         with folder.naming(folder.path):
@@ -164,9 +165,8 @@ def parse_size(text: str) -> int:
 def _identity(path: Path, limit: int, dtype: str, adapters: Into | None) -> dict[str, str | int]:
     """What the weight files follow from."""
     described = next(file for file in (path / "manifest.json", path / "state.json") if file.is_file())
-    digest = hashlib.sha256(described.read_bytes()).hexdigest()
     identity: dict[str, str | int] = {
-        "checkpoint": digest,
+        "checkpoint": sha256_of_file(described),
         "max_shard_size": limit,
         "dtype": dtype,
         "version": __version__,
@@ -184,7 +184,7 @@ def _plan_shards(
             raise CheckpointError(f"tensor {name} is missing, which a {family.name} model has")
         parts = kind.megatron_to_hf(reader.shapes[name], model)
         described = [
-            RawTensor(hf, _SAFETENSORS[dtype], tuple(part.shape), Path(), 0, part.numel() * dtype.itemsize)
+            RawTensor(hf, _SAFETENSORS[dtype], tuple(part.shape), part.numel() * dtype.itemsize)
             for hf, part in zip(targets, parts, strict=True)
         ]
         entries.append(PlannedTensor(name, kind, tuple(described)))
@@ -218,9 +218,10 @@ def _check_room(folder: Path, num_bytes: int) -> None:
     there = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     free = shutil.disk_usage(folder).free
     if free < num_bytes - there:
-        raise CheckpointError(
-            f"{folder}: the weights need {num_bytes - there} more bytes and {free} are free; make room, or give a "
-            "directory on another disk"
+        raise OutputError(
+            f"the weights need {num_bytes - there} more bytes and {free} are free; make room, or give a directory on "
+            "another disk",
+            path=folder,
         )
 
 
@@ -228,7 +229,7 @@ def _write_shard(
     file: HashingFile, batches: Sequence[list[PlannedTensor]], reader: Reader, model: ModelConfig, dtype: torch.dtype
 ) -> None:
     targets = [target for batch in batches for entry in batch for target in entry.targets]
-    write_header(file, targets, [_SAFETENSORS[dtype]] * len(targets), {"format": "pt"})
+    write_header(file, targets, {"format": "pt"})
     for batch in batches:
         tensors = reader.read([entry.name for entry in batch])
         for entry in batch:

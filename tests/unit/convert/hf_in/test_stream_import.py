@@ -27,7 +27,7 @@ from megatron_grit.convert.hf_in.folder import SafetensorsFolder
 from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint, hf_state_dict_to_megatron, load_hf_config
 from megatron_grit.convert.param_map import Family
 from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
-from megatron_grit.errors import CheckpointError
+from megatron_grit.errors import CheckpointError, OutputError
 from megatron_grit.models.decoder import build_model
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.training.checkpoint import load_weights, read_config, read_state
@@ -36,7 +36,7 @@ from tests.unit.convert.hf_in.test_hf_folder import stack_experts, write_shards
 from tests.unit.convert.test_param_map import DENSE, GPT, MIXTURE, random_hf
 
 NUM_TOKENS = 300
-NOTES = "step_00000000.conversion"
+PARTIAL = "step_00000000.partial"
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_full_disk_is_told_and_the_next_start_goes_on(
         return write(request, bucket, number)
 
     monkeypatch.setattr(stream_import.compat, "write_sharded_file", full)
-    with pytest.raises(CheckpointError, match=r"__0_3\.distcp: cannot be written \(No space left on device\)"):
+    with pytest.raises(OutputError, match=r"__0_3\.distcp: cannot be written \(No space left on device\)"):
         convert_checkpoint(source, tmp_path / "out", tokenizer)
     assert written == [0, 1, 2]
     assert not list((tmp_path / "out" / "checkpoints").glob("step_00000000"))
@@ -303,17 +303,21 @@ def finish(process: Any) -> int | None:
 
 def num_noted(target: Path) -> int:
     """Files that are noted as whole."""
+    return len(noted(target))
+
+
+def noted(target: Path) -> dict[str, Any]:
+    """The journal's entries."""
     with contextlib.suppress(FileNotFoundError):
-        return len([name for name in os.listdir(target / "checkpoints" / NOTES) if name.endswith(".distcp.json")])
-    return 0
+        files: dict[str, Any] = json.loads((target / "checkpoints" / PARTIAL / "journal.json").read_text())["files"]
+        return files
+    return {}
 
 
 def inodes(target: Path) -> dict[str, int]:
     """The files that are noted as whole, of a conversion that does not run."""
-    folder = target / "checkpoints"
-    noted = {note.name.removesuffix(".json") for note in folder.glob(f"{NOTES}/*.distcp.json")}
-    files = [*folder.glob(f"{NOTES}/files/*"), *folder.glob("step_00000000.partial/weights/*")]
-    return {path.name: path.stat().st_ino for path in files if path.name in noted}
+    folder = target / "checkpoints" / PARTIAL / "files"
+    return {name: (folder / name).stat().st_ino for name in noted(target) if (folder / name).is_file()}
 
 
 @pytest.mark.parametrize("damage", ["byte", "short", "note", "source"])
@@ -332,10 +336,10 @@ def test_what_is_not_whole_is_written_anew(
         return write(request, bucket, number)
 
     monkeypatch.setattr(stream_import.compat, "write_sharded_file", failing)
-    with pytest.raises(CheckpointError, match="full"):
+    with pytest.raises(OutputError, match="full"):
         convert_checkpoint(source, target, tokenizer)
-    folder = target / "checkpoints"
-    file = folder / "step_00000000.partial" / "weights" / "__0_2.distcp"
+    folder = target / "checkpoints" / PARTIAL
+    file = folder / "files" / "weights" / "__0_2.distcp"
     if damage == "byte":
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
@@ -343,7 +347,9 @@ def test_what_is_not_whole_is_written_anew(
     elif damage == "short":
         file.write_bytes(file.read_bytes()[:-1])
     elif damage == "note":
-        (folder / NOTES / "__0_2.distcp.json").unlink()
+        journal = json.loads((folder / "journal.json").read_text())
+        journal["files"].pop("weights/__0_2.distcp")
+        (folder / "journal.json").write_text(json.dumps(journal))
     else:
         os.utime(source / "model-00001-of-00002.safetensors", (1, 1))
 

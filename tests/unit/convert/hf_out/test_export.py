@@ -21,11 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.convert.hf_out import folder as export_folder
 from megatron_grit.convert.hf_out import megatron_to_hf
 from megatron_grit.convert.hf_out.checkpoint_reader import CheckpointReader
 from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint, parse_size
-from megatron_grit.errors import CheckpointError, ConfigError
+from megatron_grit.errors import CheckpointError, ConfigError, OutputError
+from megatron_grit.store.digest import HashingFile
+from megatron_grit.store.folder import OutputFolder
 from tests.corpus import tiny_run
 
 
@@ -107,12 +108,12 @@ def test_no_sizes(text: str) -> None:
 def test_a_target_that_holds_something_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    with pytest.raises(CheckpointError, match="out: is there already and not empty; give another directory"):
+    with pytest.raises(OutputError, match="out: already exists and is not empty; give another directory"):
         export_checkpoint(run, tmp_path / "out")
     assert digests(tmp_path).keys() == {"out/mine.txt"}
     (tmp_path / "empty").mkdir()
     assert (export_checkpoint(run, tmp_path / "empty") / "config.json").is_file()
-    with pytest.raises(CheckpointError, match="empty: is there already"):
+    with pytest.raises(OutputError, match="empty: already exists"):
         export_checkpoint(run, tmp_path / "empty")
 
 
@@ -195,7 +196,7 @@ def test_options_of_the_other_way_are_refused(run: Path, tmp_path: Path, capsys:
 def test_a_full_disk_is_told_and_taken_up_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole files are kept, and only those; the result is that of an undisturbed export."""
     expected = digests(export_checkpoint(run, tmp_path / "whole", max_shard_size="60KB"))
-    write, written = export_folder.HashingFile.write, [0]
+    write, written = HashingFile.write, [0]
 
     def fail(self: Any, content: Any) -> int:
         written[0] += 1
@@ -204,13 +205,11 @@ def test_a_full_disk_is_told_and_taken_up_again(run: Path, tmp_path: Path, monke
         return write(self, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(export_folder.HashingFile, "write", fail)
-        with pytest.raises(
-            CheckpointError, match=r"safetensors: cannot be written \(No space left on device\); the same"
-        ):
+        patch.setattr(HashingFile, "write", fail)
+        with pytest.raises(OutputError, match=r"safetensors: cannot be written \(No space left on device\); the same"):
             export_checkpoint(run, tmp_path / "out", max_shard_size="60KB")
-    partial = tmp_path / ".out.partial"
-    kept = json.loads((partial / "export.journal.json").read_text())["files"]
+    partial = tmp_path / ".out.partial" / "files"
+    kept = json.loads((partial.parent / "journal.json").read_text())["files"]
     assert 2 < len(kept) < len(list((tmp_path / "whole").glob("*.safetensors")))
     damaged = partial / sorted(kept)[1]
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
@@ -218,7 +217,7 @@ def test_a_full_disk_is_told_and_taken_up_again(run: Path, tmp_path: Path, monke
     export_checkpoint(run, tmp_path / "out", max_shard_size="60KB")
     after = {name: (tmp_path / "out" / name).stat().st_ino for name in kept}
     assert {name for name in kept if before[name] != after[name]} == {damaged.name}
-    assert digests(tmp_path / "out") == expected and not partial.exists()
+    assert digests(tmp_path / "out") == expected and not partial.parent.exists()
 
 
 def test_files_of_another_export_are_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,21 +230,21 @@ def test_files_of_another_export_are_not_kept(run: Path, tmp_path: Path, monkeyp
         patch.setattr(megatron_to_hf, "write_files", stop)
         with pytest.raises(CheckpointError, match="stopped"):
             export_checkpoint(run, tmp_path / "out", dtype="bf16")
-    assert (tmp_path / ".out.partial" / "model.safetensors").is_file()
+    assert (tmp_path / ".out.partial" / "files" / "model.safetensors").is_file()
     export_checkpoint(run, tmp_path / "out", dtype="fp32")
     assert all(tensor.dtype == torch.float32 for tensor in weights_of(tmp_path / "out").values())
 
 
 def test_too_little_room_is_told_at_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron_to_hf.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore[attr-defined]
-    with pytest.raises(CheckpointError, match=r"the weights need \d+ more bytes and 1000 are free; make room"):
+    with pytest.raises(OutputError, match=r"the weights need \d+ more bytes and 1000 are free; make room"):
         export_checkpoint(run, tmp_path / "out")
 
 
 def test_two_at_a_time_are_refused(run: Path, tmp_path: Path) -> None:
     with (
-        export_folder.ExportFolder(tmp_path / "out", None),
-        pytest.raises(CheckpointError, match="out: another process is writing it"),
+        OutputFolder(tmp_path / "out", None),
+        pytest.raises(OutputError, match="out: another process is writing it"),
     ):
         export_checkpoint(run, tmp_path / "out")
 
@@ -257,14 +256,15 @@ def test_killed_at_any_moment(run: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     program = (
         "import os, signal, sys\n"
-        "from megatron_grit.convert import export_folder, megatron_to_hf\n"
-        "write, left = export_folder.HashingFile.write, [int(sys.argv[1])]\n"
+        "from megatron_grit.convert.hf_out import megatron_to_hf\n"
+        "from megatron_grit.store.digest import HashingFile\n"
+        "write, left = HashingFile.write, [int(sys.argv[1])]\n"
         "def counted(self, content):\n"
         "    left[0] -= 1\n"
         "    if not left[0]:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return write(self, content)\n"
-        "export_folder.HashingFile.write = counted\n"
+        "HashingFile.write = counted\n"
         f"megatron_to_hf.export_checkpoint({str(run)!r}, {str(target)!r}, max_shard_size='30KB')\n"
     )
     generator, kept, kills = random.Random(5), [], 0
@@ -273,7 +273,7 @@ def test_killed_at_any_moment(run: Path, tmp_path: Path) -> None:
         process = subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(moment)], timeout=120)
         assert process.returncode == (-signal.SIGKILL if moment else 0)
         kills += bool(moment)
-        journal = tmp_path / ".out.partial" / "export.journal.json"
+        journal = tmp_path / ".out.partial" / "journal.json"
         kept.append(len(json.loads(journal.read_text())["files"]) if journal.exists() else 0)
         if target.exists():
             assert digests(target) == expected
