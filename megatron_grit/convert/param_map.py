@@ -1,10 +1,10 @@
 """A model family's weights as a two-way table between Hugging Face and megatron-core.
 
-A family is data: which tensors there are, what each is called on either side, and which of a few kinds of mapping
-joins them. Nothing is written twice, so import and export cannot drift apart.
+A family is data: the tensors, their names on both sides, and the kind of mapping between them. Import and export read
+the same table, so they cannot drift apart.
 
-Tensors are whole on the Hugging Face side. On the other they are whole as well, or a tensor parallel rank's part,
-for which no more is read than that part (:class:`Shard`).
+Hugging Face tensors are whole. The megatron-core side is whole too, or the shard of one tensor parallel rank; then only
+that shard is read (:class:`Shard`).
 
 Shape suffix legend: N = query heads, G = key-value heads (query groups), H = channels of a head, D = hidden size,
 F = feed-forward width, E = experts, V = vocabulary.
@@ -26,12 +26,12 @@ from megatron_grit.errors import CheckpointError
 
 
 def all_layers(model: ModelConfig) -> Collection[int]:
-    """All of them."""
+    """For lines of a table that every layer has."""
     return range(model.num_layers)
 
 
 def dimensions(model: ModelConfig) -> dict[str, int]:
-    """Sizes that the tables' shapes are written in."""
+    """The sizes that shapes in the tables refer to, by name."""
     return {
         "vocab": model.vocab_size or 0,
         "hidden": model.hidden_size,
@@ -54,32 +54,27 @@ Index = tuple[slice, ...]
 
 
 class Readable(Protocol):
-    """A tensor, or one in a file of which only the part is read that is asked for."""
+    """A tensor in memory, or in a file of which only the indexed part is read."""
 
     @property
-    def shape(self) -> torch.Size:
-        """Its whole shape."""
-        ...
+    def shape(self) -> torch.Size: ...
 
-    def __getitem__(self, index: Index, /) -> Tensor:
-        """A part of it."""
-        ...
+    def __getitem__(self, index: Index, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a tensor that one of ``size`` tensor parallel ranks holds: equal parts along ``dim``."""
+    """The part of a tensor that tensor parallel rank ``rank`` of ``size`` holds: equal parts along ``dim``."""
 
     dim: int = 0
     rank: int = 0
     size: int = 1
 
     def take(self, tensor: Readable) -> Tensor:
-        """Read this rank's part."""
         return tensor[self.index(tensor.shape)]
 
     def index(self, shape: Sequence[int]) -> Index:
-        """Where this rank's part of a tensor is."""
+        """Slices of this rank's part of a tensor."""
         slices = [slice(0, size) for size in shape]
         if self.size > 1:
             part, rest = divmod(shape[self.dim], self.size)
@@ -89,16 +84,15 @@ class Shard:
 
 
 WHOLE = Shard()
-"""All of it."""
 
 
 class Kind(Protocol):
-    """How one megatron-core tensor is made of one or more Hugging Face tensors, and back."""
+    """How one megatron-core tensor is made from one or more Hugging Face tensors, and back."""
 
     def hf_to_megatron(
         self, tensors: Sequence[Readable], model: ModelConfig, expert: int, shard: Shard = WHOLE
     ) -> Tensor:
-        """Join Hugging Face tensors, or what a tensor parallel rank holds of them."""
+        """Join whole Hugging Face tensors, or their parts for one tensor parallel rank."""
         ...
 
     def megatron_to_hf(self, tensor: Tensor, model: ModelConfig) -> list[Tensor]:
@@ -121,9 +115,9 @@ class Copy:
 class VocabularyRows:
     """[V, D] or [V], padded with zero rows for megatron-core.
 
-    Where the model has more tokens than the tensor, the rows of those that were added are the mean of all that are
-    there: their logit is the mean of all logits, so none takes more than an average share of the probability (Hewitt,
-    "Initializing New Word Embeddings for Pretrained Language Models", 2021).
+    Rows of tokens that the model has and the tensor lacks are the mean of the existing rows: their logit is the mean of
+    all logits, so none gets more than an average share of the probability (Hewitt, "Initializing New Word Embeddings
+    for Pretrained Language Models", 2021).
     """
 
     def hf_to_megatron(
@@ -149,7 +143,7 @@ class VocabularyRows:
 
 
 def _mean_row(source: Readable) -> Tensor:
-    """Mean over rows, in blocks of one size, so that it is the same on every rank, bit for bit."""
+    """Mean over rows, in blocks of a fixed size, so that every rank computes the same bits."""
     total = torch.zeros(source.shape[1:], dtype=torch.float64)
     for start in range(0, source.shape[0], 4096):
         total += source[(slice(start, min(start + 4096, source.shape[0])),)].sum(0, dtype=torch.float64)
@@ -176,7 +170,7 @@ class GroupedQKV:
 
 
 class GatedFC1:
-    """gate [F, D] and up [F, D], one on the other; biases likewise. A tensor parallel rank holds rows of both."""
+    """gate [F, D] and up [F, D], concatenated along F; biases likewise. A tensor parallel rank holds rows of both."""
 
     def hf_to_megatron(
         self, tensors: Sequence[Readable], model: ModelConfig, expert: int, shard: Shard = WHOLE
@@ -215,7 +209,7 @@ class GatedExpertOf(ExpertOf):
 
 @dataclass(frozen=True)
 class Form:
-    """Hugging Face tensors, their shapes in the words of :func:`dimensions`, and how they become one tensor."""
+    """Hugging Face tensors, their shapes by the names of :func:`dimensions`, and how they become one tensor."""
 
     kind: Kind
     tensors: dict[str, tuple[str, ...]]
@@ -223,10 +217,8 @@ class Form:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a table. Names hold ``{layer}`` and ``{expert}``.
-
-    Several forms: any of them is read, the first is written.
-    """
+    """One line of a table. Names contain ``{layer}`` and ``{expert}``. Import reads any of the forms, export writes the
+    first."""
 
     megatron: str
     forms: tuple[Form, ...]
@@ -234,7 +226,7 @@ class Entry:
     layers: Callable[[ModelConfig], Collection[int]] = all_layers
 
     def instances(self, model: ModelConfig) -> Iterator[tuple[str, int, int]]:
-        """(megatron-core name, layer, expert) of every tensor that this line stands for."""
+        """(megatron-core name, layer, expert) of every tensor of this line."""
         for layer in self.layers(model) if "{layer}" in self.megatron else (0,):
             for expert in range((model.num_experts or 0) if "{expert}" in self.megatron else 1):
                 yield self.megatron.format(layer=layer, expert=expert), layer, expert
@@ -242,7 +234,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Conversion:
-    """One megatron-core tensor to make."""
+    """How one megatron-core tensor is to be made."""
 
     megatron: str
     kind: Kind
@@ -251,10 +243,10 @@ class Conversion:
     expert: int
 
     def check(self, name: str, shape: Sequence[int]) -> None:
-        """Compare the shape of one of the sources with that of the configuration.
+        """Compare the shape of a source tensor with the configuration's.
 
         Raises:
-            CheckpointError: it is another.
+            CheckpointError: they differ.
         """
         if list(shape) != self.sources[name]:
             raise CheckpointError(
@@ -262,11 +254,11 @@ class Conversion:
             )
 
     def make(self, tensors: Mapping[str, Readable], model: ModelConfig, shard: Shard = WHOLE) -> Tensor:
-        """The tensor, or a tensor parallel rank's part of it.
+        """The tensor, or one rank's shard of it.
 
         Args:
-            tensors: where the sources are.
-            model: the shape of the model to make, which may have more tokens than the sources.
+            tensors: the source tensors.
+            model: shape of the model to make; its vocabulary may be larger than the source's.
             shard: the part to make; nothing else is read.
         """
         return self.kind.hf_to_megatron([tensors[name] for name in self.sources], model, self.expert, shard)
@@ -281,14 +273,14 @@ class Family:
     """``architectures`` in config.json."""
     entries: tuple[Entry, ...]
     ignored: tuple[str, ...] = ()
-    """Patterns of tensors in old checkpoints that hold no weights."""
+    """Patterns of tensors in old checkpoints that are not weights, such as rotary frequencies."""
     model_config: Callable[[dict[str, Any]], ModelConfig]
     """config.json to ours."""
     hf_config: Callable[[ModelConfig], dict[str, Any]]
     """Ours to config.json."""
 
     def to_megatron(self, tensors: Mapping[str, Tensor], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-        """Convert one tensor after another, so that a lazily read source never sits in memory as a whole.
+        """Convert one tensor after another, so that a lazily read source is never in memory as a whole.
 
         Args:
             tensors: the complete Hugging Face state dict, or a lazy reader of it.

@@ -1,1 +1,1 @@
-"""Measures of retrieval and language modelling, with intervals, and their report."""
+"""Measures of retrieval and language modelling with confidence intervals, and their report."""

@@ -1,4 +1,4 @@
-"""Percentile bootstrap intervals: how much a figure would move with other test items."""
+"""Percentile bootstrap intervals: how much a figure would vary with other test items."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def bootstrap_ratio(
 ) -> Interval:
     """Interval of ``sum(numerators) / sum(denominators)`` under resampling of the items.
 
-    Use it where items weigh differently: the loss of a corpus is a sum over documents divided by their tokens, and
-    it is documents that are independent of each other.
+    For items of different weight: the loss of a corpus is a sum over documents divided by a sum of tokens, and
+    documents, not tokens, are independent.
 
     Args:
         numerators: [n] one number for each item.

@@ -1,4 +1,4 @@
-"""Measure one checkpoint: retrieval and next-token loss, as one JSON file."""
+"""Evaluates a checkpoint: retrieval and next-token loss, written to one JSON file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint: checkpoint directory, or a run's output directory for its newest one.
-        output: JSON file; appears whole or not at all.
+        output: JSON file, written atomically.
         retrieval: JSONL of embedding records; every positive is a candidate for every query.
         generative: prefix of a generative indexed file.
         device: auto, cpu or cuda.
@@ -37,7 +37,7 @@ def evaluate_checkpoint(
         batch_tokens: tokens that are embedded at a time.
 
     Returns:
-        What was written.
+        The contents of the file.
 
     Raises:
         GritError: nothing to evaluate, or input that cannot be used.
@@ -78,7 +78,7 @@ def evaluate_checkpoint(
 
 
 def format_figures(figures: dict[str, Any]) -> str:
-    """Lines for a terminal: each figure with its interval, and chance beside it."""
+    """Lines for a terminal: each figure with its interval, and the figure of a random order."""
     lines = []
     for name, (low, high) in figures["intervals"].items():
         chance = figures.get(f"chance_{name}")

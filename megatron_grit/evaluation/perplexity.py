@@ -13,10 +13,10 @@ from megatron_grit.evaluation.bootstrap import Interval, bootstrap_ratio
 
 
 class TokenLossModel(Protocol):
-    """What is needed of a model: :class:`megatron_grit.inference.model.GritModel` has it."""
+    """The part of :class:`megatron_grit.inference.model.GritModel` that is used here."""
 
     def token_losses(self, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-        """For each record of an indexed file the sum of its token losses in nats, and how many tokens are supervised.
+        """For each record of an indexed file the sum of its token losses in nats, and its number of supervised tokens.
 
         Returns:
             float [n] and integer [n].

@@ -13,7 +13,7 @@ from megatron_grit.evaluation.bootstrap import Interval
 from megatron_grit.store.files import replacing, write_json
 
 FIGURES = ("recall_at_1", "recall_at_10", "ndcg_at_10", "lm_loss")
-"""What is compared before and after training."""
+"""Figures that are compared before and after training."""
 
 _LABELS = {
     "recall_at_1": "recall@1",
@@ -24,7 +24,7 @@ _LABELS = {
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; where a resumed run wrote a step again, the later line counts.
+    """Lines of metrics.jsonl. If a resumed run repeated a step, its last line counts.
 
     Raises:
         DataError: a missing file, a malformed line, or no lines.
@@ -48,10 +48,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_evaluation(path: str | Path) -> dict[str, Any]:
-    """A file of ``megatron-grit evaluate`` that holds every figure of the report.
+    """Read a file of ``megatron-grit evaluate``.
 
     Raises:
-        DataError: it cannot be read, or a figure is missing.
+        DataError: it cannot be read, or lacks a figure of the report.
     """
     try:
         figures = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
 
 
 def read_timings(path: str | Path) -> dict[str, float]:
-    """Stages and their seconds, from lines ``name<TAB>seconds``. The times of a stage that was resumed add up.
+    """Stages and their seconds, from lines ``name<TAB>seconds``. Times of a resumed stage are added.
 
     Raises:
         DataError: it cannot be read, or a malformed line.

@@ -1,4 +1,4 @@
-"""Texts to embeddings at any layout: packed into rows, without padding to the longest.
+"""Embeds texts at any layout, packed into rows without padding to the longest.
 
 The rows of a window of texts go through the engine's pipeline schedule; the replicas of a model-parallel group
 (:mod:`model_group`) share them.
@@ -75,12 +75,12 @@ def _row_of(
 
 
 def share_out(lengths: np.ndarray, budget: int, num_replicas: int) -> list[np.ndarray]:
-    """Batches of texts, as many as a multiple of the replicas where there are texts enough.
+    """Batches of texts; if there are enough texts, their number is a multiple of the replicas.
 
     Args:
         lengths: int [N], tokens of each text.
         budget: tokens of a batch.
-        num_replicas: that take batches in turn.
+        num_replicas: they take batches in turn.
 
     Returns:
         The texts of each batch: int64, together 0 to N - 1.
@@ -122,7 +122,7 @@ def _encode_batches(
     )
     places = [_joined(batches[replica::num_replicas]) for replica in range(num_replicas)]
     if context.is_last_stage:
-        # What a replica without a batch computed comes last, and is no more than was asked of it.
+        # A replica without a batch repeated another one's, which comes last and is cut off.
         own_LD = torch.cat([entry["output"] for entry in reported])[: len(places[group.replica])]
         vectors_ND = gather_in_order(own_LD, places, group.replica_group or context.data_group)
     else:
@@ -135,13 +135,13 @@ def _joined(batches: list[np.ndarray]) -> Tensor:
 
 
 def embedding_width(model: GritDecoder) -> int:
-    """Channels of an embedding, which only the last stage makes."""
+    """Channels of an embedding, on every stage."""
     return model.embedding_config.projection_dim or model.config.hidden_size
 
 
 def _row_length(context: ParallelContext, lengths: list[int]) -> int | None:
-    """To which rows of these many tokens are padded: stages exchange tensors of one shape, and the ranks of a tensor
-    or context parallel group hold equal parts. None: they need not be."""
+    """Length to which all rows are padded: stages exchange tensors of one shape, and the ranks of a tensor or context
+    parallel group hold equal parts. None: no padding needed."""
     if context.tensor_size * context.context_size * context.pipeline_size == 1:
         return None
     multiple = context.row_multiple if context.tensor_size * context.context_size > 1 else 1
@@ -156,7 +156,7 @@ def embedding_row(
     Args:
         texts: for each text its instruction's tokens and its own.
         is_query: whether they are queries or passages. None: not known.
-        row_length: to which the row is padded. None: it is not.
+        row_length: length to pad the row to. None: no padding.
     """
     sizes = [len(head) + len(tail) for head, tail in texts]
     used = sum(sizes)

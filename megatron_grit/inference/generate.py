@@ -1,4 +1,4 @@
-"""Autoregressive decoding with a cache, several prompts at once and no padding."""
+"""Autoregressive decoding with a KV cache, several prompts at once and no padding."""
 
 from __future__ import annotations
 

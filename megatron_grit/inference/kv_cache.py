@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that a model has read, for generation without reading them again.
+"""The KV cache of generation: keys and values of past tokens.
 
 Shape suffix legend: L = new tokens, K = tokens read so far, G = key-value heads, H = channels of a head.
 """
@@ -39,6 +39,6 @@ class SequenceCache:
         return buffer[0, :total], buffer[1, :total]
 
     def keep(self, sequences: list[int]) -> None:
-        """Go on with these sequences only, in this order, and free the others."""
+        """Continue only these sequences, in this order, and free the others."""
         self.active = sequences
         self._buffers = {place: entry for place, entry in self._buffers.items() if place[1] in sequences}

@@ -1,4 +1,4 @@
-"""A trained model to call: embeddings and text from one set of weights."""
+"""The Python interface of a trained model: embeddings and text from one set of weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class GritModel:
 
     >>> model = GritModel.load("runs/mixtral", parallel=ParallelConfig(tensor=2, expert=8))
 
-    Use :meth:`load`; the constructor takes a model that is built already, on all processes of the job.
+    Use :meth:`load`. The constructor takes a model that is already built, on all processes of the job.
     """
 
     def __init__(self, config: RunConfig, model: GritDecoder, tokenizer: Tokenizer) -> None:
@@ -61,17 +61,17 @@ class GritModel:
         base: str | Path | None = None,
         parallel: ParallelConfig | None = None,
     ) -> GritModel:
-        """Load a checkpoint, saved from any layout, into each process of the job or into all of them together.
+        """Load a checkpoint of any layout, whole into each process of the job or sharded over all of them.
 
         Args:
             path: a checkpoint, or the output directory of a run for its newest one.
             device: auto, cpu or cuda.
-            precision: fp32 or bf16. None: the precision of the training run, and fp32 on a CPU.
-            base: of a run with adapters, where the model that they stand beside is now, if it is not where the run
-                read it: a checkpoint or a Hugging Face directory.
-            parallel: the mesh over the processes of the job, all of which call this; its ``device`` is not looked at.
-                A mixture of experts with tensor parallelism is given the sequence parallelism that it needs. None:
-                each process holds the whole model.
+            precision: fp32 or bf16. None: that of the training run, but fp32 on a CPU.
+            base: for a run with adapters, where their base is now: a checkpoint or a Hugging Face directory. None:
+                where the run read it.
+            parallel: the mesh over the processes of the job, all of which call this; its ``device`` is ignored.
+                Sequence parallelism is switched on for a mixture of experts with tensor parallelism, which needs it.
+                None: each process holds the whole model.
 
         Raises:
             CheckpointError: there is no checkpoint, it is damaged, or its adapters belong to another base.
@@ -111,8 +111,8 @@ class GritModel:
             texts: one text or several; none empty.
             instruction: what the embedding is for; attended and not pooled. "": the template without instruction.
                 None: the bare text, for models that were trained on plain records.
-            side: what the texts are, for a model that was trained to tell queries from passages (brackets, side
-                tokens, linear layers of their own); others do not look at it.
+            side: query or passage, for a model that was trained to tell them apart (brackets, side tokens, separate
+                linear layers); other models ignore it.
             max_length: tokens of a text with its instruction; the rest is cut off.
             batch_tokens: token budget of one forward pass, on each replica of a group (see :class:`ModelGroup`).
             progress: show a bar from 256 texts on.
@@ -121,8 +121,8 @@ class GritModel:
             float32 [len(texts), D], or [D] for one string.
 
         Raises:
-            DataError: a text is empty, the instruction alone fills ``max_length``, or the model has to know the side
-                and is not told.
+            DataError: a text is empty, the instruction alone fills ``max_length``, or the model needs a side and none
+                is given.
         """
         several = [texts] if isinstance(texts, str) else list(texts)
         if not several:
@@ -181,7 +181,7 @@ class GritModel:
         """Answer a prompt, a conversation, or several conversations at once.
 
         Args:
-            messages: the user's words, or messages with "role" and "content", the last of them the user's.
+            messages: a user prompt, or messages with "role" and "content" that end with the user's.
             max_new_tokens: at most this many tokens are generated.
             temperature: 0 for the most likely token at each position, else it divides the logits.
             top_p: nucleus to sample from.
@@ -245,7 +245,7 @@ class GritModel:
 
 
 def _fit_mesh(config: RunConfig) -> None:
-    """Settings of a checkpoint that go with its mesh now, not with that of its training.
+    """Adjust settings that depend on the mesh to the mesh of this job.
 
     Raises:
         MeshError: the mesh does not fit the model or the number of processes.
@@ -264,7 +264,7 @@ def _fit_mesh(config: RunConfig) -> None:
 
 
 def _conversations(messages: str | Sequence[Any]) -> tuple[list[list[str]], bool]:
-    """Turns of each conversation, and whether one conversation was given rather than a list of them."""
+    """Turns of each conversation, and whether a single conversation was given."""
     if isinstance(messages, str):
         return [[messages]], True
     several: list[Any] = list(messages)
@@ -274,7 +274,7 @@ def _conversations(messages: str | Sequence[Any]) -> tuple[list[list[str]], bool
 
 
 def prompt_turns(messages: Messages) -> list[str]:
-    """User and assistant turns of a conversation that the model is to continue; system text joins the next user turn.
+    """User and assistant turns of a conversation to continue; a system message is put before the next user turn.
 
     Raises:
         DataError: roles do not alternate, or the last message is not the user's.

@@ -1,4 +1,4 @@
-"""Texts from a file or standard input to an array of embeddings on disk."""
+"""Embeds the lines of a file or of standard input into a .npy file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read_texts(path: str) -> list[str]:
 
 
 def save_embeddings(embeddings: np.ndarray, path: str | Path) -> None:
-    """Write a .npy file that appears whole or not at all.
+    """Write a .npy file, atomically.
 
     Raises:
         DataError: the file cannot be written.
@@ -65,13 +65,13 @@ def encode_file(
         input_path: UTF-8 file with one text a line, or "-" for standard input.
         output_path: .npy file, float32 [number of lines, embedding size].
         instruction: given to the model before each text, and not pooled.
-        side: what the texts are, for a model that was trained to tell queries from passages.
+        side: query or passage, for a model that was trained to tell them apart.
         max_length: longest text in tokens, template included; the rest is cut.
         batch_tokens: tokens that are embedded at a time.
         device: auto, cpu or cuda.
 
     Returns:
-        What was written.
+        The embeddings.
 
     Raises:
         GritError: input, instruction or checkpoint that cannot be used.

@@ -1,4 +1,4 @@
-"""A run before it is run: its needs at the configured mesh, why other meshes are impossible, and which are fastest."""
+"""Plans a run: its needs at the configured mesh, which other meshes fit and how fast, and why others are impossible."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The needs of a run at one mesh."""
+    """Parameters, memory, operations and time of a run at one mesh."""
 
     mesh: str
     parallel: dict[str, Any]
@@ -35,7 +35,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """A mesh that cannot be, and why."""
+    """An impossible mesh, and why."""
 
     mesh: str
     reason: str
@@ -52,11 +52,11 @@ class Plan:
     device: Device
     configured: Estimate | None = None
     problems: list[str] = field(default_factory=list)
-    """Why the configured mesh, or anything else of the configuration, is impossible."""
+    """Why the configuration is impossible, at its own mesh."""
     candidates: list[Estimate] = field(default_factory=list)
     """Meshes that fit the memory, fastest first."""
     too_large: list[Estimate] = field(default_factory=list)
-    """Meshes that do not, smallest first."""
+    """Meshes that do not fit, smallest first."""
     refused: list[Refusal] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:

@@ -35,18 +35,17 @@ Job = Callable[[], Json]
 MAX_BODY_BYTES = 4 * 2**20
 MAX_TEXTS = 2048
 MIN_TEMPERATURE = 0.01
-"""Logits divided by much less leave fp32's range."""
+"""Logits divided by a smaller temperature may overflow fp32."""
 STOP_SECONDS = 30
-"""What a request in progress gets when the server is asked to stop."""
+"""Time for a request in progress when the server is asked to stop."""
 
 
 class Service:
-    """The endpoints without HTTP: each checks the body of a request and returns the work that is left to do.
+    """The endpoints without HTTP: each checks the body of a request and returns the remaining work as a function.
 
     Args:
-        model: what answers.
         name: what the model is called in responses.
-        max_length: tokens of a text to embed, with its instruction; the rest is cut off.
+        max_length: longest text to embed, in tokens, instruction included; the rest is cut off.
         max_new_tokens: largest ``max_tokens`` of an answer, and its default.
     """
 
@@ -103,7 +102,7 @@ class Service:
         for number, message in enumerate(messages):
             _check_text(message.get("content"), f"content of message {number} must be a string")
         turns = prompt_turns(messages)
-        # The newer of OpenAI's two names for it comes first.
+        # max_completion_tokens is OpenAI's newer name and takes precedence.
         length = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
         asked = _number(body, length, None, 1, self.max_new_tokens, int)
         temperature = _number(body, "temperature", 0.0, 0.0, 2.0)

@@ -34,7 +34,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def load_hf_config(path: str | Path) -> ModelConfig:
-    """The shape of a Hugging Face model.
+    """The shape of a Hugging Face model, read from its config.json.
 
     Args:
         path: directory with a config.json.
@@ -90,7 +90,7 @@ def describes(family: Family, model: ModelConfig) -> bool:
 
 
 def _resolved(model: ModelConfig) -> dict[str, Any]:
-    """What counts of a shape, with nothing left to a default."""
+    """The fields of a shape that must survive config.json, defaults filled in."""
     shape = vars(model) | {"kv_channels": head_channels(model), "num_query_groups": num_query_groups(model)}
     experts = {name for name in shape if name.startswith("moe_")}
     if model.num_experts is not None:
@@ -101,7 +101,7 @@ def _resolved(model: ModelConfig) -> dict[str, Any]:
 
 
 def same_value(ours: Any, theirs: Any) -> bool:
-    """Whether two values of a key are one, after one of them went through a file."""
+    """Whether two values of a key are equal, up to the rounding of a JSON or YAML file."""
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=1e-9)
     return bool(ours == theirs)
@@ -136,7 +136,7 @@ def convert_checkpoint(
     """Write a Hugging Face model as a checkpoint to start a run from (``checkpoint.load``), at any layout.
 
     One process, on the CPU. Weights keep their precision, bf16 or fp32, and pass through memory one tensor at a time.
-    A conversion that was killed goes on with the files that it had not written yet when it is started again.
+    A killed conversion resumes from the finished files when it is started again.
 
     Args:
         source: directory with config.json, weights and a tokenizer, or ``organisation/name`` on the Hugging Face hub.
@@ -144,7 +144,7 @@ def convert_checkpoint(
         tokenizer: where the tokenizer is, if not in ``source``.
         revision: branch, tag or commit on the hub.
         allow_pickle: where there is no safetensors file, read tensors, and nothing else, from pytorch_model*.bin.
-        vocab_size: more tokens than the model has; the rows of those that are added are the mean of the others.
+        vocab_size: larger vocabulary; the rows of the added tokens are the mean of the existing ones.
 
     Returns:
         The checkpoint's directory.
@@ -163,7 +163,7 @@ def convert_checkpoint(
         from megatron_grit.training.checkpoint import list_checkpoints
 
         if list_checkpoints(target):
-            raise CheckpointError(f"{target}: there are checkpoints here already; give another directory")
+            raise CheckpointError(f"{target}: already holds checkpoints; give another directory")
         loaded_tokenizer = load_tokenizer(tokenizer or folder)
         check_tokenizer(loaded_tokenizer, model_config)
         config = RunConfig(output_dir=str(target), model=model_config)
@@ -174,12 +174,12 @@ def convert_checkpoint(
 
 
 def grown_vocabulary(shape: ModelConfig, wanted: int | None, source: str | Path) -> int:
-    """Tokens of a model to make of a Hugging Face model.
+    """Vocabulary size of the model to make.
 
     Args:
         shape: of the Hugging Face model.
-        wanted: tokens that were asked for.
-        source: the model's directory.
+        wanted: requested vocabulary size. None: the source's.
+        source: the model's directory, for messages.
 
     Raises:
         CheckpointError: fewer than the model has.
@@ -193,7 +193,7 @@ def grown_vocabulary(shape: ModelConfig, wanted: int | None, source: str | Path)
 
 
 def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
-    """Refuse a tokenizer whose ids have no rows in the model.
+    """Refuse a tokenizer with more ids than the model's embedding has rows.
 
     Raises:
         CheckpointError: names the tokenizer and says what to do.

@@ -1,7 +1,6 @@
 """Training that starts from a Hugging Face directory (``model.pretrained``): its shape, its tokenizer, its weights.
 
-Each rank reads the parts of the tensors that it holds and nothing else, so that what a rank reads of the weights is
-about 1 / (tensor x pipeline x expert parallel size) of them.
+Each rank reads only its own shards: about 1 / (tensor x pipeline x expert parallel size) of the weights.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ _DERIVED = {
 
 
 def resolve_pretrained(config: RunConfig, origins: Mapping[str, str], *, files: bool = True) -> RunConfig:
-    """Fill in what ``model.pretrained`` decides. A configuration without it comes back as it is.
+    """Fill in what ``model.pretrained`` decides. A configuration without it is returned unchanged.
 
-    A run that has a checkpoint to go on from needs the directory no more: where it is gone, shape and tokenizer are
-    the checkpoint's.
+    A run that resumes from a checkpoint no longer needs the directory: if it is gone, shape and tokenizer come from the
+    checkpoint.
 
     Args:
         config: as it was parsed.
@@ -89,7 +88,10 @@ def resolve_pretrained(config: RunConfig, origins: Mapping[str, str], *, files: 
 
 
 def pretrained_weights(config: RunConfig) -> InitialWeights | None:
-    """What fills a fresh start's weights of a configuration that :func:`resolve_pretrained` returned. None: nothing."""
+    """The function that fills the weights of a new run from ``model.pretrained``; None without it.
+
+    ``config`` comes from :func:`resolve_pretrained`.
+    """
     if config.model.pretrained is None:
         return None
 
@@ -108,11 +110,11 @@ def pretrained_weights(config: RunConfig) -> InitialWeights | None:
 def load_pretrained(
     config: RunConfig, chunks: Sequence[GritDecoder], context: ParallelContext, *, checked: bool = False
 ) -> int:
-    """Fill the weights of this process's chunks; an embedding head and adapters keep those that they have.
+    """Fill the weights of this process's chunks. An embedding head and adapters keep their values.
 
     Args:
         config: with ``model.pretrained``.
-        chunks: this process's stage, unwrapped.
+        chunks: of this process's stage, without DDP wrappers.
         context: this process's place in the mesh.
         checked: :func:`resolve_pretrained` has compared types and shapes already.
 
@@ -138,7 +140,7 @@ def load_pretrained(
 def fill_chunks(
     chunks: Sequence[GritDecoder], model: ModelConfig, plan: Sequence[Conversion], weights: WeightFolder
 ) -> None:
-    """Fill parameters with their parts of the converted tensors, reading each part once and no other.
+    """Fill parameters with their shards of the converted tensors. Each shard is read once.
 
     Args:
         chunks: this process's stage.
@@ -175,7 +177,7 @@ def pretrained_folder(source: str, *, weights: bool = True) -> Path:
 
 
 def _merge(shape: ModelConfig, given: ModelConfig, origins: Mapping[str, str], source: str) -> ModelConfig:
-    """The shape of the weights, with the keys that were given where they may differ."""
+    """The shape of the weights, overridden by given keys that may differ from it."""
     changes: dict[str, Any] = {"pretrained": source}
     for field in fields(ModelConfig):
         name = field.name
@@ -198,12 +200,12 @@ def _merge(shape: ModelConfig, given: ModelConfig, origins: Mapping[str, str], s
 
 
 def _effective(model: ModelConfig, name: str) -> Any:
-    """A key's value with nothing left to a default."""
+    """A key's value, its default filled in."""
     return _DERIVED[name](model) if name in _DERIVED else getattr(model, name)
 
 
 def _keep_tokenizer(checkpoint: Path, output_dir: str) -> Path | None:
-    """A checkpoint's tokenizer under output_dir, since checkpoints are removed as newer ones are written."""
+    """Copy a checkpoint's tokenizer to ``output_dir``: old checkpoints are removed as new ones are written."""
     found = tokenizer_path(checkpoint)
     if found is None:
         return None

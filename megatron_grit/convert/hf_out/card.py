@@ -1,4 +1,4 @@
-"""The model card of an export: what is known of the model, and how it is used. What is not known is left out."""
+"""The model card of an export: what the model is and how to use it. Unknown facts are left out."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def model_card(exported: Exported, overrides: dict[str, Any], missing: str | Non
 
     Args:
         exported: the model.
-        overrides: keys of config.json that are others when it embeds.
-        missing: why sentence-transformers cannot embed with it. None: it can.
+        overrides: keys of config.json that have other values for embedding.
+        missing: why sentence-transformers cannot embed with the model. None: it can.
         remarks: sentences about the tokenizer.
     """
     parts = [
@@ -188,7 +188,7 @@ def _generate(exported: Exported) -> list[str]:
 
 
 def _training(exported: Exported) -> list[str]:
-    """What the run's files say. A converted model that was not trained since has none of it."""
+    """Facts from the run's files; a model that was converted and never trained has none."""
     source = exported.source
     state, config = source.state, source.config
     objective = config.training.objective

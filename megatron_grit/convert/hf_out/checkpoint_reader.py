@@ -1,4 +1,4 @@
-"""Whole tensors of a checkpoint, a few at a time, whatever layout it was saved from."""
+"""Reads whole tensors of a checkpoint of any layout, a few at a time."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "outpu
 
 
 class CheckpointReader:
-    """Reads a checkpoint's weights by the names of megatron-core's GPTModel.
+    """Reads a checkpoint's weights by their names in the decoder.
 
-    The model is built without storage, for the names and places of its tensors alone. The engine's own loader reads
-    all of a model or nothing: layers are one tensor on disk, of which a process has to ask for all parts.
+    The model is built without storage, only for the names and offsets of its tensors. The engine's own loader reads a
+    whole model or nothing: all layers are one tensor on disk, of which a process has to request every part.
 
     Args:
         path: the checkpoint.
         config: its configuration.
         vocab_size: of its model.
-        context: of a job of one process.
+        context: of a one-process job.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -64,7 +64,7 @@ class CheckpointReader:
 
     @property
     def head_names(self) -> list[str]:
-        """Parameters that only embeddings pass through; none where there are none."""
+        """Parameters of the embedding head and of learned pooling."""
         return [name for name in self.shapes if name.startswith(NEW_MODULES)]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -113,18 +113,18 @@ class CheckpointReader:
 
 
 class _Planner(LoadPlanner):
-    """Which boxes of the stored tensors go where."""
+    """Which parts of stored tensors are read into which target tensors."""
 
     def __init__(self) -> None:
         self.items: list[ReadItem] = []
         self._targets: dict[Any, Tensor] = {}
 
     def add(self, piece: ShardedTensor, stored: TensorStorageMetadata) -> Tensor:
-        """Ask for a piece of a stored tensor. Returns the tensor that will hold it."""
+        """Request a piece of a stored tensor. Returns the tensor that will receive it."""
         sizes = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
         target = torch.empty(sizes, dtype=stored.properties.dtype)
         box = ChunkStorageMetadata(torch.Size(piece.global_offset), torch.Size(sizes))
-        # The same stored tensor is asked for several times: of each layer, and of both halves of a gated layer.
+        # One stored tensor is requested several times: for each layer, and for both halves of a gated layer.
         for item in create_read_items_for_chunk_list(piece.key, stored, [box]):
             index = dataclasses.replace(item.dest_index, fqn=f"{len(self._targets)}:{piece.key}")
             self.items.append(dataclasses.replace(item, dest_index=index))

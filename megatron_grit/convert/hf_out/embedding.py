@@ -1,7 +1,7 @@
-"""An exported model as sentence-transformers loads it: attention to both sides, pooling, linear layers, prompts.
+"""The sentence-transformers modules of an exported model: bidirectional attention, pooling, linear layers, prompts.
 
-config.json stays that of the causal decoder, for generation. What embedding changes of it stands in
-sentence_bert_config.json, as arguments that sentence-transformers gives to transformers' AutoConfig.
+config.json describes the causal decoder, for generation. sentence_bert_config.json holds the keys that differ for
+embedding; sentence-transformers passes them to transformers' AutoConfig.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ALWAYS_CAUSAL = {"GPTNeoForCausalLM"}
 
 
 def why_not_sentence_transformers(embedding: EmbeddingConfig, family: Family, tokenizer: Tokenizer) -> str | None:
-    """Why sentence-transformers would not give the model's embeddings. None: it does."""
+    """Why sentence-transformers cannot reproduce the model's embeddings. None: it can."""
     if not embedding.causal and family.architecture in ALWAYS_CAUSAL:
         return f"{family.name} attends causally in transformers, and this model's embeddings do not"
     if embedding.pooling not in _POOLING:
@@ -67,7 +67,7 @@ def why_not_sentence_transformers(embedding: EmbeddingConfig, family: Family, to
 
 
 def _keeps_prompts_apart(tokenizer: Tokenizer) -> bool:
-    """Whether an instruction alone has as many tokens as in front of a text: so many are left out of pooling there."""
+    """Whether an instruction has as many tokens alone as in front of a text: sentence-transformers skips that many."""
     for instruction in ("", "Find the answer"):
         alone = len(tokenizer.encode(embedding_prefix(instruction)))
         for text in _STARTS:
@@ -77,7 +77,7 @@ def _keeps_prompts_apart(tokenizer: Tokenizer) -> bool:
 
 
 def bidirectional_settings(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """What changes in a config.json when every token is to see all of its text: no causal mask and no window."""
+    """Keys of config.json that differ for bidirectional attention: no causal mask, no window."""
     settings: dict[str, Any] = {"is_causal": False}
     if hf_config.get("sliding_window") is not None:
         settings["sliding_window"] = None
@@ -89,20 +89,19 @@ def bidirectional_settings(hf_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompts() -> dict[str, str]:
-    """Texts in front of a query and a document without an instruction."""
+    """Prompts of a query and of a document without an instruction."""
     return dict.fromkeys(("query", "document"), embedding_prefix(""))
 
 
 def is_affine(embedding: EmbeddingConfig) -> bool:
-    """Whether linear layers and pooling may change places: an average of states, or a state that is chosen by its
-    place, is the same before and after an affine map."""
+    """Whether linear layers and pooling commute, as an affine map does with an average or the choice of a position."""
     return embedding.linear_activation == "none" and embedding.pooling != "max"
 
 
 def write_modules(folder: Path, config: RunConfig, hf_config: dict[str, Any], head: dict[str, Tensor]) -> None:
-    """Write modules.json and what it names.
+    """Write modules.json and the files of each module.
 
-    Linear layers stand behind pooling wherever that gives the same. Else they are applied to each token state.
+    Linear layers are applied after pooling wherever that gives the same result, else to each token state.
 
     Args:
         folder: the exported directory.

@@ -1,4 +1,4 @@
-"""What the files of an export are written from: the checkpoint, and what was written of it so far."""
+"""What the files of an export are written from: the checkpoint, and facts about the exported weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_grit.training.checkpoint import read_config, read_state, tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint that is exported."""
+    """The checkpoint that is exported."""
 
     path: Path
     state: dict[str, Any]
@@ -37,13 +37,13 @@ class Checkpoint:
 
     @property
     def run(self) -> Path:
-        """The run's output directory, where the checkpoint still lies in it."""
+        """The run's output directory, if the checkpoint is still in it."""
         return self.path.parent.parent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written of a model so far."""
+    """The weights that were written, for config.json, modules and the model card."""
 
     source: Checkpoint
     family: Family
@@ -54,18 +54,18 @@ class Exported:
     weight_map: dict[str, str]
     """The file of each tensor."""
     head: dict[str, Tensor]
-    """fp32 tensors of the embedding head; empty where there is none."""
+    """fp32 tensors of the embedding head; empty without one."""
 
 
 def read_checkpoint(path: Path, tokenizer: str | Path | None) -> Checkpoint:
-    """Read what a checkpoint says of itself.
+    """Read state, configuration and tokenizer of a checkpoint.
 
     Args:
         path: the checkpoint.
-        tokenizer: the tokenizer that it was trained with. None: where the run found it, or the checkpoint's own copy.
+        tokenizer: the tokenizer that it was trained with. None: the run's, or the checkpoint's copy.
 
     Raises:
-        CheckpointError: no tokenizer, or another one than the model was trained with.
+        CheckpointError: no tokenizer, or not the one that the model was trained with.
     """
     state, config = read_state(path), read_config(path)
     model = replace(config.model, vocab_size=int(state["vocab_size"]))

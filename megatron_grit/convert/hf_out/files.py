@@ -1,4 +1,4 @@
-"""All files of an exported model but its weights."""
+"""Writes all files of an exported model except its weights."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def hf_config(exported: Exported) -> dict[str, Any]:
 
 
 def _generation_config(tokenizer: Tokenizer, template: str) -> dict[str, Any]:
-    """Where generation begins and ends."""
+    """generation_config.json: BOS, EOS and padding."""
     ends = [tokenizer.eos_id]
     if template in TEMPLATES:
         answer_end = TEMPLATES[template].answer.rpartition("{content}")[2].strip()
@@ -94,7 +94,7 @@ def _generation_config(tokenizer: Tokenizer, template: str) -> dict[str, Any]:
 
 
 def _chat_template(source: Checkpoint) -> tuple[str, str | None]:
-    """Name and Jinja of the template that the data of next tokens were built with, as far as they are still there."""
+    """Name and Jinja source of the template of the generative data, if it is still available."""
     names, kinds = set(), [kind for kind in kind_names() if not kind_options(kind).EMBEDS]
     given = {kind: kind_sources(source.config, kind) for kind in kinds}
     for entry in [entry for kind, items in given.items() for entry in _entries(items, kind_options(kind).DATA)]:
@@ -119,7 +119,7 @@ def _entries(items: list[str], key: str) -> list[str]:
 
 
 def write_index(folder: Path, weight_map: dict[str, str], num_bytes: int) -> None:
-    """model.safetensors.index.json, where there are several files."""
+    """Write model.safetensors.index.json if there are several weight files."""
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / "model.safetensors.index.json", index)

@@ -1,7 +1,7 @@
-"""The tokenizer of an exported model: files that AutoTokenizer reads, with the ids of ours.
+"""The tokenizer of an exported model: files that AutoTokenizer reads and that give the same ids as ours.
 
-A text that is tokenised there begins with BOS, as texts to embed and conversations do here. One thing differs, as with
-any tokenizer of transformers: the name of a special token in a text is read as that token, where ours reads text.
+Tokenised texts begin with BOS, as texts to embed and conversations do here. One difference remains, as with any
+tokenizer of transformers: the name of a special token in a text becomes that token, where ours keeps it as text.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PROBES = (
     "def f(x):\n    return {'a': [x ** 2, 0xFF]}  # \\n \\u00e9\n",
     "https://example.org/a_b?c=d&e=%20f#g",
 )
-"""Texts that tokenizers disagree on, and the templates."""
+"""Texts that tokenizers tend to disagree on, and the templates."""
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_template: str | None) -> list[str]:
@@ -52,7 +52,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_te
         chat_template: Jinja. None: none.
 
     Returns:
-        What a user has to know about the ids, in sentences.
+        Sentences for the model card about differences in the ids.
 
     Raises:
         CheckpointError: the files would give other ids than ``tokenizer`` does.
@@ -129,7 +129,7 @@ def _mark_special(backend: Any, names: Any) -> None:
 
 
 def _changed(backend: Any, tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer is another than that of its file."""
+    """Whether the tokenizer differs from its file."""
     from tokenizers import Tokenizer as Backend
 
     return bool(backend.to_str() != Backend.from_file(str(tokenizer.path)).to_str())
@@ -147,10 +147,10 @@ def _bos_in_front(name: str, index: int) -> Any:
 
 
 def _compare(backend: Any, tokenizer: Tokenizer) -> list[str]:
-    """Compare ids on hard texts and random ones, at the start of a text and after a special token.
+    """Compare ids on hard and random texts, at the start of a text and after a special token.
 
     Raises:
-        CheckpointError: they differ, and not only by a choice between pieces that are equally good.
+        CheckpointError: they differ by more than a choice between equally likely pieces.
     """
     probes = _probes(backend, tokenizer)
     eos = tokenizer.id_to_token(tokenizer.eos_id)
@@ -187,10 +187,10 @@ def _probes(backend: Any, tokenizer: Tokenizer) -> list[str]:
 
 
 def misread_by_transformers(folder: Path, tokenizer: Tokenizer) -> str | None:
-    """Why AutoTokenizer would give other ids than tokenizer.json does, where transformers is installed to be asked.
+    """Why AutoTokenizer gives other ids than tokenizer.json. None: it does not, or transformers is not installed.
 
-    For some architectures (Qwen2) transformers 5 takes the vocabulary of tokenizer.json and cuts texts by rules of its
-    own, whatever the file says.
+    For some architectures (Qwen2) transformers 5 takes only the vocabulary of tokenizer.json and splits texts by rules
+    of its own.
 
     Args:
         folder: an exported directory with config.json and the tokenizer's files.
@@ -213,7 +213,7 @@ def misread_by_transformers(folder: Path, tokenizer: Tokenizer) -> str | None:
 
 
 def _is_tie(backend: Any, got: Sequence[int], expected: Sequence[int]) -> bool:
-    """A unigram model takes the likeliest pieces; the same ones in another order are as likely."""
+    """A unigram model picks the likeliest pieces; in another order they are equally likely."""
     kind = json.loads(backend.to_str())["model"]["type"] if got != expected else None
     return kind == "Unigram" and Counter(got) == Counter(expected)
 

@@ -1,4 +1,4 @@
-"""The weights of any checkpoint: of a run with adapters, those of its base and its adapters beside them."""
+"""Loads any checkpoint: a whole model, or adapters together with their base."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def load_checkpoint(
     context: ParallelContext,
     base: str | Path | None = None,
 ) -> None:
-    """Fill a model's weights from a checkpoint, whatever layout it was saved from. Collective over all ranks.
+    """Load a model's weights from a checkpoint of any layout. Collective over all ranks.
 
     Args:
         path: the checkpoint.
-        config: what the model was built of; the checkpoint's own but for layout and precision.
+        config: the configuration of the model: the checkpoint's, except for layout and precision.
         model: this process's chunks.
         context: this process's place in the mesh.
-        base: of a run with adapters, where the model that they stand beside is now: a checkpoint or a Hugging Face
-            directory. None: where the run read it.
+        base: for a run with adapters, where their base is now: a checkpoint or a Hugging Face directory. None: where
+            the run read it.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the base is not the one that the adapters were trained with.
+        CheckpointError: a file is missing or damaged, or the base is not the one the adapters were trained with.
     """
     state = read_state(path)
     if "base" not in state:

@@ -1,10 +1,10 @@
-"""A run with adapters as one model: its base, tensor by tensor, with the adapters worked in; or as a PEFT adapter.
+"""A run with adapters as one model, the adapters merged into the base tensor by tensor; or as a PEFT adapter.
 
     merged = W + scaling * lora_B lora_A                                 LoRA
     merged = magnitude * (W + scaling * lora_B lora_A) / its row norms   DoRA
 
-in fp32, rounded to the base's type at the end. W is what the adapter was trained beside: of a run with
-``adapter.quantize`` that is the weight after its 4 bits, unless the original one is asked for.
+computed in fp32 and rounded to the base's dtype. W is the weight the adapter was trained with: for a run with
+``adapter.quantize`` the weight dequantised from 4 bits, unless the original one is asked for.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Into = Literal["trained", "original"]
 
 
 class Reader(Protocol):
-    """Whole tensors by the names of megatron-core's GPTModel, a few at a time."""
+    """Reads whole tensors by their names in the decoder, a few at a time."""
 
     shapes: Mapping[str, Tensor]
     """Every parameter, without storage."""
@@ -52,12 +52,10 @@ class Reader(Protocol):
 
     @property
     def head_names(self) -> list[str]:
-        """Parameters that only embeddings pass through."""
+        """Parameters of the embedding head and of learned pooling."""
         ...
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Whole tensors."""
-        ...
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]: ...
 
 
 def has_adapters(path: Path) -> bool:
@@ -68,14 +66,14 @@ def has_adapters(path: Path) -> bool:
 def merged_weight(
     weight: Tensor, site: Site, adapter: WholeAdapter, model: ModelConfig, quantize: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
-    """A linear layer's weight with its adapters in it, in the weight's type.
+    """A linear layer's weight with its adapters merged, in the weight's dtype.
 
     Args:
         weight: whole, rows in the engine's order.
         site: the layer.
         adapter: the whole model's.
         model: its shape.
-        quantize: what became of a projection's weight before adapters were trained beside it.
+        quantize: what was done to a projection's weight before its adapter was trained. None: nothing.
     """
     merged = []
     for part, rows in zip(site.parts, site.split(weight, model), strict=True):
@@ -127,13 +125,13 @@ class AdapterRun:
 
 
 class MergedReader:
-    """The base of a run with adapters, with the adapters worked in as tensors are read.
+    """The base of a run with adapters; adapters are merged into each tensor as it is read.
 
     Args:
         run: the adapters.
         base: their base.
-        into: trained, for the base as it was during training, which ``adapter.quantize`` rounds to 4 bits; original,
-            for the base as it is stored.
+        into: trained: the base as during training, which ``adapter.quantize`` rounds to 4 bits; original: the base as
+            stored.
     """
 
     def __init__(self, run: AdapterRun, base: Reader, into: Into) -> None:
@@ -150,11 +148,9 @@ class MergedReader:
 
     @property
     def head_names(self) -> list[str]:
-        """The run's own."""
         return self._run.reader.head_names
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Whole tensors, merged."""
         wanted = list(names)
         own = self._run.trained | set(self.head_names)
         found = self._run.reader.read([name for name in wanted if name in own])
@@ -170,7 +166,7 @@ class MergedReader:
 
 
 class HuggingFaceReader:
-    """A Hugging Face directory by our names.
+    """Reads a Hugging Face directory by the names of our tensors.
 
     Args:
         folder: the directory.
@@ -189,11 +185,9 @@ class HuggingFaceReader:
 
     @property
     def head_names(self) -> list[str]:
-        """None."""
         return []
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Whole tensors."""
         return {name: self._plan[name].make(self._weights.stored, self._model).to(self.dtype) for name in names}
 
 
@@ -206,10 +200,10 @@ def open_merged(
         path: its checkpoint.
         context: of a job of one process.
         into: see :class:`MergedReader`.
-        base: where the base is now, if it is not where the run read it: a checkpoint or a Hugging Face directory.
+        base: where the base is now: a checkpoint or a Hugging Face directory. None: where the run read it.
 
     Raises:
-        CheckpointError: a checkpoint is damaged, or the base is missing or another than the run's.
+        CheckpointError: a checkpoint is damaged, or the base is missing or not the run's.
     """
     run = AdapterRun(path, context)
     located = locate_base(path, base)

@@ -1,4 +1,4 @@
-"""PEFT adapters in a running model, at any layout."""
+"""Loads PEFT adapters into a model that is sharded over ranks, at any layout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = get_logger(__name__)
 
 
 def peft_adapters(config: RunConfig) -> InitialWeights | None:
-    """What fills a fresh start's adapters where ``adapter.load`` is a PEFT directory. None: it is none."""
+    """The function that fills the adapters of a new run if ``adapter.load`` is a PEFT directory; else None."""
     path = config.adapter.load
     if path is None or not is_peft_folder(path):
         return None
@@ -48,7 +48,7 @@ def peft_adapters(config: RunConfig) -> InitialWeights | None:
 def load_peft(path: str | Path, config: RunConfig, chunks: Sequence[GritDecoder]) -> None:
     """Fill the adapters of this process's chunks from a PEFT directory. Not collective.
 
-    The run's rank may be higher than the adapter's, and its alpha another: the function is the same.
+    The run may have a higher rank and another alpha: factors are padded and rescaled, the function stays the same.
 
     Args:
         path: the directory.
@@ -85,7 +85,7 @@ def check_fits(path: str | Path, found: AdapterConfig, config: RunConfig) -> Non
 
 @torch.no_grad()
 def fill_adapters(chunks: Sequence[GritDecoder], adapter: WholeAdapter) -> None:
-    """Give each adapter of this process its share of whole ones; projections that ``adapter`` lacks keep theirs."""
+    """Fill each adapter of this process with its shard; projections that ``adapter`` lacks keep their values."""
     for chunk in chunks:
         for name, linear in adapted_linears(chunk).items():
             split = linear.adapter.split
@@ -104,7 +104,7 @@ def fill_adapters(chunks: Sequence[GritDecoder], adapter: WholeAdapter) -> None:
 
 @torch.no_grad()
 def fill_trained(chunks: Sequence[GritDecoder], trained: dict[str, Tensor], model: ModelConfig) -> None:
-    """Give parameters that were trained beside adapters (``modules_to_save``) their share of them.
+    """Fill parameters that were trained in addition to adapters (``modules_to_save``) with their shards.
 
     Args:
         chunks: this process's stage.

@@ -1,4 +1,4 @@
-"""Adapters of a whole model, and where they sit in Hugging Face's.
+"""Adapters of a whole model, and the Hugging Face modules they belong to.
 
 Tensors are whole here, under the names that adapters have in this package: ``<linear>.adapter.<part>.lora_A``
 [rank, in], ``.lora_B`` [rows of the part, rank], and DoRA's ``.magnitude`` [rows of the part].
@@ -33,7 +33,7 @@ FACTORS = ("lora_A", "lora_B", "magnitude")
 
 @dataclass(frozen=True)
 class Site:
-    """An engine's linear layer, and the Hugging Face modules or parameter that it is."""
+    """A linear layer of the engine, and the Hugging Face modules or parameter it corresponds to."""
 
     linear: str
     """Name in the whole model: decoder.layers.0.self_attention.linear_qkv."""
@@ -48,7 +48,7 @@ class Site:
 
     @property
     def is_fused(self) -> bool:
-        """Whether one Hugging Face module is all parts."""
+        """Whether one Hugging Face module holds all parts."""
         return len(self.modules) < len(self.parts)
 
     @property
@@ -82,7 +82,7 @@ class WholeAdapter:
 
     @property
     def scaling(self) -> float:
-        """What lora_B lora_A is multiplied by."""
+        """Factor of lora_B lora_A."""
         return self.config.alpha / (math.sqrt(self.config.rank) if self.config.rslora else self.config.rank)
 
     def part(self, linear: str, part: str) -> dict[str, Tensor]:
@@ -142,9 +142,9 @@ def part_shape(site: Site, part: str, model: ModelConfig) -> tuple[int, int]:
 
 
 def resized(factors: Mapping[str, Tensor], rank: int, scaling: float, new_scaling: float) -> dict[str, Tensor]:
-    """Factors that say the same at a rank that is not smaller and another scaling.
+    """The same update, expressed with a higher rank and another scaling.
 
-    Rows and columns that are added are zero; their gradients are zero, too, so they stay so.
+    Added rows and columns are zero, and so are their gradients: they stay zero.
     """
     lora_A, lora_B = factors["lora_A"], factors["lora_B"]
     extra = rank - len(lora_A)

@@ -158,7 +158,7 @@ def test_no_more_than_a_tensor_is_in_memory(tmp_path: Path, tokenizer: Path, mon
 def test_second_conversion_is_refused(tmp_path: Path, tokenizer: Path) -> None:
     source = write_source(tmp_path / "hf", *MODELS["mistral"])
     convert_checkpoint(source, tmp_path / "out", tokenizer)
-    with pytest.raises(CheckpointError, match="there are checkpoints here already"):
+    with pytest.raises(CheckpointError, match="already holds checkpoints"):
         convert_checkpoint(source, tmp_path / "out", tokenizer)
 
 
