@@ -237,7 +237,7 @@ def circles(files: dict[str, str]) -> list[str]:
 def _import_graph(files: dict[str, str]) -> dict[str, set[str]]:
     """The files of the package that each of them imports. A folder's name stands for its __init__.py."""
     paths = [path for path in files if path.startswith(f"{PACKAGE}/") and path.endswith(".py")]
-    modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in paths}
+    modules = {_module_of(path): path for path in paths}
     graph: dict[str, set[str]] = {}
     for path in paths:
         graph[path] = set()
@@ -258,6 +258,54 @@ def _reachable(start: str, graph: dict[str, set[str]]) -> set[str]:
             seen.add(path)
             ahead += graph[path]
     return seen
+
+
+# Its files are found as if they lay in the folders of the package.
+TOY_KIND = "tests/unit/kinds/"
+
+
+def unresolved_imports(files: dict[str, str]) -> list[str]:
+    """What is imported from this repository is there, imports inside functions included, which no start would try."""
+    modules = {_module_of(path): path for path in files if path.endswith(".py")}
+    packages = {name.rpartition(".")[0] for name in modules} | {name.partition(".")[0] for name in modules}
+    names = {module: _top_level_names(_tree(files[path])) for module, path in modules.items()}
+    bad = []
+    for path in modules.values():
+        if path.startswith(TOY_KIND):
+            continue
+        for node in ast.walk(_tree(files[path])):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in (PACKAGE, "tests"):
+                found = names.get(node.module, set())
+                for name in (alias.name for alias in node.names):
+                    whole = f"{node.module}.{name}"
+                    if name not in found and whole not in modules and whole not in packages:
+                        bad.append(f"{path}:{node.lineno}: there is no {whole}")
+            elif isinstance(node, ast.Import):
+                for name in (alias.name for alias in node.names):
+                    if name.startswith(f"{PACKAGE}.") and name not in modules and name not in packages:
+                        bad.append(f"{path}:{node.lineno}: there is no {name}")
+    return bad
+
+
+def _module_of(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def _top_level_names(tree: ast.Module) -> set[str]:
+    """Names that a module defines or imports, under conditions as well."""
+    names: set[str] = set()
+    ahead: list[ast.AST] = list(tree.body)
+    while ahead:
+        node = ahead.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        ahead += ast.iter_child_nodes(node)
+    return names
 
 
 def crowded_folders(files: dict[str, str]) -> list[str]:

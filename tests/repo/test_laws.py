@@ -25,7 +25,7 @@ PYTHON_LAWS: list[Law] = [
     laws.entry_points,
     laws.kind_names,
 ]
-LAWS_OF_ALL: list[LawOfAll] = [laws.circles, laws.crowded_folders, laws.class_names]
+LAWS_OF_ALL: list[LawOfAll] = [laws.circles, laws.crowded_folders, laws.class_names, laws.unresolved_imports]
 LONG_FUNCTION = "def f():\n" + "    x = 1\n" * 85
 
 # A law, a path, and a text that breaks it there.
@@ -97,6 +97,9 @@ KEPT: list[tuple[Law, str, str]] = [
 A, B, C = (f"megatron_grit/data/{name}.py" for name in "abc")
 # Files that break a law between files.
 BROKEN_TOGETHER: list[tuple[LawOfAll, dict[str, str]]] = [
+    (laws.unresolved_imports, {A: "def f():\n    from megatron_grit.data.b import x"}),
+    (laws.unresolved_imports, {A: "from megatron_grit.data.b import x", B: "def y():\n    x = 1"}),
+    (laws.unresolved_imports, {A: "import megatron_grit.data.b"}),
     (laws.circles, {A: "from megatron_grit.data.b import x", B: "def f():\n    from megatron_grit.data import a"}),
     (
         laws.circles,
@@ -115,6 +118,8 @@ BROKEN_TOGETHER: list[tuple[LawOfAll, dict[str, str]]] = [
     (laws.class_names, {A: "class Segment: pass", "megatron_grit/data/rows/a.py": "class _Segment: pass"}),
 ]
 KEPT_TOGETHER: list[tuple[LawOfAll, dict[str, str]]] = [
+    (laws.unresolved_imports, {A: "from megatron_grit.data.b import x, y", B: "x, y = 1, 2"}),
+    (laws.unresolved_imports, {A: "from megatron_grit.data import b", B: ""}),
     (laws.circles, {A: "from megatron_grit.data import b, c", B: "import megatron_grit.data.c", C: "import b"}),
     (
         laws.crowded_folders,
