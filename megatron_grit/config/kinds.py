@@ -94,6 +94,11 @@ def metric_names(kinds: Iterable[str]) -> list[str]:
     return [names[0] for names in metrics] + [name for names in metrics for name in names[1:]]
 
 
+def loss_words(kind: str) -> str:
+    """A kind's loss in words: "next token"."""
+    return kind_options(kind).LOSS.replace("_", " ")
+
+
 def kind_batch_size(config: RunConfig, kind: str) -> int:
     """Samples of a kind in a global batch."""
     return option(config, kind_options(kind).BATCH)

@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from megatron_grit.config.kinds import kind_names, kind_options, loss_name
+from megatron_grit.config.kinds import kind_names, loss_name, loss_words
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.evaluation.bootstrap import Interval
 from megatron_grit.store.files import replacing, write_json
@@ -194,7 +194,7 @@ def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats)")
     for kind, color in zip(kind_names(), cycle(TABLEAU_COLORS), strict=False):
         name = loss_name(kind)
-        label = f"{kind_options(kind).LOSS.replace('_', ' ')} ({name})"
+        label = f"{loss_words(kind)} ({name})"
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if not points:
             continue

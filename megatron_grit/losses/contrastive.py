@@ -14,18 +14,15 @@ gradient. The anchors may be shared out: the losses of all shares add up to the 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.rows.workload import LossCost, RowWorkload
+from megatron_grit.config.workload import SIMILARITIES_AT_ONCE
 
-CHUNK_ELEMENTS = 1 << 24
-"""Similarities that are held at once: 64 MiB in fp32."""
+CHUNK_ELEMENTS = SIMILARITIES_AT_ONCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,34 +350,3 @@ def _check_shapes(queries_QD: Tensor, passages_PD: Tensor, options: ContrastiveO
         raise ValueError(f"{num_queries} queries cannot be cut into {options.num_blocks} blocks")
     if any(not 0 < size <= width for size in options.matryoshka_dims):
         raise ValueError(f"embeddings have {width} channels; matryoshka_dims are {options.matryoshka_dims}")
-
-
-def loss_cost(config: RunConfig, rows: RowWorkload, data_size: int) -> LossCost:
-    """What the loss takes besides the passes through the model.
-
-    Memory: embeddings of the global batch, their gradients, and one chunk of similarities. Operations: similarities,
-    and two products for the gradient; replicas share them, and tensor parallel ranks repeat them.
-
-    Args:
-        config: the run.
-        rows: of the global batch.
-        data_size: data parallel size.
-    """
-    loss, counts = config.loss, rows.counts
-    width = config.embedding.projection_dim or config.model.hidden_size
-    num_queries, num_texts = counts.num_queries, counts.num_segments
-    passages = num_texts - num_queries
-    candidates = passages + (num_queries if loss.same_side_negatives else 0)
-    if loss.negatives == "hard":
-        chunk = num_queries * config.data.train_group_size
-    else:
-        anchors = ceil(num_queries / (data_size * config.parallel.context))
-        chunk = min(max(CHUNK_ELEMENTS, candidates), anchors * candidates)
-    masked = loss.mask_equal_texts or loss.same_side_negatives or loss.false_negative_margin is not None
-    # Similarities, which become their gradient where they are, and which of them are left out.
-    similarities = chunk * (4 + (2 if masked else 0))
-    # Gathered, in order, gradient of the loss, that times the incoming gradient; this rank's, joined, and gradient.
-    everyone = 4 * num_texts * (1 + len(loss.matryoshka_dims) / 2)
-    memory = similarities + int(everyone + 3 * ceil(num_texts / data_size)) * width * 4
-    products = 2.0 * num_queries * passages * width * (3 if loss.negatives == "batch" else 1)
-    return LossCost(name="contrastive", memory=memory, operations=products * config.parallel.tensor)

@@ -12,15 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.rows.workload import LossCost, RowWorkload
-
 KINDS = ("token", "mixed", "sequence")
-
-
-def loss_cost(config: RunConfig, rows: RowWorkload, data_size: int) -> LossCost:
-    """Nothing: logits and their losses belong to the model's pass over a row."""
-    return LossCost(name="next token")
 
 
 def next_token_loss(

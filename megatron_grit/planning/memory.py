@@ -1,9 +1,9 @@
 """What a run needs, computed from its configuration: parameters, and memory of a process by kind.
 
-Plain arithmetic: a login node without a GPU can plan a run. What differs between kinds of row is asked of data/kinds
-and losses, which are imported when a plan is made. Activations are counted tensor by tensor, as autograd keeps them for
-the backward pass of the layers of models/layer_specs.py; docs/planning.md says how far the result was from what was
-measured.
+Plain arithmetic: nothing here imports torch, so a login node without a GPU can plan a run. Each kind of row says in
+config/schema/kinds which rows a step has and what its loss takes. Activations are counted tensor by tensor, as autograd
+keeps them for the backward pass of the layers of models/layer_specs.py; docs/planning.md says how far the result was
+from what was measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import ceil
 from typing import Literal
 
 from megatron_grit.config.checks.run import data_parallel_size
-from megatron_grit.config.kinds import kind_options, load_kind, trained_kinds
+from megatron_grit.config.kinds import kind_options, loss_words, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import (
     attention_widths,
@@ -23,14 +23,12 @@ from megatron_grit.config.shape import (
     padded_vocabulary,
     stage_layers,
 )
-from megatron_grit.data.rows.workload import LossCost, RowWorkload, TextLengths
+from megatron_grit.config.workload import RowWorkload, TextLengths
 from megatron_grit.models.gathered_keys import gathered_keys
 from megatron_grit.planning.parameters import count_adapters, count_parameters, count_trained, expert_tensor_size
 
 FP32 = 4
 
-KINDS = "megatron_grit.data.kinds"
-"""Folder with a file for each kind of row, imported when a plan is made."""
 Device = Literal["cpu", "cuda"]
 
 
@@ -50,7 +48,7 @@ class Workload:
             data_size: data parallel size.
             lengths: of the data.
         """
-        kinds = (load_kind(KINDS, kind) for kind in trained_kinds(config))
+        kinds = (kind_options(kind) for kind in trained_kinds(config))
         return Workload(kinds=tuple(kind.plan_rows(config, data_size, lengths) for kind in kinds))
 
     @property
@@ -89,11 +87,6 @@ class Memory:
 def caches_gradients(config: RunConfig, data_size: int, rows: RowWorkload) -> bool:
     """Whether rows go through the model twice."""
     return rows.embeds and (config.training.grad_cache == "on" or ceil(rows.rows / data_size) > 1)
-
-
-def loss_cost(config: RunConfig, rows: RowWorkload, data_size: int) -> LossCost:
-    """What the loss of a kind of row takes besides the rows' own passes."""
-    return load_kind("megatron_grit.losses", kind_options(rows.kind).LOSS).loss_cost(config, rows, data_size)
 
 
 def estimate_memory(
@@ -176,10 +169,10 @@ class _StageMemory:
             moments[f"pooling of {_a(kind)} row"] = base + grad_cache + kept[kind] + size
         losses: dict[str, int] = {}
         for rows in embedded + predicted:
-            cost = loss_cost(self.config, rows, self.data_size)
-            if cost.memory:
-                losses[cost.name] = cost.memory
-                moments[f"{cost.name} loss"] = base + cost.memory + (0 if rows.kind in cached else kept[rows.kind])
+            size = kind_options(rows.kind).loss_cost(self.config, rows, self.data_size).memory
+            if size:
+                losses[loss_words(rows.kind)] = size
+                moments[f"{loss_words(rows.kind)} loss"] = base + size + (0 if rows.kind in cached else kept[rows.kind])
         if self.stage == 0:
             # The gradient of the embedding matrix is dense; all other activations are gone by then.
             table = self.vocabulary * self.model.hidden_size * self.size

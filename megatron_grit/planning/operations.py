@@ -1,6 +1,7 @@
 """Floating-point operations of a step and the time that they should take, from a stated peak and stated bandwidths.
 
-A multiplication and its addition count as two operations. Only matrix products and attention are counted.
+A multiplication and its addition count as two operations. Only matrix products and attention are counted. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 from math import ceil
 
 from megatron_grit.config.checks.run import data_parallel_size
+from megatron_grit.config.kinds import kind_options, loss_words
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import attention_widths, dense_layers, expert_width, mixture_layers, padded_vocabulary
-from megatron_grit.planning.memory import FP32, Workload, caches_gradients, loss_cost
+from megatron_grit.planning.memory import FP32, Workload, caches_gradients
 from megatron_grit.planning.parameters import count_parameters, expert_tensor_size
 
 PEAK_TFLOPS = {
@@ -118,9 +120,9 @@ def count_flops(config: RunConfig, world_size: int, vocab_size: int, workload: W
         head = 0 if rows.embeds else 2 * labels * config.model.hidden_size * padded
         first = forward if caches_gradients(config, data_size, rows) else 0.0
         passes[rows.kind], first_passes[rows.kind] = float(3 * (forward + head) + first), float(first)
-        cost = loss_cost(config, rows, data_size)
-        if cost.operations:
-            losses[cost.name] = cost.operations
+        operations = kind_options(rows.kind).loss_cost(config, rows, data_size).operations
+        if operations:
+            losses[loss_words(rows.kind)] = operations
         forward_all += forward
         core_attention += rows.tokens * _attention(config, rows.segment_tokens, rows.causal)
         all_heads += 3 * head

@@ -12,7 +12,7 @@ from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.checks.run import data_parallel_size, find_problems, mesh_summary
 from megatron_grit.config.kinds import kind_names, kind_options
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.rows.workload import TextLengths
+from megatron_grit.config.workload import TextLengths
 from megatron_grit.planning.memory import Device, Memory, Workload, estimate_memory
 from megatron_grit.planning.operations import Flops, Machine, StepTime, count_flops, expected_step_time
 from megatron_grit.planning.parameters import Parameters, count_parameters

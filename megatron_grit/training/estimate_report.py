@@ -10,8 +10,8 @@ import torch
 
 from megatron_grit.config.kinds import kind_options
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.workload import RowWorkload
 from megatron_grit.data.rows.batch import BatchPart, StepBatch
-from megatron_grit.data.rows.workload import RowWorkload
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.planning.memory import Device, Workload, estimate_memory
 from megatron_grit.planning.operations import count_flops
@@ -117,5 +117,7 @@ def _rows_of(config: RunConfig, kind: str, part: BatchPart, data_size: int) -> R
         segment_tokens=tokens / max(part.counts.num_segments, 1),
         row_tokens=max((row.tokens_1T.shape[1] for row in rows), default=0),
         row_labels=max((int(row.loss_mask_1T.sum()) for row in rows if row.loss_mask_1T is not None), default=0),
-        counts=part.counts,
+        samples=part.counts.num_samples,
+        segments=part.counts.num_segments,
+        labels=part.counts.num_labels,
     )

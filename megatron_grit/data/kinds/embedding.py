@@ -25,7 +25,6 @@ from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.row import start_row
 from megatron_grit.data.rows.segments import Segment, too_long
 from megatron_grit.data.rows.stream import PlannedRow, RowStream, cache_folder
-from megatron_grit.data.rows.workload import RowWorkload, TextLengths, rows_of_tokens
 from megatron_grit.data.text.markers import load_markers
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError
@@ -58,35 +57,14 @@ class EmbeddingCounts:
     """Supervised tokens."""
 
     @property
+    def num_samples(self) -> int:
+        """Queries."""
+        return self.num_queries
+
+    @property
     def num_segments(self) -> int:
         """Queries and passages."""
         return self.num_queries * (1 + self.group_size)
-
-
-def plan_rows(config: RunConfig, data_size: int, lengths: TextLengths) -> RowWorkload:
-    """The rows of a step as a configuration leads to them.
-
-    Args:
-        config: the run.
-        data_size: data parallel size.
-        lengths: of the data; no text is longer than a row.
-    """
-    text_tokens = min(lengths.text_tokens, config.data.tokens_per_row)
-    counts = EmbeddingCounts(
-        num_queries=config.training.embedding_batch_size, group_size=config.data.train_group_size, slots_by_rank=[]
-    )
-    tokens = counts.num_segments * text_tokens
-    rows, row_tokens = rows_of_tokens(config, data_size, tokens, text_tokens)
-    return RowWorkload(
-        kind=EmbeddingStream.kind,
-        embeds=True,
-        causal=config.embedding.causal,
-        tokens=tokens,
-        rows=rows,
-        segment_tokens=text_tokens,
-        row_tokens=row_tokens,
-        counts=counts,
-    )
 
 
 def source_rules(config: RunConfig, num_added: int = 0) -> SourceRules:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from megatron_grit.data.rows.row import PADDING_ROLE, start_row
 from megatron_grit.data.rows.row_plan import PIECE, RowPlan
 from megatron_grit.data.rows.segments import Segment, labels_between, ranges, spans_between, too_long
 from megatron_grit.data.rows.stream import PlannedRow, RowStream, cache_folder
-from megatron_grit.data.rows.workload import RowWorkload, TextLengths, longest_row, rows_of_tokens
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError
 
@@ -46,6 +44,11 @@ class GenerativeCounts:
     def num_labels(self) -> int:
         """Supervised tokens."""
         return self.num_loss_tokens
+
+    @property
+    def num_samples(self) -> int:
+        """Sequences; of one that is cut, each piece."""
+        return self.num_sequences
 
     @property
     def num_segments(self) -> int:
@@ -249,40 +252,6 @@ class GenerativeStream(RowStream):
             assert self._num_rows is not None
             counts = self._plan.counts(num_steps * self._num_rows, len(self.sources))
         return dict(zip(self.sources.names, counts.tolist(), strict=True))
-
-
-def plan_rows(
-    config: RunConfig, data_size: int, lengths: TextLengths, stream: type[GenerativeStream] = GenerativeStream
-) -> RowWorkload:
-    """The rows of a step as a configuration leads to them.
-
-    Args:
-        config: the run.
-        data_size: data parallel size.
-        lengths: of the data; no sequence is longer than a row.
-        stream: of the kind.
-    """
-    sequence_tokens, full_rows = min(lengths.sequence_tokens, config.data.tokens_per_row), stream.full_rows(config)
-    if full_rows is None:
-        tokens = kind_batch_size(config, stream.kind) * sequence_tokens
-        rows, row_tokens = rows_of_tokens(config, data_size, tokens, sequence_tokens)
-    else:
-        rows, tokens = full_rows, full_rows * config.data.tokens_per_row
-        row_tokens = longest_row(config, data_size, tokens, rows, sequence_tokens)
-    return RowWorkload(
-        kind=stream.kind,
-        embeds=False,
-        tokens=tokens,
-        rows=rows,
-        segment_tokens=sequence_tokens,
-        row_tokens=row_tokens,
-        row_labels=ceil(row_tokens * lengths.supervised_share),
-        counts=GenerativeCounts(
-            num_loss_tokens=int(tokens * lengths.supervised_share),
-            num_sequences=tokens // sequence_tokens,
-            num_rows=rows,
-        ),
-    )
 
 
 def make_row(

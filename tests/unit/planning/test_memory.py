@@ -17,9 +17,7 @@ import pytest
 
 from megatron_grit.config.parse import parse_run_config
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.kinds.embedding import EmbeddingCounts
-from megatron_grit.data.kinds.generative import GenerativeCounts
-from megatron_grit.data.rows.workload import RowWorkload, TextLengths
+from megatron_grit.config.workload import RowWorkload, TextLengths
 from megatron_grit.losses.contrastive import CHUNK_ELEMENTS
 from megatron_grit.models.gathered_keys import gathered_keys
 from megatron_grit.planning.memory import Workload, estimate_memory
@@ -34,15 +32,19 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def pairs(num_queries: int, tokens: int = 0, rows: int = 1, **sizes: Any) -> RowWorkload:
     """Queries with two passages each."""
-    counts = EmbeddingCounts(num_queries=num_queries, group_size=2, slots_by_rank=[])
-    settings = {"kind": "embedding", "embeds": True, "causal": False}
-    return RowWorkload(**(settings | {"tokens": tokens, "rows": rows, "counts": counts} | sizes))
+    settings = {
+        "kind": "embedding",
+        "embeds": True,
+        "causal": False,
+        "samples": num_queries,
+        "segments": 3 * num_queries,
+    }
+    return RowWorkload(**(settings | {"tokens": tokens, "rows": rows} | sizes))
 
 
 def sequences(tokens: int, rows: int = 1, **sizes: Any) -> RowWorkload:
     """Texts whose every token is a label."""
-    counts = GenerativeCounts(num_loss_tokens=tokens, num_sequences=1, num_rows=rows)
-    settings = {"kind": "generative", "embeds": False, "tokens": tokens, "rows": rows, "counts": counts}
+    settings = {"kind": "generative", "embeds": False, "tokens": tokens, "rows": rows, "labels": tokens}
     return RowWorkload(**(settings | sizes))
 
 
@@ -267,9 +269,9 @@ def test_the_command_refuses_in_one_line(options: list[str], message: str) -> No
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_planning_needs_neither_the_engine_nor_a_gpu() -> None:
+def test_planning_needs_no_torch() -> None:
     script = (
-        "import sys; sys.modules['megatron'] = None\n"
+        "import sys; sys.modules['torch'] = None\n"
         "from megatron_grit.cli.plan import main\n"
         "sys.exit(main(['--model', 'mistral_7b', '--world-size', '8']))"
     )

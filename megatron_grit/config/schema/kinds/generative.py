@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.workload import LossCost, RowWorkload, TextLengths, predicted_rows
 from megatron_grit.errors import MeshError
 
 SECTION = None
@@ -38,3 +39,16 @@ def problems(config: RunConfig, multiple: int) -> Iterator[Problem]:
             "or data.num_rows_multiple",
             MeshError,
         )
+
+
+def plan_rows(config: RunConfig, data_size: int, lengths: TextLengths) -> RowWorkload:
+    """The rows of a step as a configuration leads to them; arguments as for other kinds."""
+    size, full_rows = config.training.generative_batch_size, None
+    if config.data.packing == "window":
+        full_rows = config.training.generative_rows
+    return predicted_rows(config, "generative", data_size, lengths, batch_size=size, full_rows=full_rows)
+
+
+def loss_cost(config: RunConfig, rows: RowWorkload, data_size: int) -> LossCost:
+    """Nothing: logits and their losses belong to the rows' passes through the model."""
+    return LossCost()

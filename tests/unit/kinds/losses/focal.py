@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.rows.workload import LossCost, RowWorkload
-
 
 def focal_loss(
     token_losses_T: Tensor, loss_mask_T: Tensor, gamma: float, num_loss_tokens: int
@@ -17,8 +14,3 @@ def focal_loss(
     shares_T = (1 - probabilities_T) ** gamma * token_losses_T * loss_mask_T
     easy = ((probabilities_T > 0.5) * loss_mask_T).sum()
     return shares_T.sum() / num_loss_tokens, easy / num_loss_tokens
-
-
-def loss_cost(config: RunConfig, rows: RowWorkload, data_size: int) -> LossCost:
-    """Probabilities and shares of a row's tokens."""
-    return LossCost(name="focal", memory=4 * 4 * rows.row_tokens, operations=5.0 * rows.tokens)

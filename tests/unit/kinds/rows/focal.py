@@ -11,7 +11,6 @@ from megatron_grit.data.kinds import generative
 from megatron_grit.data.order.sampler import stream_of
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.segments import Segment
-from megatron_grit.data.rows.workload import RowWorkload, TextLengths
 
 LEAD_AND_TEXT = generative.LEAD_AND_TEXT
 
@@ -31,11 +30,6 @@ class FocalStream(generative.GenerativeStream):
 def make_row(sequences: Sequence[Segment], slots: np.ndarray, row_length: int, pad_id: int) -> PackedRow:
     """A row of this kind."""
     return generative.make_row(sequences, slots, row_length, pad_id, FocalStream.kind)
-
-
-def plan_rows(config: RunConfig, data_size: int, lengths: TextLengths) -> RowWorkload:
-    """The rows of a step."""
-    return generative.plan_rows(config, data_size, lengths, FocalStream)
 
 
 STREAM = FocalStream

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.knob import knob
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.workload import LossCost, RowWorkload, TextLengths, predicted_rows
 from megatron_grit.errors import MeshError
 
 
@@ -37,3 +38,14 @@ def problems(config: RunConfig, multiple: int) -> Iterator[Problem]:
     size = config.focal.batch_size  # type: ignore[attr-defined]
     if size < multiple:
         yield Problem(BATCH, f"{BATCH} {size} is below the {multiple} rows of a step", MeshError)
+
+
+def plan_rows(config: RunConfig, data_size: int, lengths: TextLengths) -> RowWorkload:
+    """The rows of a step."""
+    size = config.focal.batch_size  # type: ignore[attr-defined]
+    return predicted_rows(config, "focal", data_size, lengths, batch_size=size)
+
+
+def loss_cost(config: RunConfig, rows: RowWorkload, data_size: int) -> LossCost:
+    """Probabilities and shares of a row's tokens."""
+    return LossCost(memory=4 * 4 * rows.row_tokens, operations=5.0 * rows.tokens)

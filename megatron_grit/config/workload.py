@@ -1,12 +1,14 @@
-"""The rows of a step in numbers, as memory and operations are estimated from them. Imports no torch."""
+"""The rows of a step in numbers, as memory and operations are estimated from them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
 
 from megatron_grit.config.schema import RunConfig
+
+SIMILARITIES_AT_ONCE = 1 << 24
+"""Similarities that the contrastive loss holds at once: 64 MiB in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,31 +36,24 @@ class RowWorkload:
     """Tokens of the global batch, padding left out."""
     rows: int = 0
     """Rows of the global batch."""
+    samples: int = 0
+    """Samples of the global batch: queries of pairs, sequences of texts."""
+    segments: int = 0
+    """Segments of the global batch."""
+    labels: int = 0
+    """Labels of the global batch."""
     segment_tokens: float = 1.0
     """Mean length of a segment; attention pays for it."""
     row_tokens: int = 0
     """Tokens of the longest row."""
     row_labels: int = 0
     """Most labels of a row."""
-    counts: Any = None
-    """What its losses are divided by, counted over the global batch: the dataclass of its file in data/kinds."""
-
-    @property
-    def segments(self) -> int:
-        """Segments of the global batch."""
-        return 0 if self.counts is None else self.counts.num_segments
-
-    @property
-    def labels(self) -> int:
-        """Labels of the global batch."""
-        return 0 if self.counts is None else self.counts.num_labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossCost:
     """What a loss takes besides the rows' own passes through the model."""
 
-    name: str
     memory: int = 0
     """Bytes on each rank of the last pipeline stage while the loss is computed."""
     operations: float = 0.0
@@ -76,10 +71,52 @@ def rows_of_tokens(config: RunConfig, data_size: int, tokens: int, segment_token
     """
     budget, multiple = config.data.tokens_per_row, config.data.num_rows_multiple or data_size
     rows = -(-ceil(tokens / budget) // multiple) * multiple
-    return rows, longest_row(config, data_size, tokens, rows, segment_tokens)
+    return rows, _longest_row(config, data_size, tokens, rows, segment_tokens)
 
 
-def longest_row(config: RunConfig, data_size: int, tokens: int, rows: int, segment_tokens: int) -> int:
+def predicted_rows(
+    config: RunConfig,
+    kind: str,
+    data_size: int,
+    lengths: TextLengths,
+    *,
+    batch_size: int,
+    full_rows: int | None = None,
+) -> RowWorkload:
+    """Rows of sequences whose next tokens are predicted.
+
+    Args:
+        config: the run.
+        kind: name of the kind.
+        data_size: data parallel size.
+        lengths: of the data; no sequence is longer than a row.
+        batch_size: sequences of the global batch.
+        full_rows: rows of the global batch that are filled from the stream of sequences. None: the sequences of the
+            batch fill them.
+    """
+    budget = config.data.tokens_per_row
+    sequence_tokens = min(lengths.sequence_tokens, budget)
+    if full_rows is None:
+        tokens = batch_size * sequence_tokens
+        rows, row_tokens = rows_of_tokens(config, data_size, tokens, sequence_tokens)
+    else:
+        rows, tokens = full_rows, full_rows * budget
+        row_tokens = _longest_row(config, data_size, tokens, rows, sequence_tokens)
+    return RowWorkload(
+        kind=kind,
+        embeds=False,
+        tokens=tokens,
+        rows=rows,
+        samples=tokens // sequence_tokens,
+        segments=tokens // sequence_tokens,
+        labels=int(tokens * lengths.supervised_share),
+        segment_tokens=sequence_tokens,
+        row_tokens=row_tokens,
+        row_labels=ceil(row_tokens * lengths.supervised_share),
+    )
+
+
+def _longest_row(config: RunConfig, data_size: int, tokens: int, rows: int, segment_tokens: int) -> int:
     """Tokens of the longest of so many rows. They are nearly equal, but a row of what fills the fewest may be full."""
     budget, multiple = config.data.tokens_per_row, config.data.num_rows_multiple or data_size
     return budget if rows > multiple else min(budget, max(segment_tokens, tokens // max(rows, 1)))
