@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.packing import pack
@@ -23,6 +22,7 @@ from megatron_grit.inference.model_group import ModelGroup
 from megatron_grit.models.decoder import GritDecoder, Output
 from megatron_grit.parallel.collectives import from_last_stage, gather_in_order
 from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.store.progress import Progress
 
 # Rows are packed for this many texts at a time, so that memory does not grow with the corpus.
 _WINDOW = 8192
@@ -57,7 +57,7 @@ def encode_tokens(
     budget = max(batch_tokens, int(lengths.max()))
     embeddings = np.empty((len(texts), embedding_width(model)), dtype=np.float32)
     shows = progress and group.leads and len(texts) >= _PROGRESS_FROM
-    with tqdm(total=len(texts), unit="text", disable=not shows) as bar:
+    with Progress(len(texts), "embedding", "text", enabled=shows) as bar:
         for start in range(0, len(texts), _WINDOW):
             window = slice(start, min(start + _WINDOW, len(texts)))
             batches = share_out(lengths[window], budget, group.num_replicas)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.packing import pack
 from megatron_grit.models.decoder import GritDecoder, Output
+from megatron_grit.store.progress import Progress
 
 _PROGRESS_FROM = 1024
 
@@ -38,7 +38,7 @@ def score_tokens(
     model.eval()
     lengths = np.array([len(tokens) for tokens, _ in texts], dtype=np.int64)
     sums, counts = np.zeros(len(texts)), np.zeros(len(texts), dtype=np.int64)
-    with tqdm(total=len(texts), unit="text", disable=not progress or len(texts) < _PROGRESS_FROM) as bar:
+    with Progress(len(texts), "scoring", "text", enabled=progress and len(texts) >= _PROGRESS_FROM) as bar:
         for members in pack(lengths, max(batch_tokens, int(lengths.max()))):
             row = scoring_row([texts[i] for i in members])
             assert row.loss_mask_1T is not None and row.segment_ids_T is not None

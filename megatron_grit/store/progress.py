@@ -23,27 +23,42 @@ _LONGEST_WAIT = 600.0
 
 
 class Progress:
-    """Work of a known length.
+    """How much of some work is done.
 
     In a terminal a bar shows it. Elsewhere, as in the log file of a batch job, there is a line every
     :data:`LOG_EVERY` seconds at most, and one at the end of work that took longer; shorter work says nothing.
 
     Args:
-        total: how much there is to do.
+        total: how much there is to do. None: not known.
         description: what is done.
         unit: what ``total`` counts; "B" for bytes.
         enabled: show anything; of several processes one should.
-        log_every: seconds between lines. None: only where :meth:`log` is called.
+        also: a second thing that is counted, such as "document".
+        log_each: a line whenever so many more of ``also`` are done, rather than by the clock.
     """
 
     def __init__(
-        self, total: int, description: str, unit: str, *, enabled: bool = True, log_every: float | None = LOG_EVERY
+        self,
+        total: int | None,
+        description: str,
+        unit: str,
+        *,
+        enabled: bool = True,
+        also: str = "",
+        log_each: int | None = None,
     ) -> None:
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, unit=unit, unit_scale=True, desc=description, disable=not (enabled and terminal))
+        self._bar = tqdm(
+            total=total,
+            unit=unit,
+            unit_scale=True,
+            desc=description,
+            disable=not (enabled and terminal),
+            dynamic_ncols=True,
+        )
         self._logs = enabled and not terminal
         self._total, self._description, self._unit = total, description, unit
-        self._log_every, self._has_logged = log_every, False
+        self._also, self._log_each, self._num_also, self._also_logged = also, log_each, 0, 0
         self._earlier = self._done = 0
         self._note = ""
         self._began = self._logged = time.monotonic()
@@ -56,30 +71,40 @@ class Progress:
             self._bar.last_print_n += count
             self._bar.n += count
 
-    def update(self, count: int, note: str = "") -> None:
+    def update(self, count: int, note: str = "", also: int = 0) -> None:
         """Count what was done since the last call.
 
         Args:
             count: of it.
             note: what else there is to say now.
+            also: of the second thing.
         """
         self._done += count
+        self._num_also += also
         self._note = note
-        self._bar.set_postfix_str(note, refresh=False)
+        if self._also:
+            self._note = f"{self._num_also:,} {_plural(self._also)}, {self._rate(self._num_also, self._also)}"
+        self._bar.set_postfix_str(self._note, refresh=False)
         self._bar.update(count)
-        if self._log_every is not None and time.monotonic() - self._logged >= self._log_every:
-            self.log()
+        if self._log_each is not None:
+            is_due = self._num_also - self._also_logged >= self._log_each
+        else:
+            is_due = time.monotonic() - self._logged >= LOG_EVERY
+        if self._logs and is_due:
+            self._log()
 
-    def log(self) -> None:
-        """Log a line, where there is no terminal."""
-        if not self._logs:
-            return
-        self._logged, self._has_logged = time.monotonic(), True
-        done, seconds = self._earlier + self._done, self._seconds()
-        share = 100 * done / self._total if self._total else 100
-        left = max(self._total - done, 0) * seconds / self._done if self._done else 0
-        amount = f"{self._amount(done, named=False)} of {self._amount(self._total)} ({share:.0f}%)"
-        log.info(f"{self._description}: {amount}, {self._rate()}, {_duration(left)} left{self._notes()}")
+    def _log(self) -> None:
+        self._logged, self._also_logged = time.monotonic(), self._num_also
+        done = self._earlier + self._done
+        amount = self._amount(done)
+        if self._total is not None:
+            share = 100 * done / self._total if self._total else 100
+            amount = f"{self._amount(done, named=False)} of {self._amount(self._total)} ({share:.0f}%)"
+        left = ""
+        if self._total is not None:
+            seconds = max(self._total - done, 0) * self._seconds() / self._done if self._done else 0
+            left = f", {_duration(seconds)} left"
+        log.info(f"{self._description}: {amount}, {self._rate(self._done, self._unit)}{left}{self._notes()}")
 
     def __enter__(self) -> Self:
         return self
@@ -87,11 +112,14 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close(failed=kind is not None)
+
+    def close(self, *, failed: bool = False) -> None:
+        """End the bar, or log a last line of long work that has not failed."""
         self._bar.close()
-        is_long = self._log_every is not None and self._seconds() >= self._log_every
-        if self._logs and kind is None and (self._has_logged or is_long):
-            amount = self._amount(self._done)
-            log.info(f"{self._description}: {amount} in {_duration(self._seconds())}, {self._rate()}{self._notes()}")
+        if self._logs and not failed and (self._logged != self._began or self._seconds() >= LOG_EVERY):
+            amount, rate = self._amount(self._done), self._rate(self._done, self._unit)
+            log.info(f"{self._description}: {amount} in {_duration(self._seconds())}, {rate}{self._notes()}")
 
     def _seconds(self) -> float:
         return max(time.monotonic() - self._began, 1e-9)
@@ -99,16 +127,20 @@ class Progress:
     def _amount(self, count: int, *, named: bool = True) -> str:
         if self._unit == "B":
             return f"{tqdm.format_sizeof(count)}B"
-        return f"{count:,} {self._unit}s" if named else f"{count:,}"
+        return f"{count:,} {_plural(self._unit)}" if named else f"{count:,}"
 
-    def _rate(self) -> str:
-        rate = self._done / self._seconds()
-        if self._unit == "B":
+    def _rate(self, count: int, unit: str) -> str:
+        rate = count / self._seconds()
+        if unit == "B":
             return f"{tqdm.format_sizeof(rate)}B/s"
-        return f"{rate:,.0f} {self._unit}s/s" if rate >= 10 else f"{rate:.2g} {self._unit}s/s"
+        return f"{rate:,.0f} {_plural(unit)}/s" if rate >= 10 else f"{rate:.2g} {_plural(unit)}/s"
 
     def _notes(self) -> str:
         return f"; {self._note}" if self._note else ""
+
+
+def _plural(unit: str) -> str:
+    return f"{unit[:-1]}ies" if unit.endswith("y") else f"{unit}s"
 
 
 @contextmanager

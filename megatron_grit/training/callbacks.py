@@ -13,6 +13,7 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.store.files import replacing
+from megatron_grit.store.progress import Progress
 
 _NOT_PLOTTED = ("step", "seconds")
 
@@ -126,7 +127,7 @@ class WeightsAndBiases:
 
 
 class ProgressBar:
-    """Steps, losses and speed on one line.
+    """Steps, losses and speed: a bar in a terminal, now and then a line in a log.
 
     Args:
         start_step: steps that are done.
@@ -135,18 +136,15 @@ class ProgressBar:
     """
 
     def __init__(self, start_step: int, num_steps: int, losses: Sequence[str]) -> None:
-        from tqdm import tqdm
-
         self._losses = losses
-        self.bar = tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True)
+        self.bar = Progress(num_steps, "training", "step")
+        self.bar.skip(start_step)
 
     def after_step(self, record: dict[str, Any]) -> None:
         """Advance by one."""
-        shown: dict[str, str] = {name: f"{record[name]:.3f}" for name in self._losses if name in record}
-        shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(1)
+        shown = [f"{name} {record[name]:.3f}" for name in self._losses if name in record]
+        self.bar.update(1, ", ".join([*shown, f"{record['tokens_per_second']:,.0f} tok/s"]))
 
     def close(self) -> None:
-        """Leave the line as it is."""
+        """Leave the bar as it is."""
         self.bar.close()

@@ -18,4 +18,4 @@ class LoggingConfig:
     wandb_project: str | None = None
     """Weights & Biases project. null: off. Needs the wandb package."""
     progress: bool = True
-    """Progress bar on rank 0."""
+    """Progress on rank 0: a bar in a terminal, a line every 30 seconds in a log."""

@@ -29,7 +29,6 @@ from megatron_grit.data.builders.block_join import (
     merge_rejected,
     write_rejected,
 )
-from megatron_grit.data.builders.block_progress import Progress
 from megatron_grit.data.builders.build_folder import (
     JOURNAL_NAME,
     PLACE_DTYPE,
@@ -52,6 +51,7 @@ from megatron_grit.data.text.line_blocks import (
 )
 from megatron_grit.errors import ConfigError, DataError, GritError
 from megatron_grit.store.lock import locked
+from megatron_grit.store.progress import Progress
 
 JOURNAL_SECONDS = 5.0
 """A kill loses no more work than this."""
@@ -138,7 +138,7 @@ def build_blocks(
         checksum: write checksums into the ``.json`` of the outputs.
         progress: show a bar on stderr.
         description: name on the bar.
-        log_interval: where stderr is not a terminal, log a line every so many documents.
+        log_interval: where stderr is not a terminal, log a line every so many documents. None: every 30 seconds.
         block_bytes: about how much a worker is given at a time.
         journal_seconds: time between two entries of the journal.
 
@@ -174,7 +174,7 @@ def build_blocks(
         job.refuse_existing()  # and leave no folder behind
     with (
         locked(job.work / "lock", job.work_prefix, shared=partition is not None),
-        Progress(size, description, enabled=progress, log_interval=log_interval) as bar,
+        Progress(size, description, "B", enabled=progress, also="document", log_each=log_interval) as bar,
     ):
         return job.build_all(bar) if partition is None else job.build_one(partition, bar)
 
@@ -348,7 +348,8 @@ class _Job:
             ):
                 for ref, block in results:
                     filler.add(ref, block)
-                    bar.count(ref.num_disk_bytes, max(len(tokens.documents) for tokens in block.outputs.values()))
+                    num_documents = max(len(tokens.documents) for tokens in block.outputs.values())
+                    bar.update(ref.num_disk_bytes, also=num_documents)
                     if time.monotonic() - committed > self.journal_seconds:
                         piece.commit()
                         committed = time.monotonic()

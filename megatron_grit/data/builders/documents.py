@@ -27,6 +27,7 @@ from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.files import replacing
 from megatron_grit.store.logs import get_logger
+from megatron_grit.store.progress import Progress
 
 LOG = get_logger(__name__)
 
@@ -278,11 +279,9 @@ def _train_on_corpus(
 
 def _corpus_texts(inputs: Sequence[str | os.PathLike[str]], keys: Sequence[str], progress: bool) -> Iterator[str]:
     """Texts at the begin of the corpus. Lines that are no documents are left to the build to complain about."""
-    from tqdm import tqdm
-
     files = find_inputs(inputs)
     room = PUNKT_TRAINING_BYTES
-    with tqdm(total=room, unit="B", unit_scale=True, desc="punkt", disable=None if progress else True) as bar:
+    with Progress(room, "training the sentence splitter", "B", enabled=progress) as bar:
         for ref in iterate_blocks(files, partition_files(files, 1)[0]):
             for line in ref.read().lines():
                 try:

@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-from megatron_grit.data.builders import block_progress
 from megatron_grit.store import progress
 from megatron_grit.store.progress import Progress, still_at_work
 
@@ -27,7 +26,6 @@ def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     caplog.set_level(logging.INFO)
     made = Clock()
     monkeypatch.setattr(progress, "time", made)
-    monkeypatch.setattr(block_progress, "time", made)
     return made
 
 
@@ -80,14 +78,34 @@ def test_a_terminal_has_a_bar(
 
 
 def test_a_build_logs_by_documents(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    with block_progress.Progress(10_000_000, "c4", enabled=True, log_interval=500) as shown:
+    with Progress(10_000_000, "c4", "B", also="document", log_each=500) as shown:
         for _ in range(4):
             clock.now += 100
-            shown.count(1_000_000, 300)
+            shown.update(1_000_000, also=300)
         assert caplog.messages == [
             "c4: 2.00MB of 10.0MB (20%), 10.0kB/s, 0:13:20 left; 600 documents, 3 documents/s",
             "c4: 4.00MB of 10.0MB (40%), 10.0kB/s, 0:10:00 left; 1,200 documents, 3 documents/s",
         ]
+
+
+def test_a_second_count_is_told_by_the_clock(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    with Progress(100_000_000, "c4", "B", also="query") as shown:
+        clock.now += 40
+        shown.update(1_000_000, also=300)
+        clock.now += 10
+        shown.update(1_000_000, also=300)
+    assert caplog.messages == [
+        "c4: 1.00MB of 100MB (1%), 25.0kB/s, 1:06:00 left; 300 queries, 7.5 queries/s",
+        "c4: 2.00MB in 0:00:50, 40.0kB/s; 600 queries, 12 queries/s",
+    ]
+
+
+def test_an_unknown_total_has_no_share(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    with Progress(None, "lines", "line") as shown:
+        for _ in range(2):
+            clock.now += 20
+            shown.update(2000)
+    assert caplog.messages == ["lines: 4,000 lines, 100 lines/s", "lines: 4,000 lines in 0:00:40, 100 lines/s"]
 
 
 def test_work_of_no_known_length_is_said_to_go_on(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_files
 from megatron_grit.errors import DataError
 from megatron_grit.store.files import replacing
+from megatron_grit.store.progress import Progress
 
 COLUMNS = ("split", "sentence1", "sentence2", "label")
 """Of the header of a table that are read."""
@@ -53,7 +53,7 @@ def convert_allnli(
     """
     path = Path(input_path)
     is_table = ".tsv" in path.suffixes
-    with tqdm(desc="convert_allnli", unit="line", disable=not progress) as bar, replacing(output_path) as output:
+    with Progress(None, "convert_allnli", "line", enabled=progress) as bar, replacing(output_path) as output:
         lines = numbered_lines(path, bar)
         count = _table(path, lines, output, split, seed) if is_table else _triplets(path, lines, output)
         if not count:
@@ -61,7 +61,7 @@ def convert_allnli(
     return count
 
 
-def numbered_lines(path: Path, bar: tqdm | None = None) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path, bar: Progress | None = None) -> Iterator[tuple[int, str]]:
     """Lines of a text file, plain or compressed, that are not blank, and their numbers from 1.
 
     Raises:

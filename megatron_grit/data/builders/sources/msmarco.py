@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_grit.data.builders.sources.allnli import numbered_lines, write_record
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.files import replacing
+from megatron_grit.store.progress import Progress
 
 
 @dataclass
@@ -61,7 +60,7 @@ class KeyedLines:
             raise DataError(f"cannot be read: {error}", path=path) from error
         self._key, self._starts = key, {}
         number = start = 0
-        with tqdm(total=len(self._data), desc=self.path.name, unit="B", unit_scale=True, disable=not progress) as bar:
+        with Progress(len(self._data), self.path.name, "B", enabled=progress) as bar:
             for number, line in enumerate(iter(self._data.readline, b""), 1):
                 if line.strip():
                     self._starts[self._key_of(line, number)] = start
@@ -151,7 +150,7 @@ def convert_msmarco(
     corpus = KeyedLines(corpus_path, progress=progress)
     scores = None if scores_path is None else KeyedLines(scores_path, "qid", progress=progress)
     counts = MsMarcoCounts()
-    with tqdm(desc="convert_msmarco", unit="query", disable=not progress) as bar, replacing(output_path) as output:
+    with Progress(None, "convert_msmarco", "query", enabled=progress) as bar, replacing(output_path) as output:
         for number, line in numbered_lines(Path(negatives_path), bar):
             try:
                 mined = _Mined(line, scores, relevant, need_scores=margin is not None)
