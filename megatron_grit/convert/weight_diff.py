@@ -65,23 +65,13 @@ def make_diff(base: str | Path, tuned: str | Path, diff: str | Path) -> Path:
     used = [name for name in sorted(ours) if _is_related(name, ours, theirs)]
     if not used:
         raise CheckpointError(f"{tuned}: no tensor has the name and type of one in {base}; is that its base?")
-    total = _num_bytes(theirs, used) + _num_bytes(ours, ours) + _total_bytes(others.values())
-    with Progress(total, "reading", "B") as progress:
-        manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "base": {
-                "name": base.name,
-                "tokenizer_sha256": tokenizer_hash(base),
-                "tensors": {name: _describe(name, theirs, progress) for name in used},
-            },
-            "tuned": {
-                "tokenizer_sha256": tokenizer_hash(tuned),
-                "tensors": {
-                    name: _describe(name, ours, progress) | {"file": ours.file_of(name).name} for name in sorted(ours)
-                },
-                "files": {name: sha256_of_file(path, report=progress.update) for name, path in others.items()},
-            },
-        }
+    with Progress(_num_bytes(theirs, used), "reading the base", "B") as progress:
+        tensors = {name: _describe(name, theirs, progress) for name in used}
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "base": {"name": base.name, "tokenizer_sha256": tokenizer_hash(base), "tensors": tensors},
+        "tuned": {"tokenizer_sha256": tokenizer_hash(tuned)} | _describe_model(ours, others),
+    }
     entries: Entries = manifest["tuned"]["tensors"]
     types = {name: f"U{8 * DTYPES[entry['dtype']].itemsize}" for name, entry in entries.items()}
     with OutputFolder(diff, manifest) as folder:
@@ -141,16 +131,14 @@ def verify(base: str | Path, diff: str | Path, tuned: str | Path | None = None) 
     if tuned is None:
         return
     present = SafetensorsFolder(tuned)
-    files = _other_files(present)
-    _compare_names(Path(tuned), "tensor ", set(manifest["tuned"]["tensors"]), set(present))
-    _compare_names(Path(tuned), "", set(manifest["tuned"]["files"]), set(files))
-    with Progress(_num_bytes(present, present) + _total_bytes(files.values()), "comparing", "B") as progress:
-        for name, entry in manifest["tuned"]["tensors"].items():
-            if entry | _describe(name, present, progress) != entry:
-                raise CheckpointError(f"{present.file_of(name)}: tensor {name} is not that of the diff's tuned model")
-        for name, sha in manifest["tuned"]["files"].items():
-            if sha256_of_file(files[name], report=progress.update) != sha:
-                raise CheckpointError(f"{files[name]}: is not that of the diff's tuned model")
+    for kind, found in _describe_model(present, _other_files(present)).items():
+        expected = manifest["tuned"][kind]
+        for name in sorted(expected.keys() | found.keys()):
+            if name not in found or name not in expected:
+                where = "in the diff" if name in expected else f"in {tuned}"
+                raise CheckpointError(f"{tuned}: {kind[:-1]} {name} is {where} only")
+            if found[name] != expected[name]:
+                raise CheckpointError(f"{tuned}: {kind[:-1]} {name} is not that of the diff's tuned model")
 
 
 def read_manifest(diff: Path) -> dict[str, Any]:
@@ -238,6 +226,17 @@ def _describe(name: str, folder: WeightFolder, progress: Progress) -> dict[str, 
     bits, stored = _bits(name, folder), folder.stored[name]
     progress.update(bits.nbytes)
     return {"dtype": _NAMES[stored.dtype], "shape": list(stored.shape), "sha256": digest_of_rows(bits)}
+
+
+def _describe_model(model: WeightFolder, others: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    with Progress(_num_bytes(model, model) + _total_bytes(others.values()), "reading the tuned model", "B") as progress:
+        tensors = {
+            name: _describe(name, model, progress) | {"file": model.file_of(name).name} for name in sorted(model)
+        }
+        return {
+            "tensors": tensors,
+            "files": {name: sha256_of_file(path, report=progress.update) for name, path in others.items()},
+        }
 
 
 def _is_related(name: str, ours: WeightFolder, theirs: WeightFolder) -> bool:
@@ -339,12 +338,6 @@ def _num_bytes(folder: WeightFolder, names: Iterable[str]) -> int:
 
 def _total_bytes(paths: Iterable[Path]) -> int:
     return sum(os.path.getsize(path) for path in paths)
-
-
-def _compare_names(tuned: Path, kind: str, expected: set[str], present: set[str]) -> None:
-    for name in sorted(expected ^ present):
-        where = "in the diff" if name in expected else f"in {tuned}"
-        raise CheckpointError(f"{tuned if kind else tuned / name}: {kind and f'{kind}{name} '}is {where} only")
 
 
 def _refuse_within(target: Path, sources: tuple[Path, ...]) -> None:

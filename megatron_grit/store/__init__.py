@@ -1,1 +1,1 @@
-"""Leaf: files, folders and caches that survive kills; logs and progress."""
+"""Leaf: files, folders, blocks and caches that survive kills; locks, digests, logs and progress."""

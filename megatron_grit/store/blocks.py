@@ -1,11 +1,11 @@
-"""A long computation as a folder of blocks: what is there is kept, what is missing or damaged is done again.
+"""The results of a long computation as a folder of blocks; a killed run resumes from the finished ones.
 
-The items [0, n) are cut into blocks of a fixed size, one HDF5 file each, named by its first item and the one after its
-last: ``000000-100000.hdf5``. A block is written under another name and renamed, so it is whole or not there, and holds
-the SHA-256 of its arrays and a signature of everything that its content follows from. So a run that was killed goes on,
-and a block of other settings or other data is not taken for one of this run.
+The items [0, n) are split into blocks of a fixed size, one HDF5 file each, named by its first item and the one after
+its last: ``000000-100000.hdf5``. A block is written under a temporary name and renamed, so it is whole or missing. It
+holds the SHA-256 of its arrays and a signature of all that they follow from, so that damaged blocks and those of other
+settings or data are computed again.
 
-Which process computes a block never changes what is in it, so the folder is the same whatever the number of processes.
+A block's content does not depend on the process that computes it, so neither does the folder on their number.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class BlockFolder:
     """Blocks of one computation.
 
     Args:
-        folder: made where it is not there.
+        folder: created if missing.
         num_items: n.
         block_size: items of a block; the last one may have fewer.
         signature: of all that the content follows from: settings, and fingerprints of what is read.
@@ -61,10 +61,10 @@ class BlockFolder:
         ]
 
     def missing(self, *, thorough: bool = True) -> list[Block]:
-        """Blocks that are yet to be computed: not there, damaged, or of another signature.
+        """Blocks that have to be computed: missing, damaged, or of another signature.
 
         Args:
-            thorough: read every block whole and compare it with its checksum, not only its signature.
+            thorough: read all of each block and compare it with its checksum; otherwise only the signature is compared.
         """
         return [block for block in self.blocks if self.problem(block, thorough=thorough) is not None]
 
@@ -103,7 +103,7 @@ class BlockFolder:
         return arrays
 
     def clear_leftovers(self) -> None:
-        """Remove half-written files and blocks of other sizes. While no other process writes."""
+        """Remove half-written files and blocks of other sizes; no other process may be writing."""
         known = {block.path.name for block in self.blocks}
         for path in self.folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)

@@ -1,12 +1,11 @@
-"""Arrays that take long to compute, kept on disk: built once, checked whenever they are opened, never trusted blindly.
+"""Arrays that take long to compute, cached on disk: built once and compared with their checksum at each opening.
 
-The name of a cache file carries a hash of its key: checksums of the sources, every option, the version of the format.
-A changed source or option is therefore another file. The file itself begins with a SHA-256 of all that follows, and
-holds the whole key; one that is damaged, or that belongs to another key, is built again with a warning.
+The name of a cache file has a hash of its key: checksums of the sources, every option, the version of the format. A
+changed source or option is therefore another file. The file begins with a SHA-256 of all that follows and holds the
+whole key; a file that is damaged, or that belongs to another key, is built again with a warning.
 
-Whoever gets the file lock builds, the others wait and read: once on a file system that all nodes share, once a node on
-a local one. The kernel releases the lock of a process that dies. Where the file system has no locks everyone builds;
-the last rename wins, and all of them write the same bytes.
+The process that gets the lock builds, the others wait and read: once on a file system that all nodes share, once per
+node on a local one. Without locks each process builds; all of them write the same bytes, and the last rename wins.
 
 The layout is in docs/data_formats.md.
 """
@@ -47,7 +46,7 @@ def cached(
     """The arrays of a key, from the cache if they are there, else built and written.
 
     Args:
-        folder: cache folder; made if it is not there. Where it cannot be written the arrays are built, with a warning.
+        folder: cache folder; created if missing. Where it cannot be written the arrays are built, with a warning.
         name: beginning of the file's name, for people.
         key: all that the arrays depend on; JSON values.
         build: makes the arrays.

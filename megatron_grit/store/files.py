@@ -16,7 +16,7 @@ from megatron_grit.errors import ConfigError
 
 @contextmanager
 def replacing_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write a file at; the file takes the place of ``path`` when the block ends, and vanishes when it fails.
+    """A path to write a file at; when the block ends the file replaces ``path``, and when it fails it is removed.
 
     Args:
         path: the file to write; its folder is made where it is not there.

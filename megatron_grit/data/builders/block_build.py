@@ -1,8 +1,8 @@
-"""The build engine: text files to indexed files, block by block, by several processes, and on after a kill.
+"""Builds indexed files from text files in parallel, block by block; a killed build resumes.
 
-An encoder turns a block of lines into token blocks. This module cuts the input, hands out the blocks, appends what
-comes back in the order of the input, and keeps a journal. The output never depends on the number of workers or
-partitions, on the size of blocks, or on where a build was interrupted.
+An encoder turns a block of lines into token blocks. This module splits the input into blocks, hands them to worker
+processes, appends the results in the order of the input, and keeps a journal. The output never depends on the number of
+workers or partitions, on the size of blocks, or on where a build was interrupted.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def build_blocks(
 ) -> BuildTotals:
     """Build indexed files from text files.
 
-    The same call after a kill goes on where the journal in ``.<name of work_prefix>.build`` says; the folder is removed
-    at the end. Rejected lines are listed in ``<work_prefix>.rejected.jsonl``, which exists where there are any.
+    After a kill the same call resumes from the journal in ``.<name of work_prefix>.build``; the folder is removed at
+    the end. Rejected lines are listed in ``<work_prefix>.rejected.jsonl``, which exists where there are any.
 
     Args:
         inputs: files and glob patterns; ``.gz`` and ``.zst`` are decompressed.
@@ -255,11 +255,11 @@ class _Job:
                 remove_folder(entry)
 
     def has_begun(self) -> bool:
-        """Whether there is anything to go on from."""
+        """Whether there is anything to resume from."""
         return any(self.work.glob(f"*/{JOURNAL_NAME}"))
 
     def remove_work(self) -> None:
-        """Remove the working folder at once: none that holds less than its journals say is left by a kill."""
+        """Rename the working folder, then remove it: a kill leaves none that holds less than its journals say."""
         if not self.work.exists():
             return
         os.replace(self.work, self.trash)

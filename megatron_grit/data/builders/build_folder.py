@@ -1,7 +1,7 @@
-"""Working folder of a build: streams that grow, and a journal that says how far they can be trusted.
+"""Working folder of a build: streams that are appended to, and a journal of their sizes.
 
-The journal is replaced atomically after the streams were flushed. After a kill everything behind the journalled sizes
-is cut off and the build goes on from there.
+The journal is replaced atomically after the streams were flushed to disk. After a kill the streams are truncated to the
+sizes in the journal and the build resumes from there.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class BuildFolder:
     """Streams of token blocks, rejected lines and document places, with their journal.
 
     Args:
-        folder: made where it is missing.
+        folder: created if missing.
         streams: by name.
         signature: what the content depends on. A journal with another one is discarded with all it stands for.
 
     Attributes:
-        state: the caller's part of the journal; JSON values. Empty at the begin.
+        state: the caller's part of the journal; JSON values. Empty in a new build.
     """
 
     def __init__(self, folder: Path, streams: Mapping[str, StreamSpec], signature: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ class BuildFolder:
             self.state = {}
             self._rewind()
         elif resumed:
-            LOG.info("going on with the build in %s", folder)
+            LOG.info("resuming the build in %s", folder)
 
     def _load(self) -> bool:
         path = self.folder / JOURNAL_NAME
@@ -155,7 +155,7 @@ class BuildFolder:
         write_json(self.folder / JOURNAL_NAME, {**journal, "sha256": digest_of_settings(journal)})
 
     def complete(self) -> None:
-        """Nothing is appended any more. From here on a kill repeats nothing but the index."""
+        """Nothing is appended any more. A kill from here on repeats only the writing of the index."""
         if self.building:
             self.commit(_BUILT)
 
@@ -167,7 +167,7 @@ class BuildFolder:
         overwrite: bool,
         checksum: bool,
     ) -> dict[str, IndexedMeta | None]:
-        """Give the streams that hold documents their names as indexed files. Does the rest after a kill.
+        """Rename the streams that hold documents to indexed files. After a kill, call it again for the rest.
 
         Args:
             targets: prefix of each stream.

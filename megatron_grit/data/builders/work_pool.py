@@ -145,7 +145,7 @@ class _Pool(Generic[Task, Result]):
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit status {code}"
         return DataError(
             f"a worker process ended {how}, often for lack of memory; "
-            "start the same command again, with fewer workers if need be: it goes on where it stopped"
+            "start the same command again, with fewer workers if need be: it resumes"
         )
 
     def close(self) -> None:

@@ -264,15 +264,15 @@ def test_verify_compares_the_tuned_directory(folders: Path) -> None:
     make_diff(folders / "base", folders / "tuned", folders / "diff")
     verify(folders / "base", folders / "diff", folders / "tuned")
     (folders / "tuned" / "extra.txt").write_text("")
-    with pytest.raises(CheckpointError, match=r"extra\.txt: is in .*tuned only"):
+    with pytest.raises(CheckpointError, match=r"file extra\.txt is in .*tuned only"):
         verify(folders / "base", folders / "diff", folders / "tuned")
     (folders / "tuned" / "extra.txt").unlink()
     _flip(folders / "tuned" / "model-0.safetensors", -1)
-    with pytest.raises(CheckpointError, match=r"model-0\.safetensors: tensor layer.* is not that of the diff's tuned"):
+    with pytest.raises(CheckpointError, match=r"tuned: tensor layer.* is not that of the diff's tuned model"):
         verify(folders / "base", folders / "diff", folders / "tuned")
     _flip(folders / "tuned" / "model-0.safetensors", -1)
     (folders / "tuned" / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"config\.json: is not that of the diff's tuned model"):
+    with pytest.raises(CheckpointError, match=r"file config\.json is not that of the diff's tuned model"):
         verify(folders / "base", folders / "diff", folders / "tuned")
 
 
