@@ -8,7 +8,8 @@ i * G + 1 to i * G + G - 1 are its negatives.
 
 Similarities are computed for a chunk of anchors at a time, and the gradient with them, so that the matrix of all
 similarities is never in memory: 65,536 queries with as many passages would take 16 GiB, and as much again for its
-gradient. The anchors may be shared out: the losses of all shares add up to the whole, and so do their gradients.
+gradient. The anchors may be sharded over ranks: the losses of all shards add up to the whole, and so do their
+gradients.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ class ContrastiveOptions:
     negatives: Literal["batch", "hard"] = "batch"
     """batch: every passage of the batch; hard: those of the query's own group only."""
     num_blocks: int = 1
-    """The batch is cut into so many blocks of consecutive queries, each with a loss of its own; the mean over them."""
+    """Number of blocks of consecutive queries that the batch is split into; the loss is the mean over them."""
     same_side_negatives: bool = False
     """Other queries are negatives of a query too (and, in a symmetric loss, other positives of a positive)."""
     false_negative_margin: float | None = None
     """Leave out a negative that is more similar to its anchor than the positive is by more than this."""
     matryoshka_dims: tuple[int, ...] = ()
-    """Also train the first so many channels, normalised anew: the mean over all sizes (arXiv 2205.13147)."""
+    """Also train the first n channels, normalised again, for each n; the loss is their mean (arXiv 2205.13147)."""
     gradient_sides: Literal["both", "queries", "passages"] = "both"
-    """The embeddings of the other side count as constants."""
+    """queries or passages: stop the gradient through the embeddings of the other side."""
 
 
 def contrastive_loss(
@@ -78,7 +79,7 @@ def contrastive_loss(
         Scalar in nats. Similarities and softmax are computed in fp32, or in fp64 for embeddings in fp64.
 
     Raises:
-        ValueError: the shapes do not fit the layout or the blocks, or there are not so many channels.
+        ValueError: the shapes do not fit the layout or the blocks, or an embedding has fewer channels than needed.
     """
     return contrastive_loss_and_accuracy(queries_QD, passages_PD, options, text_ids, anchors)[0]
 

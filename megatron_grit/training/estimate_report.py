@@ -74,7 +74,7 @@ class EstimateReport:
         self.estimated_bytes = self.measured_bytes = 0
 
     def after_step(self, batch: StepBatch, seconds: float) -> None:
-        """Take note of a step; after the second, report."""
+        """Record a step; after the second, report."""
         if len(self._seen) == _STEPS:
             return
         self._seen.append(workload_of(self._config, batch, self._context.data_size))

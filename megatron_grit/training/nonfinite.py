@@ -2,7 +2,7 @@
 
 A step is judged once its gradients are reduced and before the optimizer moves, so a step that is refused leaves
 weights, Adam's moments and Adam's step counter as they were. The learning rate and the data are functions of the step's
-number: they go on as if the step had been taken.
+number: they continue as if the step had been taken.
 """
 
 from __future__ import annotations

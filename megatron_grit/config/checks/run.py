@@ -163,7 +163,7 @@ def _overlap(config: RunConfig) -> Iterator[Problem]:
 
 
 def _expert_mesh(config: RunConfig, stage_size: int) -> Iterator[Problem]:
-    """``stage_size``: processes of a pipeline stage, over which its experts are laid out anew."""
+    """``stage_size``: processes of a pipeline stage, over which experts have a mesh of their own."""
     parallel, num_experts = config.parallel, config.model.num_experts
     if num_experts is None:
         for key, value in (("expert", parallel.expert), ("expert_tensor", parallel.expert_tensor or 1)):

@@ -15,26 +15,26 @@ class DataConfig:
     tokenizer: str | None = None
     """SentencePiece .model file, tokenizer.json, or a directory that holds one."""
     embedding: list[str] = field(default_factory=list)
-    """Indexed files with queries and passages (tools/preprocess/build_grit.py): prefixes, each a source of its own; or
-    weights and prefixes in turn, "0.7 a 0.3 b"; or a .yaml file, a list of path with weight or epochs, and cap
-    (docs/data_formats.md). A batch comes from one source. Without weights a source comes up in proportion to its size.
-    """
+    """Sources of queries and passages, indexed files of tools/preprocess/build_grit.py: a list of prefixes; or weights
+    and prefixes in turn, "0.7 a 0.3 b"; or a .yaml file with a list of path, weight or epochs, and cap
+    (docs/data_formats.md). Each batch comes from one source. Without weights, sources are drawn in proportion to their
+    size."""
     generative: list[str] = field(default_factory=list)
-    """Indexed files with texts or conversations, likewise. A batch mixes all sources."""
+    """Sources of texts or conversations, in the same notation. Each batch mixes all sources."""
     retro_project: str | None = None
     """Directory of a retrieval database (tools/retro/build_db.py): the run trains on the documents that get neighbors
     there, with their tokenizer. generative, where it is given, takes the place of these documents."""
     embedding_temperature: float = knob(1.0, above=0)
-    """An embedding source comes up in proportion to its weight ** (1 / embedding_temperature). Above 1 small sources
-    come up more often."""
+    """Sources of embedding are drawn in proportion to weight ** (1 / embedding_temperature); above 1, small sources are
+    drawn more often."""
     allow_shared_texts: bool = False
-    """Let records with the same query or positive stand in one batch, as negatives of each other. false: they are kept
-    apart, and what cannot be placed is left out of that epoch."""
+    """Allow records with the same query or positive in one batch, where they are negatives of each other. false: put
+    them into different batches; records that fit into none are left out of that epoch."""
     packing: Literal["step", "window"] = "step"
     """step: the generative_batch_size sequences of a step are packed into as few, nearly equal rows as hold them.
     window: a step has generative_rows rows of exactly tokens_per_row tokens, filled from the stream of sequences."""
     packing_window: int = knob(1024, at_least=1)
-    """Sequences that are packed together with packing window."""
+    """With packing window, sequences that are packed at a time."""
     over_long: Literal["stop", "drop", "truncate", "split"] = "stop"
     """Generative records above tokens_per_row or max_position_embeddings: end the run, leave them out, cut off their
     end, or split them into pieces that overlap by one token, so that each label is trained once. A piece counts as a

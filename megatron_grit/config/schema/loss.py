@@ -19,8 +19,9 @@ class LossConfig:
     negatives: Literal["batch", "hard"] = "batch"
     """batch: every passage of the global batch. hard: only the train_group_size - 1 of the query's own record."""
     num_blocks: int = knob(1, at_least=1)
-    """The global batch is cut into so many blocks of consecutive queries, and negatives come from the query's own
-    block. For GritLM without --negatives_cross_device: its GPUs x gradient accumulation steps. 1: all of the batch."""
+    """Number of blocks of consecutive queries that the global batch is split into; negatives come from the query's own
+    block. To reproduce GritLM without --negatives_cross_device: its GPUs x gradient accumulation steps. 1: negatives
+    come from the whole batch."""
     same_side_negatives: bool = False
     """Other queries are negatives of a query too."""
     mask_equal_texts: bool = False
@@ -29,9 +30,10 @@ class LossConfig:
     """Leave out negatives that are more similar to the query than its positive is by more than this. Cosines are
     compared where embedding.normalize is set. null: none are."""
     matryoshka_dims: list[int] = field(default_factory=list)
-    """Also train the first so many channels of the embedding, normalised anew."""
+    """Also train the first n channels of the embedding, normalised again, for each n of this list."""
     gradient_sides: Literal["both", "queries", "passages"] = "both"
-    """queries or passages: the embeddings of the other side count as constants (GritLM's emb_q_only, emb_p_only)."""
+    """queries or passages: stop the gradient through the embeddings of the other side (GritLM's emb_q_only,
+    emb_p_only)."""
     loss_emb_factor: float = knob(1.0, at_least=0)
     """Weight of the contrastive loss."""
     loss_gen_factor: float = knob(1.0, at_least=0)

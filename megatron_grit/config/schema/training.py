@@ -37,16 +37,16 @@ class TrainingConfig:
     decoder.layers.0.* with layers and experts by their number in the whole model, or biases (BitFit), norms,
     embeddings, head. Empty: all parameters, and with adapters these alone."""
     frozen: list[str] = knob([], may_change=False)
-    """Freeze these of the trained parameters; likewise."""
+    """Freeze these parameters, in the same notation, also where trainable names them."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: end the run, or leave the step out, note it in output_dir/skipped.jsonl
-    and go on with the next batch. Either way weights and optimizer stay as before the step."""
+    """When a loss or gradient is not finite: stop the run, or skip the step, record it in output_dir/skipped.jsonl and
+    continue with the next batch. Either way weights and optimizer stay as they were before the step."""
     max_skipped_steps: int = knob(5, at_least=1)
-    """With on_nan skip, so many steps in a row that are not finite end the run."""
+    """With on_nan skip, stop the run after this number of skipped steps in a row."""
     audit: Literal["on", "off"] = "on"
     """Before the first step, prove on this run's model and data that no token sees another segment, padding, or the
     future in a causal pass, that the bidirectional pass sees all of a text, that pooling and labels follow the roles,
     that ranks with the same weights hold the same, and that weights are finite (docs/audit.md)."""
     max_minutes: float | None = knob(None, above=0)
-    """Save and end after the step during which so many minutes have passed since the start; the same command goes on.
+    """Save and stop after the first step that ends this number of minutes after the start; the same command resumes.
     null: no limit."""

@@ -1,4 +1,4 @@
-"""Texts and conversations, whose next tokens are predicted: so many sequences a step, or so many full rows.
+"""Texts and conversations, whose next tokens are predicted: a number of sequences a step, or a number of full rows.
 
 Shape suffix legend: T = tokens of a row.
 """
@@ -73,7 +73,7 @@ def source_rules(config: RunConfig, kind: str = "generative") -> SourceRules:
 
 
 class GenerativeStream(RowStream):
-    """Texts and conversations: so many sequences a step, or so many full rows.
+    """Texts and conversations: a number of sequences a step, or a number of full rows.
 
     A kind with rows of the same make is a subclass with a name of its own.
 

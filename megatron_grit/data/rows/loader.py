@@ -111,7 +111,7 @@ class GritDataLoader:
     def fingerprint(self, step: int) -> str:
         """Which records ``step`` is made of, and where they are cut: the same on every rank and at every layout.
 
-        Folders do not count, so that a run may go on where its data was moved.
+        Folders do not count, so that a run can resume after its data was moved.
 
         Raises:
             DataError, ConfigError: as :meth:`batch`.

@@ -5,7 +5,7 @@ that are nearly full are taken, in an order drawn for the window; the segments o
 no longer than a few windows. Every segment comes exactly once.
 
 Which segments a row holds is up to all windows before it, so rows are planned in order, in blocks of windows that are
-kept in the index cache: a run that goes on, and every other rank, reads them.
+kept in the index cache: a resumed run, and every other rank, reads them.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Objective(ABC):
         return batch.rows_of(self.kind)
 
     def prepare(self, batch: StepBatch, rows: list[PackedRow], forward_all: Callable[..., list[Tensor]]) -> None:
-        """Take note of the step and of the counts that its losses are divided by.
+        """Keep the step and the counts that its losses are divided by.
 
         Args:
             batch: the step.
@@ -54,7 +54,7 @@ class Objective(ABC):
         self.batch, self.counts = batch, batch.counts_of(self.kind)
 
     def random_state(self, chunk: int, index: int) -> RandomState | None:
-        """Random state to run a row's forward pass through a chunk of layers from. None: go on from the present one."""
+        """Random state to run a row's forward pass through a chunk of layers from. None: from the present one."""
         return None
 
     @abstractmethod
