@@ -7,6 +7,7 @@ above asks for it by name here, so no list has to name it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from collections.abc import Iterable
@@ -39,7 +40,12 @@ def add_sections() -> None:
 
 def kind_names() -> list[str]:
     """Every kind, in the order in which a step trains them."""
-    return sorted(module.name for module in pkgutil.iter_modules(importlib.import_module(SECTIONS).__path__))
+    return list(_files_in(tuple(importlib.import_module(SECTIONS).__path__)))
+
+
+@functools.cache
+def _files_in(folders: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(folders)))
 
 
 def load_kind(package: str, kind: str) -> Any:

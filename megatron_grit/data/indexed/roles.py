@@ -14,7 +14,7 @@ from megatron_grit.errors import DataError
 
 
 class RowKind(StrEnum):
-    """Which pass, and which loss, a record or a packed row is for."""
+    """Kind of a record: the order that its spans have on disk. A kind of row says which of these records it reads."""
 
     EMBEDDING = "embedding"
     GENERATIVE = "generative"
