@@ -29,15 +29,8 @@ tiny_corpus() {
     local directory="$1"
     DATA="$directory/corpus_text_document" TOKENIZER="$directory/tokenizer.model" EMBEDDER="$directory/model"
     [[ "${DRY_RUN:-0}" == 1 || -f "$directory/.done" ]] && return
-    mkdir -p "$directory"
     tiny_data "$directory"
-    "$PYTHON" - "$directory/corpus.jsonl" <<'PYTHON_END'
-import json, sys
-from pydoc_data.topics import topics
-with open(sys.argv[1], "w") as file:
-    for name, text in sorted(topics.items())[:40]:
-        print(json.dumps({"text": text[:3000]}), file=file)
-PYTHON_END
+    tiny_texts documents "$directory"
     "$PYTHON" "$ROOT/tools/preprocess/preprocess_data.py" --overwrite --append-eod --input "$directory/corpus.jsonl" \
         --output-prefix "$directory/corpus" --tokenizer-model "$TOKENIZER"
     (run_training 1 2 --config "$ROOT/examples/configs/tiny.yaml" --model tiny_mistral --training.steps 0 \

@@ -231,28 +231,86 @@ EOF
 # tiny_data DIRECTORY: a few dozen records of each kind from Python's help texts, a tokenizer, and the indexed files.
 # Sets EMBEDDING_DATA, GENERATIVE_DATA and TOKENIZER.
 tiny_data() {
-    local directory="$1" kind
-    EMBEDDING_DATA="$directory/embedding" GENERATIVE_DATA="$directory/generative" TOKENIZER="$directory/tokenizer.model"
+    EMBEDDING_DATA="$1/embedding" GENERATIVE_DATA="$1/generative" TOKENIZER="$1/tokenizer.model"
     [[ "${DRY_RUN:-0}" == 1 ]] && return
-    mkdir -p "$directory"
-    "$PYTHON" - "$directory" <<'EOF'
-import json, pathlib, sys
-from pydoc_data.topics import topics
-folder = pathlib.Path(sys.argv[1])
-texts = {name: text.strip()[:400] for name, text in sorted(topics.items())}
-texts = dict(list({name: text for name, text in texts.items() if len(text) == 400}.items())[:48])
-names = list(texts)
-with open(folder / "embedding.jsonl", "w") as embedding, open(folder / "generative.jsonl", "w") as generative:
-    for name, other in zip(names, names[1:] + names[:1]):
-        pair = {"query": ["Find the topic", name], "pos": [["", texts[name]]], "neg": [["", texts[other]]]}
-        print(json.dumps(pair), file=embedding)
-        print(json.dumps({"text": [f"What is {name}?", texts[name]]}), file=generative)
-EOF
+    tiny_texts grit "$1"
+    tiny_records "$1" "embedding generative" --query-max-len 64 --passage-max-len 256 --generative-max-len 256
+}
+
+# tiny_texts KIND DIRECTORY: the texts that the others here start from.
+tiny_texts() {
+    mkdir -p "$2"
+    "$PYTHON" "$ROOT/examples/tiny_texts.py" "$1" "$2"
+}
+
+# tiny_records DIRECTORY "NAME..." LIMIT...: a tokenizer of all NAME.jsonl, and the indexed file of each.
+tiny_records() {
+    local directory="$1" names="$2" name
+    shift 2
+    # Names are words: shellcheck disable=SC2086
     "$PYTHON" "$ROOT/tools/preprocess/train_tokenizer.py" --vocab-size 512 --output-prefix "$directory/tokenizer" \
-        --input "$directory/embedding.jsonl" "$directory/generative.jsonl"
-    for kind in embedding generative; do
-        "$PYTHON" "$ROOT/tools/preprocess/build_grit.py" --overwrite --tokenizer "$TOKENIZER" \
-            --query-max-len 64 --passage-max-len 256 --generative-max-len 256 \
-            --input "$directory/$kind.jsonl" --output-prefix "$directory/$kind"
+        --input $(printf "$directory/%s.jsonl " $names)
+    for name in $names; do
+        "$PYTHON" "$ROOT/tools/preprocess/build_grit.py" --overwrite --tokenizer "$directory/tokenizer.model" "$@" \
+            --input "$directory/$name.jsonl" --output-prefix "$directory/$name"
     done
+}
+
+# --- Recipes ---------------------------------------------------------------------------------------------------------
+#
+# NAME is that of examples/configs/NAME.yaml; runs are in runs/NAME unless OUTPUT_DIR is set. From the launcher:
+#   TINY_ARGS      options of SCALE=tiny
+
+is_tiny() { [[ "${SCALE:-}" == tiny ]]; }
+
+# train_gritlm NAME NODES OPTION...: with EMBEDDING_DATA, GENERATIVE_DATA, TOKENIZER and CHECKPOINT.
+train_gritlm() {
+    local name="$1" nodes="$2" processes="${GPUS_PER_NODE:-8}" recipe=(--config "$ROOT/examples/configs/$1.yaml")
+    shift 2
+    if is_tiny; then
+        name="${name}_tiny" nodes=1 processes=2
+        recipe+=(--config "$ROOT/examples/configs/tiny.yaml" "${TINY_ARGS[@]}" --checkpoint.resume false)
+        tiny_data "${OUTPUT_DIR:=runs/$name}/data"
+    else
+        required EMBEDDING_DATA "the prefixes of the embedding data (tools/preprocess/build_grit.py)"
+        required GENERATIVE_DATA "the prefixes of the generative data (tools/preprocess/build_grit.py)"
+        required TOKENIZER "the tokenizer of the data"
+        required CHECKPOINT "the base weights (megatron-grit convert)"
+        recipe+=(--checkpoint.load "$CHECKPOINT")
+    fi
+    # Prefixes are words: shellcheck disable=SC2086
+    run_training "$nodes" "$processes" "${recipe[@]}" --data.tokenizer "$TOKENIZER" \
+        --data.embedding "$(yaml_list $EMBEDDING_DATA)" --data.generative "$(yaml_list $GENERATIVE_DATA)" \
+        --output_dir "${OUTPUT_DIR:=runs/$name}" "$@"
+}
+
+# train_sgpt NAME BATCH EPOCHS OPTION...: with MODEL and EMBEDDING_DATA. tiny_sgpt DIRECTORY makes the data of SCALE=tiny.
+train_sgpt() {
+    local name="$1" batch="$2" epochs="${EPOCHS:-$3}" processes="${GPUS_PER_NODE:-8}" steps
+    local texts="${1#sgpt_}" configs="$ROOT/examples/configs" recipe=(--config "$ROOT/examples/configs/$1.yaml")
+    shift 3
+    if is_tiny; then
+        name="${name}_tiny" processes=2
+        recipe+=(--config "$configs/sgpt_tiny.yaml" --config "$configs/tiny.yaml" ${TINY_ARGS[@]+"${TINY_ARGS[@]}"})
+        EMBEDDING_DATA="${OUTPUT_DIR:=runs/$name}/data/$texts"
+        [[ "${DRY_RUN:-0}" == 1 ]] || tiny_sgpt "$OUTPUT_DIR/data"
+        recipe+=(--data.tokenizer "$OUTPUT_DIR/data/tokenizer.model" --checkpoint.resume false)
+    else
+        required MODEL "the directory of GPT-J's Hugging Face files"
+        required EMBEDDING_DATA "the prefixes of the data (see the top of this file)"
+        if [[ "${DRY_RUN:-0}" != 1 ]]; then
+            # Prefixes are words: shellcheck disable=SC2086
+            steps="$(epochs_to_steps "$batch" "$epochs" $EMBEDDING_DATA)" || exit $?
+            recipe+=(--training.steps "$steps")
+        fi
+        if [[ "${DRY_RUN:-0}" == 1 && ! -f "$MODEL/config.json" ]]; then
+            # Its shape is in its files, which need not be there.
+            recipe+=(--config "$configs/gptj_6b.yaml" --data.tokenizer "$MODEL")
+        else
+            recipe+=(--model.pretrained "$MODEL")
+        fi
+    fi
+    # shellcheck disable=SC2086
+    run_training 1 "$processes" "${recipe[@]}" --data.embedding "$(yaml_list $EMBEDDING_DATA)" \
+        --output_dir "${OUTPUT_DIR:=runs/$name}" "$@"
 }

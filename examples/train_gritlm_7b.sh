@@ -23,28 +23,5 @@ HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$HERE/common.sh"
 setup_python
 
-RECIPE_ARGS=(--config "$ROOT/examples/configs/gritlm_7b.yaml")
-if [[ "${SCALE:-}" == tiny ]]; then
-    OUTPUT_DIR="${OUTPUT_DIR:-runs/gritlm_7b_tiny}"
-    PROCESSES=2
-    RECIPE_ARGS+=(--config "$ROOT/examples/configs/tiny.yaml" --model tiny_mistral)
-    CHECKPOINT_ARGS=(--checkpoint.resume false)
-    tiny_data "$OUTPUT_DIR/data"
-else
-    required EMBEDDING_DATA "the prefixes of the embedding data (tools/preprocess/build_grit.py)"
-    required GENERATIVE_DATA "the prefixes of the generative data (tools/preprocess/build_grit.py)"
-    required TOKENIZER "the tokenizer of the data"
-    required CHECKPOINT "the base weights (megatron-grit convert)"
-    OUTPUT_DIR="${OUTPUT_DIR:-runs/gritlm_7b}"
-    PROCESSES="${GPUS_PER_NODE:-8}"
-    CHECKPOINT_ARGS=(--checkpoint.load "$CHECKPOINT")
-fi
-
-# Prefixes are words: shellcheck disable=SC2086
-DATA_ARGS=(
-    --data.tokenizer "$TOKENIZER"
-    --data.embedding "$(yaml_list $EMBEDDING_DATA)"
-    --data.generative "$(yaml_list $GENERATIVE_DATA)"
-)
-
-run_training 1 "$PROCESSES" "${RECIPE_ARGS[@]}" "${DATA_ARGS[@]}" "${CHECKPOINT_ARGS[@]}" --output_dir "$OUTPUT_DIR" "$@"
+TINY_ARGS=(--model tiny_mistral)
+train_gritlm gritlm_7b 1 "$@"

@@ -25,32 +25,6 @@ HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$HERE/common.sh"
 setup_python
 
-RECIPE_ARGS=(--config "$ROOT/examples/configs/gritlm_8x7b.yaml")
-if [[ "${SCALE:-}" == tiny ]]; then
-    OUTPUT_DIR="${OUTPUT_DIR:-runs/gritlm_8x7b_tiny}"
-    NODES=1 PROCESSES=2
-    # Tensor parallel size 4 does not fit into two processes; expert parallel size 2 stays.
-    RECIPE_ARGS+=(
-        --config "$ROOT/examples/configs/tiny.yaml" --model tiny_mixtral
-        --parallel.tensor 1 --parallel.sequence_parallel false
-    )
-    CHECKPOINT_ARGS=(--checkpoint.resume false)
-    tiny_data "$OUTPUT_DIR/data"
-else
-    required EMBEDDING_DATA "the prefixes of the embedding data (tools/preprocess/build_grit.py)"
-    required GENERATIVE_DATA "the prefixes of the generative data (tools/preprocess/build_grit.py)"
-    required TOKENIZER "the tokenizer of the data"
-    required CHECKPOINT "the base weights (megatron-grit convert)"
-    OUTPUT_DIR="${OUTPUT_DIR:-runs/gritlm_8x7b}"
-    NODES="${NNODES:-${SLURM_NNODES:-32}}" PROCESSES="${GPUS_PER_NODE:-8}"
-    CHECKPOINT_ARGS=(--checkpoint.load "$CHECKPOINT")
-fi
-
-# Prefixes are words: shellcheck disable=SC2086
-DATA_ARGS=(
-    --data.tokenizer "$TOKENIZER"
-    --data.embedding "$(yaml_list $EMBEDDING_DATA)"
-    --data.generative "$(yaml_list $GENERATIVE_DATA)"
-)
-
-run_training "$NODES" "$PROCESSES" "${RECIPE_ARGS[@]}" "${DATA_ARGS[@]}" "${CHECKPOINT_ARGS[@]}" --output_dir "$OUTPUT_DIR" "$@"
+# Tensor parallel size 4 does not fit into two processes; expert parallel size 2 stays.
+TINY_ARGS=(--model tiny_mixtral --parallel.tensor 1 --parallel.sequence_parallel false)
+train_gritlm gritlm_8x7b "${NNODES:-${SLURM_NNODES:-32}}" "$@"

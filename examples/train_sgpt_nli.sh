@@ -25,53 +25,10 @@ HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$HERE/common.sh"
 setup_python
 
-# tiny_nli DIRECTORY: a table of AllNLI's form from Python's help texts, its tokenizer and its indexed file.
-tiny_nli() {
-    local directory="$1"
-    EMBEDDING_DATA="$directory/nli" TOKENIZER="$directory/tokenizer.model"
-    [[ "${DRY_RUN:-0}" == 1 ]] && return
-    mkdir -p "$directory"
-    "$PYTHON" - "$directory/AllNLI.tsv" <<'EOF'
-import re, sys
-from pydoc_data.topics import topics
-texts = {name: re.split(r"(?<=[.:])\s+", " ".join(text.split()))[1:4] for name, text in sorted(topics.items())}
-groups = [group for group in texts.values() if len(group) == 3 and all(20 < len(text) < 300 for text in group)][:40]
-with open(sys.argv[1], "w") as table:
-    print("split", "dataset", "filename", "sentence1", "sentence2", "label", sep="\t", file=table)
-    for group, other in zip(groups, groups[1:] + groups[:1]):
-        for text, label in ((group[1], "entailment"), (group[2], "entailment"), (other[0], "contradiction")):
-            print("train", "help", "topics", group[0], text, label, sep="\t", file=table)
-EOF
-    "$PYTHON" "$ROOT/tools/preprocess/convert_allnli.py" --input "$directory/AllNLI.tsv" --output "$directory/nli.jsonl"
-    "$PYTHON" "$ROOT/tools/preprocess/train_tokenizer.py" --vocab-size 512 --output-prefix "$directory/tokenizer" \
-        --input "$directory/nli.jsonl"
-    "$PYTHON" "$ROOT/tools/preprocess/build_grit.py" --overwrite --tokenizer "$TOKENIZER" \
-        --query-max-len 75 --passage-max-len 75 --input "$directory/nli.jsonl" --output-prefix "$EMBEDDING_DATA"
+tiny_sgpt() {
+    tiny_texts nli "$1"
+    "$PYTHON" "$ROOT/tools/preprocess/convert_allnli.py" --input "$1/AllNLI.tsv" --output "$1/nli.jsonl"
+    tiny_records "$1" nli --query-max-len 75 --passage-max-len 75
 }
 
-RECIPE_ARGS=(--config "$ROOT/examples/configs/sgpt_nli.yaml")
-if [[ "${SCALE:-}" == tiny ]]; then
-    OUTPUT_DIR="${OUTPUT_DIR:-runs/sgpt_nli_tiny}"
-    PROCESSES=2
-    RECIPE_ARGS+=(--config "$ROOT/examples/configs/sgpt_tiny.yaml" --config "$ROOT/examples/configs/tiny.yaml")
-    tiny_nli "$OUTPUT_DIR/data"
-    MODEL_ARGS=(--data.tokenizer "$TOKENIZER" --checkpoint.resume false)
-else
-    required MODEL "the directory of GPT-J's Hugging Face files"
-    required EMBEDDING_DATA "the prefixes of the data (see the top of this file)"
-    OUTPUT_DIR="${OUTPUT_DIR:-runs/sgpt_nli}"
-    PROCESSES="${GPUS_PER_NODE:-8}"
-    MODEL_ARGS=(--model.pretrained "$MODEL")
-    if [[ "${DRY_RUN:-0}" == 1 ]]; then
-        # Its shape is in its files, which need not be there.
-        [[ -f "$MODEL/config.json" ]] || MODEL_ARGS=(--config "$ROOT/examples/configs/gptj_6b.yaml" --data.tokenizer "$MODEL")
-    else
-        # Prefixes are words: shellcheck disable=SC2086
-        STEPS="$(epochs_to_steps 1024 "${EPOCHS:-1}" $EMBEDDING_DATA)" || exit $?
-        RECIPE_ARGS+=(--training.steps "$STEPS")
-    fi
-fi
-
-# shellcheck disable=SC2086
-run_training 1 "$PROCESSES" "${RECIPE_ARGS[@]}" "${MODEL_ARGS[@]}" \
-    --data.embedding "$(yaml_list $EMBEDDING_DATA)" --output_dir "$OUTPUT_DIR" "$@"
+train_sgpt sgpt_nli 1024 1 "$@"

@@ -246,7 +246,7 @@ def test_epochs_are_counted_from_the_data(repository: Path, tmp_path: Path) -> N
     body = 'shift 2; printf "%s\\n" "$@"'
     script = (repository / "examples" / "train_sgpt_msmarco.sh").read_text()
     # In place of the job, its options.
-    script = script.replace("\nrun_training 1", f"\nrun_training() {{ {body}; }}\nrun_training 1")
+    script = script.replace("\ntrain_sgpt ", f"\nrun_training() {{ {body}; }}\ntrain_sgpt ")
     copy = tmp_path / "copy"
     (copy / "examples").mkdir(parents=True)
     (copy / "examples" / "launcher.sh").write_text(script)
