@@ -10,9 +10,8 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
-
 from pydoc_data.topics import topics
+from typing import Any
 
 TOPICS = sorted(topics.items())
 
