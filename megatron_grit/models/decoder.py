@@ -21,9 +21,9 @@ from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.models.adapters import has_trained, insert_adapters, reach_back, select_trainable
 from megatron_grit.models.attention import AttentionMode, KeyValueCache, PackedSegments
 from megatron_grit.models.biases import drop_biases
-from megatron_grit.models.embedding_head import apply_head, build_head
+from megatron_grit.models.embedding_head import build_head, embed_segments
 from megatron_grit.models.layer_specs import block_spec, transformer_config
-from megatron_grit.models.pooling import PositionWeights, normalize, pool
+from megatron_grit.models.pooling import PositionWeights
 from megatron_grit.models.rope import RotaryAngles
 from megatron_grit.models.row_share import RowShare
 from megatron_grit.models.vocabulary import OutputLayer, token_embedding
@@ -143,7 +143,11 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
         if not self.post_process or output is Output.HIDDEN:
             return hidden
         if output is Output.EMBEDDINGS:
-            return self._embed(hidden, row, share)
+            if self.config.sequence_parallel:
+                # Every tensor parallel rank pools the whole row, so a gathered gradient is split, not summed.
+                hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+            weights = None if self.embedding_pooling is None else self.embedding_pooling.weight
+            return embed_segments(hidden.squeeze(1), row, share, self.embedding_head, weights, self.embedding_config)
         if output is Output.TOKEN_LOSSES:
             losses = self.output_layer.token_losses(hidden, self._output_weight(), held)
             for module in (self.embedding_head, self.embedding_pooling):
@@ -165,26 +169,6 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
         if self.config.sequence_parallel:
             mask = mask.chunk(self.context.tensor_size, dim=1)[self.context.tensor_rank]
         return mask
-
-    def _embed(self, hidden: Tensor, row: PackedRow, share: RowShare | None) -> Tensor:
-        assert row.pool_mask_T is not None and row.segment_ids_T is not None and row.slots_S is not None
-        if self.config.sequence_parallel:
-            # Every tensor parallel rank pools the whole row, so a gathered gradient is split, not summed.
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        states_LD, segment_ids_T, num_segments = hidden.squeeze(1), row.segment_ids_T, len(row.slots_S)
-        head, is_query_S = self.embedding_head, row.is_query_S
-        after = self.embedding_config.linear_place == "after_pooling"
-        if head is not None and not after:
-            segment_ids_L = segment_ids_T if share is None else segment_ids_T[share.index_L]
-            # Padding's segment comes after all others.
-            is_query_L = None if is_query_S is None else torch.nn.functional.pad(is_query_S, (0, 1))[segment_ids_L]
-            states_LD = apply_head(head, states_LD, is_query_L)
-        weights = None if self.embedding_pooling is None else self.embedding_pooling.weight
-        method = self.embedding_config.pooling
-        pooled = pool(states_LD, row.pool_mask_T, segment_ids_T, num_segments, method, share, weights)
-        if head is not None and after:
-            pooled = apply_head(head, pooled, is_query_S)
-        return normalize(pooled) if self.embedding_config.normalize else pooled
 
 
 def attention_mode(embeds: bool, embed_causally: bool) -> AttentionMode:

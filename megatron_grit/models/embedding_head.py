@@ -1,10 +1,10 @@
-"""Linear layers between the decoder and its embeddings, before or after pooling, shared or one set for each side.
+"""From token states to embeddings: pooling, with linear layers before or after it, shared or one set for each side.
 
-Every rank of the last stage holds all of them. Where they lie before pooling, context parallel ranks apply them to
-their own tokens, and the gradient of a step is the sum over ranks. Where they lie after pooling, each of those ranks
-has the same pooled vectors and the whole gradient, of which it then contributes its share.
+Every rank of the last stage holds all linear layers. Before pooling, each context parallel rank applies them to its own
+tokens, and the gradient of a step is the sum over ranks. After pooling, each of those ranks has the same pooled vectors
+and the whole gradient, of which it contributes its share.
 
-Shape suffix legend: N = token states or pooled vectors, D = width.
+Shape suffix legend: N = token states or pooled vectors, L = tokens that this rank holds, S = segments, D = width.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_grit.config.embedding_shape import head_widths
-from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.schema import EmbeddingConfig, RunConfig
+from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.models.pooling import normalize, pool
+from megatron_grit.models.row_share import RowShare
 from megatron_grit.parallel.context import ParallelContext
 
 _ACTIVATIONS = {"none": torch.nn.Identity, "gelu": torch.nn.GELU, "tanh": torch.nn.Tanh}
@@ -112,3 +115,38 @@ def apply_head(head: torch.nn.Module, values_ND: Tensor, is_query_N: Tensor | No
         raise ValueError("embedding.asymmetric heads: this row does not say which of its segments are queries")
     # Both for all: a choice by index would make a GPU's host wait, and no weight is left without a gradient.
     return torch.where(is_query_N[:, None], head["query"](values_ND), head["passage"](values_ND))
+
+
+def embed_segments(
+    states_LD: Tensor,
+    row: PackedRow,
+    share: RowShare | None,
+    head: torch.nn.Module | None,
+    position_weights: Tensor | None,
+    options: EmbeddingConfig,
+) -> Tensor:
+    """The embedding of each segment of a row.
+
+    Args:
+        states_LD: final states of the tokens that this rank holds.
+        row: the whole row.
+        share: which of its tokens this rank holds. None: all.
+        head: from :func:`build_head`.
+        position_weights: of learnedmean, as for :func:`~megatron_grit.models.pooling.pool`.
+        options: how to pool, and where the linear layers are.
+
+    Returns:
+        fp32 [S, embedding width].
+    """
+    assert row.pool_mask_T is not None and row.segment_ids_T is not None and row.slots_S is not None
+    segment_ids_T, num_segments, is_query_S = row.segment_ids_T, len(row.slots_S), row.is_query_S
+    after = options.linear_place == "after_pooling"
+    if head is not None and not after:
+        segment_ids_L = segment_ids_T if share is None else segment_ids_T[share.index_L]
+        # Padding's segment comes after all others.
+        is_query_L = None if is_query_S is None else F.pad(is_query_S, (0, 1))[segment_ids_L]
+        states_LD = apply_head(head, states_LD, is_query_L)
+    pooled = pool(states_LD, row.pool_mask_T, segment_ids_T, num_segments, options.pooling, share, position_weights)
+    if head is not None and after:
+        pooled = apply_head(head, pooled, is_query_S)
+    return normalize(pooled) if options.normalize else pooled

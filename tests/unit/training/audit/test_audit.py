@@ -17,7 +17,7 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.kinds import embedding, generative
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.errors import AuditError
-from megatron_grit.models import decoder, pooling
+from megatron_grit.models import decoder, embedding_head, pooling
 from megatron_grit.models.attention import AttentionMode, PackedAttention, PackedSegments
 from megatron_grit.models.rope import RotaryAngles
 from megatron_grit.models.vocabulary import OutputLayer
@@ -135,7 +135,7 @@ def pool_changed(change: Callable[[Any, Any, int], tuple[Any, Any]]) -> Any:
     def pool(states: Any, mask: Any, segment_ids: Any, num_segments: int, *rest: Any) -> Any:
         return original(states, *change(mask, segment_ids, num_segments), num_segments, *rest)
 
-    return mock.patch.object(decoder, "pool", pool)
+    return mock.patch.object(embedding_head, "pool", pool)
 
 
 def mix_tokens(states: Any) -> Any:
@@ -289,7 +289,7 @@ LEAKS: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
     ),
     "not normalised": (
         {},
-        lambda: mock.patch.object(decoder, "normalize", lambda embeddings: embeddings * 2),
+        lambda: mock.patch.object(embedding_head, "normalize", lambda embeddings: embeddings * 2),
         "embedding.normalize is set, and an embedding has the norm",
     ),
     "labels shifted": (
