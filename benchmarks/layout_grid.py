@@ -52,7 +52,7 @@ def run_block(cases: dict[int, Case]) -> dict[int, Verdict]:
         except AssertionError as error:
             raise CaseError(f"one of the cases {', '.join(map(str, cases))} did not run:\n{error}") from error
         return {
-            number: judge(references.of(case)[0], [rank[f"case {number}"] for rank in ranks])
+            number: judge(references.of(case), [rank[f"case {number}"] for rank in ranks])
             for number, case in cases.items()
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -51,6 +52,12 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     engine.mark(items)
     items.sort(key=lambda item: not item.nodeid.startswith(DEAR_FOLDERS))
+
+
+def pytest_collection_finish() -> None:
+    """Each mesh that is taken down is followed by a garbage collection, which need not look at what is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

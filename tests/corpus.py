@@ -34,8 +34,11 @@ def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:
     return path
 
 
-def tiny_run(directory: Path, *, experts: int | None = None) -> RunConfig:
-    """A configuration that trains on the corpus, which is made under ``directory`` unless it is there."""
+def tiny_run(directory: Path, *, experts: int | None = None, layers: int = 2) -> RunConfig:
+    """A configuration that trains on the corpus, which is made under ``directory`` unless it is there.
+
+    Two layers do where no pipeline is interleaved.
+    """
     if not (directory / "gen.json").exists():
         pairs = sentences(96)
         embedding: list[dict[str, object]] = [
@@ -48,7 +51,7 @@ def tiny_run(directory: Path, *, experts: int | None = None) -> RunConfig:
         train_sentencepiece([text for pair in pairs for text in pair], directory / "tokenizer", 400)
         for name in ("emb", "gen"):
             build_grit([directory / f"{name}.jsonl"], directory / name, directory / "tokenizer.model")
-    config = tiny_config(experts=experts)
+    config = tiny_config(experts=experts, num_layers=layers)
     config.data.tokenizer = str(directory / "tokenizer.model")
     config.data.embedding = [str(directory / "emb")]
     config.data.generative = [str(directory / "gen")]

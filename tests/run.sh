@@ -40,6 +40,8 @@ fi
 
 # One thread a process: several processes share the cores. Compiling the engine's fused functions costs 11 s a process
 # and is worth nothing on a CPU.
+# Some images tell Python not to keep what it has compiled: then every process compiles the tests again.
+unset PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCHDYNAMO_DISABLE=1 TOKENIZERS_PARALLELISM=false
 
 if [[ "$engine" == present ]]; then

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,18 @@ class Case:
         """Equal for cases that have the same reference: the layout is not part of it."""
         without = ("parallel.", "training.recompute", "training.grad_cache")
         kept = {key: value for key, value in self.settings.items() if not key.startswith(without)}
-        return repr((sorted(kept.items()), self.row_lengths, self.num_queries, self.group_size, self.seed))
+        rows = self.row_lengths, self.second().row_lengths
+        return repr((sorted(kept.items()), rows, self.num_queries, self.group_size, self.seed))
+
+    def second(self) -> Case:
+        """The rows of the second step: others, and with overlap more of them.
+
+        It counts the gradients of the first step's rows to tell when it may reduce them.
+        """
+        one_row = self.settings.get("training.grad_cache") == "off"
+        times = 2 if self.settings.get("parallel.overlap") and not one_row else 1
+        queries = times * self.num_queries
+        return replace(self, row_lengths=times * self.row_lengths, num_queries=queries, seed=self.seed + 1)
 
     def describe(self) -> dict[str, Any]:
         """Everything, as JSON holds it."""
@@ -61,10 +72,14 @@ _NAMED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "dp2": (2, DENSE, {}),
     "dp2_overlap": (2, DENSE, layout(overlap=True)),
     "cp2": (2, DENSE, layout(context=2)),
+    "pp2": (2, DENSE, layout(pipeline=2)),
     "pp2_vpp2": (2, DENSE, layout(pipeline=2, virtual_pipeline=2)),
     "pp2_vpp4": (2, TIED, layout(pipeline=2, virtual_pipeline=4)),
     "moe_tp2_sp": (2, MOE, SP),
     "moe_ep2": (2, MOE, layout(expert=2)),
+    "moe_ep2_overlap": (2, MOE, layout(expert=2, overlap=True)),
+    "moe_dp2": (2, MOE, {}),
+    "moe_pp2": (2, MOE, layout(pipeline=2)),
     "moe_cp2": (2, MOE, layout(context=2)),
     "moe_cp2_ep2": (2, MOE, layout(context=2, expert=2)),
     "moe_pp2_vpp2": (2, MOE, layout(pipeline=2, virtual_pipeline=2)),
@@ -129,6 +144,8 @@ def config_of(case: Case) -> RunConfig:
     )
     config.data.tokenizer, config.data.embedding, config.data.generative = "tokenizer", ["texts"], ["sequences"]
     config.data.num_rows_multiple = len(case.row_lengths)
+    # Adam divides a gradient by its own size: of one near zero it would blow up the rounding.
+    config.optimizer.eps, config.optimizer.weight_decay = 1e-5, 0.1
     config.data.train_group_size = case.group_size
     for key, value in case.settings.items():
         section, name = key.split(".")

@@ -109,6 +109,20 @@ def average_means_of_ranks() -> Patch:
     return mock.patch.object(layer_specs, "PackedRouter", TopKRouter)
 
 
+def count_replicas_in_the_norm() -> Patch:
+    """Every rank's copy of a replicated parameter counts towards the gradient norm: the update is clipped more."""
+    from megatron.core.optimizer import optimizer
+
+    return mock.patch.object(optimizer.tensor_parallel, "param_is_not_tensor_parallel_duplicate", lambda *_: True)
+
+
+def keep_stale_weights() -> Patch:
+    """Data parallel ranks do not get the part of the weights that another one has updated."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    return mock.patch.object(DistributedDataParallel, "start_param_sync", lambda *_, **__: None)
+
+
 # Name of the case that is damaged, and how.
 DAMAGED: dict[str, tuple[str, Damage]] = {
     "pp2_vpp2-batched": ("pp2_vpp2", batch_exchanges),
@@ -116,6 +130,8 @@ DAMAGED: dict[str, tuple[str, Damage]] = {
     "cp2-slice": ("cp2", take_another_slice),
     "cp2-pooling": ("cp2", pool_the_slice),
     "dp2-causal": ("dp2", fall_back_to_causal),
+    "dp2-stale": ("dp2", keep_stale_weights),
+    "tp2_sp-norm": ("tp2_sp", count_replicas_in_the_norm),
     "moe_cp2_etp2-z_loss": ("moe_cp2_etp2", average_means_of_ranks),
     "pp4-boundaries": ("pp4", lose_boundaries_of_middle_stages),
 }

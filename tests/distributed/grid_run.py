@@ -22,12 +22,14 @@ from torch import Tensor
 
 from megatron_grit.config.schema import RunConfig
 from tests.distributed.grid_cases import Case, batch_of, config_of, make_rows
-from tests.distributed.plain_model import Reference, draw_weights, reference_step
+from tests.distributed.plain_model import Reference, draw_weights, first_update, reference_step
 from tests.rows import VOCAB
 
 MAX_LOSS_ERROR = 1e-6
 MAX_GRADIENT_ERROR = 1e-5
 MAX_COSINE_LOSS = 1e-6
+MAX_SECOND_ERROR = 1e-5
+"""Of the metrics of the second step, whose weights Adam's division has made less exact."""
 # fp32 may decide otherwise than fp64 where two experts, or a similarity and its limit, are closer than this.
 CLOSE = 1e-5
 
@@ -59,6 +61,8 @@ class Verdict:
     text_gradient: float | None
     """Of the gradient with respect to the embeddings, all texts together. None without texts."""
     text_cosine: float | None
+    second: float
+    """Largest of any metric of the second step, on any rank."""
     problems: list[str] = field(default_factory=list)
     """What is beyond the bounds, in words."""
 
@@ -68,32 +72,40 @@ class References:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.known: dict[str, Reference] = {}
+        self.known: dict[str, tuple[Reference, Reference]] = {}
 
-    def of(self, case: Case) -> tuple[Reference, str]:
-        """The reference, and the file for the ranks."""
+    def of(self, case: Case) -> tuple[Reference, Reference]:
+        """The references of both steps."""
+        return self.known[self._computed(case)[0]]
+
+    def _computed(self, case: Case) -> tuple[str, Path]:
+        """The key of the reference, and the file for the ranks."""
         key = hashlib.sha256(case.reference_key().encode()).hexdigest()[:16]
         path = self.directory / f"{key}.safetensors"
         if key not in self.known:
-            config, rows = config_of(case), make_rows(case)
+            config, rows, second = config_of(case), make_rows(case), case.second()
             for seed in range(case.seed, case.seed + 50):
                 weights = draw_weights(config, VOCAB, seed)
                 reference = reference_step(config, weights, rows, case.num_queries, case.group_size)
                 # All negatives may be too similar to count: then there is nothing to compare.
                 trains = reference.text_gradients is None or reference.text_gradients.norm() > 1e-3
-                if reference.narrowest > CLOSE and trains:
+                if not (reference.narrowest > CLOSE and trains):
+                    continue
+                updated = first_update(config, weights, reference)
+                after = reference_step(config, updated, make_rows(second), second.num_queries, case.group_size)
+                if after.narrowest > CLOSE:
                     break
             else:
                 raise ValueError(f"no set of weights gives gradients without decisions closer than {CLOSE}: {case}")
             tensors = {f"weight {name}": weight for name, weight in weights.items()}
             tensors |= {f"gradient {name}": gradient for name, gradient in reference.gradients.items()}
             safetensors.torch.save_file(tensors, path)
-            self.known[key] = reference
-        return self.known[key], str(path)
+            self.known[key] = reference, after
+        return key, path
 
     def job(self, name: str, case: Case, damage: Damage | None = None) -> Job:
         """A case with its reference on disk."""
-        return Job(name=name, case=case, reference=self.of(case)[1], damage=damage)
+        return Job(name=name, case=case, reference=str(self._computed(case)[1]), damage=damage)
 
 
 def run_jobs(jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
@@ -112,7 +124,7 @@ def run_jobs(jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
 def _run(job: Job) -> dict[str, Any]:
     from megatron_grit.models.decoder import build_chunks
     from megatron_grit.parallel.launch import parallel_job
-    from megatron_grit.training.optimizer import wrap_chunks
+    from megatron_grit.training.optimizer import build_optimizer, build_schedule, set_learning_rate, wrap_chunks
     from megatron_grit.training.step import TrainStep
 
     config = config_of(job.case)
@@ -123,19 +135,40 @@ def _run(job: Job) -> dict[str, Any]:
             for part in _parts(chunks, context):
                 part.fill(tensors)
         wrapped = wrap_chunks(chunks, config.parallel.overlap)
-        for chunk in wrapped:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        batch = batch_of(job.case, make_rows(job.case), context.data_rank, context.data_size)
-        with _noting_text_gradients(context.data_size * context.context_size) as texts:
-            metrics = TrainStep(config, context, wrapped, None).accumulate_gradients(batch)
-        _gather_gradients(wrapped)
-        with torch.no_grad():
-            for chunk in chunks:
-                for parameter in chunk.parameters():
-                    parameter.copy_(parameter.main_grad)
+        optimizer = build_optimizer(config, wrapped)
+        schedule = build_schedule(config, optimizer)
+        step, update, parts = TrainStep(config, context, wrapped, optimizer), optimizer.step, []
+
+        def compare_and_update() -> Any:
+            if not parts:
+                parts.extend(_compare_gradients(chunks, wrapped, context, tensors))
+            return update()
+
+        metrics, texts = [], []
+        with mock.patch.object(optimizer, "step", compare_and_update):
+            for number, case in enumerate((job.case, job.case.second())):
+                batch = batch_of(case, make_rows(case), context.data_rank, context.data_size)
+                set_learning_rate(schedule, number)
+                with _noting_text_gradients(context.data_size * context.context_size) as found:
+                    metrics.append(step(batch))
+                texts.append(found)
+        return {"metrics": metrics, "parts": parts, "texts": texts[0]}
+
+
+def _compare_gradients(
+    chunks: list[Any], wrapped: list[Any], context: Any, tensors: dict[str, Tensor]
+) -> list[dict[str, Any]]:
+    """Each part's gradient against the reference. The weights, whose place it takes meanwhile, are as before."""
+    _gather_gradients(wrapped)
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    weights = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(parameter.main_grad)
         parts = [part.compare(tensors) for part in _parts(chunks, context)]
-        return {"metrics": metrics, "parts": parts, "texts": texts}
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.copy_(weight)
+    return parts
 
 
 @dataclass
@@ -232,16 +265,12 @@ def _noting_text_gradients(replicas: int) -> Iterator[dict[int, list[float]]]:
         yield found
 
 
-def judge(reference: Reference, ranks: Sequence[dict[str, Any]]) -> Verdict:
+def judge(references: tuple[Reference, Reference], ranks: Sequence[dict[str, Any]]) -> Verdict:
     """Put the ranks' reports of one case together."""
-    problems = []
-    loss = 0.0
-    for name, expected in reference.metrics.items():
-        # A loss below 1 is a small difference of large logarithms, in which fp32 has no more digits than that.
-        error = max(abs(rank["metrics"][name] - expected) / max(abs(expected), 1.0) for rank in ranks)
-        loss = max(loss, error)
-        if not error <= MAX_LOSS_ERROR:
-            problems.append(f"{name}: relative error {error:.2e}")
+    reference, after = references
+    loss, problems = _metric_errors(reference, [rank["metrics"][0] for rank in ranks], MAX_LOSS_ERROR)
+    second, later = _metric_errors(after, [rank["metrics"][1] for rank in ranks], MAX_SECOND_ERROR)
+    problems += [f"second step: {problem}" for problem in later]
     errors, missing = _parameter_errors(reference, ranks)
     problems += missing
     worst = max(errors, key=lambda name: errors[name])
@@ -258,8 +287,30 @@ def judge(reference: Reference, ranks: Sequence[dict[str, Any]]) -> Verdict:
         parameter=worst,
         text_gradient=text_error,
         text_cosine=text_cosine,
+        second=second,
         problems=problems,
     )
+
+
+def _metric_errors(reference: Reference, ranks: Sequence[dict[str, float]], largest: float) -> tuple[float, list[str]]:
+    """Largest relative error of what the ranks report, and what is beyond the bound or not the same on all of them."""
+    problems, worst = [], 0.0
+    if any(metrics != ranks[0] for metrics in ranks):
+        problems.append(f"ranks report different metrics: {list(ranks)}")
+    missing = ranks[0].keys() ^ reference.metrics.keys()
+    if not missing <= {"accuracy_emb"}:
+        problems.append(f"metrics that one has and the other has not: {sorted(missing)}")
+    for name in reference.metrics.keys() & ranks[0].keys():
+        expected = reference.metrics[name]
+        # A loss below 1 is a small difference of large logarithms, in which fp32 has no more digits than that.
+        is_norm = name == "grad_norm"
+        scale = abs(expected) if is_norm else max(abs(expected), 1.0)
+        error = max(abs(metrics[name] - expected) / scale for metrics in ranks)
+        worst = max(worst, error)
+        bound = max(largest, MAX_GRADIENT_ERROR) if is_norm else largest
+        if not error <= bound:
+            problems.append(f"{name}: relative error {error:.2e}")
+    return worst, problems
 
 
 def _parameter_errors(reference: Reference, ranks: Sequence[dict[str, Any]]) -> tuple[dict[str, float], list[str]]:

@@ -1,4 +1,4 @@
-"""The whole of a training step once more, in plain torch: the reference that layouts are compared with.
+"""The whole of a training step and of an update once more, in plain torch: what layouts are compared with.
 
 Nothing here is shared with the code under test: no engine, no packing, no kernels, no chunks. One process, one autograd
 graph, fp64. Attention is a mask of [T, T], experts are a loop, a contrastive loss is a loop over anchors. What it takes
@@ -30,6 +30,8 @@ FINAL_NORM = "decoder.final_layernorm."
 ROUTER = "decoder.layers.mlp.router.weight"
 WORDS, POSITIONS = "embedding.word_embeddings.weight", "embedding.position_embeddings.weight"
 HEAD, PROJECTION = "output_layer.weight", "embedding_head."
+MARGIN = 1e-4
+"""Of similarities; fp32 may see nearer ones the other way round."""
 
 
 def weight_shapes(config: RunConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
@@ -85,7 +87,7 @@ class Reference:
     """What a step over the global batch gives, in fp64."""
 
     metrics: dict[str, float]
-    """As TrainStep names them."""
+    """As TrainStep names them. Without the accuracy where a rounding would decide it."""
     gradients: dict[str, Tensor]
     text_gradients: Tensor | None
     """[texts, width]: gradient of the loss that is trained with respect to each embedding. None without texts."""
@@ -118,6 +120,9 @@ def reference_step(
         texts.retain_grad()
         loss = _contrastive(texts, tokens, num_queries, group_size, knobs, model.distances)
         metrics["loss_emb"] = float(loss.detach())
+        hits, margin = _accuracy(texts.detach(), num_queries, group_size)
+        if margin > MARGIN:
+            metrics["accuracy_emb"] = hits
         reported = reported + knobs.loss_emb_factor * loss
         scale = 1 if knobs.emb_grad_scale == "exact" else knobs.grit_world_size or 1
         trained = trained + knobs.loss_emb_factor * loss / scale
@@ -136,8 +141,33 @@ def reference_step(
     gradients = {
         name: torch.zeros_like(weight) if weight.grad is None else weight.grad for name, weight in model.weights.items()
     }
+    metrics["grad_norm"] = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
     text_gradients = None if texts is None else texts.grad
     return Reference(metrics, gradients, text_gradients, min(model.distances, default=math.inf))
+
+
+def first_update(config: RunConfig, weights: dict[str, Tensor], reference: Reference) -> dict[str, Tensor]:
+    """Weights after one step of AdamW (arXiv 1711.05101) at its full rate, the gradient clipped by its norm, in fp64.
+
+    After one step both moments are those of the one gradient: it is divided by its own size.
+    """
+    knobs, norm = config.optimizer, reference.metrics["grad_norm"]
+    share = min(1.0, knobs.clip_grad / (norm + 1e-6)) if knobs.clip_grad else 1.0
+    updated = {}
+    for name, weight in weights.items():
+        gradient = share * reference.gradients[name]
+        decay = 0.0 if name.endswith("bias") or "norm" in name else knobs.weight_decay
+        updated[name] = (1 - knobs.lr * decay) * weight.double() - knobs.lr * gradient / (gradient.abs() + knobs.eps)
+    return updated
+
+
+def _accuracy(texts: Tensor, num_queries: int, group_size: int) -> tuple[float, float]:
+    """Share of queries whose positive is the most similar passage, and by how much it comes nearest to being wrong."""
+    similar = texts[:num_queries] @ texts[num_queries:].T
+    positive = torch.arange(num_queries) * group_size
+    others = similar.scatter(1, positive[:, None], -torch.inf).max(1).values
+    ahead = similar.gather(1, positive[:, None])[:, 0] - others
+    return float((ahead > 0).double().mean()), float(ahead.abs().min())
 
 
 def _heads(model: ModelConfig) -> tuple[int, int, int]:

@@ -37,7 +37,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 
 def base_of(directory: Path, name: str) -> RunConfig:
-    config = tiny_run(directory, experts=4 if "mixture" in name else None)
+    config = tiny_run(directory, experts=4, layers=2) if "mixture" in name else tiny_run(directory, layers=4)
     config.output_dir = str(directory / ("moe_base" if "mixture" in name else "base"))
     config.training.steps, config.training.audit = 2, "off"
     return config

@@ -84,7 +84,7 @@ def write_gradients(layout: dict[str, Any], objective: str, directory: str, refe
     from megatron_grit.training.checkpoint import load_weights, save_weights
     from megatron_grit.training.step import TrainStep
 
-    config = tiny_config()
+    config = tiny_config(num_layers=2)
     config.training.objective = objective  # type: ignore[assignment]
     config.training.grad_cache = options.get("grad_cache", "auto")
     config.model.hidden_dropout = config.model.attention_dropout = options.get("dropout", 0.0)

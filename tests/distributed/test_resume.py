@@ -141,8 +141,8 @@ def stop_everywhere(config_path: str, with_broken: bool) -> dict[str, Any]:
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found. Dropout makes random states matter."""
     directory = tmp_path_factory.mktemp("resume")
-    config = tiny_run(directory, experts=4)
     num_processes, layout = LAYOUTS[request.param]
+    config = tiny_run(directory, experts=4, layers=4 if "virtual_pipeline" in layout else 2)
     config.parallel = ParallelConfig(device="cpu", **layout)
     config.model.hidden_dropout = config.model.attention_dropout = 0.1
     config.training.steps, config.training.audit = STEPS, "off"
@@ -204,7 +204,7 @@ def move_everywhere(config_path: str, names: list[str]) -> dict[str, Any]:
 def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run of two chunks on each of two stages, and others that go on from its checkpoint half way."""
     directory = tmp_path_factory.mktemp("moved")
-    config = tiny_run(directory, experts=4)
+    config = tiny_run(directory, experts=4, layers=4)
     config.training.steps, config.training.audit = STEPS, "off"
     config.checkpoint.save_interval, config.checkpoint.keep = MOVED_AT, 0
     config.output_dir = str(directory / "whole")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pytest
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
 from tests.corpus import tiny_run, write_jsonl
+from tests.harness.command import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,14 +28,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refused(arguments: list[str], **environment: str) -> str:
     """Run a command that has to fail as a user's error; returns its one line."""
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = cli(arguments, environment, ROOT)
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.strip()]
@@ -90,10 +83,10 @@ def test_impossible_mesh(tmp_path: Path, corpus: Path) -> None:
 def test_wrong_checkpoint(tmp_path: Path, corpus: Path) -> None:
     """None there; of another model; damaged."""
     arguments = train_arguments(tmp_path, corpus, lambda config: setattr(config.training, "steps", 0))
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, timeout=120, capture_output=True)
+    cli(arguments, cwd=ROOT).check_returncode()
     load = ["--output_dir", str(tmp_path / "other"), "--checkpoint.load"]
     assert "there is no directory" in refused([*arguments, *load, str(tmp_path / "nothing")])
-    shallower, projected = ["--model.num_layers", "2"], ["--embedding.projection_dim", "8"]
+    shallower, projected = ["--model.num_layers", "1"], ["--embedding.projection_dim", "8"]
     assert "does not fit this model" in refused([*arguments, *load, str(tmp_path / "run"), *shallower])
     assert "embedding_head" in refused([*arguments, *load, str(tmp_path / "run"), *projected])
     shard = max((tmp_path / "run" / "checkpoints").rglob("weights/*.distcp"), key=lambda path: path.stat().st_size)
@@ -105,8 +98,8 @@ def test_wrong_checkpoint(tmp_path: Path, corpus: Path) -> None:
 
 def test_a_run_is_not_resumed_with_another_model(tmp_path: Path, corpus: Path) -> None:
     arguments = train_arguments(tmp_path, corpus, lambda config: setattr(config.training, "steps", 0))
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, timeout=120, capture_output=True)
-    line = refused([*arguments, "--model.num_layers", "2"])
+    cli(arguments, cwd=ROOT).check_returncode()
+    line = refused([*arguments, "--model.num_layers", "1"])
     assert "model.num_layers" in line and "checkpoint.resume" in line
 
 
@@ -150,7 +143,7 @@ def test_every_rank_of_a_job_ends_and_one_speaks(tmp_path: Path, corpus: Path) -
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode != 0
     assert result.stderr.count("megatron-grit: error: ") == 1
@@ -178,7 +171,7 @@ def test_an_error_of_one_rank_is_told_by_that_rank(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert result.returncode != 0
     assert result.stderr.count("megatron-grit: error: [rank 1] shard: only here") == 1
@@ -189,5 +182,5 @@ def test_write_jsonl_is_what_the_builder_reads(tmp_path: Path, corpus: Path) -> 
     path = write_jsonl(tmp_path / "input.jsonl", [{"query": "a", "pos": ["b"]}])
     arguments = ["tools/preprocess/build_grit.py", "--tokenizer", str(corpus / "tokenizer.model")]
     arguments += ["--input", str(path), "--output-prefix", str(tmp_path / "out")]
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True, timeout=600)
     assert (tmp_path / "out.idx").exists()

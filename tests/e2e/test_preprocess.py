@@ -41,7 +41,7 @@ def command(corpus: Path, prefix: Path, *arguments: str, name: str = "large") ->
 
 
 def run(arguments: list[str], status: int = 0) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == status, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     return result
@@ -52,7 +52,7 @@ def output(prefix: Path) -> list[bytes]:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         assert process is None or process.poll() is None, "the build ended before it could be stopped"
@@ -78,16 +78,18 @@ def test_a_build_that_is_stopped_goes_on_where_it_was(corpus, tmp_path, how):
     work = tmp_path / ".out_document.build"
     first = work / "piece-00000-of-00004" / "journal.json"
     wait_for(lambda: first.exists() and json.loads(first.read_bytes())["stage"] == "finished", process)
-    second = run(arguments, status=2)
-    assert "another process is writing it; wait for it or end it" in second.stderr
     wait_for(lambda: (work / "piece-00001-of-00004").exists(), process)
     wait_for(lambda: len(workers_of(process.pid)) == 2, process)
+    os.killpg(process.pid, signal.SIGSTOP)  # it is not to end while something else is looked at
+    second = run(arguments, status=2)
+    assert "another process is writing it; wait for it or end it" in second.stderr
     workers = workers_of(process.pid)
     if how == signal.SIGINT:
         os.killpg(process.pid, how)  # as Ctrl-C in a terminal: every process gets it
     else:
         process.kill()
-    _, errors = process.communicate(timeout=60)
+    os.killpg(process.pid, signal.SIGCONT)
+    _, errors = process.communicate(timeout=600)
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert errors.splitlines()[-1] == "preprocess_data: interrupted; the same command goes on from here"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,15 @@ import pytest
 
 from megatron_grit.config.parse import save_config
 from tests.corpus import tiny_run
+from tests.harness.command import environment, python
 
 ROOT = Path(__file__).resolve().parents[2]
-# On a quiet machine it takes 3 to 6. Without the watch a sleeping or frozen rank lasts 30, until torchrun kills it.
-SECONDS_TO_END = 25
+TOO_LATE = "forcefully exiting via"
+"""What torchrun logs when a process has not ended 30 seconds after it was asked to: nobody waited for that. Seconds are
+not looked at, for on a busy machine they say nothing."""
 TIMEOUT_SECONDS = 3
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.processes(2)]
 
 
 @pytest.fixture(scope="module")
@@ -30,28 +31,32 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_with(fault: str, corpus: Path, directory: Path, *, max_restarts: int = 0, **parallel: Any) -> dict[str, Any]:
-    """Two processes under torchrun; what they print, their status, and the seconds from the fault to the end."""
+    """Two processes under torchrun; what they print and their status."""
     config = tiny_run(corpus)
     config.output_dir = str(directory / "run")
     config.checkpoint.save_interval = 1 if max_restarts else 0
     for name, value in parallel.items():
         setattr(config.parallel, name, value)
     save_config(config, directory / "run.yaml")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launcher += ["--max-restarts", str(max_restarts), "--monitor-interval", "0.1"]
     program = [str(ROOT / "tests" / "e2e" / "faulty_train.py"), str(directory / "run.yaml")]
     marker = directory / "marker"
     result = subprocess.run(
-        [*launcher, *program, fault, str(marker)], cwd=ROOT, capture_output=True, text=True, timeout=240
+        [*launcher, *program, fault, str(marker)],
+        cwd=ROOT,
+        env=os.environ | environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
-    seconds = time.time() - float(marker.read_text()) if marker.exists() else None
-    return {"text": result.stderr, "status": result.returncode, "seconds": seconds}
+    return {"text": result.stderr, "status": result.returncode}
 
 
 def test_an_exception_is_told_once_by_the_rank_that_had_it(corpus: Path, tmp_path: Path) -> None:
     result = run_with("raise", corpus, tmp_path)
     text = result["text"]
-    assert result["status"] != 0 and result["seconds"] < SECONDS_TO_END, text
+    assert result["status"] != 0 and TOO_LATE not in text, text
     assert text.count("[rank 1] Traceback") == 1 and text.count("[rank 1] ValueError: a fault of this rank's own") == 1
     # The launcher may end rank 0 before it speaks.
     spoken = [line for line in text.splitlines() if "[rank 0]" in line]
@@ -92,7 +97,7 @@ def test_a_killed_rank_is_named_and_the_launcher_goes_on_from_the_newest_checkpo
 def test_a_stuck_job_ends_and_tells_every_ranks_position(fault: str, place: str, corpus: Path, tmp_path: Path) -> None:
     result = run_with(fault, corpus, tmp_path, timeout_minutes=TIMEOUT_SECONDS / 60)
     text = result["text"]
-    assert result["status"] != 0 and result["seconds"] < TIMEOUT_SECONDS + SECONDS_TO_END, text
+    assert result["status"] != 0 and TOO_LATE not in text, text
     assert text.count("Where the ranks are") == 1, text
     assert place in text and "  rank 0: " in text, text
     assert ("rank 1 (process " in text and "does not answer" in text) == (fault == "freeze"), text

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import command
 from tests.unit.retrieval.databases import make_texts, tokenizer_of, write_documents
 
 PATHS = {"DATA": "a_text_document b_text_document", "TOKENIZER": "t", "EMBEDDER": "e"}
@@ -22,10 +23,10 @@ def launch(repository: Path, cwd: Path, *options: str, **environment: str) -> su
     return subprocess.run(
         ["bash", str(repository / "examples" / "build_retro_db.sh"), *options],
         cwd=cwd,
-        env=clean | {"PYTHON": sys.executable} | environment,
+        env=clean | command.environment() | environment,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=600,
     )
 
 
@@ -80,9 +81,11 @@ def test_a_mistake_is_one_line(repository: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.processes(2)
 def test_the_build_in_miniature(repository: Path, tmp_path: Path) -> None:
     pytest.importorskip("faiss")
-    result = launch(repository, tmp_path, SCALE="tiny", PROJECT_DIR=str(tmp_path / "db"))
+    real = {"PYTHON": sys.executable, "PYTHON_EXEC": sys.executable}
+    result = launch(repository, tmp_path, SCALE="tiny", PROJECT_DIR=str(tmp_path / "db"), **real)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "version 1: " in result.stdout and "recall@10" in result.stdout
     (table,) = (tmp_path / "db" / "query").glob("*/table.json")
@@ -98,11 +101,11 @@ def test_the_build_in_miniature(repository: Path, tmp_path: Path) -> None:
 
 def train_on_the_same_documents(repository: Path, tmp_path: Path) -> None:
     """A run that names the database trains on its documents with its tokenizer."""
-    command = [sys.executable, "-m", "megatron_grit.cli.train", "--model", "tiny_mistral", "--parallel.device", "cpu"]
-    command += ["--config", str(repository / "examples" / "configs" / "tiny.yaml"), "--training.steps", "2"]
-    command += ["--data.retro_project", str(tmp_path / "db"), "--data.over_long", "split"]
-    command += ["--training.objective", "generative", "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    arguments = ["-m", "megatron_grit.cli.train", "--model", "tiny_mistral", "--parallel.device", "cpu"]
+    arguments += ["--config", str(repository / "examples" / "configs" / "tiny.yaml"), "--training.steps", "2"]
+    arguments += ["--data.retro_project", str(tmp_path / "db"), "--data.over_long", "split"]
+    arguments += ["--training.objective", "generative", "--output_dir", str(tmp_path / "run")]
+    done = command.cli(arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2] and all(step["loss_gen"] > 0 for step in steps)

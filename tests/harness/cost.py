@@ -26,6 +26,14 @@ def process_seconds(pid: int) -> float:
     return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
+def children(pid: int) -> list[int]:
+    """Of a process, now."""
+    try:
+        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
 def seconds() -> float:
     """CPU seconds so far: of this process, of those that it started, and of those that its fork server started."""
     from multiprocessing import forkserver
@@ -33,7 +41,7 @@ def seconds() -> float:
     times = os.times()
     server = getattr(forkserver._forkserver, "_forkserver_pid", None)  # type: ignore[attr-defined]
     own = times.user + times.system + times.children_user + times.children_system
-    return own + (process_seconds(server) if server else 0.0)
+    return own + (process_seconds(server) + sum(map(process_seconds, children(server))) if server else 0.0)
 
 
 class Cost:

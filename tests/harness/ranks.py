@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as torch_multiprocessing
 from torch.distributed import TCPStore
 
+from tests.harness.command import fork_context
 from tests.harness.slots import slots
 
 MAX_SECONDS = 600
@@ -41,9 +41,7 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, directory: Path,
 def _run(function: Callable[..., Any], world_size: int, directory: Path, args: Any) -> list[Any]:
     # This process holds the store, so that its port is taken when ranks are told of it.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    # Ranks are forked from a process that has imported the engine and done nothing else: imports are paid for once.
-    context = torch_multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_grit.training.trainer"])
+    context = fork_context()
     workers = [
         context.Process(target=_worker, args=(function, rank, world_size, store.port, str(directory), args))
         for rank in range(world_size)

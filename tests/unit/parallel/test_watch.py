@@ -60,16 +60,16 @@ def test_positions_keep_their_step_and_count() -> None:
 
 def test_a_position_costs_microseconds() -> None:
     """A step notes one for each row and a dozen more; the bound is for a busy machine."""
-    began = time.perf_counter()
+    began = time.process_time()
     for row in range(1000):
         positions.at("first pass", row, 1000)
-    assert (time.perf_counter() - began) / 1000 < 100e-6
+    assert (time.process_time() - began) / 1000 < 100e-6
 
 
 def test_alive_means_running_or_stopped() -> None:
     assert is_alive(os.getpid())
     child = subprocess.Popen([sys.executable, "-c", ""])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while is_alive(child.pid) and time.monotonic() < deadline:  # ended, and not waited for
         time.sleep(0.01)
     assert not is_alive(child.pid) and child.poll() == 0

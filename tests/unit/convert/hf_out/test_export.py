@@ -9,11 +9,10 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from megatron_grit.errors import CheckpointError, ConfigError, OutputError
 from megatron_grit.store.digest import HashingFile
 from megatron_grit.store.folder import OutputFolder
 from tests.corpus import tiny_run
+from tests.harness.command import fork_context
 
 
 def make_checkpoint(directory: Path, *, step: int = 3, **sections: Any) -> tuple[Path, dict[str, Tensor]]:
@@ -38,7 +38,7 @@ def make_checkpoint(directory: Path, *, step: int = 3, **sections: Any) -> tuple
     from megatron_grit.training.checkpoint_save import save_checkpoint
 
     directory.mkdir(parents=True, exist_ok=True)
-    config: RunConfig = tiny_run(directory, experts=sections.pop("experts", None))
+    config: RunConfig = tiny_run(directory, experts=sections.pop("experts", None), layers=4)
     config.model.init_std = 0.15
     for section, values in sections.items():
         for key, value in values.items():
@@ -249,29 +249,33 @@ def test_two_at_a_time_are_refused(run: Path, tmp_path: Path) -> None:
         export_checkpoint(run, tmp_path / "out")
 
 
+def export_until_killed(run: Path, target: Path, moment: int) -> None:
+    """Export, and be killed at this write; to the end at 0."""
+    write, left = HashingFile.write, moment
+
+    def counted(self: Any, content: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(self, content)
+
+    with mock.patch.object(HashingFile, "write", counted):
+        export_checkpoint(run, target, max_shard_size="30KB")
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment(run: Path, tmp_path: Path) -> None:
     """Six kills, each at a random write, then an end: the very files of an undisturbed export, and never a half one."""
     expected = digests(export_checkpoint(run, tmp_path / "whole", max_shard_size="30KB"))
     target = tmp_path / "out"
-    program = (
-        "import os, signal, sys\n"
-        "from megatron_grit.convert.hf_out import megatron_to_hf\n"
-        "from megatron_grit.store.digest import HashingFile\n"
-        "write, left = HashingFile.write, [int(sys.argv[1])]\n"
-        "def counted(self, content):\n"
-        "    left[0] -= 1\n"
-        "    if not left[0]:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return write(self, content)\n"
-        "HashingFile.write = counted\n"
-        f"megatron_to_hf.export_checkpoint({str(run)!r}, {str(target)!r}, max_shard_size='30KB')\n"
-    )
     generator, kept, kills = random.Random(5), [], 0
     while not target.exists():
         moment = generator.randint(2, 12) if kills < 6 else 0
-        process = subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(moment)], timeout=120)
-        assert process.returncode == (-signal.SIGKILL if moment else 0)
+        process = fork_context().Process(target=export_until_killed, args=(run, target, moment))
+        process.start()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if moment else 0)
         kills += bool(moment)
         journal = tmp_path / ".out.partial" / "journal.json"
         kept.append(len(json.loads(journal.read_text())["files"]) if journal.exists() else 0)

@@ -344,11 +344,11 @@ def mixture(count: int, seed: int) -> np.ndarray:
 
 @pytest.mark.slow
 def test_the_promised_recall_holds_for_new_queries() -> None:
-    """60,000 vectors and a memory limit at which auto takes a product quantiser."""
-    vectors, new = mixture(60_000, 0), mixture(6000, 1)
+    """20,000 vectors and a memory limit at which auto takes a product quantiser."""
+    vectors, new = mixture(20_000, 0), mixture(6000, 1)
     factory = choose_factory(len(vectors), 16, 1.2 * len(vectors) * (8 + 8) + 4 * 16 * 2048)
     assert "PQ8" in factory
-    num_train = min(40_000, num_training_vectors(factory, len(vectors)))
+    num_train = min(13_000, num_training_vectors(factory, len(vectors)))
     index = VectorIndex.train(factory, "l2", vectors[:num_train])
     index.add_codes(index.encode(vectors), np.arange(len(vectors)))
     sharded = ShardedIndex([index])

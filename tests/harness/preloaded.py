@@ -1,0 +1,12 @@
+"""What commands import once they run: loaded before they are forked, it is paid for once."""
+
+import contextlib
+
+import jsonargparse  # noqa: F401
+import torch.distributed.run  # noqa: F401
+
+import megatron_grit.inference.model  # noqa: F401
+
+with contextlib.suppress(ImportError):
+    import sentencepiece  # noqa: F401
+    import tokenizers  # noqa: F401
