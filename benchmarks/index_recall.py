@@ -34,10 +34,11 @@ from megatron_grit.data.chunks.versions import read_version
 from megatron_grit.errors import EXIT_STATUS, GritError
 from megatron_grit.inference.encoders.load import load_embedder
 from megatron_grit.inference.encoders.protocol import EmbedderOptions
-from megatron_grit.retrieval.stages.chunk import build_chunks
-from megatron_grit.retrieval.stages.index import add_to_index, train_index
-from megatron_grit.retrieval.stages.versions import open_index, record_version
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.database.versions import open_index, record_version
+from megatron_grit.retrieval.stages.db_build import build_chunks
+from megatron_grit.retrieval.stages.index_add import add_to_index
+from megatron_grit.retrieval.stages.index_train import train_index
+from megatron_grit.retrieval.work import Worker
 
 TOLERANCE = 0.01
 AT = 10

@@ -35,7 +35,7 @@ from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.errors import EXIT_STATUS, GritError
 from megatron_grit.retrieval.dedup.buckets import Bands, choose_bands
 from megatron_grit.retrieval.dedup.duplicates import SIMILAR, ChunkBlock, DuplicateSearch
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.work import Worker
 from megatron_grit.store.blocks import write_arrays
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")

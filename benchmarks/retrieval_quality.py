@@ -44,10 +44,11 @@ from megatron_grit.evaluation.retrieval import evaluate_retrieval
 from megatron_grit.inference.encoders.load import load_embedder
 from megatron_grit.inference.encoders.protocol import Embedder, EmbedderOptions
 from megatron_grit.retrieval.index.faiss_index import exact_search
-from megatron_grit.retrieval.stages.chunk import build_chunks
-from megatron_grit.retrieval.stages.index import add_to_index, train_index
-from megatron_grit.retrieval.stages.query import query_neighbors
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.stages.db_build import build_chunks
+from megatron_grit.retrieval.stages.index_add import add_to_index
+from megatron_grit.retrieval.stages.index_train import train_index
+from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
+from megatron_grit.retrieval.work import Worker
 
 TOLERANCE = 0.002
 DEPTH = 100

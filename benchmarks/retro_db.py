@@ -48,10 +48,11 @@ from megatron_grit.errors import EXIT_STATUS, GritError
 from megatron_grit.inference.encoders.load import load_embedder
 from megatron_grit.inference.encoders.protocol import EmbedderOptions
 from megatron_grit.retrieval.index.search import ShardedIndex
-from megatron_grit.retrieval.stages.chunk import build_chunks
-from megatron_grit.retrieval.stages.index import add_to_index, train_index
-from megatron_grit.retrieval.stages.query import query_neighbors
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.stages.db_build import build_chunks
+from megatron_grit.retrieval.stages.index_add import add_to_index
+from megatron_grit.retrieval.stages.index_train import train_index
+from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
+from megatron_grit.retrieval.work import Worker
 
 TARGETS = {"chunks": 8.0, "embeddings": 1.5, "neighbors": 1.3, "memory": 1.5}
 DIM = 384

@@ -214,9 +214,10 @@ class Campaign:
         if point is not None:
             _die_at_rename(point)
         from megatron_grit.cli.main import guarded
+        from megatron_grit.retrieval.stages.preparation import Preparation
         from megatron_grit.retrieval.stages.run import run_tasks
 
-        os._exit(guarded(lambda: run_tasks(project, "build", self.settings), "build_db"))
+        os._exit(guarded(lambda: run_tasks(Preparation(project, "build", self.settings)), "build_db"))
 
     def _wait(self, pids: list[int]) -> list[int]:
         """Exit statuses; when one is gone, its fellows end within seconds, or are ended."""

@@ -121,11 +121,12 @@ def test_vectors_are_those_of_one_process(runs: dict[str, RunConfig], tmp_path: 
 
 
 def build(project: str, settings: dict[str, Any]) -> None:
+    from megatron_grit.retrieval.stages.preparation import Preparation
     from megatron_grit.retrieval.stages.run import run_tasks
 
     tasks = "db-build,index-build,query-neighbors"
-    run_tasks(Path(project), tasks, settings)
-    run_tasks(Path(project), tasks, {}, validate=1.0)
+    run_tasks(Preparation(Path(project), tasks, settings))
+    run_tasks(Preparation(Path(project), tasks, {}, validate=1.0))
 
 
 @pytest.mark.parametrize(("kind", "mesh"), [("dense", "tensor"), ("mixture", "expert")])

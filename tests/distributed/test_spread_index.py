@@ -16,11 +16,12 @@ pytest.importorskip("faiss")
 from megatron_grit.data.chunks.project import Project  # noqa: E402
 from megatron_grit.data.chunks.versions import read_version  # noqa: E402
 from megatron_grit.errors import NumericsError  # noqa: E402
+from megatron_grit.retrieval.database.versions import open_index  # noqa: E402
 from megatron_grit.retrieval.index.search import SpreadIndex  # noqa: E402
-from megatron_grit.retrieval.stages.query import query_neighbors  # noqa: E402
-from megatron_grit.retrieval.stages.validate import validate_stage  # noqa: E402
-from megatron_grit.retrieval.stages.versions import add_documents, open_index, remove_documents  # noqa: E402
-from megatron_grit.retrieval.stages.work import Worker, worker  # noqa: E402
+from megatron_grit.retrieval.stages.add import add_documents  # noqa: E402
+from megatron_grit.retrieval.stages.query_neighbors import query_neighbors  # noqa: E402
+from megatron_grit.retrieval.stages.tombstone import remove_documents  # noqa: E402
+from megatron_grit.retrieval.work import Worker, worker  # noqa: E402
 from tests.harness.ranks import run_on_ranks  # noqa: E402
 from tests.unit.retrieval.databases import (  # noqa: E402
     WordEmbedder,
@@ -29,6 +30,7 @@ from tests.unit.retrieval.databases import (  # noqa: E402
     make_project,
     make_texts,
     tokenizer_of,
+    validate,
     write_documents,
 )
 
@@ -92,7 +94,7 @@ def query(folder: str, config: Any, group_size: int) -> dict[str, Any]:
         SpreadIndex.search = counted  # type: ignore[method-assign]
         query_neighbors(project, this, WordEmbedder())
         num_searches, deepest = len(searches), max(searches, default=0)
-        compared = validate_stage("query-neighbors", project, this, WordEmbedder(), 1.0)
+        compared = validate("query-neighbors", project, this, WordEmbedder(), 1.0)
         return {
             "vectors": [len(shard) for shard in index.shards],
             "all": len(index),

@@ -134,7 +134,6 @@ STANDING: set[str] = {
     "megatron_grit/data/builders/grit_builder.py build_grit",
     "megatron_grit/data/builders/sources/msmarco.py convert_msmarco",
     "megatron_grit/inference/text_files.py encode_file",
-    "megatron_grit/retrieval/stages/inspect.py inspect_database",
 }
 
 

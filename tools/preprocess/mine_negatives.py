@@ -68,7 +68,7 @@ def _run() -> None:
         raise ConfigError(f"--ranks {values['ranks']!r} is no range; give FIRST-LAST, such as 10-100")
     from megatron_grit.retrieval.mining.mine import mine_negatives, report_lines
     from megatron_grit.retrieval.mining.options import MineOptions
-    from megatron_grit.retrieval.stages.work import worker
+    from megatron_grit.retrieval.work import worker
 
     with worker() as this:
         report = mine_negatives(MineOptions(**values | {"ranks": (int(ranks[1]), int(ranks[2]))}), this)

@@ -25,7 +25,6 @@ Example:
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from megatron_grit.cli.main import guarded
 from megatron_grit.config.database.arguments import parse_retro_arguments
@@ -38,17 +37,21 @@ def main() -> int:
 
 def _run() -> None:
     arguments = parse_retro_arguments(sys.argv[1:], __doc__ or "")
+    from megatron_grit.retrieval.stages.preparation import Preparation
     from megatron_grit.retrieval.stages.run import dry_run, run_tasks
 
-    options: dict[str, Any] = {
-        "overwrite": arguments.overwrite,
-        "validate": arguments.validate,
-        "tombstone": arguments.tombstone,
-    }
+    prepared = Preparation(
+        arguments.project_dir,
+        arguments.tasks,
+        arguments.given,
+        overwrite=arguments.overwrite,
+        validate=arguments.validate,
+        tombstone=arguments.tombstone,
+    )
     if arguments.dry_run:
-        print("\n".join(dry_run(arguments.project_dir, arguments.tasks, arguments.given, **options)))
-        return
-    run_tasks(arguments.project_dir, arguments.tasks, arguments.given, **options)
+        print("\n".join(dry_run(prepared)))
+    else:
+        run_tasks(prepared)
 
 
 if __name__ == "__main__":

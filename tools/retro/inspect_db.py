@@ -39,18 +39,16 @@ def main() -> int:
 
 def _run() -> None:
     arguments = _arguments()
-    from megatron_grit.retrieval.stages.inspect import inspect_database, report_lines
+    from megatron_grit.retrieval.stages.inspect import Questions, inspect_database, report_lines
 
-    report = inspect_database(
-        arguments.project_dir,
-        version=arguments.version,
+    questions = Questions(
         chunks=arguments.chunk,
         documents=arguments.document,
         neighbors=arguments.neighbors,
         searches=arguments.search,
         k=arguments.num,
-        verify=arguments.verify,
     )
+    report = inspect_database(arguments.project_dir, questions, version=arguments.version, verify=arguments.verify)
     print(json.dumps(report, indent=2, ensure_ascii=False) if arguments.json else "\n".join(report_lines(report)))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_grit.data.chunks.chunking import document_tokens
-from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.chunks.project import DatasetInfo, Project
 from megatron_grit.errors import DataError
 
 DATASET, DOCUMENT, START, STOP, VISIBLE = range(5)
@@ -47,6 +47,8 @@ class ChunkDb:
     Args:
         project: where it is.
         part: "train", the database itself, or "valid".
+        infos: its datasets, where their files were looked at already. None: those that were built, which must be
+            unchanged.
 
     Attributes:
         rows: uint32 [num_chunks, 5]: dataset, document, first token and one after the last in the document, and tokens
@@ -56,9 +58,9 @@ class ChunkDb:
         DataError: it was not built, its files have changed, or its table is of another build.
     """
 
-    def __init__(self, project: Project, part: str = "train") -> None:
+    def __init__(self, project: Project, part: str = "train", infos: list[DatasetInfo] | None = None) -> None:
         self.project = project
-        self.infos = project.infos()
+        self.infos = project.infos() if infos is None else infos
         self.path = project.merged / f"{part}.hdf5"
         self.rows = map_dataset(self.path, "chunks")
         attribute = "n_chunks_train" if part == "train" else None

@@ -96,6 +96,18 @@ class Project:
             f"no such indexed file; give the prefix, without extension{self._looked_for(f'{prefix}.idx')}", path=prefix
         )
 
+    def outline(self, prefix: str) -> str:
+        """A line about an indexed file of documents."""
+        file = self.open(prefix)
+        return f"documents: {prefix}, {file.num_documents:,}, {file.bin_bytes // file.dtype.itemsize:,} tokens"
+
+    def datasets(self) -> list[DatasetInfo]:
+        """The datasets of the configuration as their files are now, not yet cut."""
+        return [
+            DatasetInfo(prefix=prefix, fingerprint=self.fingerprint(number), n_docs=self.file(number).num_documents)
+            for number, prefix in enumerate(self.config.data_paths)
+        ]
+
     def fingerprint(self, number: int) -> str:
         """Of a dataset's tokens."""
         return fingerprint(self.resolve(self.config.data_paths[number]))

@@ -449,3 +449,34 @@ class VersionedDb(ChunkDb):
             for number, source in enumerate(self.version.sources)
             if shares_documents(path, self.project.resolve(source.prefix), source)
         ]
+
+
+def built_version(folder: Path) -> Version | None:
+    """The newest version of a database that was not added to; None where nothing was added since, or there is none."""
+    versions = [read_version(folder, number) for number in version_numbers(folder)]
+    if not versions or len(versions[-1].segments) == 1:
+        return None
+    return next(version for version in reversed(versions) if len(version.segments) == 1)
+
+
+def built_datasets(project: Project) -> list[DatasetInfo]:
+    """The datasets that the database was first built of, whatever was added since.
+
+    Raises:
+        DataError: the files no longer begin with these documents.
+    """
+    version = built_version(project.folder)
+    return project.datasets() if version is None else VersionedDb(project, version).infos
+
+
+def built_chunks(project: Project, part: str = "train") -> ChunkDb:
+    """The chunks that the database was first built of, whatever was added since.
+
+    Raises:
+        DataError: there are none, or the files no longer begin with these documents.
+    """
+    version = built_version(project.folder)
+    if version is None:
+        return ChunkDb(project, part)
+    VersionedDb(project, version)
+    return ChunkDb(project, part, project.listed())

@@ -26,7 +26,7 @@ from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.data.chunks.chunk_db import map_dataset
 from megatron_grit.errors import DataError
 from megatron_grit.retrieval.dedup.buckets import Entries, band_keys, choose_bands, cut_runs, find_pairs
-from megatron_grit.retrieval.stages.work import Worker, compute_blocks
+from megatron_grit.retrieval.work import Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder, read_arrays
 from megatron_grit.store.files import replacing
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from megatron_grit.config.database.schema import RetroDbConfig
+from megatron_grit.errors import DataError
 from megatron_grit.retrieval.index.search import ShardedIndex
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import still_at_work
@@ -216,3 +219,17 @@ def fewest(reaches: Callable[[int], bool], most: int) -> int:
 
 def _ef_search(nprobe: int | None) -> int:
     return max(2 * (nprobe or 32), 32)
+
+
+def read_search(path: Path) -> SearchSettings:
+    """The ``search.json`` of an index.
+
+    Raises:
+        DataError: it is missing or cannot be read.
+    """
+    if not path.is_file():
+        raise DataError("is missing; run --tasks index-add", path=path)
+    try:
+        return SearchSettings(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"cannot be read ({error}); delete it and run --tasks index-add", path=path) from None

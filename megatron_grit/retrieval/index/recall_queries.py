@@ -22,8 +22,8 @@ from megatron_grit.data.chunks.versions import shares_documents, source_of
 from megatron_grit.data.indexed.reader import IndexedFile
 from megatron_grit.data.order.permutation import derive_keys, permute
 from megatron_grit.errors import DataError
-from megatron_grit.retrieval.stages.vectors import ChunkVectors, find_chunks
-from megatron_grit.retrieval.stages.work import Worker, compute_blocks
+from megatron_grit.retrieval.database.vectors import ChunkVectors, find_chunks
+from megatron_grit.retrieval.work import Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder
 from megatron_grit.store.digest import digest_of_settings, sha256_of_file
 from megatron_grit.store.files import write_json

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_grit.data.chunks.neighbor_table import take_first
 from megatron_grit.errors import DataError
 from megatron_grit.retrieval.index.factory import lists_of
 from megatron_grit.retrieval.index.faiss_index import Gpus, VectorIndex
 from megatron_grit.retrieval.index.manifest import read_manifest
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.work import Worker
 from megatron_grit.store.logs import get_logger
 
 log = get_logger(__name__)
 
+MOST_TIMES_MORE = 16
+"""Where filters leave fewer neighbors than are kept, so many times more are searched at most."""
 Found = tuple[np.ndarray, np.ndarray]
 """Scores, float32 [Q, k], and ids, int64 [Q, k]: the best first, -1 where there are fewer."""
 
@@ -151,6 +154,43 @@ class SpreadIndex(_Shards):
 SearchableIndex = ShardedIndex | SpreadIndex
 
 
+def find_allowed(
+    index: SearchableIndex,
+    vectors_QD: np.ndarray,
+    num_query: int,
+    num_save: int,
+    allowed: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """The nearest chunks that a filter lets through. Where it leaves too few, more are searched.
+
+    Args:
+        index: what is searched.
+        vectors_QD: queries.
+        num_query: candidates of each query at first.
+        num_save: chunks that are wanted.
+        allowed: given numbers of queries, [R], and candidates, int64 [R, K], -1 for none: bool [R, K].
+
+    Returns:
+        int64 [Q, num_save], nearest first; -1 where there are fewer.
+    """
+    out = np.full((len(vectors_QD), num_save), -1, dtype=np.int64)
+    rows, most = np.arange(len(vectors_QD)), max(1, min(len(index), MOST_TIMES_MORE * num_query))
+    k = min(num_query, most)
+    while len(rows):
+        short = []
+        # No more candidates at a time than the first search has.
+        at_a_time = max(1, len(vectors_QD) * num_query // k)
+        for part in np.split(rows, range(at_a_time, len(rows), at_a_time)):
+            _, ids = index.search(vectors_QD[part], k)
+            keep = (ids >= 0) & allowed(part, ids)
+            out[part] = take_first(ids, keep, num_save)
+            short.append(part[(keep.sum(1) < num_save) & (ids[:, -1] >= 0)])
+        if k == most:
+            break
+        rows, k = np.concatenate(short), min(2 * k, most)
+    return out
+
+
 def dealt_out(sizes: Sequence[int], count: int) -> list[list[int]]:
     """Numbers of things, ascending, in ``count`` shares of about the same size: the largest first, each to the share
     that has least.
@@ -171,6 +211,15 @@ def dealt_out(sizes: Sequence[int], count: int) -> list[list[int]]:
 
 def _nothing(num_queries: int, k: int, metric: str) -> Found:
     return np.full((num_queries, k), _worst(metric), np.float32), np.full((num_queries, k), -1, np.int64)
+
+
+def merge_in_turn(parts: Iterable[Found], k: int, metric: str) -> Found:
+    """As :func:`merge_nearest` of parts that come one after the other, of which two are held at a time."""
+    best: Found | None = None
+    for part in parts:
+        best = merge_nearest([part] if best is None else [best, part], k, metric)
+    assert best is not None, "nothing was searched"
+    return best
 
 
 def merge_nearest(parts: Sequence[Found], k: int, metric: str) -> Found:

@@ -16,14 +16,14 @@ from megatron_grit.data.chunks.versions import VersionedDb, is_among, read_versi
 from megatron_grit.data.text.records import BadLine, Record, TextPair, read_records
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encoders.protocol import Embedder
+from megatron_grit.retrieval.database.vectors import rows_of
+from megatron_grit.retrieval.database.versions import open_index, stored_vectors
 from megatron_grit.retrieval.index.factory import choose_factory, lists_of, num_training_vectors
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search, new_index
 from megatron_grit.retrieval.index.recall import RECALL_AT, choose_search, without_own
 from megatron_grit.retrieval.index.search import ShardedIndex, merge_nearest
-from megatron_grit.retrieval.stages.run import project_embedder
-from megatron_grit.retrieval.stages.vectors import rows_of
-from megatron_grit.retrieval.stages.versions import open_index, stored_vectors
-from megatron_grit.retrieval.stages.work import Worker, compute_blocks
+from megatron_grit.retrieval.stages.embed import project_embedder
+from megatron_grit.retrieval.work import Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder
 from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.logs import get_logger

@@ -33,6 +33,7 @@ from megatron_grit.data.text.records import BadLine, Record, TextPair, read_reco
 from megatron_grit.errors import DataError
 from megatron_grit.inference.encoders.load import load_embedder
 from megatron_grit.inference.encoders.protocol import Embedder, EmbedderOptions
+from megatron_grit.retrieval.index.search import MOST_TIMES_MORE
 from megatron_grit.retrieval.mining.corpus import (
     Corpus,
     DatabaseChunks,
@@ -46,8 +47,7 @@ from megatron_grit.retrieval.mining.corpus import (
 )
 from megatron_grit.retrieval.mining.cross_encoder import PairScorer, load_scorer
 from megatron_grit.retrieval.mining.options import MineOptions, check_options, most_negatives, report_path, work_folder
-from megatron_grit.retrieval.stages.query import MOST_TIMES_MORE
-from megatron_grit.retrieval.stages.work import Worker, alone_in, compute_blocks
+from megatron_grit.retrieval.work import Worker, alone_in, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder
 from megatron_grit.store.files import replacing, write_json
 from megatron_grit.store.logs import get_logger

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,19 +22,14 @@ from megatron_grit.data.chunks.versions import (
 )
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encoders.protocol import Embedder
-from megatron_grit.retrieval.index.manifest import read_manifest
-from megatron_grit.retrieval.stages.chunk import REPORT_FILE
-from megatron_grit.retrieval.stages.chunk import report_lines as db_build_lines
-from megatron_grit.retrieval.stages.index import read_search
-from megatron_grit.retrieval.stages.query import MOST_TIMES_MORE, find_allowed, tables_of
-from megatron_grit.retrieval.stages.run import project_embedder
-from megatron_grit.retrieval.stages.validate import check_merged
-from megatron_grit.retrieval.stages.versions import is_number, open_index, parse_documents
-
-Report = dict[str, Any]
-"""What JSON can hold."""
-_MOST_CHUNKS = 10_000_000
-"""Removed chunks are counted in databases up to this size; it takes a look at every chunk."""
+from megatron_grit.retrieval.database.queried import tables_of
+from megatron_grit.retrieval.database.versions import open_index
+from megatron_grit.retrieval.index.search import MOST_TIMES_MORE, find_allowed
+from megatron_grit.retrieval.stages.db_build import report_lines as db_build_lines
+from megatron_grit.retrieval.stages.embed import project_embedder
+from megatron_grit.retrieval.stages.task import MOST_TO_COUNT, Report
+from megatron_grit.retrieval.stages.tasks import TASKS
+from megatron_grit.retrieval.stages.tombstone import is_number, parse_documents
 
 
 class Inspector:
@@ -59,11 +52,10 @@ class Inspector:
         self.version: Version | None = None
         self.db: ChunkDb
         if self.asked is None and not version_numbers(folder):
-            self.db, self._tombstones = ChunkDb(self.project), np.empty(0, dtype=np.uint64)
+            self.db = ChunkDb(self.project)
         else:
             self.version = read_version(folder, self.asked)
-            self.db = versioned = VersionedDb(self.project, self.version)
-            self._tombstones = versioned.tombstones
+            self.db = VersionedDb(self.project, self.version)
 
     def summary(self, *, verify: bool = False) -> Report:
         """Counts, versions, index and tables of neighbors.
@@ -79,79 +71,28 @@ class Inspector:
         if version is not None:
             for file in version.files():
                 check_stored(folder, file, thorough=verify)
-        elif verify:
-            check_merged(self.project)
         counts = self._chunks_of_datasets()
-        datasets = [
-            {"number": number, "prefix": info.prefix, "num_documents": info.n_docs, "num_chunks": count}
-            for number, (info, count) in enumerate(zip(self.db.infos, counts, strict=True))
-        ]
-        return {
+        summary: Report = {
             "project": str(folder),
             "version": version.number if version else None,
-            "versions": [
-                {"number": number, "num_chunks": other.num_chunks, "notes": other.notes}
-                for number in version_numbers(folder)
-                for other in [read_version(folder, number)]
-            ],
             "num_chunks": len(self.db),
-            "num_removed_documents": version.num_tombstones if version else 0,
-            "num_removed_chunks": self._num_removed(),
-            "datasets": datasets,
-            "built": self._built(),
-            "index": self._index(version) if version else None,
-            "tables": [self._table(path.parent, verify) for path in sorted(folder.glob("query/*/table.json"))],
+            "datasets": [
+                {"number": number, "prefix": info.prefix, "num_documents": info.n_docs, "num_chunks": count}
+                for number, (info, count) in enumerate(zip(self.db.infos, counts, strict=True))
+            ],
             "verified": verify,
         }
-
-    def _built(self) -> Report | None:
-        """What db-build reported; None where that is not there."""
-        path = self.project.folder / "db" / REPORT_FILE
-        if not path.is_file():
-            return None
-        try:
-            built: Report = json.loads(path.read_text(encoding="utf-8"))
-            db_build_lines(built["datasets"])
-            return built
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise DataError(f"cannot be read ({error}); delete it and run db-build", path=path) from None
-
-    def _index(self, version: Version) -> Report:
-        folder = self.project.folder
-        manifests = [read_manifest(folder / file.path) for segment in version.segments for file in segment.index]
-        return {
-            "factory": manifests[0].factory,
-            "metric": manifests[0].metric,
-            "dim": manifests[0].dim,
-            "num_trained": manifests[0].num_trained,
-            "num_vectors": sum(manifest.num_vectors for manifest in manifests),
-            "num_files": len(manifests),
-            "bytes": sum(manifest.bytes for manifest in manifests),
-            "search": asdict(read_search(folder / version.search)),
-        }
+        for task in TASKS.values():
+            summary |= task.describe(self.db, version, verify=verify)
+        return summary
 
     def _chunks_of_datasets(self) -> list[int] | list[None]:
         """How many chunks each dataset has; None each in a database that is too large to count."""
         num_datasets = len(self.db.infos)
-        if len(self.db) > _MOST_CHUNKS:
+        if len(self.db) > MOST_TO_COUNT:
             return [None] * num_datasets
         datasets: np.ndarray = np.asarray(self.db.rows[:, DATASET], dtype=np.int64)
         return np.bincount(datasets, minlength=num_datasets)[:num_datasets].tolist()
-
-    def _num_removed(self) -> int | None:
-        if not len(self._tombstones) or len(self.db) > _MOST_CHUNKS:
-            return None if len(self._tombstones) else 0
-        assert isinstance(self.db, VersionedDb)
-        return len(self.db.chunks_of(self._tombstones))
-
-    def _table(self, folder: Path, verify: bool) -> Report:
-        manifest = read_table_manifest(folder)
-        table = NeighborTable(folder, self.db.rows)
-        if verify:
-            table.verify()
-        values = asdict(manifest) | {"folder": folder.name, "prefix": manifest.source.prefix}
-        names = "folder prefix version num_places num_neighbors num_taken_over nprobe ef_search recall".split()
-        return {name: values[name] for name in names}
 
     def chunk(self, number: int) -> Report:
         """As :func:`describe_chunk`, of this version."""
@@ -287,44 +228,49 @@ def describe_chunk(db: ChunkDb, number: int) -> Report:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What is asked of a database."""
+
+    chunks: Sequence[int] = ()
+    """Ids."""
+    documents: Sequence[str] = ()
+    """DATASET:DOCUMENT of each."""
+    neighbors: Sequence[str] = ()
+    """PREFIX:DOCUMENT:OFFSET of each."""
+    searches: Sequence[str] = ()
+    """Texts to search for."""
+    k: int = 3
+    """Neighbors of each chunk, and hits of each search."""
+
+
 def inspect_database(
-    folder: Path,
-    *,
-    version: int | None = None,
-    chunks: Sequence[int] = (),
-    documents: Sequence[str] = (),
-    neighbors: Sequence[str] = (),
-    searches: Sequence[str] = (),
-    k: int = 3,
-    verify: bool = False,
+    folder: Path, questions: Questions | None = None, *, version: int | None = None, verify: bool = False
 ) -> Report:
-    """What a command asks of a database; its summary where it asks for nothing else.
+    """What a database holds of what is asked for; its summary where nothing is.
 
     Args:
         folder: the project directory.
+        questions: None: none.
         version: which state of it. None: the newest.
-        chunks: ids.
-        documents: DATASET:DOCUMENT of each.
-        neighbors: PREFIX:DOCUMENT:OFFSET of each.
-        searches: texts to search for.
-        k: neighbors of each place, and hits of each search.
         verify: compare all files with their checksums.
 
     Raises:
         ConfigError: something that is not there.
         DataError: a file is missing or damaged.
     """
-    if k < 1:
-        raise ConfigError(f"num must be at least 1, not {k}")
+    asked = questions or Questions()
+    if asked.k < 1:
+        raise ConfigError(f"num must be at least 1, not {asked.k}")
     inspector = Inspector(folder, version)
     report: Report = {}
-    if verify or not (chunks or documents or neighbors or searches):
+    if verify or not (asked.chunks or asked.documents or asked.neighbors or asked.searches):
         report["summary"] = inspector.summary(verify=verify)
-    report["chunks"] = [inspector.chunk(number) for number in chunks]
-    report["documents"] = [inspector.document(name) for name in documents]
-    report["neighbors"] = [inspector.neighbors(name, k) for name in neighbors]
-    embedder = inspector.embedder() if searches else None
-    report["searches"] = [inspector.search(text, embedder, k) for text in searches if embedder is not None]
+    report["chunks"] = [inspector.chunk(number) for number in asked.chunks]
+    report["documents"] = [inspector.document(name) for name in asked.documents]
+    report["neighbors"] = [inspector.neighbors(name, asked.k) for name in asked.neighbors]
+    embedder = inspector.embedder() if asked.searches else None
+    report["searches"] = [inspector.search(text, embedder, asked.k) for text in asked.searches if embedder is not None]
     return {name: value for name, value in report.items() if value}
 
 

@@ -14,11 +14,15 @@ from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.writer import IndexedWriter
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from megatron_grit.retrieval.stages.chunk import build_chunks
-from megatron_grit.retrieval.stages.index import add_to_index, train_index
-from megatron_grit.retrieval.stages.query import query_neighbors
-from megatron_grit.retrieval.stages.versions import record_version
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.database.versions import record_version
+from megatron_grit.retrieval.stages.db_build import build_chunks
+from megatron_grit.retrieval.stages.index_add import add_to_index
+from megatron_grit.retrieval.stages.index_train import train_index
+from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
+from megatron_grit.retrieval.stages.run import validate_task
+from megatron_grit.retrieval.stages.task import Job
+from megatron_grit.retrieval.stages.tasks import TASKS
+from megatron_grit.retrieval.work import Worker
 from tests.corpus import sentences
 
 CHUNK = 8
@@ -86,6 +90,11 @@ def build(project: Project, embedder: WordEmbedder, *, query: bool = True) -> Pr
     if query:
         query_neighbors(project, worker, embedder)
     return project
+
+
+def validate(name: str, project: Project, worker: Worker, embedder: WordEmbedder | None, fraction: float) -> int:
+    """Compute a share of the blocks of a task again and compare. Returns how many blocks."""
+    return validate_task(TASKS[name], Job(project, worker, embedder), fraction)
 
 
 def another(project: Project, **settings: object) -> Project:

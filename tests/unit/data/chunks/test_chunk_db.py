@@ -11,8 +11,8 @@ import pytest
 from megatron_grit.data.chunks.chunk_db import ChunkDb, map_dataset
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.errors import DataError
-from megatron_grit.retrieval.stages.chunk import build_chunks
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.stages.db_build import build_chunks
+from megatron_grit.retrieval.work import Worker
 from tests.unit.retrieval.databases import CHUNK, make_project, make_texts, tokenizer_of, write_documents
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from megatron_grit.data.chunks.project import Project, fingerprint
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.retrieval.stages.chunk import build_chunks
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.stages.db_build import build_chunks
+from megatron_grit.retrieval.work import Worker
 from tests.unit.retrieval.databases import another, make_project, make_texts, tokenizer_of, write_documents
 
 

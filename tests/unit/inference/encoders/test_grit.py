@@ -15,7 +15,7 @@ from megatron_grit.inference.encoders.load import MESH, load_embedder
 from megatron_grit.inference.encoders.protocol import EmbedderOptions
 from megatron_grit.inference.model import GritModel
 from megatron_grit.inference.model_group import ModelGroup
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.work import Worker
 from megatron_grit.training.trainer import train
 from tests.corpus import sentences, tiny_run
 

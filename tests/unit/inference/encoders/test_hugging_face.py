@@ -13,7 +13,7 @@ from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.errors import ConfigError, DataError, NumericsError
 from megatron_grit.inference.encoders.load import load_embedder
 from megatron_grit.inference.encoders.protocol import EmbedderOptions, finite
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.work import Worker
 
 pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")

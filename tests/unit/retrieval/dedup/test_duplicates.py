@@ -13,7 +13,7 @@ from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.errors import DataError
 from megatron_grit.retrieval.dedup import duplicates
 from megatron_grit.retrieval.dedup.duplicates import EQUAL, SIMILAR, ChunkBlock, DuplicateSearch
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.work import Worker
 from megatron_grit.store.blocks import write_arrays
 from tests.unit.retrieval.workers import run_together
 

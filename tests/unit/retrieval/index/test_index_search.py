@@ -21,16 +21,12 @@ from megatron_grit.config.database.schema import RetroDbConfig, config_problems 
 from megatron_grit.data.chunks.project import Project  # noqa: E402
 from megatron_grit.data.chunks.versions import read_version  # noqa: E402
 from megatron_grit.errors import ConfigError, DataError  # noqa: E402
+from megatron_grit.retrieval.database.versions import open_index  # noqa: E402
 from megatron_grit.retrieval.index import faiss_index  # noqa: E402
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search, gpus_of_process  # noqa: E402
-from megatron_grit.retrieval.index.search import (  # noqa: E402
-    ShardedIndex,
-    dealt_out,
-    merge_nearest,
-)
-from megatron_grit.retrieval.stages.query import find_allowed, index_to_search, query_neighbors  # noqa: E402
-from megatron_grit.retrieval.stages.versions import open_index  # noqa: E402
-from megatron_grit.retrieval.stages.work import Worker  # noqa: E402
+from megatron_grit.retrieval.index.search import ShardedIndex, dealt_out, find_allowed, merge_nearest  # noqa: E402
+from megatron_grit.retrieval.stages.query_neighbors import index_to_search, query_neighbors  # noqa: E402
+from megatron_grit.retrieval.work import Worker  # noqa: E402
 from tests.unit.retrieval.databases import (  # noqa: E402
     WordEmbedder,
     another,

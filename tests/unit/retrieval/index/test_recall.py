@@ -21,12 +21,13 @@ from megatron_grit.retrieval.index.recall import (  # noqa: E402
     SearchSettings,
     choose_nprobe,
     choose_search,
+    read_search,  # noqa: E402
     recall_of,
     without_own,
 )
 from megatron_grit.retrieval.index.search import ShardedIndex  # noqa: E402
-from megatron_grit.retrieval.stages.index import add_to_index, read_search  # noqa: E402
-from megatron_grit.retrieval.stages.work import Worker  # noqa: E402
+from megatron_grit.retrieval.stages.index_add import add_to_index  # noqa: E402
+from megatron_grit.retrieval.work import Worker  # noqa: E402
 from tests.unit.retrieval.databases import (  # noqa: E402
     WordEmbedder,
     another,

@@ -27,8 +27,8 @@ from megatron_grit.retrieval.mining import mine
 from megatron_grit.retrieval.mining.cross_encoder import load_scorer
 from megatron_grit.retrieval.mining.mine import mine_negatives
 from megatron_grit.retrieval.mining.options import MineOptions
-from megatron_grit.retrieval.stages.versions import remove_documents
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.stages.tombstone import remove_documents
+from megatron_grit.retrieval.work import Worker
 from tests.corpus import sentences, write_jsonl
 from tests.unit.retrieval.databases import WordEmbedder, build, make_project, tokenizer_of, write_documents
 
@@ -47,7 +47,7 @@ def pairs(tmp_path: Path) -> Path:
 def words(monkeypatch: pytest.MonkeyPatch) -> list[WordEmbedder]:
     made: list[WordEmbedder] = []
 
-    def load(path: str, **_: object) -> WordEmbedder:
+    def load(path: str, *_: object) -> WordEmbedder:
         made.append(WordEmbedder(name=path, dim=16 if path == "student" else 24))
         return made[-1]
 

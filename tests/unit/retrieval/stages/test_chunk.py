@@ -14,9 +14,10 @@ import pytest
 from megatron_grit.data.chunks.chunk_db import ChunkDb
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.retrieval.database.cuts import is_validation
 from megatron_grit.retrieval.dedup import duplicates
-from megatron_grit.retrieval.stages.chunk import COUNTS, build_chunks, is_validation
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.stages.db_build import COUNTS, build_chunks
+from megatron_grit.retrieval.work import Worker
 from tests.unit.retrieval.databases import CHUNK, make_project, make_texts, tokenizer_of, write_documents
 from tests.unit.retrieval.workers import run_together
 
@@ -96,7 +97,7 @@ def test_a_merge_that_was_killed_finds_nothing_twice(tmp_path: Path, monkeypatch
     folder = project.folder / "db" / "duplicates"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
-            "megatron_grit.retrieval.stages.chunk.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "megatron_grit.retrieval.stages.db_build.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         build_chunks(project, Worker())
     assert any(folder.rglob("*.hdf5"))

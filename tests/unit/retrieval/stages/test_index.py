@@ -13,16 +13,18 @@ from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.data.chunks.chunk_db import ChunkDb
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.retrieval.database.index_files import IndexFiles
+from megatron_grit.retrieval.database.vectors import embed_chunks, find_chunks, open_vectors
 from megatron_grit.retrieval.index.factory import choose_factory, num_training_vectors
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search
 from megatron_grit.retrieval.index.manifest import read_manifest
-from megatron_grit.retrieval.index.recall import RECALL_AT, choose_search, fewest, recall_of, without_own
+from megatron_grit.retrieval.index.recall import RECALL_AT, choose_search, fewest, read_search, recall_of, without_own
 from megatron_grit.retrieval.index.recall_queries import NUM_QUERIES, query_ids
 from megatron_grit.retrieval.index.search import ShardedIndex
-from megatron_grit.retrieval.stages.chunk import build_chunks
-from megatron_grit.retrieval.stages.index import IndexFiles, add_to_index, read_search, train_index
-from megatron_grit.retrieval.stages.vectors import embed_chunks, find_chunks, open_vectors
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.stages.db_build import build_chunks
+from megatron_grit.retrieval.stages.index_add import add_to_index
+from megatron_grit.retrieval.stages.index_train import train_index
+from megatron_grit.retrieval.work import Worker
 from megatron_grit.store.blocks import read_arrays
 from tests.unit.retrieval.databases import (
     WordEmbedder,

@@ -15,12 +15,14 @@ from megatron_grit.data.chunks.neighbor_table import NeighborTable
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import VersionedDb, read_version
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.retrieval.database.queried import tables_of
 from megatron_grit.retrieval.stages import inspect
-from megatron_grit.retrieval.stages.chunk import build_chunks
+from megatron_grit.retrieval.stages.add import add_documents
+from megatron_grit.retrieval.stages.db_build import build_chunks
 from megatron_grit.retrieval.stages.inspect import inspect_database, report_lines
-from megatron_grit.retrieval.stages.query import query_neighbors, tables_of
-from megatron_grit.retrieval.stages.versions import add_documents, remove_documents
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
+from megatron_grit.retrieval.stages.tombstone import remove_documents
+from megatron_grit.retrieval.work import Worker
 from tests.unit.retrieval.databases import (
     CHUNK,
     WordEmbedder,

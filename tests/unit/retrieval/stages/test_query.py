@@ -17,16 +17,16 @@ from megatron_grit.data.chunks.neighbor_table import NeighborTable, read_table_m
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import VersionedDb, read_version
 from megatron_grit.errors import DataError
+from megatron_grit.retrieval.database.queried import QueriedFile, tables_of
+from megatron_grit.retrieval.database.vectors import embed_chunks, open_vectors
+from megatron_grit.retrieval.database.versions import open_index
 from megatron_grit.retrieval.index.faiss_index import VectorIndex
+from megatron_grit.retrieval.index.overlap import Runs, shared_runs
 from megatron_grit.retrieval.index.recall_queries import RecallQueries
-from megatron_grit.retrieval.index.search import ShardedIndex
-from megatron_grit.retrieval.stages.index import open_vectors
-from megatron_grit.retrieval.stages.overlap import Runs, shared_runs
-from megatron_grit.retrieval.stages.query import Searcher, find_allowed, query_neighbors, tables_of
-from megatron_grit.retrieval.stages.validate import validate_stage
-from megatron_grit.retrieval.stages.vectors import embed_chunks
-from megatron_grit.retrieval.stages.versions import open_index, remove_documents
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.index.search import ShardedIndex, find_allowed
+from megatron_grit.retrieval.stages.query_neighbors import Searcher, query_neighbors
+from megatron_grit.retrieval.stages.tombstone import remove_documents
+from megatron_grit.retrieval.work import Worker
 from tests.unit.retrieval.databases import (
     CHUNK,
     WordEmbedder,
@@ -35,6 +35,7 @@ from tests.unit.retrieval.databases import (
     make_project,
     make_texts,
     tokenizer_of,
+    validate,
     write_documents,
 )
 from tests.unit.retrieval.workers import run_together
@@ -178,12 +179,12 @@ def test_a_damaged_table_is_made_again(tmp_path: Path, damage: str) -> None:
     before = content_of(folder)
     DAMAGE[damage](folder)
     with pytest.raises(DataError):
-        validate_stage("query-neighbors", project, Worker(), WordEmbedder(), 1.0)
+        validate("query-neighbors", project, Worker(), WordEmbedder(), 1.0)
     embedder = WordEmbedder()
     run_together(2, lambda worker: query_neighbors(another(project), worker, embedder))
     assert content_of(folder) == before
     assert embedder.num_embedded == 0, "its blocks were there still"
-    assert validate_stage("query-neighbors", project, Worker(), WordEmbedder(), 1.0) > 0
+    assert validate("query-neighbors", project, Worker(), WordEmbedder(), 1.0) > 0
 
 
 @settings(deadline=None, max_examples=6, phases=[Phase.generate], derandomize=True)
@@ -232,7 +233,7 @@ def test_after_a_removal_only_what_it_changes_is_searched(
             num_places += table.manifest.num_places
         assert whole.manifest.num_taken_over == 0
         assert embedder.num_queries == all_embedder.num_queries - num_taken
-        num_blocks = validate_stage("query-neighbors", another(project), Worker(), WordEmbedder(), 1.0)
+        num_blocks = validate("query-neighbors", another(project), Worker(), WordEmbedder(), 1.0)
         assert (num_blocks > 0) == (num_taken < num_places)
 
 
@@ -379,13 +380,14 @@ def test_searching_around_a_filter_is_searching_without_what_it_drops(
 
 def test_a_finished_table_is_not_gone_on_from(small: Project) -> None:
     """As --validate opens it: its blocks are those that were searched."""
-    searcher = Searcher(small, VersionedDb(small, read_version(small.folder)), small.config.data_paths[0], Worker())
-    before = content_of(searcher.folder)
-    searcher.open()
-    assert searcher.first == 0 and content_of(searcher.folder) == before
-    searcher.index, searcher.embedder = open_index(small, searcher.db.version), WordEmbedder()
-    for block in searcher.blocks.blocks:
-        searcher.blocks.check(block, searcher.compute(block))
+    db = VersionedDb(small, read_version(small.folder))
+    file = QueriedFile(small, db, small.config.data_paths[0], Worker())
+    before = content_of(file.folder)
+    plan = file.open()
+    assert plan.first == 0 and content_of(file.folder) == before
+    searcher = Searcher(file, plan, open_index(small, db.version), WordEmbedder(), None)
+    for block in plan.blocks.blocks:
+        plan.blocks.check(block, searcher.compute(block))
 
 
 def content_of(folder: Path) -> dict[str, bytes]:

@@ -12,10 +12,11 @@ import pytest
 
 from megatron_grit.config.database.arguments import parse_retro_arguments
 from megatron_grit.config.database.schema import RetroDbConfig, config_problems, load_project_config
-from megatron_grit.config.database.stages import STAGES, changed_settings, expand_tasks, with_following
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.stages import run as stages
+from megatron_grit.retrieval.stages.preparation import Preparation
 from megatron_grit.retrieval.stages.run import run_tasks
+from megatron_grit.retrieval.stages.tasks import GROUPS, changed_settings, expand_tasks, with_following
 from megatron_grit.store.blocks import read_arrays, write_arrays
 from tests.unit.retrieval.databases import WordEmbedder, make_texts, tokenizer_of, write_documents
 
@@ -45,7 +46,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.fixture
 def project(tmp_path: Path, given: dict[str, Any]) -> Path:
-    run_tasks(tmp_path / "db", "build", given)
+    run_tasks(Preparation(tmp_path / "db", "build", given))
     return tmp_path / "db"
 
 
@@ -57,7 +58,7 @@ def files_of(project: Path) -> dict[str, int]:
 
 def test_a_build_that_is_done_does_nothing(project: Path) -> None:
     before = files_of(project)
-    run_tasks(project, "build", {})
+    run_tasks(Preparation(project, "build", {}))
     assert files_of(project) == before
 
 
@@ -75,7 +76,7 @@ def test_a_build_that_is_done_does_nothing(project: Path) -> None:
 def test_what_was_built_keeps_its_settings(project: Path, change: dict[str, Any], words: str) -> None:
     before, config = files_of(project), (project / "config.json").read_text()
     with pytest.raises(ConfigError, match=words):
-        run_tasks(project, "build", change)
+        run_tasks(Preparation(project, "build", change))
     assert files_of(project) == before
     assert (project / "config.json").read_text() == config
 
@@ -83,7 +84,7 @@ def test_what_was_built_keeps_its_settings(project: Path, change: dict[str, Any]
 def test_settings_that_may_change(project: Path, given: dict[str, Any]) -> None:
     tables = set(project.glob("query/*"))
     before = {path: path.stat().st_mtime_ns for path in [*project.glob("db/merged/*"), *project.glob("index/*/*/*")]}
-    run_tasks(project, "build", {"num_neighbors_save": 2, "doc_block_size": 7, "near_threshold": 0.5})
+    run_tasks(Preparation(project, "build", {"num_neighbors_save": 2, "doc_block_size": 7, "near_threshold": 0.5}))
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(set(project.glob("query/*")) - tables) == 1
     config = load_project_config(project)
@@ -92,13 +93,13 @@ def test_settings_that_may_change(project: Path, given: dict[str, Any]) -> None:
 
 def test_overwriting_makes_anew_what_follows(project: Path) -> None:
     trained = {path: path.stat().st_mtime_ns for path in project.glob("embeddings/*")}
-    run_tasks(project, "index-build", {"index": "Flat"}, overwrite="index-train")
+    run_tasks(Preparation(project, "index-build", {"index": "Flat"}, overwrite="index-train"))
     assert [path.name for path in project.glob("index/faiss-par-add/*")] == ["Flat"]
     assert {path: path.stat().st_mtime_ns for path in project.glob("embeddings/*")} == trained
-    run_tasks(project, "db-build", {"chunk_length": 16}, overwrite="db-build")
+    run_tasks(Preparation(project, "db-build", {"chunk_length": 16}, overwrite="db-build"))
     assert not list(project.glob("index/*")) + list(project.glob("embeddings/*")) + list(project.glob("query/*"))
     with pytest.raises(ConfigError, match="overwrite names embed, which is not among the tasks db-build"):
-        run_tasks(project, "db-build", {}, overwrite="embed")
+        run_tasks(Preparation(project, "db-build", {}, overwrite="embed"))
 
 
 @pytest.mark.parametrize(
@@ -127,27 +128,27 @@ def test_what_cannot_be_made_destroys_nothing(
         monkeypatch.setattr(stages, "project_embedder", lambda config, **_: Words(name=str(config.embedder)))
     before = files_of(project)
     with pytest.raises((ConfigError, DataError), match=words):
-        run_tasks(project, "build", change, overwrite="db-build,embed,index-train")
+        run_tasks(Preparation(project, "build", change, overwrite="db-build,embed,index-train"))
     assert files_of(project) == before and (project / "config.json").read_text() == config
     # Nor is anything begun in a new directory.
     if "version" not in change:
         built = json.loads(config)
         given = {name: built[name] for name in ("data_paths", "tokenizer", "chunk_length")}
         with pytest.raises((ConfigError, DataError), match=words):
-            run_tasks(project.parent / "new", "build", {"embedder": "words"} | given | change)
+            run_tasks(Preparation(project.parent / "new", "build", {"embedder": "words"} | given | change))
         assert [path.name for path in (project.parent / "new").glob("*") if path.name != ".lock"] == []
 
 
 def test_validation_compares_every_stage(project: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "megatron_grit")
-    run_tasks(project, "build", {}, validate=1.0)
+    run_tasks(Preparation(project, "build", {}, validate=1.0))
     said = "\n".join(record.message for record in caplog.records)
     for what in ("chunks of", "embeddings", "codes", "neighbors for"):
         assert f"{what}" in said
     assert said.count("blocks are equal, bit for bit") == 4
     for validate, words in ((0.0, "above 0"), (1.5, "at most 1")):
         with pytest.raises(ConfigError, match=words):
-            run_tasks(project, "build", {}, validate=validate)
+            run_tasks(Preparation(project, "build", {}, validate=validate))
 
 
 @pytest.mark.parametrize(
@@ -170,16 +171,16 @@ def test_validation_finds_a_changed_block(project: Path, pattern: str, name: str
     arrays[name].ravel()[0] += 1
     write_arrays(path, arrays, signature)
     with pytest.raises(DataError, match=f"{path.name}: {name} differs from what is computed now"):
-        run_tasks(project, "build", {}, validate=1.0)
+        run_tasks(Preparation(project, "build", {}, validate=1.0))
 
 
 def test_a_missing_block_is_refused_or_made_again(project: Path) -> None:
     path = sorted(project.glob("embeddings/*.hdf5"))[0]
     path.unlink()
     with pytest.raises(DataError, match=f"{path.name}: is missing"):
-        run_tasks(project, "embed", {}, validate=1.0)
-    run_tasks(project, "embed", {})
-    run_tasks(project, "embed", {}, validate=1.0)
+        run_tasks(Preparation(project, "embed", {}, validate=1.0))
+    run_tasks(Preparation(project, "embed", {}))
+    run_tasks(Preparation(project, "embed", {}, validate=1.0))
 
 
 def test_a_changed_corpus_is_refused(project: Path, given: dict[str, Any]) -> None:
@@ -188,7 +189,7 @@ def test_a_changed_corpus_is_refused(project: Path, given: dict[str, Any]) -> No
     content[10] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match="a: no longer begins with the 25 documents of version 1"):
-        run_tasks(project, "embed", {})
+        run_tasks(Preparation(project, "embed", {}))
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, given: dict[str, Any]) -> None:
@@ -196,22 +197,22 @@ def test_another_tokenizer_is_refused(tmp_path: Path, given: dict[str, Any]) -> 
 
     train_sentencepiece(make_texts(50, seed=8), tmp_path / "other", 380)
     with pytest.raises(DataError, match="made with another tokenizer"):
-        run_tasks(tmp_path / "db", "db-build", given | {"tokenizer": str(tmp_path / "other.model")})
+        run_tasks(Preparation(tmp_path / "db", "db-build", given | {"tokenizer": str(tmp_path / "other.model")}))
 
 
 def test_what_is_no_indexed_file(tmp_path: Path, given: dict[str, Any]) -> None:
     for ending in ("bin", "idx"):
         (tmp_path / f"text.{ending}").write_text("plain text that is long enough for a header\n")
     with pytest.raises(DataError, match="text.idx.*not a Megatron index"):
-        run_tasks(tmp_path / "db", "db-build", given | {"data_paths": [str(tmp_path / "text")]})
+        run_tasks(Preparation(tmp_path / "db", "db-build", given | {"data_paths": [str(tmp_path / "text")]}))
 
 
 def test_only_one_command_at_a_time(project: Path) -> None:
     with (project / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another process is writing it"):
-            run_tasks(project, "build", {})
-    run_tasks(project, "build", {})
+            run_tasks(Preparation(project, "build", {}))
+    run_tasks(Preparation(project, "build", {}))
 
 
 def test_unknown_keys_are_refused(project: Path) -> None:
@@ -223,10 +224,10 @@ def test_unknown_keys_are_refused(project: Path) -> None:
     ):
         path.write_text(json.dumps(changed))
         with pytest.raises(ConfigError, match=words):
-            run_tasks(project, "build", {})
+            run_tasks(Preparation(project, "build", {}))
     path.write_text("{")
     with pytest.raises(ConfigError, match="config.json: cannot be read"):
-        run_tasks(project, "build", {})
+        run_tasks(Preparation(project, "build", {}))
 
 
 @pytest.mark.parametrize(
@@ -245,14 +246,14 @@ def test_what_is_no_configuration(content: str | None, words: str, tmp_path: Pat
     path = tmp_path / "config.json"
     path.mkdir() if content is None else path.write_text(content)
     with pytest.raises(ConfigError, match=f"config.json: {words}"):
-        run_tasks(tmp_path, "build", {})
+        run_tasks(Preparation(tmp_path, "build", {}))
     with pytest.raises(ConfigError, match=f"config.json: {words}"):
         load_project_config(tmp_path)
 
 
 def test_tasks_in_their_order() -> None:
     assert expand_tasks("index-add, db-build,index-train") == ["db-build", "index-train", "index-add"]
-    assert expand_tasks("build") == list(STAGES)
+    assert expand_tasks("build") == list(GROUPS["build"])
     assert expand_tasks("query-pretraining-neighbors") == ["query-neighbors"]
     with pytest.raises(ConfigError, match="no task 'index'; there are build, "):
         expand_tasks("index")
@@ -262,9 +263,9 @@ def test_tasks_in_their_order() -> None:
 def test_a_moved_path_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     old, new = RetroDbConfig(embedder="model"), RetroDbConfig(embedder=str(tmp_path / "model"))
-    assert list(changed_settings(old, new, STAGES, [])) == []
+    assert list(changed_settings(old, new, GROUPS["build"], [])) == []
     more = dataclasses.replace(old, data_paths=["a"])
-    assert any("--tasks add" in line for line in changed_settings(old, more, STAGES, []))
+    assert any("--tasks add" in line for line in changed_settings(old, more, GROUPS["build"], []))
 
 
 @pytest.mark.parametrize(

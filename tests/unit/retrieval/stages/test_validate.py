@@ -8,17 +8,17 @@ import h5py
 import numpy as np
 import pytest
 
-from megatron_grit.config.database.stages import CHANGES, STAGES
 from megatron_grit.data.chunks.chunk_db import ChunkDb
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import read_version
 from megatron_grit.errors import DataError
-from megatron_grit.retrieval.stages.chunk import build_chunks
-from megatron_grit.retrieval.stages.query import query_neighbors
-from megatron_grit.retrieval.stages.validate import validate_stage
-from megatron_grit.retrieval.stages.vectors import embed_chunks, open_vectors
-from megatron_grit.retrieval.stages.versions import add_documents, remove_documents
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.database.vectors import embed_chunks, open_vectors
+from megatron_grit.retrieval.stages.add import add_documents
+from megatron_grit.retrieval.stages.db_build import build_chunks
+from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
+from megatron_grit.retrieval.stages.tasks import TASKS
+from megatron_grit.retrieval.stages.tombstone import remove_documents
+from megatron_grit.retrieval.work import Worker
 from tests.unit.retrieval.databases import (
     WordEmbedder,
     another,
@@ -26,6 +26,7 @@ from tests.unit.retrieval.databases import (
     make_project,
     make_texts,
     tokenizer_of,
+    validate,
     write_documents,
 )
 from tests.unit.retrieval.workers import run_together
@@ -52,12 +53,12 @@ def grown(tmp_path: Path) -> Project:
 
 
 def test_a_database_that_has_grown(grown: Project) -> None:
-    for stage in (*STAGES, *CHANGES):
+    for stage in TASKS:
         counts: list[int] = []
         run_together(
             2,
             lambda worker, stage=stage, counts=counts: counts.append(
-                validate_stage(stage, another(grown), worker, WordEmbedder(), 1.0)
+                validate(stage, another(grown), worker, WordEmbedder(), 1.0)
             ),
         )
         assert counts[0] == counts[1] and (counts[0] > 0) == (stage != "tombstone"), stage
@@ -89,14 +90,14 @@ def test_damage_is_found(grown: Project, stage: str, pattern: str) -> None:
         whole = path.read_bytes()
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     with pytest.raises(DataError):
-        validate_stage(stage, another(grown), Worker(), WordEmbedder(), 1.0)
+        validate(stage, another(grown), Worker(), WordEmbedder(), 1.0)
 
 
 def test_rows_that_are_no_chunks_are_found_before_there_is_a_version(tmp_path: Path) -> None:
     prefix = write_documents(tmp_path / "corpus", TEXTS, tokenizer_of(tmp_path))
     project = make_project(tmp_path / "db", [prefix], tmp_path, valid_fraction=0.3)
     build_chunks(project, Worker())
-    assert validate_stage("db-build", project, Worker(), None, 1.0) > 0
+    assert validate("db-build", project, Worker(), None, 1.0) > 0
     for part in ("train", "valid"):
         path = project.merged / f"{part}.hdf5"
         whole, rows = path.read_bytes(), np.array(ChunkDb(project, part).rows)
@@ -105,7 +106,7 @@ def test_rows_that_are_no_chunks_are_found_before_there_is_a_version(tmp_path: P
         for damaged in (rows[2] ^ np.array([0, 0, 1, 0, 0], np.uint32), rows[1]):
             path.write_bytes(whole.replace(rows[2].tobytes(), damaged.tobytes()))
             with pytest.raises(DataError, match="are no chunks of the documents"):
-                validate_stage("db-build", another(project), Worker(), None, 1.0)
+                validate("db-build", another(project), Worker(), None, 1.0)
         path.write_bytes(whole)
 
 
@@ -113,5 +114,5 @@ def test_files_that_no_longer_begin_as_they_did(grown: Project, tmp_path: Path) 
     write_documents(tmp_path / "corpus", MORE + TEXTS, grown.tokenizer)
     for stage in ("db-build", "embed", "add"):
         with pytest.raises(DataError, match="no longer begins with the"):
-            validate_stage(stage, another(grown), Worker(), WordEmbedder(), 1.0)
+            validate(stage, another(grown), Worker(), WordEmbedder(), 1.0)
     assert read_version(grown.folder).number == 3

@@ -21,17 +21,14 @@ from megatron_grit.data.chunks.versions import (
     version_numbers,
 )
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.retrieval.stages.chunk import build_chunks, is_validation
-from megatron_grit.retrieval.stages.query import query_neighbors, tables_of
-from megatron_grit.retrieval.stages.versions import (
-    add_documents,
-    is_grown,
-    open_index,
-    parse_documents,
-    record_version,
-    remove_documents,
-)
-from megatron_grit.retrieval.stages.work import Worker
+from megatron_grit.retrieval.database.cuts import is_validation
+from megatron_grit.retrieval.database.queried import tables_of
+from megatron_grit.retrieval.database.versions import is_grown, open_index, record_version
+from megatron_grit.retrieval.stages.add import add_documents
+from megatron_grit.retrieval.stages.db_build import build_chunks
+from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
+from megatron_grit.retrieval.stages.tombstone import parse_documents, remove_documents
+from megatron_grit.retrieval.work import Worker
 from tests.unit.retrieval.databases import (
     WordEmbedder,
     another,
@@ -344,7 +341,7 @@ def test_adding_nothing_makes_no_version(project: Project) -> None:
 
 
 def test_an_addition_that_was_stopped_goes_on(project: Project, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_grit.retrieval.stages import versions
+    from megatron_grit.retrieval.database import versions
 
     paths = [*project.config.data_paths, other]
     calls: list[int] = []
@@ -375,11 +372,11 @@ def test_an_addition_that_was_given_up_is_not_part_of_the_database(
     project: Project, other: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its chunks would all be there already."""
-    from megatron_grit.retrieval.stages import versions
+    from megatron_grit.retrieval.stages import add
 
     paths = [*project.config.data_paths, other]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(versions, "writing_table", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(add, "writing_table", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         grow(project, data_paths=paths)
     remove_documents(project, Worker(), "corpus:2")
     grown = grow(project, data_paths=paths)

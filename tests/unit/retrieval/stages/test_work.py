@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_grit.retrieval.stages.work import Worker, compute_blocks
+from megatron_grit.retrieval.work import Worker, compute_blocks
 from megatron_grit.store import progress
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder
 from tests.unit.retrieval.workers import run_together

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_grit.config.database.stages import setting_in_use
+from megatron_grit.config.database.settings import setting_in_use
 from megatron_grit.data.chunks.chunk_db import DOCUMENT, START, ChunkDb, map_dataset
-from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.chunks.project import DatasetInfo, Project
 from megatron_grit.inference.encoders.protocol import Embedder
-from megatron_grit.retrieval.stages.work import Worker, compute_blocks
+from megatron_grit.retrieval.work import Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder
 from megatron_grit.store.digest import digest_of_settings
 
@@ -139,17 +139,25 @@ def find_chunks(rows: np.ndarray, dataset: int, documents: np.ndarray, offsets: 
     return np.where(keys[found] == wanted, found + first, -1).astype(np.int64)
 
 
-def chunks_fingerprint(project: Project) -> str:
-    """Of the chunks of a database: what they were cut from and how."""
+def chunks_fingerprint(project: Project, datasets: Sequence[DatasetInfo]) -> str:
+    """Of the chunks that a database was built of: what they were cut from and how."""
     names = ("chunk_length", "min_chunk_tokens", "duplicates", "near_threshold", "valid_fraction", "seed")
     settings = {name: setting_in_use(project.config, name) for name in names}
-    infos = [[info.prefix, info.fingerprint, info.n_docs, info.n_chunks_train] for info in project.infos()]
+    infos = [[info.prefix, info.fingerprint, info.n_docs, info.n_chunks_train] for info in datasets]
     return digest_of_settings({"infos": infos, "tokenizer": project.tokenizer.fingerprint} | settings)
 
 
-def open_vectors(project: Project, worker: Worker, embedder: Embedder) -> ChunkVectors:
-    """The vectors of a project's chunks. All processes call it."""
-    vectors = ChunkVectors(project, ChunkDb(project), embedder, chunks_fingerprint(project))
+def open_vectors(project: Project, worker: Worker, embedder: Embedder, db: ChunkDb | None = None) -> ChunkVectors:
+    """The vectors of the chunks that a database was built of. All processes call it.
+
+    Args:
+        project: the database.
+        worker: this process.
+        embedder: what makes the vectors.
+        db: the chunks. None: those of the project.
+    """
+    db = db or ChunkDb(project)
+    vectors = ChunkVectors(project, db, embedder, chunks_fingerprint(project, db.infos))
     vectors.look(worker)
     return vectors
 

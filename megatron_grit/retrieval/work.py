@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -176,6 +176,17 @@ def _exchange(arrays: list[np.ndarray]) -> list[np.ndarray]:
     received = content.new_empty(int(incoming.sum()))
     dist.all_to_all_single(received, content, incoming.tolist(), lengths.tolist())
     return [part.numpy() for part in received.split(incoming.tolist())]
+
+
+class Check(NamedTuple):
+    """Blocks that are computed again and compared."""
+
+    what: str
+    folder: BlockFolder
+    compute: Callable[[Block], Arrays]
+    """Makes a block again."""
+    during: AbstractContextManager[None] = nullcontext()
+    """As of :func:`compute_blocks`."""
 
 
 def compute_blocks(

@@ -1,4 +1,4 @@
-"""What the removal of documents leaves of the chunks that a database was cut from.
+"""The task tombstone: documents that searches pass over from the next version on, and what that leaves of the chunks.
 
 A chunk that was left out as a duplicate goes with the one that stands for it. So duplicates of what comes later are
 looked for among the chunks that searches find, and who removes documents is told whose text goes with them.
@@ -6,25 +6,146 @@ looked for among the chunks that searches find, and who removes documents is tol
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_grit.config.database.schema import RetroDbConfig
-from megatron_grit.data.chunks.chunk_db import map_dataset
+from megatron_grit.data.chunks.chunk_db import ChunkDb, map_dataset
 from megatron_grit.data.chunks.project import Project
-from megatron_grit.data.chunks.versions import Version, document_keys, is_among, removed_documents, sorted_keys
-from megatron_grit.errors import DataError
+from megatron_grit.data.chunks.versions import (
+    Version,
+    VersionedDb,
+    document_keys,
+    is_among,
+    read_version,
+    removed_documents,
+    sorted_keys,
+    stored_file,
+    version_numbers,
+    version_path,
+)
+from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.retrieval.database.cuts import is_validation
+from megatron_grit.retrieval.database.vectors import find_chunks
+from megatron_grit.retrieval.database.versions import next_version
 from megatron_grit.retrieval.dedup.duplicates import ChunkBlock
-from megatron_grit.retrieval.stages.chunk import is_validation
-from megatron_grit.retrieval.stages.vectors import find_chunks
-from megatron_grit.retrieval.stages.work import Worker, compute_blocks
+from megatron_grit.retrieval.stages.task import MOST_TO_COUNT, Job, Report, Task
+from megatron_grit.retrieval.work import Check, Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder, read_arrays, signature_of
+from megatron_grit.store.files import replacing
 from megatron_grit.store.logs import get_logger
 
 log = get_logger(__name__)
+
+
+class Tombstone(Task):
+    """Removes documents from the next version; earlier ones find them still."""
+
+    name = "tombstone"
+    needs_embedder = False
+
+    def run(self, job: Job) -> None:
+        """As :class:`Task` says."""
+        remove_documents(job.project, job.worker, job.tombstone)
+
+    def validate(self, job: Job) -> Iterator[Check]:
+        """As :class:`Task` says: lists of removed documents are compared with their checksums."""
+        folder = job.project.folder
+        if job.worker.is_first:
+            for number in version_numbers(folder):
+                removed_documents(folder, read_version(folder, number))
+        job.worker.barrier()
+        yield from ()
+
+    def describe(self, db: ChunkDb, version: Version | None, *, verify: bool) -> Report:
+        """As :class:`Task` says: what was removed. In a large database chunks are not counted: that reads all rows."""
+        num_chunks: int | None = 0
+        if isinstance(db, VersionedDb) and len(db.tombstones):
+            num_chunks = None if len(db) > MOST_TO_COUNT else len(db.chunks_of(db.tombstones))
+        return {
+            "num_removed_documents": version.num_tombstones if version else 0,
+            "num_removed_chunks": num_chunks,
+        }
+
+
+def remove_documents(project: Project, worker: Worker, text: str) -> None:
+    """The task tombstone: searches of the next version pass over the chunks of some documents. Nothing is deleted, and
+    earlier versions find them still. All processes call it.
+
+    Args:
+        project: the database.
+        worker: this process.
+        text: comma list of DATASET:DOCUMENT, or a file with one of them a line. A dataset is its prefix, the last part
+            of it, or its number.
+
+    Raises:
+        ConfigError: no such dataset or document.
+        DataError: no database was built.
+    """
+    if worker.is_first:
+        before = read_version(project.folder)
+        asked = np.array(parse_documents(text, [(s.prefix, s.num_documents) for s in before.sources]), dtype=np.int64)
+        there = removed_documents(project.folder, before)
+        pairs = np.unique(np.concatenate([there, asked]), axis=0)
+        if len(pairs) == len(there):
+            log.info(f"all of these documents were removed before version {before.number}")
+        else:
+            path = version_path(project.folder, before.number + 1).with_suffix(".tombstones.npy")
+            with replacing(path, "wb") as file:
+                np.save(file, pairs, allow_pickle=False)
+            note = f"removed {len(pairs) - len(there)} documents"
+            tombstones = stored_file(project.folder, path)
+            after = next_version(project.folder, before, note, tombstones=tombstones, num_tombstones=len(pairs))
+            log.info(f"version {after.number} of the database: {note}")
+            warn_of_duplicates(project, after, asked)
+    worker.barrier()
+
+
+def parse_documents(text: str, datasets: Sequence[tuple[str, int]], what: str = "tombstone") -> list[tuple[int, int]]:
+    """Documents that a command names.
+
+    Args:
+        text: as for :func:`remove_documents`.
+        datasets: prefix and number of documents of each.
+        what: names it in messages.
+
+    Returns:
+        (dataset, document) of each.
+
+    Raises:
+        ConfigError: no such dataset or document, or none at all.
+    """
+    names = text.split(",")
+    if ":" not in text or os.path.isfile(text):  # which takes a list that is too long for a path
+        try:
+            names = Path(text).read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{what} {text!r}: neither DATASET:DOCUMENT nor a file that can be read ({error})"
+            ) from None
+    found = []
+    for name in filter(None, (name.strip() for name in names)):
+        dataset, _, document = name.rpartition(":")
+        numbers = [n for n, (prefix, _) in enumerate(datasets) if dataset in (prefix, str(n), Path(prefix).name)]
+        if len(numbers) != 1:
+            known = ", ".join(f"{n} = {prefix}" for n, (prefix, _) in enumerate(datasets))
+            raise ConfigError(f"{what} {name!r}: {len(numbers)} datasets are called {dataset!r}; there are {known}")
+        count = datasets[numbers[0]][1]
+        if not is_number(document) or int(document) >= count:
+            raise ConfigError(f"{what} {name!r}: {dataset} has documents 0 to {count - 1}")
+        found.append((numbers[0], int(document)))
+    if not found:
+        raise ConfigError(f"{what} {text!r}: names no document; give DATASET:DOCUMENT, or a file of them")
+    return found
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number of decimal digits, at most 18 of them."""
+    return text.isascii() and text.isdecimal() and len(text) <= 18
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,196 @@
+"""The versions of a database: recorded when an index was built, chosen and opened to search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_grit.data.chunks.chunk_db import ChunkDb
+from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.chunks.versions import (
+    AddedChunks,
+    TableDb,
+    Version,
+    VersionedDb,
+    check_stored,
+    next_version_number,
+    read_version,
+    source_of,
+    stored_file,
+    version_numbers,
+    version_path,
+    write_version,
+)
+from megatron_grit.errors import DataError
+from megatron_grit.inference.encoders.protocol import Embedder
+from megatron_grit.retrieval.database.index_files import IndexFiles
+from megatron_grit.retrieval.database.vectors import ChunkVectors
+from megatron_grit.retrieval.index.faiss_index import gpus_of_process
+from megatron_grit.retrieval.index.manifest import read_manifest
+from megatron_grit.retrieval.index.recall import read_search
+from megatron_grit.retrieval.index.search import SearchableIndex, ShardedIndex, SpreadIndex
+from megatron_grit.retrieval.work import Worker
+from megatron_grit.store.logs import get_logger
+
+log = get_logger(__name__)
+
+
+def is_grown(project: Project) -> bool:
+    """Whether documents were added after the database was built. Building it again would give them other ids."""
+    numbers = version_numbers(project.folder)
+    return bool(numbers) and len(read_version(project.folder).segments) > 1
+
+
+def record_version(project: Project, worker: Worker, embedder: Embedder) -> None:
+    """Write a version of the index that was built, unless the newest one is it. All processes call it.
+
+    Raises:
+        DataError: the index is missing, or of another embedder or other chunks.
+    """
+    if worker.is_first and not is_grown(project):
+        _record(project, embedder)
+    worker.barrier()
+
+
+def _record(project: Project, embedder: Embedder) -> None:
+    numbers = version_numbers(project.folder)
+    latest = read_version(project.folder) if numbers else None
+    try:
+        db = ChunkDb(project)
+    except DataError:
+        if latest is None:
+            raise
+        return  # documents were appended to a file; opening the version finds out whether nothing else was changed
+    files = IndexFiles(project, db, embedder.fingerprint, embedder.dim)
+    manifests = [read_manifest(path) for path in files.added]
+    read_search(files.search)
+    for path, manifest in zip(files.added, manifests, strict=True):
+        for what, wanted, found in (
+            ("embedder", files.embedder, manifest.embedder),
+            ("set of chunks", files.chunks, manifest.chunks),
+        ):
+            if wanted != found:
+                raise DataError(
+                    f"was built of another {what}; run --tasks index-build --overwrite index-train", path=path
+                )
+    digests = [manifest.sha256 for manifest in manifests]
+    indexes = [] if latest is None else [file.sha256 for file in latest.segments[0].index]
+    if latest is not None and latest.embedder == files.embedder and indexes == digests:
+        return
+    index = [stored_file(project.folder, path, sha) for path, sha in zip(files.added, digests, strict=True)]
+    table = stored_file(project.folder, db.path)
+    version = Version(
+        number=next_version_number(project.folder),
+        sources=[source_of(info.prefix, project.resolve(info.prefix)) for info in db.infos],
+        segments=[AddedChunks(table=table, num_chunks=len(db), index=index)],
+        trained=stored_file(project.folder, files.trained, read_manifest(files.trained).sha256),
+        search=files.search.relative_to(project.folder).as_posix(),
+        embedder=files.embedder,
+        chunks=files.chunks,
+        tombstones=latest.tombstones if latest else None,
+        num_tombstones=latest.num_tombstones if latest else 0,
+        notes=["built" if latest is None else "built again"],
+    )
+    write_version(project.folder, version)
+    log.info(f"version {version.number} of the database: {version.num_chunks:,} chunks")
+
+
+def version_to_use(project: Project, worker: Worker, embedder: Embedder) -> Version:
+    """The version that the configuration names, or the newest. All processes call it.
+
+    Raises:
+        DataError: there is none, or it is of another embedder, or its chunks were changed.
+    """
+    if project.config.version is None:
+        record_version(project, worker, embedder)
+    version = read_version(project.folder, project.config.version)
+    if version.embedder != embedder.fingerprint:
+        raise DataError(
+            "is of another embedder; set the embedder it was built with, or build the index again",
+            path=version_path(project.folder, version.number),
+        )
+    if worker.is_first:  # what is made of damaged chunks would look like any other
+        for segment in version.segments:
+            check_stored(project.folder, segment.table, thorough=True)
+    worker.barrier()
+    return version
+
+
+def open_index(project: Project, version: Version, worker: Worker | None = None) -> SearchableIndex:
+    """The index of a version, ready to search.
+
+    Args:
+        project: the database.
+        version: of it.
+        worker: this process among those that search, which all call this; the index is then placed as the
+            configuration says. None: a few searches of this process alone, for which it is mapped.
+
+    Raises:
+        ConfigError: it cannot be put on a GPU.
+        DataError: a file is missing, damaged or was built again since.
+    """
+    paths = []
+    for segment in version.segments:
+        for file in segment.index:
+            paths.append(check_stored(project.folder, file))
+            if read_manifest(paths[-1]).sha256 != file.sha256:
+                raise DataError(f"was built again since version {version.number} of the database", path=paths[-1])
+    config = project.config
+    placement = "mapped" if worker is None else config.index_placement
+    gpus = gpus_of_process() if worker is not None and config.index_on_gpu else None
+    index: SearchableIndex
+    if worker is not None and placement == "spread":
+        index = SpreadIndex(paths, worker, version.embedder)
+    else:
+        index = ShardedIndex.load(paths, mapped=placement == "mapped", embedder=version.embedder)
+    if gpus is not None:
+        index.to_gpus(gpus)
+    search = search_of(project, version)
+    index.set_search(search.nprobe, search.ef_search)
+    return index
+
+
+def stored_vectors(db: VersionedDb, worker: Worker, embedder: Embedder) -> ChunkVectors | None:
+    """The vectors that the task embed wrote, of the chunks that the database was built of; None where they are not
+    there. All processes call it."""
+    project, first = db.project, db.version.segments[0]
+    table = TableDb(project, project.folder / first.table.path, db.infos)
+    chunks = read_manifest(project.folder / first.index[0].path).chunks
+    vectors = ChunkVectors(project, table, embedder, chunks)
+    vectors.look(worker)
+    return vectors if vectors.stored else None
+
+
+@dataclass(frozen=True)
+class Search:
+    """How an index is searched."""
+
+    nprobe: int | None
+    ef_search: int | None
+    recall: float | None
+    """Measured when the index was built. None: it was not measured with these settings, or this query_instruction."""
+
+
+def search_of(project: Project, version: Version) -> Search:
+    """As the configuration says, else as it was chosen when the index was built.
+
+    Raises:
+        DataError: the file that says so is missing or cannot be read.
+    """
+    built = read_search(project.folder / version.search)
+    nprobe, ef_search = project.config.nprobe, project.config.ef_search
+    same = nprobe in (None, built.nprobe) and ef_search in (None, built.ef_search)
+    same &= project.config.query_instruction == built.query_instruction
+    return Search(
+        built.nprobe if nprobe is None else nprobe,
+        built.ef_search if ef_search is None else ef_search,
+        built.recall if same else None,
+    )
+
+
+def next_version(folder: Path, before: Version, note: str, **changes: Any) -> Version:
+    """Write the version that follows one, with what was changed. In one process."""
+    version = replace(before, number=before.number + 1, notes=[note], **changes)
+    write_version(folder, version)
+    return version
