@@ -27,7 +27,7 @@ from megatron_grit.errors import ConfigError
 from megatron_grit.models.row_share import RowShare
 
 _MOST_CHANNELS = 256
-"""Of a head in FlashAttention-2's kernels, which torch and TransformerEngine call."""
+"""Channels of a head in the kernels of FlashAttention-2, which torch and TransformerEngine call."""
 
 
 class AttentionMode(StrEnum):
@@ -49,14 +49,14 @@ class KeyValueCache(Protocol):
 class PackedSegments(PackedSeqParams):
     """Segment boundaries of a row and its attention mode.
 
-    ``qkv_format`` is not "thd": the engine then leaves rotary embedding to the positions that the row carries, and
-    tensors in the layout [T, 1, heads, channels].
+    ``qkv_format`` is not "thd", so the engine rotates by the angles it is given, one for each token, and keeps tensors
+    in the layout [T, 1, heads, channels].
     """
 
     mode: AttentionMode | None = None
     cache: KeyValueCache | None = None
     lengths: list[int] = field(default_factory=list)
-    """Queries of each segment, padding included. SDPA goes by it."""
+    """Queries of each segment, padding included. Used by SDPA."""
     key_lengths: list[int] | None = None
     """Keys of each segment. None: as many as queries."""
     key_index_K: Tensor | None = None
@@ -79,7 +79,7 @@ class PackedSegments(PackedSeqParams):
             max_seqlen: longest segment.
             mode: attention mode of the whole row.
             share: the part of the row that this rank holds. None: all of it.
-            lengths: of the segments. None: read from ``cu_seqlens``, for which the host waits where that is on a GPU.
+            lengths: of the segments. None: read from ``cu_seqlens``, which makes the host wait for a GPU.
         """
         if lengths is None:
             lengths = cu_seqlens.diff().tolist()
@@ -165,10 +165,10 @@ class PackedAttention(MegatronModule):
         if segments.key_index_K is not None:
             key, value = gather_keys(key, value, segments)
         causal = segments.mode is AttentionMode.CAUSAL
-        # A window in the bidirectional pass would cut off what the pass is there to see.
+        # A window would hide from the bidirectional pass what it has to see.
         window = self.sliding_window if causal else None
-        # The engine's wrapper fixes a window when it is built, so it is built without one, and rows that reach beyond
-        # a window take the exact path.
+        # The engine's wrapper takes its window when it is built, so it is built without one, and rows longer than a
+        # window use SDPA.
         beyond = window is not None and segments.max_seqlen_q > window
         if segments.cache is not None or self.backend == "sdpa" or (self.backend == "te" and beyond):
             context_TNH = self._sdpa(query, key, value, segments, causal, window)
@@ -231,7 +231,7 @@ class PackedAttention(MegatronModule):
 
 
 def gather_keys(key_LGH: Tensor, value_LGH: Tensor, segments: PackedSegments) -> tuple[Tensor, Tensor]:
-    """All ranks' keys and values, picked piece by piece; the backward pass sums each key's gradient over ranks.
+    """Keys and values gathered over ranks and selected piece by piece; the backward pass sums their gradients.
 
     Returns:
         Keys and values, [K, G, H] each.
@@ -324,5 +324,5 @@ def _obstacle(backend: str, device: torch.device, config: TransformerConfig) -> 
         return "it has no dropout, and model.attention_dropout is not 0" if config.attention_dropout else None
     if not compat.have_transformer_engine():
         return "TransformerEngine does not import"
-    # It would exchange keys by itself, and expects rows that are cut segment by segment.
+    # It exchanges keys itself and expects each segment to be split over ranks.
     return "it does not go with parallel.context above 1" if config.context_parallel_size > 1 else None

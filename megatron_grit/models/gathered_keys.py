@@ -6,14 +6,14 @@ from math import ceil
 
 
 def gathered_keys(row_tokens: int, segment_tokens: float, size: int, causal: bool) -> int:
-    """Keys that a rank picks out of all ranks' for its queries: the most that any rank does.
+    """Keys that a rank selects from the gathered ones for its queries: the maximum over ranks.
 
-    The row is cut into 2 x ``size`` equal parts, of which a rank has two, and the queries of each part see all keys of
-    their segments, in a causal pass up to the end of the part. A segment that reaches into both parts counts twice.
+    The row is split into 2 x ``size`` equal parts, two for each rank. The queries of a part attend to all keys of their
+    segments, in a causal pass up to the end of the part. A segment that overlaps both parts counts twice.
 
     Args:
         row_tokens: length of the row.
-        segment_tokens: length of its segments, which are taken to be equal.
+        segment_tokens: length of its segments, assumed equal.
         size: context parallel size. 1: nothing is gathered.
         causal: whether keys after a query are left out.
     """

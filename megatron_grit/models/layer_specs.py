@@ -1,4 +1,4 @@
-"""The engine's TransformerConfig of a run, and the layer specification with our parts in it."""
+"""The engine's TransformerConfig of a run, and the specification of its layers."""
 
 from __future__ import annotations
 
@@ -46,10 +46,9 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 def transformer_config(config: RunConfig) -> TransformerConfig:
     """The engine's configuration of a run.
 
-    Losses are divided by counts of the global batch before the engine sees them, and gradients averaged over data
-    parallel ranks as the engine does by default; ``calculate_per_token_loss`` stays off because with sequence
-    parallelism it weighs the expert balancing loss by 1 / tensor parallel size (router.py:456 takes a rank's share
-    of the tokens for all of them).
+    Losses are divided by counts of the global batch before the engine sees them, and the engine averages gradients over
+    data parallel ranks. ``calculate_per_token_loss`` stays off: with sequence parallelism it would scale the expert
+    balancing loss by 1 / tensor parallel size (router.py:456 counts only a rank's shard of the tokens).
     """
     model, parallel = config.model, config.parallel
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
@@ -70,7 +69,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
             "moe_router_pre_softmax": not model.moe_normalize_top_k or model.moe_top_k == 1,
         }
     if model.moe_dense_layers:
-        # Only then: the engine names the weights of such a model by layer.
+        # Set only if needed: it makes the engine number the weights of each layer.
         moe["moe_layer_freq"] = [int(layer not in model.moe_dense_layers) for layer in range(model.num_layers)]
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -83,7 +82,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.activation == "swiglu",
         activation_func=_ACTIVATIONS[model.activation],
-        # Either all linear layers of the engine have a bias or none; models/biases.py takes away what is too much.
+        # The engine's linear layers all have a bias or none; models/biases.py removes those that are not wanted.
         add_bias_linear=model.add_bias_linear or model.add_attention_output_bias or model.add_mlp_bias,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_norm,

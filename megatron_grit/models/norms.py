@@ -23,7 +23,7 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 def mark_sequence_parallel(module: torch.nn.Module, config: TransformerConfig) -> None:
-    """Have the engine sum these gradients over tensor parallel ranks, each of which saw a part of the sequence."""
+    """Have the engine sum these gradients over tensor parallel ranks, each of which sees a part of the sequence."""
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

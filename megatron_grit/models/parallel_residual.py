@@ -20,10 +20,10 @@ class ParallelResidualLayer(TransformerLayer):
 
         Args:
             hidden_states: [T, 1, D].
-            options: of the engine's layer; those that a decoder in training has no use for are left aside.
+            options: of the engine's layer; all but rotary_pos_emb, packed_seq_params and context are ignored.
 
         Returns:
-            (states after the layer, the cross-attention context as it came).
+            (states after the layer, the unchanged cross-attention context).
         """
         normed = self.input_layernorm(hidden_states)
         attention = self.self_attention(

@@ -17,11 +17,11 @@ from megatron_grit.config.shape import head_channels
 
 
 class RotaryAngles:
-    """The angles by which queries and keys are turned.
+    """The angles by which queries and keys are rotated.
 
     Args:
         model: the decoder's shape.
-        device: where it computes.
+        device: where the frequencies are kept.
     """
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
@@ -31,7 +31,7 @@ class RotaryAngles:
         self._is_interleaved = model.rotary_interleaved
 
     def __call__(self, positions_T: Tensor) -> Tensor:
-        """fp32 [T, 1, 1, C] for C turned channels of a head: as the engine's attention takes them."""
+        """fp32 [T, 1, 1, C] for C rotated channels of a head, the layout that the engine's attention expects."""
         angles = torch.outer(positions_T.to(self._frequencies), self._frequencies)
         if self._is_interleaved:
             return angles.repeat_interleave(2, 1)[:, None, None]
@@ -39,7 +39,7 @@ class RotaryAngles:
 
 
 def stretched_frequencies(model: ModelConfig, frequencies: Tensor) -> Tensor:
-    """Angles a position of each pair of channels.
+    """Angle per position of each pair of channels.
 
     Args:
         model: its shape.
@@ -58,7 +58,7 @@ def stretched_frequencies(model: ModelConfig, frequencies: Tensor) -> Tensor:
 
 
 def attention_factor(model: ModelConfig) -> float:
-    """What yarn multiplies the turned channels of queries and keys by; 1 for all else."""
+    """Factor by which yarn scales the rotated channels of queries and keys; 1 for other types."""
     if model.rope_type != "yarn":
         return 1.0
     if model.rope_attention_factor is not None:
@@ -67,9 +67,9 @@ def attention_factor(model: ModelConfig) -> float:
 
 
 def attention_scale(model: ModelConfig) -> float | None:
-    """What products of queries and keys are multiplied by. None: 1 / sqrt(channels of a head).
+    """Factor of the attention scores. None: 1 / sqrt(channels of a head).
 
-    All channels are turned where there is a factor (config/checks/run.py sees to it), so it can go into the scale.
+    A factor of yarn is part of it, because then all channels are rotated (config/checks/run.py makes sure).
     """
     factor = attention_factor(model)
     if factor == 1.0:

@@ -1,4 +1,4 @@
-"""The router of a mixture of experts, with a z-loss that does not depend on how a row is cut."""
+"""The router of a mixture of experts, with a z-loss that does not depend on how a row is sharded."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 class PackedRouter(TopKRouter):  # type: ignore[misc]
     """The engine's router over packed rows.
 
-    The engine takes the mean of the z-loss over each sequence and context parallel rank's tokens, and then over ranks
-    (router.py:486). Padding stands at the end of a row, so ranks have different numbers of tokens, and the mean of
-    means is another number than the row's mean.
+    The engine averages the z-loss over the tokens of each sequence and context parallel rank, then over ranks
+    (router.py:486). Padding is at the end of a row, so ranks have different numbers of tokens, and the mean of these
+    means is not the mean over the row.
     """
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:

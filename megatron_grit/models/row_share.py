@@ -1,10 +1,9 @@
 """Context parallelism over packed rows: which tokens of a row a rank holds, and which keys they attend to.
 
-A row of T tokens is cut into 2C equal parts, C being the context parallel size, and rank r holds parts r and
-2C - 1 - r: in a causal pass late tokens see more keys than early ones, and so every rank gets both (Llama 3,
-arXiv 2407.21783, section 3.3.2). Keys and values are gathered over the ranks, and what a rank's queries see is picked
-out of them, a run of keys for each piece: a piece is what a part holds of a segment. In a causal pass the keys of a
-piece end where its queries end, so that queries and keys are aligned at their ends.
+A row of T tokens is split into 2C equal parts, C being the context parallel size, and rank r holds parts r and
+2C - 1 - r: late tokens attend to more keys than early ones in a causal pass, so every rank gets both (Llama 3,
+arXiv 2407.21783, section 3.3.2). Keys and values are gathered over the ranks. A piece is the overlap of a part and a
+segment; its queries attend to one range of the gathered keys. In a causal pass this range ends where the piece ends.
 
 Shape suffix legend: T = tokens of a row, L = tokens that a rank holds, P = pieces, K = keys of all pieces, S = segments
 of the row.
@@ -25,14 +24,14 @@ from megatron_grit.parallel.context import ParallelContext
 
 @dataclass(frozen=True)
 class Pieces:
-    """The attention of one rank: each piece's queries see its keys."""
+    """The attention of one rank, piece by piece."""
 
     cu_queries: Tensor
-    """int32 [P + 1]: ends of the pieces among the rank's tokens."""
+    """int32 [P + 1]: bounds of the pieces among the rank's tokens."""
     cu_keys: Tensor
-    """int32 [P + 1]: ends of the pieces' keys."""
+    """int32 [P + 1]: bounds of the pieces' keys."""
     key_index_K: Tensor
-    """int64 [K]: where each key is among the gathered ones, which come rank by rank."""
+    """int64 [K]: index of each key among the gathered ones, which are in the order of ranks."""
     query_lengths: list[int]
     key_lengths: list[int]
 
@@ -59,7 +58,7 @@ class RowShare:
         return RowShare(index, length, context.context_rank, context.context_size, context.context_group)
 
     def take(self, row: PackedRow) -> PackedRow:
-        """The tokens that this rank holds, with what stands beside each of them. Segments stay the whole row's."""
+        """The tokens that this rank holds, with labels and masks. Segment boundaries stay those of the whole row."""
         index = self.index_L
         return replace(
             row,
@@ -110,7 +109,7 @@ def held_positions(row_length: int, rank: int, size: int) -> Tensor:
 
 
 def gathered_places(row_length: int, size: int) -> Tensor:
-    """Where each position of the row is when all ranks' tokens stand one after another: int64 [T]."""
+    """Index of each position of the row among the gathered tokens, which are in the order of ranks: int64 [T]."""
     order = torch.cat([held_positions(row_length, rank, size) for rank in range(size)])
     return torch.argsort(order)
 

@@ -1,6 +1,6 @@
-"""Where tokens enter and leave a decoder: their embedding, and the output layer with its logits and losses.
+"""Token embedding and output layer of a decoder, with logits and token losses.
 
-Rows of both are sharded over tensor parallel ranks, and padded so that these have equally many.
+The rows of both weights, one for each token, are sharded over tensor parallel ranks and padded to equal shards.
 
 Shape suffix legend: T = tokens of a row, L = some of them, D = width, V = vocabulary.
 """
@@ -27,14 +27,7 @@ from megatron_grit.models.biases import TrainedBiasLinear
 def token_embedding(
     model: ModelConfig, engine_config: TransformerConfig, num_rows: int, group: dist.ProcessGroup
 ) -> LanguageModelEmbedding:
-    """The embedding of tokens, and of positions where they are learned.
-
-    Args:
-        model: the decoder's shape.
-        engine_config: the engine's configuration of it.
-        num_rows: of the padded vocabulary.
-        group: the tensor parallel ranks.
-    """
+    """The embedding of tokens, and of positions where they are learned; arguments as for :class:`OutputLayer`."""
     return LanguageModelEmbedding(
         config=engine_config,
         vocab_size=num_rows,
@@ -45,16 +38,16 @@ def token_embedding(
 
 
 class OutputLayer(TrainedBiasLinear):
-    """Logits of the vocabulary, and the losses of labels.
+    """Logits and losses of tokens.
 
-    Every method takes the weight to use: that of the token embedding where it is tied. None: the layer's own.
+    Every method takes the weight to use: that of the token embedding if they are tied; None for the layer's own.
 
     Args:
         model: the decoder's shape.
         engine_config: the engine's configuration of it.
-        vocab_size: tokens.
-        num_rows: tokens and padding.
-        has_weight: whether it has a weight. It has none where it shares that of an embedding in the same process.
+        vocab_size: number of tokens.
+        num_rows: number of tokens, padding included.
+        has_weight: whether to allocate a weight. Not needed if it is tied to an embedding in the same process.
         group: the tensor parallel ranks.
     """
 
@@ -79,7 +72,7 @@ class OutputLayer(TrainedBiasLinear):
         self.num_padding = max(0, (dist.get_rank(group) + 1) * self.output_size_per_partition - vocab_size)
 
     def shard_logits(self, states_L1D: Tensor, weight: Tensor | None) -> Tensor:
-        """[L, 1, V / tensor parallel size]; rows that only pad the vocabulary get no probability."""
+        """This rank's logits, [L, 1, padded V / tensor parallel size]. Padding rows get no probability."""
         logits, _ = self(states_L1D, weight=weight)
         if self.num_padding:
             shard = logits.shape[-1]
@@ -88,32 +81,32 @@ class OutputLayer(TrainedBiasLinear):
         return logits
 
     def logits(self, states_L1D: Tensor, weight: Tensor | None) -> Tensor:
-        """[L, padded V], gathered over tensor parallel ranks."""
+        """Logits gathered over tensor parallel ranks, [L, padded V]."""
         gathered: Tensor = gather_from_tensor_model_parallel_region(self.shard_logits(states_L1D, weight))
         return gathered.squeeze(1)
 
     def token_losses(self, states_T1D: Tensor, weight: Tensor | None, row: PackedRow) -> Tensor:
-        """fp32 [T]: negative log-likelihood of each label, 0 where the loss mask is 0.
+        """Negative log-likelihood of each label, fp32 [T]; 0 where the loss mask is 0.
 
         Args:
-            states_T1D: of the tokens that this rank holds, or its share of them under sequence parallelism.
+            states_T1D: final states of the row; under sequence parallelism this rank's shard of them.
             weight: see the class.
-            row: what this rank holds of the row.
+            row: the tokens of the row that this context parallel rank holds.
         """
         assert row.labels_1T is not None and row.loss_mask_1T is not None
         if self.config.sequence_parallel:
             logits = self.shard_logits(states_T1D, weight)
             return _cross_entropy(logits, row.labels_1T[0]) * row.loss_mask_1T[0]
-        # Logits are computed where a label is supervised and nowhere else.
+        # Logits are computed for supervised tokens only.
         supervised = row.label_index_L
-        if supervised is None:  # a GPU's mask is waited for here
+        if supervised is None:  # makes the host wait for a GPU
             supervised = row.loss_mask_1T[0].nonzero().squeeze(1)
         losses = row.loss_mask_1T.new_zeros(row.tokens_1T.shape[1])
         logits = self.shard_logits(states_T1D[supervised], weight)
         return losses.index_put((supervised,), _cross_entropy(logits, row.labels_1T[0, supervised]))
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **options: Any) -> dict[str, Any]:
-        """The engine's, without the empty entry that other linear layers have: checkpoints do not hold it."""
+        """The engine's, without ``_extra_state``: checkpoints have no such entry for an output layer."""
         state: dict[str, Any] = super().sharded_state_dict(prefix, *args, **options)
         state.pop(f"{prefix}_extra_state", None)
         return state

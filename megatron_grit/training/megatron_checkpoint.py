@@ -5,12 +5,12 @@ Megatron-LM saves with ``--ckpt-format torch_dist`` into
     latest_checkpointed_iteration.txt   number of the newest iteration, or "release"
     iter_0000100/                       weights, optimizer, random states and arguments in one sharded state dict
 
-Names of GPTModel's weights are ours, but for two things: layers are stacked under one name or have a number each, and a
-mixture of experts saved with TransformerEngine's layers has another name for the norm before it.
+GPTModel's weights have the names that they have here, with two exceptions: layers may be numbered instead of stacked
+under one name, and TransformerEngine's layers name the norm before experts differently.
 
-HybridModel (MambaModel in older versions) numbers attention and what follows it as layers of their own, so that layer i
-here is layers 2i and 2i + 1 there, and calls the last norm ``final_norm``. Its patterns have a symbol for each layer: *
-attention, - feed-forward, E experts; *-*-*E loads, whatever has other layers or another order is another model.
+HybridModel (MambaModel in older versions) numbers attention and feed-forward layers separately: layer i here is layers
+2i and 2i + 1 there. It calls the last norm ``final_norm``. Its pattern has a symbol for each layer: * for attention, -
+for feed-forward, E for experts. Patterns such as *-*-*E load; other layers or another order make another model.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _NUMBERED = re.compile(r"decoder\.layers\.(\d+)\.")
 _NORM_OF_DENSE, _NORM_OF_EXPERTS = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
 _LAST_NORM, _LAST_NORM_OF_HYBRID = "decoder.final_layernorm.", "decoder.final_norm."
 _SYMBOLS = {"self_attention.linear_qkv.": "*", "mlp.experts.": "E", "mlp.": "-", "mixer.": "M"}
-"""HybridModel's symbol of a layer that has such names; of several the first."""
+"""HybridModel's symbol of a layer, by how names in it start; the first that matches."""
 _OTHER_STATE = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler", "common_state")
-_KEYS = {  # which keys of the configuration a tensor's shape hangs on
+_KEYS = {  # keys of the configuration that determine a tensor's shape
     "embedding.position_embeddings": "model.max_position_embeddings and model.hidden_size",
     "self_attention": "model.num_attention_heads, model.num_query_groups, model.kv_channels and model.hidden_size",
     "linear_fc": "model.ffn_hidden_size, model.activation and model.hidden_size",
@@ -64,7 +64,7 @@ def find_megatron_checkpoint(path: Path) -> Path | None:
 
 
 def is_other_state(name: str) -> bool:
-    """Whether a name of such a checkpoint is of something else than the weights."""
+    """Whether a name in such a checkpoint belongs to something other than the weights."""
     return name.startswith(_OTHER_STATE)
 
 
@@ -75,7 +75,7 @@ class MegatronNames:
         folder: of an iteration.
 
     Raises:
-        CheckpointError: it cannot be read, or is of HybridModel with other layers than a decoder here has.
+        CheckpointError: it cannot be read, or holds a HybridModel with layers that no decoder here has.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -91,8 +91,8 @@ class MegatronNames:
             self._pattern = "".join(self._layers.values())
         if self._pattern is not None and not re.fullmatch(r"(\*[-E])+", self._pattern):
             raise CheckpointError(
-                f"{folder}: is of HybridModel with the layers {self._pattern}; only attention (*) with a feed-forward "
-                "layer (-) or experts (E) after it, such as *-*- or *E*E, is a decoder here"
+                f"{folder}: holds a HybridModel with the layers {self._pattern}; only attention (*) with a "
+                "feed-forward layer (-) or experts (E) after it, such as *-*- or *E*E, loads here"
             )
 
     def metadata(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class MegatronNames:
             vocab_size: of the model before padding.
 
         Raises:
-            CheckpointError: the first that differs, and the key of the configuration that it hangs on.
+            CheckpointError: the first that differs, with the keys of the configuration that determine it.
         """
         saved_layers = len(self._layers) if self._pattern is None else len(self._layers) // 2
         if saved_layers and saved_layers != num_layers:

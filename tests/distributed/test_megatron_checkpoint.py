@@ -55,7 +55,7 @@ WRONG: dict[str, tuple[dict[str, Any], int, str]] = {
 WRONG_HYBRID: dict[str, tuple[str, dict[str, Any], str]] = {
     "hybrid_layers": ("hybrid", {"num_layers": 8}, "set model.num_layers to 4"),
     "hybrid_feed_forward": ("hybrid", {"experts": 4}, "its layers are *-*-*-*- (*"),
-    "hybrid_order": ("order", {}, "HybridModel with the layers **--**--; only attention"),
+    "hybrid_order": ("order", {}, "a HybridModel with the layers **--**--; only attention"),
 }
 
 

@@ -21,11 +21,11 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "embeddings": ("embedding.*",),
     "head": ("output_layer.*",),
 }
-"""Words for patterns of names. biases is BitFit (arXiv 2106.10199)."""
+"""Names of groups of parameters. biases is BitFit (arXiv 2106.10199)."""
 
 _EXPERT = re.compile(r"local_experts\.\d+")
 _ALWAYS = ("*.adapter.*", "embedding_head.*", "embedding_pooling.*")
-"""New parameters, which no base has."""
+"""New parameters, which a base does not have."""
 
 
 def select_trainable(chunks: Sequence[Any], config: RunConfig) -> None:
@@ -71,7 +71,7 @@ def has_trained(module: torch.nn.Module) -> bool:
 
 
 def reach_back(states: Tensor) -> Tensor:
-    """The same states, for a backward pass that has to come as far as these, where everything before is frozen."""
+    """The same states, as a leaf that requires a gradient if everything before them is frozen."""
     if not torch.is_grad_enabled() or states.requires_grad:
         return states
     return states.detach().requires_grad_()

@@ -3,10 +3,10 @@
 NF4: blocks of 64 weights, each divided by its largest magnitude and rounded to the nearest of 16 values, which are
 quantiles of a normal distribution. Double quantisation stores the blocks' largest magnitudes, less their mean, in 8
 bits: blocks of 256 of them, dynamic code. 4.127 bits a weight. Codes, order and arithmetic are those of bitsandbytes,
-whose library for CPUs alone takes the other neighbour for some of the 8-bit codes that lie within 2e-5 of a midpoint.
+except that its CPU library rounds some 8-bit codes within 2e-5 of a midpoint the other way.
 
-Blocks are those of the whole projection in Hugging Face's order, whatever the tensor parallel layout: every layout
-computes with the same base, and it is the one that bitsandbytes makes of the same projection in transformers.
+Blocks are taken from the whole projection in Hugging Face's order at every tensor parallel size, so all layouts compute
+with the same base, which is also the one that bitsandbytes makes of the projection in transformers.
 
 Shape suffix legend: R = rows and C = columns of a projection's share on this rank, K = blocks, T = tokens, I = input
 width and O = output width of a layer on this rank.
@@ -210,7 +210,7 @@ class QuantizedProjection(torch.nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """What the buffers take."""
+        """Bytes of the buffers."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def dequantize(self) -> Tensor:
@@ -247,7 +247,7 @@ class QuantizedProjection(torch.nn.Module):
 
 
 class QuantizedWeight(torch.nn.Module):
-    """What stands in place of a linear layer's weight: its projections in 4 bits.
+    """Replaces a linear layer's weight by its projections in 4 bits.
 
     Args:
         projections: in the order of the layer's rows.
@@ -263,16 +263,16 @@ class QuantizedWeight(torch.nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """What the codes and statistics take."""
+        """Bytes of codes and statistics."""
         return sum(projection.num_bytes for projection in self._projections)
 
     def dequantize(self) -> Tensor:
-        """The layer's weight [O, I], made anew at each call."""
+        """The layer's weight [O, I], computed at each call."""
         return self.layout.join([projection.dequantize() for projection in self._projections], 0)
 
 
 class _QuantizedProduct(torch.autograd.Function):
-    """input_TI x weight_OI^T. What is kept for the backward is the 4-bit weight."""
+    """input_TI x weight_OI^T; saves the 4-bit weight for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, input_TI: Tensor, weight: QuantizedWeight, group: dist.ProcessGroup | None) -> Tensor:
@@ -298,20 +298,20 @@ def _forward_quantized(  # many: the engine passes them
     gtp_remat_size: int = 1,
     **_: Any,
 ) -> Tensor:
-    """In place of the engine's product of a column or row parallel layer, with its arguments; those left aside are of
-    a weight's gradient, and there is none."""
+    """Replaces the matrix product of the engine's column and row parallel layers and takes its arguments. Those that
+    concern the weight's gradient are ignored: there is none."""
     assert gtp_remat_size == 1
     if sequence_parallel:
         input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
     output: Tensor = _QuantizedProduct.apply(input, weight, tp_group if allreduce_dgrad else None)
-    # Outside of the product, so that a bias that is trained gets its gradient.
+    # Added outside of the product, so that a trained bias gets its gradient.
     return output if bias is None else output + bias
 
 
 def quantize_linear_(linear: torch.nn.Module, double: bool = True) -> None:
-    """Turn a frozen engine linear layer's weight to 4 bits, in place. Collective over the ranks that split it.
+    """Quantise the frozen weight of an engine's linear layer, in place. Collective over the ranks that split it.
 
-    ``linear.weight`` becomes a :class:`QuantizedWeight`. Call it once the base's weights are there.
+    ``linear.weight`` becomes a :class:`QuantizedWeight`. Call it after the base's weights were loaded.
 
     Args:
         linear: a column or row parallel layer with an ``adapter``, whose layout says which projections it holds.
