@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from megatron_grit.config.schema import ModelConfig
 from megatron_grit.convert.families import mixtral
-from megatron_grit.convert.hf_in.hf_to_megatron import load_hf_config
+from megatron_grit.convert.families.registry import load_hf_config
 from megatron_grit.data.text.tokenizer import train_sentencepiece
 
 NUM_FILES = 19
@@ -43,12 +43,12 @@ SHAPE = ModelConfig(
 )
 FULL = replace(SHAPE, hidden_size=4096, ffn_hidden_size=14336, kv_channels=128)
 IMPORT = """
-from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint
-import megatron_grit.convert.hf_in.stream_import
+from megatron_grit.convert.hf_in.convert import convert_checkpoint
+import megatron_grit.convert.hf_in.writer
 work = lambda: convert_checkpoint({source!r}, {target!r})
 """
 EXPORT = """
-from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
+from megatron_grit.convert.hf_out.convert import export_checkpoint
 work = lambda: export_checkpoint({source!r}, {target!r}, max_shard_size="{size}B")
 """
 PEAK = """

@@ -35,7 +35,7 @@ import torch
 
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.convert.families import mistral
-from megatron_grit.convert.hf_in.hf_to_megatron import hf_state_dict_to_megatron
+from megatron_grit.convert.families.registry import hf_state_dict_to_megatron
 from megatron_grit.data.builders.grit_builder import build_grit, read_texts
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.data.rows.loader import GritDataLoader

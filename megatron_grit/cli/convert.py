@@ -55,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> None:
             way = "is a checkpoint, which is exported" if is_export else "holds no checkpoint of ours to export"
             raise ConfigError(f"{source} {way}; --{name.replace('_', '-')} has no meaning here, leave it out")
     if is_export:
-        from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
+        from megatron_grit.convert.hf_out.convert import export_checkpoint
         from megatron_grit.convert.peft.merge import export_adapter
 
         if arguments.adapter_only:
@@ -65,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> None:
         options |= {"tokenizer": arguments.tokenizer, "adapters": arguments.merge}
         print(export_checkpoint(source, arguments.target, **options))
     else:
-        from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint
+        from megatron_grit.convert.hf_in.convert import convert_checkpoint
 
         options = {name: getattr(arguments, name) for name in _IMPORT_ONLY}
         print(convert_checkpoint(arguments.source, arguments.target, arguments.tokenizer, **options))

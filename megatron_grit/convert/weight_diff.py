@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_grit.convert.hf_in.folder import DTYPES, SafetensorsFolder, WeightFolder
+from megatron_grit.convert.hf_in.reader import DTYPES, SafetensorsFolder, WeightFolder
 from megatron_grit.convert.raw_safetensors import RawTensor, write_header
 from megatron_grit.errors import CheckpointError
 from megatron_grit.store.digest import HashingFile, digest_of_rows, sha256_of_file

@@ -14,7 +14,7 @@ import torch
 
 from megatron_grit.config.schema import ParallelConfig
 from tests.harness.ranks import run_on_ranks
-from tests.unit.convert.hf_in.test_hf_folder import stack_experts
+from tests.unit.convert.hf_in.test_reader import stack_experts
 from tests.unit.convert.test_param_map import random_hf
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -68,8 +68,8 @@ def fits(name: str, layout: str) -> bool:
 def write_source(directory: Path, name: str) -> None:
     """A Hugging Face directory of random weights in two files."""
     from megatron_grit.config.schema import ModelConfig
-    from megatron_grit.convert.hf_in.hf_to_megatron import FAMILIES
-    from tests.unit.convert.hf_in.test_hf_folder import write_shards
+    from megatron_grit.convert.families.registry import FAMILIES
+    from tests.unit.convert.hf_in.test_reader import write_shards
 
     architecture, changes = MODELS[name]
     family = next(family for family in FAMILIES if family.architecture == architecture)
@@ -82,7 +82,7 @@ def write_source(directory: Path, name: str) -> None:
 
 
 def convert_all(directory: str) -> None:
-    from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint
+    from megatron_grit.convert.hf_in.convert import convert_checkpoint
 
     root = Path(directory)
     for name in MODELS:

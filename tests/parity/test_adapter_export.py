@@ -48,7 +48,7 @@ def train_adapters(directory: Path, name: str, **adapter: Any) -> RunConfig:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """hf/: a base of two steps, exported."""
-    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.hf_out.convert import export_checkpoint
     from megatron_grit.training.trainer import train
 
     directory = tmp_path_factory.mktemp("export")
@@ -112,7 +112,7 @@ def load_hf(path: Path) -> Any:
 
 
 def test_a_merged_run_is_the_run(trained: tuple[str, RunConfig], directory: Path) -> None:
-    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.hf_out.convert import export_checkpoint
 
     name, config = trained
     export_checkpoint(config.output_dir, directory / f"{name}_merged", adapters="trained")
@@ -164,7 +164,7 @@ def test_a_run_starts_from_an_adapter_of_peft(trained: tuple[str, RunConfig], di
 def test_what_is_refused(trained: tuple[str, RunConfig], directory: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.hf_out.convert import export_checkpoint
     from megatron_grit.convert.peft.merge import export_adapter
 
     _, config = trained
@@ -185,7 +185,7 @@ def test_what_is_refused(trained: tuple[str, RunConfig], directory: Path, tmp_pa
 
 def test_a_merge_into_a_moved_base_and_a_trained_norm(directory: Path, tmp_path: Path) -> None:
     """What was trained beside adapters comes from the run; the base may be one of our own checkpoints."""
-    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.hf_out.convert import export_checkpoint
     from megatron_grit.convert.peft.merge import export_adapter
     from megatron_grit.training.trainer import train
 

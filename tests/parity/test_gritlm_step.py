@@ -193,7 +193,7 @@ def run_ours(
     model: Any, job: Any, batches: list[StepBatch], loss_gen_type: str, attend: str | None = None
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Metrics of each step, and the weights at the end under transformers' names."""
-    from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model, hf_state_dict_to_megatron
+    from megatron_grit.convert.families.registry import family_of_model, hf_state_dict_to_megatron
     from megatron_grit.models.decoder import build_model
     from megatron_grit.training.optimizer import build_optimizer, build_schedule, set_learning_rate, wrap_model
     from megatron_grit.training.step import TrainStep

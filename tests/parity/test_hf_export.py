@@ -19,7 +19,7 @@ from megatron_grit.inference.model import GritModel
 from tests.corpus import sentences, tiny_run
 from tests.harness.ranks import run_on_ranks
 from tests.parity.test_hf_import import LENGTHS, MODELS, TOLERANCE, make_model, make_row, segments, write_tokenizer
-from tests.unit.convert.hf_out.test_export import make_checkpoint
+from tests.unit.convert.hf_out.test_convert import make_checkpoint
 
 transformers = pytest.importorskip("transformers", reason="the reference is transformers")
 
@@ -63,8 +63,8 @@ def exported(
     request: pytest.FixtureRequest, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Any, Path, Path]]:
     """(name, transformers' model, its directory, the export of what was imported from it)."""
-    from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint
-    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.hf_in.convert import convert_checkpoint
+    from megatron_grit.convert.hf_out.convert import export_checkpoint
 
     directory = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(5)
@@ -131,7 +131,7 @@ def test_generation_is_causal_and_equal(exported: tuple[str, Any, Path, Path]) -
 
 def test_configuration_reads_back(exported: tuple[str, Any, Path, Path]) -> None:
     """Our shape of the exported config.json is that of the source's; transformers' is, too, key for key."""
-    from megatron_grit.convert.hf_in.hf_to_megatron import load_hf_config
+    from megatron_grit.convert.families.registry import load_hf_config
 
     _, theirs, source, out = exported
     expected = vars(load_hf_config(source))
@@ -206,7 +206,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", list(OPTIONS))
 def test_pooling_and_linear_layers(name: str, tmp_path: Path) -> None:
     """Each pooling and place of linear layers that sentence-transformers has modules for."""
-    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.hf_out.convert import export_checkpoint
 
     sentence_transformers = pytest.importorskip("sentence_transformers")
     run, _ = make_checkpoint(tmp_path, embedding=OPTIONS[name])
@@ -230,7 +230,7 @@ def test_pooling_and_linear_layers(name: str, tmp_path: Path) -> None:
 )
 def test_no_modules_where_they_would_be_wrong(options: dict[str, Any], why: str, tmp_path: Path) -> None:
     """The card says why; the model still generates."""
-    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.hf_out.convert import export_checkpoint
 
     run, _ = make_checkpoint(tmp_path, embedding=options)
     out = export_checkpoint(run, tmp_path / "out")
@@ -280,8 +280,8 @@ def save_at_layout(directory: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_checkpoints_of_any_layout(layout: str, tmp_path: Path) -> None:
     """What four ranks wrote is exported as the engine loads it into one process."""
-    from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model
-    from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
+    from megatron_grit.convert.families.registry import family_of_model
+    from megatron_grit.convert.hf_out.convert import export_checkpoint
 
     tiny_run(tmp_path, experts=2)
     run_on_ranks(save_at_layout, 4, tmp_path, str(tmp_path), layout)

@@ -113,7 +113,7 @@ def models(
     request: pytest.FixtureRequest, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Any, Any, Path]]:
     """(transformers' model, ours, the converted directory): save_pretrained, convert_checkpoint, load_weights."""
-    from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint
+    from megatron_grit.convert.hf_in.convert import convert_checkpoint
     from megatron_grit.models.decoder import build_model
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import load_weights, read_config, resolve_checkpoint
@@ -238,8 +238,8 @@ def test_logits_and_losses(models: tuple[Any, Any, Path]) -> None:
 
 def test_export_is_the_source(models: tuple[Any, Any, Path]) -> None:
     """The way back gives the files that were converted, name for name and bit for bit."""
-    from megatron_grit.convert.hf_in.folder import SafetensorsFolder
-    from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model, load_hf_config
+    from megatron_grit.convert.families.registry import family_of_model, load_hf_config
+    from megatron_grit.convert.hf_in.reader import SafetensorsFolder
 
     _, ours, source = models
     config = load_hf_config(source)
@@ -254,7 +254,7 @@ def test_balancing_coefficient() -> None:
     """One layer: transformers' balancing loss times its coefficient is ours times the imported one."""
     from megatron_grit import compat
     from megatron_grit.convert.families import mixtral
-    from megatron_grit.convert.hf_in.hf_to_megatron import hf_state_dict_to_megatron
+    from megatron_grit.convert.families.registry import hf_state_dict_to_megatron
     from megatron_grit.models.decoder import Output, build_model
     from megatron_grit.parallel.launch import parallel_job
 

@@ -93,7 +93,7 @@ def through_all_stages(model: Any, context: Any, width: int) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor], dict[str, list[float]]]:
     """(directory, transformers' losses, ours at every layout)."""
-    from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint
+    from megatron_grit.convert.hf_in.convert import convert_checkpoint
 
     directory = tmp_path_factory.mktemp("layouts")
     expected, checkpoints = {}, {}
@@ -130,8 +130,8 @@ def test_losses_are_those_of_transformers(converted: Any, case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_export_is_the_source(converted: Any, case: str) -> None:
-    from megatron_grit.convert.hf_in.folder import SafetensorsFolder
-    from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model, load_hf_config
+    from megatron_grit.convert.families.registry import family_of_model, load_hf_config
+    from megatron_grit.convert.hf_in.reader import SafetensorsFolder
     from megatron_grit.models.decoder import build_model
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.checkpoint import load_weights

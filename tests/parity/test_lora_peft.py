@@ -59,7 +59,7 @@ def make_adapter(name: str, directory: Path, **options: Any) -> Any:
 
 def run_config(directory: Path, **adapter: Any) -> RunConfig:
     """A run beside the saved model with adapters as the saved one has."""
-    from megatron_grit.convert.hf_in.hf_to_megatron import load_hf_config
+    from megatron_grit.convert.families.registry import load_hf_config
     from megatron_grit.convert.peft.reader import read_peft
 
     model = load_hf_config(directory / "hf")
@@ -131,8 +131,8 @@ def test_an_adapter_of_peft_gives_its_logits(case: tuple[str, Path, Any], ours: 
 
 
 def test_peft_loads_what_is_written(case: tuple[str, Path, Any], ours: Any) -> None:
-    from megatron_grit.convert.peft.format import write_peft
     from megatron_grit.convert.peft.reader import read_peft
+    from megatron_grit.convert.peft.writer import write_peft
 
     name, directory, _ = case
     model = run_config(directory).model
@@ -197,8 +197,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_options_of_peft(variant: str, tmp_path: Path) -> None:
     """Read, with the logits of PEFT, and written, with the same again."""
-    from megatron_grit.convert.peft.format import write_peft
     from megatron_grit.convert.peft.reader import read_peft
+    from megatron_grit.convert.peft.writer import write_peft
     from megatron_grit.parallel.launch import parallel_job
 
     name, options = VARIANTS[variant]
@@ -221,8 +221,8 @@ def test_a_run_of_higher_rank_and_other_alpha_starts_from_the_same_function(tmp_
 
 def test_experts_are_written_one_by_one(tmp_path: Path) -> None:
     """The names of transformers 4, which vLLM reads as well; an absent gate is one that adds nothing."""
-    from megatron_grit.convert.peft.format import to_peft
     from megatron_grit.convert.peft.reader import read_peft
+    from megatron_grit.convert.peft.writer import to_peft
 
     make_adapter("mixtral", tmp_path)
     model = run_config(tmp_path).model

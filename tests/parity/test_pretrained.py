@@ -16,15 +16,15 @@ from megatron_grit.cli import plan, train
 from megatron_grit.config.parse import dump_config, load_config, parse_train_arguments
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import padded_vocabulary
-from megatron_grit.convert.hf_in.folder import SafetensorsFolder
-from megatron_grit.convert.hf_in.hf_to_megatron import load_hf_config
+from megatron_grit.convert.families.registry import load_hf_config
 from megatron_grit.convert.hf_in.pretrained import resolve_pretrained
+from megatron_grit.convert.hf_in.reader import SafetensorsFolder
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.training.checkpoint import list_checkpoints, read_config, read_state
 from megatron_grit.training.trainer import Trainer
 from tests.corpus import tiny_run
-from tests.unit.convert.hf_in.test_hf_folder import write_shards
+from tests.unit.convert.hf_in.test_reader import write_shards
 from tests.unit.convert.test_param_map import random_hf
 
 SHAPE: dict[str, Any] = {

@@ -345,7 +345,7 @@ def single_readers(path: str, text: str) -> list[str]:
 
 
 # Makes pickled weights, one of them malicious, to see how they are read.
-PICKLE_TESTS = "tests/unit/convert/hf_in/test_hf_folder.py"
+PICKLE_TESTS = "tests/unit/convert/hf_in/test_reader.py"
 
 
 def unsafe_reading(path: str, text: str) -> list[str]:

@@ -14,14 +14,9 @@ import torch
 
 from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.config.shape import expert_width, head_channels, num_query_groups
-from megatron_grit.convert.hf_in.folder import WeightFolder, check_weights, local_folder, open_weights
-from megatron_grit.convert.hf_in.hf_to_megatron import (
-    check_tokenizer,
-    family_of_model,
-    grown_vocabulary,
-    load_hf_config,
-    same_value,
-)
+from megatron_grit.convert.families.registry import family_of_model, load_hf_config, same_value
+from megatron_grit.convert.hf_in.convert import check_tokenizer, grown_vocabulary
+from megatron_grit.convert.hf_in.reader import WeightFolder, check_weights, local_folder, open_weights
 from megatron_grit.convert.param_map import Conversion
 from megatron_grit.convert.shards import shard_of
 from megatron_grit.data.text.tokenizer import load_tokenizer

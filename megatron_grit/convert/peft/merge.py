@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from megatron_grit.config.schema import ModelConfig, ParallelConfig
-from megatron_grit.convert.hf_in.folder import WeightFolder, check_weights, open_weights
-from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model, load_hf_config
-from megatron_grit.convert.hf_out.checkpoint_reader import CheckpointReader
+from megatron_grit.convert.families.registry import family_of_model, load_hf_config
+from megatron_grit.convert.hf_in.reader import WeightFolder, check_weights, open_weights
+from megatron_grit.convert.hf_out.reader import CheckpointReader
 from megatron_grit.convert.peft.base import locate_base
-from megatron_grit.convert.peft.format import write_peft
 from megatron_grit.convert.peft.sites import Site, WholeAdapter, adapter_sites
+from megatron_grit.convert.peft.writer import write_peft
 from megatron_grit.errors import CheckpointError
 from megatron_grit.models.adapters.quantization import round_trip
 from megatron_grit.parallel.context import ParallelContext

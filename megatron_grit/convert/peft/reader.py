@@ -22,9 +22,9 @@ from torch import Tensor
 
 from megatron_grit.config.schema import AdapterConfig, ModelConfig
 from megatron_grit.config.shape import expert_width
-from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model
-from megatron_grit.convert.peft.format import CONFIG, PREFIX, WEIGHTS
+from megatron_grit.convert.families.registry import family_of_model
 from megatron_grit.convert.peft.sites import Site, WholeAdapter, adapter_sites, part_shape, resized, tied_output
+from megatron_grit.convert.peft.writer import CONFIG, PREFIX, WEIGHTS
 from megatron_grit.errors import CheckpointError
 
 _READ = {

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_grit.config.schema import AdapterConfig, ModelConfig, RunConfig
-from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model
-from megatron_grit.convert.peft.format import is_peft_folder
+from megatron_grit.convert.families.registry import family_of_model
 from megatron_grit.convert.peft.reader import read_peft
 from megatron_grit.convert.peft.sites import WholeAdapter, resized
+from megatron_grit.convert.peft.writer import is_peft_folder
 from megatron_grit.convert.shards import shard_of
 from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.models.adapters import adapted_linears, global_name

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_grit.config.checks.adapter import model_projections
 from megatron_grit.config.schema import AdapterConfig, ModelConfig
 from megatron_grit.config.shape import expert_width
-from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model
+from megatron_grit.convert.families.registry import family_of_model
 from megatron_grit.convert.param_map import ExpertOf, GatedFC1, GroupedQKV, Kind, dimensions
 
 _PROJECTIONS = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_grit.config.schema import ModelConfig
 from megatron_grit.convert.families import gpt_neo, gpt_neox, gptj, llama, mistral, mixtral, qwen
-from megatron_grit.convert.hf_in.hf_to_megatron import describes, family_of_model
+from megatron_grit.convert.families.registry import describes, family_of_model
 from megatron_grit.convert.param_map import Family, GatedFC1, GroupedQKV, VocabularyRows, dimensions
 from megatron_grit.errors import CheckpointError
 

@@ -13,7 +13,7 @@ import pytest
 from megatron_grit.config.parse import parse_run_config
 from megatron_grit.config.schema import AdapterConfig, ParallelConfig, RunConfig
 from megatron_grit.config.shape import stage_layers
-from megatron_grit.convert.hf_in.stream_import import build_without_storage
+from megatron_grit.convert.skeleton import build_without_storage
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.planning.parameters import count_adapters, count_parameters, count_trained
 from tests.rows import VOCAB, tiny_config

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_grit.config.schema import AdapterConfig, ModelConfig
 from megatron_grit.config.shape import dense_layers
-from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model
+from megatron_grit.convert.families.registry import family_of_model
 from megatron_grit.convert.peft.sites import Site, WholeAdapter, adapter_sites, part_shape, tied_output
 from megatron_grit.errors import CheckpointError
 from megatron_grit.store.files import replacing, write_json

@@ -22,15 +22,14 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.overrides import TorchFunctionMode
 
 from megatron_grit import compat
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import ModelConfig, RunConfig
-from megatron_grit.convert.hf_in.folder import WeightFolder
+from megatron_grit.convert.hf_in.reader import WeightFolder
 from megatron_grit.convert.param_map import Conversion
+from megatron_grit.convert.skeleton import build_without_storage
 from megatron_grit.data.text.tokenizer import Tokenizer, copy_tokenizer
-from megatron_grit.models.decoder import GritDecoder, build_model
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.store.files import write_json
@@ -79,25 +78,6 @@ def write_checkpoint(
         write_manifest(folder.path, context.world_size)
         folder.publish()
     return final
-
-
-def build_without_storage(config: RunConfig, vocab_size: int, context: ParallelContext) -> GritDecoder:
-    """The model with weights that have shapes and no memory."""
-    meta = torch.device("meta")
-    with meta, _WithoutStorage():
-        return build_model(config, vocab_size, dataclasses.replace(context, device=meta))
-
-
-class _WithoutStorage(TorchFunctionMode):
-    """Put on the meta device what asks for another one: the engine's layers name theirs, whatever the default is."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") is not None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
 
 
 def _write_weights(

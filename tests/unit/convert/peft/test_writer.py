@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_grit.config.schema import AdapterConfig, ModelConfig
-from megatron_grit.convert.peft.format import is_peft_folder, to_peft, write_peft
 from megatron_grit.convert.peft.merge import merged_weight
 from megatron_grit.convert.peft.reader import read_peft
 from megatron_grit.convert.peft.sites import WholeAdapter, adapter_sites, part_shape, resized
+from megatron_grit.convert.peft.writer import is_peft_folder, to_peft, write_peft
 from megatron_grit.errors import CheckpointError
 
 # Every size is different, so that a wrong one shows.

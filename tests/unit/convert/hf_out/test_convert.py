@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.convert.hf_out import megatron_to_hf
-from megatron_grit.convert.hf_out.checkpoint_reader import CheckpointReader
-from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint, parse_size
+from megatron_grit.convert.hf_out import convert
+from megatron_grit.convert.hf_out.convert import export_checkpoint, parse_size
+from megatron_grit.convert.hf_out.reader import CheckpointReader
 from megatron_grit.errors import CheckpointError, ConfigError, OutputError
 from megatron_grit.store.digest import HashingFile
 from megatron_grit.store.folder import OutputFolder
@@ -78,7 +78,7 @@ def test_bf16_comes_out_as_it_went_in(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "kept" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     for dtype in ("fp32", "fp16"):
         converted = weights_of(export_checkpoint(run, tmp_path / dtype, dtype=dtype))
-        wanted = megatron_to_hf.DTYPES[dtype]
+        wanted = convert.DTYPES[dtype]
         assert all(torch.equal(tensor.to(wanted), converted[name]) for name, tensor in kept.items())
 
 
@@ -227,7 +227,7 @@ def test_files_of_another_export_are_not_kept(run: Path, tmp_path: Path, monkeyp
         raise CheckpointError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(megatron_to_hf, "write_files", stop)
+        patch.setattr(convert, "write_files", stop)
         with pytest.raises(CheckpointError, match="stopped"):
             export_checkpoint(run, tmp_path / "out", dtype="bf16")
     assert (tmp_path / ".out.partial" / "files" / "model.safetensors").is_file()
@@ -236,7 +236,7 @@ def test_files_of_another_export_are_not_kept(run: Path, tmp_path: Path, monkeyp
 
 
 def test_too_little_room_is_told_at_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megatron_to_hf.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore[attr-defined]
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore[attr-defined]
     with pytest.raises(OutputError, match=r"the weights need \d+ more bytes and 1000 are free; make room"):
         export_checkpoint(run, tmp_path / "out")
 

@@ -12,10 +12,10 @@ import pytest
 from megatron_grit.config.schema import EmbeddingConfig, RunConfig
 from megatron_grit.convert.hf_out.card import vllm_settings
 from megatron_grit.convert.hf_out.chat import jinja_of
+from megatron_grit.convert.hf_out.convert import export_checkpoint
 from megatron_grit.convert.hf_out.embedding import bidirectional_settings
-from megatron_grit.convert.hf_out.megatron_to_hf import export_checkpoint
 from megatron_grit.data.text.chat_templates import TEMPLATES
-from tests.unit.convert.hf_out.test_export import make_checkpoint
+from tests.unit.convert.hf_out.test_convert import make_checkpoint
 
 
 @pytest.fixture(scope="module")

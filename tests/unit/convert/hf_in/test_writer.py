@@ -22,9 +22,10 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.convert.families import gptj, mistral, mixtral
-from megatron_grit.convert.hf_in import stream_import
-from megatron_grit.convert.hf_in.folder import SafetensorsFolder
-from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint, hf_state_dict_to_megatron, load_hf_config
+from megatron_grit.convert.families.registry import hf_state_dict_to_megatron, load_hf_config
+from megatron_grit.convert.hf_in import writer
+from megatron_grit.convert.hf_in.convert import convert_checkpoint
+from megatron_grit.convert.hf_in.reader import SafetensorsFolder
 from megatron_grit.convert.param_map import Family
 from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_grit.errors import CheckpointError, OutputError
@@ -32,7 +33,7 @@ from megatron_grit.models.decoder import build_model
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.training.checkpoint import load_weights, read_config, read_state
 from megatron_grit.training.checkpoint_save import save_checkpoint
-from tests.unit.convert.hf_in.test_hf_folder import stack_experts, write_shards
+from tests.unit.convert.hf_in.test_reader import stack_experts, write_shards
 from tests.unit.convert.test_param_map import DENSE, GPT, MIXTURE, random_hf
 
 NUM_TOKENS = 300
@@ -128,7 +129,7 @@ def test_files_are_cut_at_the_sources_and_at_a_size(
     source = write_source(tmp_path / "hf", family, model, tensors)
     first = convert_checkpoint(source, tmp_path / "first", tokenizer)
     assert len(list(first.rglob("*.distcp"))) == 2  # as many as the source has
-    monkeypatch.setattr(stream_import, "MAX_FILE_BYTES", 8_000)
+    monkeypatch.setattr(writer, "MAX_FILE_BYTES", 8_000)
     second = convert_checkpoint(source, tmp_path / "second", tokenizer)
     sizes = [file.stat().st_size for file in second.rglob("*.distcp")]
     assert len(sizes) > 5
@@ -197,8 +198,8 @@ def test_full_disk_is_told_and_the_next_start_goes_on(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_source(tmp_path / "hf", *MODELS["mixtral"])
-    monkeypatch.setattr(stream_import, "MAX_FILE_BYTES", 8_000)
-    write, written = stream_import.compat.write_sharded_file, []
+    monkeypatch.setattr(writer, "MAX_FILE_BYTES", 8_000)
+    write, written = writer.compat.write_sharded_file, []
 
     def full(request: Any, bucket: Any, number: int) -> list[Any]:
         if number == 3:
@@ -206,7 +207,7 @@ def test_full_disk_is_told_and_the_next_start_goes_on(
         written.append(number)
         return write(request, bucket, number)
 
-    monkeypatch.setattr(stream_import.compat, "write_sharded_file", full)
+    monkeypatch.setattr(writer.compat, "write_sharded_file", full)
     with pytest.raises(OutputError, match=r"__0_3\.distcp: cannot be written \(No space left on device\)"):
         convert_checkpoint(source, tmp_path / "out", tokenizer)
     assert written == [0, 1, 2]
@@ -216,7 +217,7 @@ def test_full_disk_is_told_and_the_next_start_goes_on(
         written.append(number)
         return write(request, bucket, number)
 
-    monkeypatch.setattr(stream_import.compat, "write_sharded_file", counted)
+    monkeypatch.setattr(writer.compat, "write_sharded_file", counted)
     checkpoint = convert_checkpoint(source, tmp_path / "out", tokenizer)
     assert written == list(range(len(list(checkpoint.rglob("*.distcp")))))
 
@@ -233,7 +234,7 @@ BIG = ModelConfig(
 
 
 def convert_in_child(source: Path, target: Path, tokenizer: Path, max_bytes: int) -> None:
-    stream_import.MAX_FILE_BYTES = max_bytes
+    writer.MAX_FILE_BYTES = max_bytes
     torch.set_num_threads(1)
     convert_checkpoint(source, target, tokenizer)
 
@@ -255,7 +256,7 @@ def test_killed_at_any_moment(tmp_path: Path, tokenizer: Path) -> None:
     source, target, max_bytes = big_source(tmp_path), tmp_path / "out", 300_000
     # Forked from a process that has imported the engine and done nothing else.
     context = get_context("forkserver")
-    context.set_forkserver_preload([stream_import.__name__])
+    context.set_forkserver_preload([writer.__name__])
     start = functools.partial(context.Process, target=convert_in_child, args=(source, target, tokenizer, max_bytes))
     assert finish(start()) == 0
     target.rename(tmp_path / "expected")
@@ -325,17 +326,17 @@ def test_what_is_not_whole_is_written_anew(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     source, target = write_source(tmp_path / "hf", *MODELS["mixtral"]), tmp_path / "out"
-    monkeypatch.setattr(stream_import, "MAX_FILE_BYTES", 8_000)
+    monkeypatch.setattr(writer, "MAX_FILE_BYTES", 8_000)
     convert_checkpoint(source, target, tokenizer)
     target.rename(tmp_path / "expected")
-    write, written = stream_import.compat.write_sharded_file, []
+    write, written = writer.compat.write_sharded_file, []
 
     def failing(request: Any, bucket: Any, number: int) -> list[Any]:
         if number == 4:
             raise OSError(28, "full", bucket[0])
         return write(request, bucket, number)
 
-    monkeypatch.setattr(stream_import.compat, "write_sharded_file", failing)
+    monkeypatch.setattr(writer.compat, "write_sharded_file", failing)
     with pytest.raises(OutputError, match="full"):
         convert_checkpoint(source, target, tokenizer)
     folder = target / "checkpoints" / PARTIAL
@@ -357,7 +358,7 @@ def test_what_is_not_whole_is_written_anew(
         written.append(number)
         return write(request, bucket, number)
 
-    monkeypatch.setattr(stream_import.compat, "write_sharded_file", counted)
+    monkeypatch.setattr(writer.compat, "write_sharded_file", counted)
     checkpoint = convert_checkpoint(source, target, tokenizer)
     total = len(list(checkpoint.rglob("*.distcp")))
     assert written == (list(range(total)) if damage == "source" else [2, *range(4, total)])

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_grit.config.schema import ParallelConfig, RunConfig
-from megatron_grit.convert.hf_in.stream_import import build_without_storage
+from megatron_grit.convert.skeleton import build_without_storage
 from megatron_grit.errors import CheckpointError
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.training.checkpoint import NEW_MODULES, model_state

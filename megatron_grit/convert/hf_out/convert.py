@@ -19,10 +19,10 @@ from torch import Tensor
 
 from megatron_grit import __version__
 from megatron_grit.config.schema import ModelConfig, ParallelConfig
-from megatron_grit.convert.hf_in.hf_to_megatron import family_of_model
-from megatron_grit.convert.hf_out.checkpoint_reader import CheckpointReader
+from megatron_grit.convert.families.registry import family_of_model
 from megatron_grit.convert.hf_out.exported import Checkpoint, Exported, read_checkpoint
 from megatron_grit.convert.hf_out.files import write_files
+from megatron_grit.convert.hf_out.reader import CheckpointReader
 from megatron_grit.convert.param_map import Family, Kind
 from megatron_grit.convert.peft.merge import Into, Reader, has_adapters, open_merged
 from megatron_grit.convert.raw_safetensors import RawTensor, write_header

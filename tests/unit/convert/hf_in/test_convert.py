@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from megatron_grit.config.schema import ModelConfig
 from megatron_grit.convert.families import mistral, mixtral
-from megatron_grit.convert.hf_in.folder import SafetensorsFolder
-from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint, hf_state_dict_to_megatron, load_hf_config
+from megatron_grit.convert.families.registry import hf_state_dict_to_megatron, load_hf_config
+from megatron_grit.convert.hf_in.convert import convert_checkpoint
+from megatron_grit.convert.hf_in.reader import SafetensorsFolder
 from megatron_grit.errors import CheckpointError
 from tests.unit.convert.test_param_map import DENSE, random_hf
 

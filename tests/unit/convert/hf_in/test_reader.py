@@ -17,15 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_grit.convert.families import mistral, mixtral
-from megatron_grit.convert.hf_in import folder as hf_folder
-from megatron_grit.convert.hf_in.folder import (
+from megatron_grit.convert.families.registry import hf_state_dict_to_megatron
+from megatron_grit.convert.hf_in import reader
+from megatron_grit.convert.hf_in.convert import convert_checkpoint
+from megatron_grit.convert.hf_in.reader import (
     PickleFolder,
     SafetensorsFolder,
     check_weights,
     local_folder,
     open_weights,
 )
-from megatron_grit.convert.hf_in.hf_to_megatron import convert_checkpoint, hf_state_dict_to_megatron
 from megatron_grit.convert.param_map import Family, Shard
 from megatron_grit.errors import CheckpointError
 from tests.unit.convert.test_param_map import DENSE, MIXTURE, random_hf
@@ -371,7 +372,7 @@ def fill_cache(cache: Path, commit: str, files: Path) -> None:
 
 OFFLINE = """
 import sys
-from megatron_grit.convert.hf_in.folder import local_folder, open_weights
+from megatron_grit.convert.hf_in.reader import local_folder, open_weights
 from megatron_grit.errors import CheckpointError
 for name in sys.argv[1:]:
     name, _, revision = name.partition("@")
@@ -418,4 +419,4 @@ def test_what_the_hub_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     with pytest.raises(CheckpointError, match="hub: 401: gated ask for access"):
-        hf_folder.local_folder("org/name")
+        reader.local_folder("org/name")

@@ -1,0 +1,95 @@
+"""A Hugging Face model to a checkpoint of ours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_grit.config.schema import ModelConfig, RunConfig
+from megatron_grit.convert.families.registry import family_of_model, load_hf_config
+from megatron_grit.convert.hf_in.reader import check_weights, local_folder, open_weights
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_grit.errors import CheckpointError
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    tokenizer: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    vocab_size: int | None = None,
+) -> Path:
+    """Write a Hugging Face model as a checkpoint to start a run from (``checkpoint.load``), at any layout.
+
+    One process, on the CPU. Weights keep their precision, bf16 or fp32, and pass through memory one tensor at a time.
+    A killed conversion resumes from the finished files when it is started again.
+
+    Args:
+        source: directory with config.json, weights and a tokenizer, or ``organisation/name`` on the Hugging Face hub.
+        target: directory to write ``checkpoints/step_00000000`` under.
+        tokenizer: where the tokenizer is, if not in ``source``.
+        revision: branch, tag or commit on the hub.
+        allow_pickle: where there is no safetensors file, read tensors, and nothing else, from pytorch_model*.bin.
+        vocab_size: larger vocabulary; the rows of the added tokens are the mean of the existing ones.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        CheckpointError: the source cannot be converted, or the target has a checkpoint already.
+    """
+    folder, target = local_folder(source, revision, allow_pickle=allow_pickle), Path(target)
+    shape = load_hf_config(folder)
+    model_config = replace(shape, vocab_size=grown_vocabulary(shape, vocab_size, folder))
+    with open_weights(folder, allow_pickle=allow_pickle) as weights:
+        plan = family_of_model(shape).plan(weights, shape)
+        precision = check_weights(plan, weights)
+        # Importing the engine takes seconds; the mistakes above are told at once.
+        from megatron_grit.convert.hf_in.writer import write_checkpoint
+        from megatron_grit.training.checkpoint import list_checkpoints
+
+        if list_checkpoints(target):
+            raise CheckpointError(f"{target}: already holds checkpoints; give another directory")
+        loaded_tokenizer = load_tokenizer(tokenizer or folder)
+        check_tokenizer(loaded_tokenizer, model_config)
+        config = RunConfig(output_dir=str(target), model=model_config)
+        config.data.tokenizer = str(loaded_tokenizer.path)
+        config.parallel.device = "cpu"
+        config.training.precision = precision
+        return write_checkpoint(config, plan, weights, loaded_tokenizer)
+
+
+def grown_vocabulary(shape: ModelConfig, wanted: int | None, source: str | Path) -> int:
+    """Vocabulary size of the model to make.
+
+    Args:
+        shape: of the Hugging Face model.
+        wanted: requested vocabulary size. None: the source's.
+        source: the model's directory, for messages.
+
+    Raises:
+        CheckpointError: fewer than the model has.
+    """
+    assert shape.vocab_size is not None
+    if wanted is not None and wanted < shape.vocab_size:
+        raise CheckpointError(
+            f"{source}: has {shape.vocab_size} tokens; model.vocab_size {wanted} would cut some off, and may only add"
+        )
+    return wanted or shape.vocab_size
+
+
+def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Refuse a tokenizer with more ids than the model's embedding has rows.
+
+    Raises:
+        CheckpointError: names the tokenizer and says what to do.
+    """
+    assert model.vocab_size is not None
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"{tokenizer.path}: has {tokenizer.vocab_size} tokens, the model {model.vocab_size}; give the model's own "
+            f"tokenizer, or add rows for the new tokens with model.pretrained and model.vocab_size "
+            f"{tokenizer.vocab_size}"
+        )
