@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+MODIFIED = 1_790_000_000
+"""Modification time of all inputs, in seconds since 1970."""
+
 
 class Commands:
     """Commands of one checkout, run in one work folder; paths given to them are relative to it.
@@ -53,7 +56,7 @@ class Commands:
             RuntimeError: it failed.
         """
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment | environment, capture_output=True, text=True, timeout=900
+            command, cwd=self.folder, env=self.environment | environment, capture_output=True, text=True, timeout=3600
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} exits with {done.returncode}:\n{done.stdout}{done.stderr}")
@@ -63,6 +66,11 @@ class Commands:
         """Text without the paths of this machine."""
         text = text.replace(str(self.folder), "FOLDER").replace(str(self.tree), "TREE")
         return text.replace(sys.executable, "PYTHON")
+
+    def settle(self) -> None:
+        """Give all files one modification time: a database remembers those of its inputs."""
+        for path in self.folder.rglob("*"):
+            os.utime(path, (MODIFIED, MODIFIED))
 
     def digests(self, *patterns: str) -> dict[str, str]:
         """SHA-256 of every file that a pattern matches, or that lies in a folder that one matches. In text files the

@@ -77,6 +77,7 @@ def inputs(commands: Commands) -> dict[str, str]:
     )
     for model in ("mistral", "mistral_tuned"):
         (commands.folder / model / "tokenizer.model").write_bytes((commands.folder / "tokenizer.model").read_bytes())
+    commands.settle()
     return commands.digests("*.jsonl", "*.tsv", "*.model", "mistral", "mistral_tuned", "encoder")
 
 
@@ -100,6 +101,7 @@ def indexed(commands: Commands) -> dict[str, str]:
     commands.tool("preprocess/build_grit.py", *records, "--input", "chats.jsonl", "--output-prefix", "chats")
     split = ["--template", "chatml", "--generative-max-len", "40", "--over-long", "split", "--no-checksum"]
     commands.tool("preprocess/build_sft.py", *records, "--input", "chats.jsonl", "--output-prefix", "sft", *split)
+    commands.settle()
     prefixes = [*builds, "more", "merged", "pairs", "chats", "sft"]
     extensions = ("bin", "idx", "json", "jsonl")
     return commands.digests(*(f"{prefix}*.{extension}" for prefix in prefixes for extension in extensions))

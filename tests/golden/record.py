@@ -81,15 +81,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        found: dict[str, Any] = {}
+        lines = 0
         for name, part in record(arguments.tree, folder, arguments.parts):
-            found[name] = part
             if arguments.write:
-                write(found)
-    if arguments.write:
-        return 0
-    lines = compare(found)
-    print("\n".join(lines) or "all as recorded")
+                write({name: part})
+                continue
+            for line in compare({name: part}):
+                print(line, flush=True)
+                lines += 1
+    if not arguments.write:
+        print(f"{lines} differences" if lines else "all as recorded")
     return int(bool(lines))
 
 
