@@ -4,10 +4,10 @@ A tiny model is trained with a checkpoint after every step and killed, over and 
 kills come at a random time, half just before the n-th call that makes, renames, syncs or deletes something on disk. The
 next run then has to
 
-- find a checkpoint no older than any that was visible before, and no leftovers of the killed run beside it,
+- find a checkpoint no older than any that was visible before, and no leftovers of the killed run next to it,
 - load it (which compares every file with the manifest) and hold the weights, moments and step counts that the run that
   was never interrupted held at that step, bit for bit,
-- go on, each step again bit for bit.
+- continue, each step again bit for bit.
 
 Runs are forked from this process, which has imported the engine and done nothing else, so a round takes a second or
 two. With ``--torchrun`` some rounds are started as users start them.

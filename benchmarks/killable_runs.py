@@ -35,7 +35,7 @@ STEPS = 40
 """Of a run that nobody kills."""
 KEEP = 2
 CALLS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir")
-PHASES = ("starting", "training", "saving", "writing beside")
+PHASES = ("starting", "training", "saving", "writing in the background")
 STARTING, TRAINING, SAVING, WRITING = range(4)
 
 

@@ -171,7 +171,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers to draw from")
     parser.add_argument("--case", type=int, help="run this one alone, and print what it is")
-    parser.add_argument("--results", type=Path, help="JSON lines to go on from and to append to")
+    parser.add_argument("--results", type=Path, help="JSON lines of earlier runs, which are kept and appended to")
     arguments = parser.parse_args()
     started = time.perf_counter()
     try:

@@ -215,7 +215,7 @@ def main() -> int:
         "--far-step",
         type=int,
         default=5000,
-        help="step from which a run goes on; a hundredth of it with packing window, whose rows are planned in order",
+        help="step from which a run resumes; a hundredth of it with packing window, whose rows are planned in order",
     )
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--check", action="store_true", help="exit with status 1 below 20 times, or above 5 s")

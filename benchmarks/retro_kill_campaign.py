@@ -1,7 +1,7 @@
 """Kill -9 during the build of a retrieval database, many times: is the finished database always the same, bit for bit?
 
 A database is built of made-up documents, or of given ones, with a tiny random encoder, and killed: at a random time, or
-just before the n-th file takes its final name. The same command then goes on in the same directory, and may be killed
+just before the n-th file takes its final name. The same command then resumes in the same directory, and may be killed
 again. When it is done, every file is compared with those of a build that nothing interrupted. Builds by one process and
 by two are compared with each other, and take turns in being killed.
 

@@ -2,7 +2,7 @@
 #SBATCH --job-name=retro_db --nodes=1 --ntasks-per-node=1 --gpus-per-node=8 --exclusive
 #
 # A retrieval database for Retro: chunks of 64 tokens, embeddings, an index with its recall, and the neighbors of every
-# chunk. Started again, it goes on where it was stopped. docs/retro.md explains it.
+# chunk. The same command resumes a stopped build. docs/retro.md explains it.
 #
 #   bash examples/build_retro_db.sh [OPTIONS]     or     sbatch examples/build_retro_db.sh [OPTIONS]
 #
@@ -53,7 +53,7 @@ else
     SIZE_ARGS=()
 fi
 
-# faiss searches with all cores, which the processes of a node share out.
+# faiss uses all cores; the processes of a node share them.
 CORES=$(($(nproc) / PROCESSES))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES > 0 ? CORES : 1))}"
 # Prefixes are words: shellcheck disable=SC2086

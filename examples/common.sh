@@ -151,7 +151,7 @@ environment_key() { { requirements "$1" "$2" && cat "$(constraints_for "$1")"; }
 # --- Launching -------------------------------------------------------------------------------------------------------
 #
 #   DRY_RUN=1    print the resolved configuration and end; paths need not be set and need not exist
-#   MAX_RESTARTS start all processes anew so many times when one fails, from the newest checkpoint (docs/recovery.md);
+#   MAX_RESTARTS how often all processes are restarted from the newest checkpoint when one fails (docs/recovery.md);
 #                default: 0
 #   SCALE=tiny   the same recipe in miniature: two processes on the CPU, a few steps, text that this machine has
 

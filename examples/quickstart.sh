@@ -3,8 +3,8 @@
 #
 #   bash examples/quickstart.sh [OUT_DIR]      OUT_DIR is runs/quickstart where it is not given
 #
-# Python's own documentation is the text; modules that training does not see are measured before and after. Started
-# again, it goes on where it was stopped.
+# Python's own documentation is the text; modules that training does not see are measured before and after. The
+# same command resumes a stopped run.
 #
 #   QUICKSTART_STEPS=N   training steps, instead of those of configs/quickstart.yaml
 #   SCALE=tiny           four steps, to see it run
@@ -115,7 +115,7 @@ fi
 mkdir -p "$OUT" 2>/dev/null || die "cannot make the folder $OUT"
 OUT="$(cd "$OUT" && pwd)"
 
-# Another recipe or another Python makes another corpus and model: what an earlier run left is not gone on with.
+# Another recipe or another Python makes another corpus and model: what an earlier run left is not resumed.
 recipe="$(cat "$0" "$CONFIG" <("$PYTHON" -VV) <(echo "$STEPS") | cksum)"
 if [[ "$(cat "$OUT/.recipe" 2>/dev/null)" != "$recipe" ]]; then
     rm -rf "$OUT/.done" "$OUT/timings.tsv" "$OUT/checkpoints" "$OUT/metrics.jsonl" "$OUT/untrained"
