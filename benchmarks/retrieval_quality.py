@@ -40,7 +40,7 @@ from megatron_grit.data.chunks.chunk_db import DOCUMENT, ChunkDb
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.text.markers import Side
 from megatron_grit.errors import EXIT_STATUS, DataError, GritError
-from megatron_grit.evaluation.retrieval import evaluate_retrieval
+from megatron_grit.evaluation.tasks.retrieval import evaluate_retrieval
 from megatron_grit.inference.encoders.load import load_embedder
 from megatron_grit.inference.encoders.protocol import Embedder, EmbedderOptions
 from megatron_grit.retrieval.index.faiss_index import exact_search

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatron_grit.data.text.markers import Side
 from megatron_grit.errors import ConfigError
 from megatron_grit.evaluation.bootstrap import Interval
-from megatron_grit.evaluation.perplexity import evaluate_perplexity
-from megatron_grit.evaluation.retrieval import Instructed, encode_instructed, evaluate_retrieval, read_retrieval_set
+from megatron_grit.evaluation.tasks import generative as generative_task
+from megatron_grit.evaluation.tasks import retrieval as retrieval_task
+from megatron_grit.evaluation.tasks.task import Lengths
 from megatron_grit.store.files import write_json
+
+TASKS: dict[str, Any] = {"retrieval": retrieval_task, "generative": generative_task}
+"""Each task by the option that gives its data."""
 
 
 def evaluate_checkpoint(
@@ -42,9 +43,10 @@ def evaluate_checkpoint(
     Raises:
         GritError: nothing to evaluate, or input that cannot be used.
     """
-    if retrieval is None and generative is None:
+    paths = {"retrieval": retrieval, "generative": generative}
+    if not any(path is not None for path in paths.values()):
         raise ConfigError("nothing to evaluate; give --retrieval, --generative or both")
-    task = None if retrieval is None else read_retrieval_set(retrieval)
+    read = {name: TASKS[name].read(path) for name, path in paths.items() if path is not None}
     from megatron_grit.inference.model import GritModel
     from megatron_grit.training.checkpoint import read_state, resolve_checkpoint
 
@@ -53,24 +55,10 @@ def evaluate_checkpoint(
     model = GritModel.load(path, device=device)
     figures: dict[str, Any] = {"checkpoint": str(checkpoint), "step": state["step"], "world_size": state["world_size"]}
     intervals: dict[str, Interval] = {}
-    if task is not None:
-
-        def embed(given: list[Instructed], side: Side) -> np.ndarray:
-            def encode(texts: list[str], instruction: str | None) -> np.ndarray:
-                return model.encode(texts, instruction, side=side, max_length=max_length, batch_tokens=batch_tokens)
-
-            return encode_instructed(given, encode)
-
-        queries, passages = embed(task.queries, "query"), embed(task.passages, "passage")
-        report = evaluate_retrieval(queries, passages, task.relevant)
-        for name in ("recall_at_1", "recall_at_10", "ndcg_at_10"):
-            intervals[name] = getattr(report, name)
-        for name in ("chance_recall_at_1", "chance_recall_at_10", "num_queries", "num_passages"):
-            figures[name] = getattr(report, name)
-    if generative is not None:
-        loss = evaluate_perplexity(model, generative)
-        intervals["lm_loss"] = loss.loss
-        figures |= {"perplexity": loss.perplexity, "num_records": loss.num_records, "num_tokens": loss.num_tokens}
+    for name, data in read.items():
+        found = TASKS[name].run(model, data, Lengths(max_length=max_length, batch_tokens=batch_tokens))
+        intervals |= found.intervals
+        figures |= found.others
     figures |= {name: interval.value for name, interval in intervals.items()}
     figures["intervals"] = {name: [interval.low, interval.high] for name, interval in intervals.items()}
     write_json(output, figures)

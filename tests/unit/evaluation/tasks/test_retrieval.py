@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_grit.errors import DataError
-from megatron_grit.evaluation.retrieval import encode_instructed, evaluate_retrieval, read_retrieval_set
+from megatron_grit.evaluation.tasks.retrieval import encode_instructed, evaluate_retrieval, read
 
 
 def embeddings_with_ranks(ranks: list[int], num_passages: int) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +34,7 @@ def test_closed_form() -> None:
 
 
 def test_several_relevant_passages_against_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_grit.evaluation.retrieval._QUERIES_PER_BLOCK", 7)
+    monkeypatch.setattr("megatron_grit.evaluation.tasks.retrieval._QUERIES_PER_BLOCK", 7)
     rng = np.random.default_rng(0)
     queries, passages = rng.normal(size=(40, 8)), rng.normal(size=(60, 8))
     relevant = [rng.choice(60, size=rng.integers(1, 15), replace=False).tolist() for _ in range(40)]
@@ -78,14 +78,14 @@ def write_lines(path: Path, *records: object) -> Path:
     return path
 
 
-def test_read_retrieval_set(tmp_path: Path) -> None:
+def test_read(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "task.jsonl",
         {"query": ["find", "a"], "pos": [["", "x"], ["", "y"]], "neg": [["", "z"]]},
         {"query": "b", "pos": [["", "y"]]},
         {"query": ["find", "c"], "pos": ["y"]},
     )
-    task = read_retrieval_set(path)
+    task = read(path)
     assert task.queries == [("find", "a"), (None, "b"), ("find", "c")]
     assert task.passages == [("", "x"), ("", "y"), ("", "z"), (None, "y")]  # with and without template are two
     assert task.relevant == [[0, 1], [1], [3]]
@@ -103,15 +103,15 @@ def test_read_retrieval_set(tmp_path: Path) -> None:
 def test_bad_line_is_named(tmp_path: Path, bad: object, message: str) -> None:
     path = write_lines(tmp_path / "task.jsonl", {"query": "q", "pos": ["p"]}, bad)
     with pytest.raises(DataError, match=message) as raised:
-        read_retrieval_set(path)
+        read(path)
     assert str(raised.value).startswith(f"{path}:2:") and "\n" not in str(raised.value)
 
 
 def test_empty_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no record"):
-        read_retrieval_set(write_lines(tmp_path / "empty.jsonl"))
+        read(write_lines(tmp_path / "empty.jsonl"))
     with pytest.raises(DataError, match="missing.jsonl"):
-        read_retrieval_set(tmp_path / "missing.jsonl")
+        read(tmp_path / "missing.jsonl")
 
 
 def test_encode_instructed_keeps_the_order() -> None:

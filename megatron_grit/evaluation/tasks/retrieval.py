@@ -8,12 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_grit.data.text.markers import Side
 from megatron_grit.data.text.records import BadLine, read_records
 from megatron_grit.errors import DataError
 from megatron_grit.evaluation.bootstrap import Interval, bootstrap_mean
+from megatron_grit.evaluation.tasks.task import Figures, Lengths
+
+if TYPE_CHECKING:
+    from megatron_grit.inference.model import GritModel
 
 _QUERIES_PER_BLOCK = 1024
 _CUTOFF = 10
@@ -117,7 +123,7 @@ def evaluate_retrieval(
     )
 
 
-def read_retrieval_set(path: str | Path) -> RetrievalSet:
+def read(path: str | Path) -> RetrievalSet:
     """Read embedding records as a retrieval task: every passage of the file is a candidate for every query.
 
     Args:
@@ -164,3 +170,27 @@ def encode_instructed(texts: list[Instructed], encode: Callable[[list[str], str 
     if embeddings is None:
         raise ValueError("no texts")
     return embeddings
+
+
+def run(model: GritModel, task: RetrievalSet, lengths: Lengths) -> Figures:
+    """Recall and nDCG of a model's embeddings."""
+
+    def embed(given: list[Instructed], side: Side) -> np.ndarray:
+        def encode(texts: list[str], instruction: str | None) -> np.ndarray:
+            return model.encode(
+                texts,
+                instruction,
+                side=side,
+                max_length=lengths.max_length,
+                batch_tokens=lengths.batch_tokens,
+            )
+
+        return encode_instructed(given, encode)
+
+    report = evaluate_retrieval(embed(task.queries, "query"), embed(task.passages, "passage"), task.relevant)
+    named = ("recall_at_1", "recall_at_10", "ndcg_at_10")
+    others = ("chance_recall_at_1", "chance_recall_at_10", "num_queries", "num_passages")
+    return Figures(
+        intervals={name: getattr(report, name) for name in named},
+        others={name: getattr(report, name) for name in others},
+    )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_grit.errors import DataError, NumericsError
-from megatron_grit.evaluation.perplexity import evaluate_perplexity, summarize_losses
+from megatron_grit.evaluation.tasks.generative import evaluate_perplexity, summarize_losses
 
 
 class FixedLosses:

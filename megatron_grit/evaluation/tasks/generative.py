@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_grit.errors import DataError, NumericsError
 from megatron_grit.evaluation.bootstrap import Interval, bootstrap_ratio
+from megatron_grit.evaluation.tasks.task import Figures, Lengths
 
 
 class TokenLossModel(Protocol):
@@ -72,3 +73,16 @@ def evaluate_perplexity(model: TokenLossModel, prefix: str) -> LossReport:
     if not np.asarray(num_tokens).any():
         raise DataError("no supervised token in this file", path=prefix)
     return summarize_losses(loss_sums, num_tokens)
+
+
+def read(prefix: str) -> str:
+    """The prefix of a generative indexed file; :meth:`GritModel.token_losses` checks the file, for it knows the
+    tokenizer."""
+    return prefix
+
+
+def run(model: TokenLossModel, prefix: str, lengths: Lengths) -> Figures:
+    """Mean next-token loss of a model, and its perplexity."""
+    report = evaluate_perplexity(model, prefix)
+    others = {"perplexity": report.perplexity, "num_records": report.num_records, "num_tokens": report.num_tokens}
+    return Figures(intervals={"lm_loss": report.loss}, others=others)

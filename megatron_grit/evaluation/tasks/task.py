@@ -1,0 +1,32 @@
+"""What the tasks of an evaluation have in common.
+
+A task is a file of this folder, named as the option that gives its data, with two functions: ``read`` checks the data
+before a model is loaded, ``run`` evaluates a model on what ``read`` returned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_grit.evaluation.bootstrap import Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """How texts are given to the model."""
+
+    max_length: int = 512
+    """Longest text in tokens."""
+    batch_tokens: int = 8192
+    """Token budget of a forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What a task measured."""
+
+    intervals: dict[str, Interval]
+    """Figures with their 95 % bootstrap intervals."""
+    others: dict[str, Any] = field(default_factory=dict)
+    """Counts, figures of a random order, and what follows from the figures."""
