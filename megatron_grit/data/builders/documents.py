@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_grit.data.builders.block_build import BuildTotals, OutputSpec, build_blocks
+from megatron_grit.data.builders.block_build import BuildRun, BuildSpec, BuildTotals, OutputSpec, build_blocks
 from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
 from megatron_grit.data.builders.sentences import SentenceSplitter, find_language, load_punkt, train_punkt
 from megatron_grit.data.indexed.reader import DOCUMENTS, token_dtype
@@ -156,14 +156,7 @@ def preprocess(
     split_sentences: bool = False,
     lang: str | None = None,
     on_error: Literal["stop", "skip"] = "stop",
-    workers: int = 1,
-    partitions: int = 1,
-    partition: int | None = None,
-    overwrite: bool = False,
-    checksum: bool = True,
-    progress: bool = False,
-    log_interval: int | None = None,
-    **engine: Any,
+    **run: Any,
 ) -> BuildTotals:
     """Write ``<output_prefix>_<key>_document.bin``, ``.idx`` and ``.json`` of every key; ``_sentence`` where documents
     are cut into sentences.
@@ -177,8 +170,7 @@ def preprocess(
             PUNKT_TRAINING_BYTES of text and kept in ``<output_prefix>.punkt.json``.
         lang: language of NLTK's parameters.
         on_error: what to do with a line that is not a document.
-        workers, partitions, partition, overwrite, checksum, progress, log_interval, engine: see
-            :func:`~megatron_grit.data.builders.block_build.build_blocks`.
+        run: fields of :class:`~megatron_grit.data.builders.block_build.BuildRun`: workers, partitions, overwrite ...
 
     Returns:
         Counts, and the metadata of each key's file.
@@ -193,11 +185,14 @@ def preprocess(
         raise ConfigError("a Punkt model, a language and keep_newlines have a meaning with split_sentences only")
     if lang and options.punkt_model:
         raise ConfigError("give a Punkt model or a language, not both")
+    how = BuildRun(**run)
     tokenizer = load_tokenizer(options.tokenizer)
     level = "sentence" if split_sentences else "document"
     prefixes = {key: Path(f"{os.fspath(output_prefix)}_{key}_{level}") for key in options.json_keys}
     if split_sentences and options.punkt_model is None:
-        model = find_language(lang) if lang else _train_on_corpus(inputs, output_prefix, options.json_keys, progress)
+        model = (
+            find_language(lang) if lang else _train_on_corpus(inputs, output_prefix, options.json_keys, how.progress)
+        )
         options = DocumentOptions(**{**vars(options), "punkt_model": str(model)})
     facts = IndexedFacts(kind=DOCUMENTS, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -206,23 +201,15 @@ def preprocess(
         "options": [_VERSION, level, options.append_eod, options.keep_newlines, *options.json_keys],
         "punkt_model": _digest(options.punkt_model),
     }
-    return build_blocks(
-        inputs,
-        {key: OutputSpec(prefix=prefixes[key], dtype=dtype, with_modes=False, facts=facts) for key in prefixes},
-        partial(DocumentEncoder, options),
+    spec = BuildSpec(
+        outputs={key: OutputSpec(prefix=prefixes[key], dtype=dtype, with_modes=False, facts=facts) for key in prefixes},
+        factory=partial(DocumentEncoder, options),
         signature=signature,
-        work_prefix=f"{os.fspath(output_prefix)}_{level}",
-        workers=workers,
-        partitions=partitions,
-        partition=partition,
+        work_prefix=Path(f"{os.fspath(output_prefix)}_{level}"),
         stop_on={BAD_LINE} if on_error == "stop" else set(),
-        overwrite=overwrite,
-        checksum=checksum,
-        progress=progress,
         description="preprocess_data",
-        log_interval=log_interval,
-        **engine,
     )
+    return build_blocks(inputs, spec, how)
 
 
 def find_tokenizer(path: str | os.PathLike[str], kind: str = "auto") -> str:

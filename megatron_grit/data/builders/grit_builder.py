@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_grit.data.builders.block_build import BuildTotals, OutputSpec, build_blocks
+from megatron_grit.data.builders.block_build import BuildRun, BuildSpec, BuildTotals, OutputSpec, build_blocks
 from megatron_grit.data.builders.build_report import BuildReport, make_report, write_report
 from megatron_grit.data.builders.filters import HeldOut
 from megatron_grit.data.builders.record_encoder import BAD_LINE, OUTPUT, UNFIT, EncoderOptions, Limits, RecordEncoder
@@ -96,22 +96,24 @@ def build_grit(
     facts = replace(facts, kind=encoder.kind.value)
     if encoder.kind is RowKind.EMBEDDING:
         facts = replace(facts, template=EMBEDDING_TEMPLATE)
-    totals = build_blocks(
-        list(inputs),
-        {OUTPUT: OutputSpec(prefix=Path(output_prefix), dtype=dtype, with_modes=True, facts=facts)},
-        partial(RecordEncoder, encoder),
+    spec = BuildSpec(
+        outputs={OUTPUT: OutputSpec(prefix=Path(output_prefix), dtype=dtype, with_modes=True, facts=facts)},
+        factory=partial(RecordEncoder, encoder),
         signature=_signature(encoder, facts),
-        work_prefix=output_prefix,
+        work_prefix=Path(output_prefix),
+        deduplicate=encoder.deduplicate,
+        stop_on=[BAD_LINE] * (on_error == "stop") + [*UNFIT] * (on_filtered == "stop"),
+        description=description,
+    )
+    run = BuildRun(
         workers=workers,
         partitions=partitions,
         partition=partition,
-        deduplicate=encoder.deduplicate,
-        stop_on=[BAD_LINE] * (on_error == "stop") + [*UNFIT] * (on_filtered == "stop"),
         overwrite=overwrite,
         checksum=checksum,
         progress=progress,
-        description=description,
     )
+    totals = build_blocks(list(inputs), spec, run)
     return _account(os.fspath(output_prefix), facts, totals)
 
 
