@@ -54,7 +54,7 @@ from megatron_grit.store.lock import locked
 from megatron_grit.store.progress import Progress
 
 JOURNAL_SECONDS = 5.0
-"""A kill loses no more work than this."""
+"""Seconds of work that a kill loses at most."""
 _ONE_THREAD = {
     "TOKENIZERS_PARALLELISM": "false",  # the number of workers says how many cores are used
     "OMP_NUM_THREADS": "1",
@@ -71,7 +71,7 @@ class OutputSpec:
     dtype: Any
     with_modes: bool
     facts: IndexedFacts | Callable[[dict[str, int]], IndexedFacts]
-    """For the ``.json``; a function is called with the counters of the whole build."""
+    """Contents of the ``.json``; a function is called with the counters of the whole build."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class BuildRun:
 
 @dataclass(kw_only=True)
 class BuildTotals:
-    """What a build did."""
+    """Counts of a build."""
 
     num_lines: int = 0
     num_records: int = 0
@@ -257,7 +257,7 @@ class _Build:
             refuse_existing(output.prefix, self.run.overwrite)
 
     def build_one(self, index: int, bar: Progress) -> BuildTotals:
-        """Build a partition, unless that is done."""
+        """Build one partition, unless it is finished."""
         name = self.piece_name(index)
         with locked(self.work / f"{name}.lock", self.work / name):
             piece = self.build_piece(index, bar, alone=False)
@@ -266,7 +266,7 @@ class _Build:
         return totals
 
     def build_all(self, bar: Progress) -> BuildTotals:
-        """Build the partitions that are missing, and the outputs of all."""
+        """Build the missing partitions, then the outputs."""
         self.remove_other_folders()
         alone = len(self.segments) == 1 and not self.spec.deduplicate
         try:
@@ -286,7 +286,7 @@ class _Build:
         return totals
 
     def build_piece(self, index: int, bar: Progress, *, alone: bool) -> BuildFolder:
-        """Encode what a piece lacks. Unless it is alone it becomes an indexed file of its own, and is closed."""
+        """Encode the rest of a piece. If there are others, it becomes an indexed file of its own and is closed."""
         piece = self.open_piece(index)
         try:
             if piece.building:
@@ -317,7 +317,7 @@ class _Build:
         return piece
 
     def fill_piece(self, index: int, piece: BuildFolder, bar: Progress) -> None:
-        """Encode what the piece lacks."""
+        """Encode the blocks that a piece does not have yet."""
         bar.skip(piece.state["num_disk_bytes"])
         if not piece.building:
             return
@@ -390,12 +390,12 @@ class _Build:
 
 
 class _PieceFiller:
-    """Appends encoded blocks to a piece, and knows where in the files it is."""
+    """Appends encoded blocks to a piece and keeps its position in the input files."""
 
     def __init__(self, build: _Build, index: int, piece: BuildFolder) -> None:
         self._build, self._index, self._piece = build, index, piece
         self.whole = True
-        """Whether streams and state belong together: false only while a block is being appended."""
+        """Whether streams and state agree: false only while a block is being appended."""
 
     def add(self, ref: BlockRef, block: EncodedBlock) -> None:
         state = self._piece.state

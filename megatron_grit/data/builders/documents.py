@@ -44,21 +44,21 @@ _VERSION = 1  # of the way from text to tokens: a journal of another version is 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentOptions:
-    """What becomes of a document. Sent to the workers."""
+    """How documents are tokenised. Sent to the workers."""
 
     tokenizer: str
     """See :func:`~megatron_grit.data.text.tokenizer.load_tokenizer`."""
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
-    """Put the end of sequence behind the last sentence of each document."""
+    """Append the end-of-sequence token to each document."""
     punkt_model: str | None = None
-    """Cut documents into sentences, each a sequence of its own, with these parameters."""
+    """Split documents into sentences, each a sequence of its own, with these Punkt parameters."""
     keep_newlines: bool = False
     """White space after a sentence stays with it."""
 
 
 class DocumentEncoder:
-    """Lines of JSON to documents. One in every worker."""
+    """Turns lines of JSON into documents; one in each worker."""
 
     def __init__(self, options: DocumentOptions) -> None:
         self._options = options
@@ -114,7 +114,7 @@ class DocumentEncoder:
 
 
 def parse_document(line: bytes, keys: Sequence[str]) -> list[list[str]]:
-    """The texts under each key. A list of strings is a document that is cut already.
+    """The texts under each key. A list of strings is a document that is split already.
 
     Raises:
         DataError: no JSON object, a key that is missing, or something else than text under it. It names no place.
@@ -159,13 +159,13 @@ def preprocess(
     **run: Any,
 ) -> BuildTotals:
     """Write ``<output_prefix>_<key>_document.bin``, ``.idx`` and ``.json`` of every key; ``_sentence`` where documents
-    are cut into sentences.
+    are split into sentences.
 
     Args:
         inputs: JSONL files and glob patterns, plain, ``.gz`` or ``.zst``.
         output_prefix: path without extension.
-        options: what becomes of a document.
-        split_sentences: cut documents into sentences, with ``options.punkt_model`` if there is one, with NLTK's
+        options: how documents are tokenised.
+        split_sentences: split documents into sentences, with ``options.punkt_model`` if there is one, with NLTK's
             parameters of ``lang`` if that is given, else with parameters that are trained on the first
             PUNKT_TRAINING_BYTES of text and kept in ``<output_prefix>.punkt.json``.
         lang: language of NLTK's parameters.
@@ -246,7 +246,7 @@ def describe(totals: BuildTotals) -> list[str]:
 def _train_on_corpus(
     inputs: Sequence[str | os.PathLike[str]], output_prefix: str | os.PathLike[str], keys: Sequence[str], progress: bool
 ) -> Path:
-    """Train Punkt on the begin of the corpus, unless the model of the same text is there."""
+    """Train Punkt on the first part of the corpus, unless there is a model of the same text."""
     path = Path(f"{os.fspath(output_prefix)}.punkt.json")
     files = find_inputs(inputs)
     trained_on = {
@@ -265,7 +265,7 @@ def _train_on_corpus(
 
 
 def _corpus_texts(inputs: Sequence[str | os.PathLike[str]], keys: Sequence[str], progress: bool) -> Iterator[str]:
-    """Texts at the begin of the corpus. Lines that are no documents are left to the build to complain about."""
+    """The first texts of the corpus. Lines that are no documents are skipped; the build reports them."""
     files = find_inputs(inputs)
     room = PUNKT_TRAINING_BYTES
     with Progress(room, "training the sentence splitter", "B", enabled=progress) as bar:
@@ -284,7 +284,7 @@ def _corpus_texts(inputs: Sequence[str | os.PathLike[str]], keys: Sequence[str],
 
 
 def _digest(model: str | None) -> str | None:
-    """What the journal compares of a Punkt model."""
+    """Digest of a Punkt model, for the build's signature."""
     if model is None:
         return None
     return hashlib.sha256(load_punkt(model).to_json().encode()).hexdigest()
