@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -22,6 +21,7 @@ from megatron_grit.data.text.line_blocks import find_inputs
 from megatron_grit.data.text.records import BadLine, read_records
 from megatron_grit.data.text.templates import EMBEDDING_TEMPLATE, render
 from megatron_grit.data.text.tokenizer import load_tokenizer
+from megatron_grit.store.digest import sha256_of_file
 
 __all__ = ["BuildReport", "Limits", "build_grit", "read_texts"]
 
@@ -159,6 +159,6 @@ def _find_kind(files: Sequence[Path], *, skip_bad: bool) -> RowKind:
 def _signature(options: EncoderOptions, facts: IndexedFacts) -> dict[str, Any]:
     """What the output depends on beside the input."""
     values = asdict(options) | {"kind": options.kind.value, "format": 1, **asdict(facts)}
-    values["held_out"] = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in options.held_out]
+    values["held_out"] = [sha256_of_file(path) for path in options.held_out]
     del values["tokenizer"]  # its fingerprint is there
     return values
