@@ -47,11 +47,6 @@ class SpanTable:
         """Tokens of each unit: int64 [num_units]."""
         return np.bincount(self.unit_of_span(), weights=self.lengths, minlength=len(self.counts)).astype(np.int64)
 
-    def tokens_of(self, role: Role, unit: int) -> int:
-        """Tokens of a unit's spans of one role."""
-        here = self.unit_of_span() == unit
-        return int(self.lengths[here & (self.roles == role)].sum())
-
     def spans(self, unit: int) -> list[Span]:
         """One unit in plain form."""
         ends = np.concatenate(([0], np.cumsum(self.lengths))).tolist()

@@ -160,8 +160,3 @@ def encode_prompt(
 def _messages(turns: Sequence[str] | Sequence[Message]) -> list[Message]:
     contents = [turn for turn in turns if isinstance(turn, str)]
     return alternate(contents) if contents else [turn for turn in turns if isinstance(turn, Message)]
-
-
-def encode_text(tokenizer: Tokenizer, text: str, max_length: int | None = None) -> list[Span]:
-    """Span of a plain text: all of it supervised, without BOS or EOS."""
-    return [(Role.TEXT, tokenizer.encode(text)[:max_length])]

@@ -34,7 +34,6 @@ EQUAL, SIMILAR = 1, 2
 ENTRIES_IN_MEMORY = 1 << 23
 """Keys that a process sorts at a time, about 50 bytes each."""
 _MAPPED_ARRAYS = 1 << 14
-_MAX_KEY = 2**64 - 1
 
 
 @dataclass(frozen=True)

@@ -282,11 +282,6 @@ class VectorIndex:
     def __len__(self) -> int:
         return int(self.index.ntotal)
 
-    @property
-    def holds_ids(self) -> bool:
-        """Whether vectors carry ids of their own; else the id is the place in the order of adding."""
-        return self._ivf is not None
-
     def encode(self, vectors_ND: np.ndarray) -> np.ndarray:
         """Codes to add, uint8 [N, bytes], of any process; for a graph the vectors, float32 [N, D]."""
         if self.is_graph:

@@ -54,7 +54,6 @@ _NUM_EXAMPLES = 5
 _NO_DATA = "data_paths is empty; give the prefixes of indexed files"
 _DAMAGED = "holds rows that are no chunks of the documents; delete it and run --tasks db-build again"
 _ELSE = "or build another database, in another --project-dir or with --overwrite db-build"
-_ROWS_AT_A_TIME = 1 << 20
 REPORT_FILE = "report.json"
 COUNTS = ("empty", "too_short", "exact_duplicates", "near_duplicates", "validation", "train")
 """What becomes of the chunks of a dataset, in ``db/report.json``."""

@@ -19,7 +19,6 @@ from megatron_grit.data.text.templates import (
     encode_chat,
     encode_embedding,
     encode_prompt,
-    encode_text,
     render,
 )
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -59,7 +58,6 @@ def test_golden_embedding_without_instruction(mistral: Tokenizer) -> None:
 def test_golden_plain_text(mistral: Tokenizer) -> None:
     ids = [330, 6029, 7242]
     assert encode_embedding(mistral, "A tokeniser", None) == ([], ids)
-    assert encode_text(mistral, "A tokeniser") == [(Role.TEXT, ids)]
 
 
 def test_golden_one_turn(mistral: Tokenizer) -> None:
