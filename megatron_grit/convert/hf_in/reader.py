@@ -1,7 +1,7 @@
-"""A Hugging Face model's directory: where it is, its config.json, and its weights, read a part at a time.
+"""Finds a Hugging Face model's directory, and reads its config.json and, one part at a time, its weights.
 
 Weights are safetensors. Pickle (``pytorch_model.bin``) can run code when it is read: it is refused unless asked for,
-and then read by ``torch.load(weights_only=True)``, which takes tensors and nothing else.
+and then read by ``torch.load(weights_only=True)``, which loads tensors only.
 """
 
 from __future__ import annotations
@@ -47,25 +47,25 @@ _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 _SMALL_FILES = ["config.json", *_TOKENIZERS]
 _SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
 _OTHER_FILES = ["*/*", "consolidated*"]
-"""What the patterns match besides: folders, and the same weights once more in Mistral's own layout."""
+"""Also matched by the patterns, and not wanted: folders, and the same weights in Mistral's own layout."""
 _PICKLE = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 def local_folder(
     source: str | Path, revision: str | None = None, *, weights: bool = True, allow_pickle: bool = False
 ) -> Path:
-    """A model's directory on this machine; one that is named by its id is brought from the Hugging Face hub.
+    """A model's local directory; a model named by its id is downloaded from the Hugging Face hub.
 
     Only config.json, the tokenizer's file and the weights are downloaded, into huggingface_hub's cache.
 
     Args:
         source: a directory, or ``organisation/name`` where there is no such directory.
         revision: branch, tag or commit on the hub.
-        weights: False: all but the weights.
+        weights: whether weights are needed, too.
         allow_pickle: also download pickled weights.
 
     Raises:
-        CheckpointError: there is no such directory, or the hub does not give the model.
+        CheckpointError: there is no such directory, and the model cannot be downloaded.
     """
     if Path(source).is_dir():
         if revision is not None:
@@ -112,14 +112,14 @@ def read_config_json(path: Path) -> dict[str, Any]:
 
 
 class StoredTensor:
-    """A tensor in a file: its shape is known, and indexing reads the part that is asked for and no more."""
+    """A tensor in a file: its shape is known, indexing reads only the requested part."""
 
     def __init__(self, folder: WeightFolder, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
         self._folder, self.name = folder, name
         self.shape, self.dtype = torch.Size(shape), dtype
 
     def __getitem__(self, index: Index) -> Tensor:
-        """Slices of leading dimensions, with a step of 1; as indexing a tensor, but always with memory of its own."""
+        """Index with slices of leading dimensions, of step 1. The result owns its memory."""
         slices = tuple(slice(*each.indices(size)) for each, size in zip(index, self.shape, strict=False))
         shape = [each.stop - each.start for each in slices] + list(self.shape[len(slices) :])
         if not math.prod(shape):
@@ -130,16 +130,16 @@ class StoredTensor:
 
 
 class WeightFolder(Mapping[str, Tensor]):
-    """The tensors of a folder of weights as a mapping that reads a tensor when it is asked for.
+    """The tensors of a folder of weights, as a mapping that reads a tensor on access.
 
     Attributes:
         files: weight files in the order of their names.
-        stored: what is known of each tensor without reading it, and the way to read a part.
+        stored: each tensor's shape and dtype, and access to its parts.
         bytes_read: bytes of the parts that were read.
 
     Raises:
-        CheckpointError: no weights there; a file that the index names is missing or cut short; index and files
-            contradict each other; a tensor is in two files.
+        CheckpointError: no weights; a file of the index is missing or truncated; index and files disagree; a tensor is
+            in two files.
     """
 
     def __init__(self, path: Path, files: list[Path], index: Path | None) -> None:
@@ -169,7 +169,7 @@ class WeightFolder(Mapping[str, Tensor]):
         raise NotImplementedError
 
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
-        """A part of a tensor, in memory of its own."""
+        """A part of a tensor, as a tensor that owns its memory."""
         raise NotImplementedError
 
     def file_of(self, name: str) -> Path:
@@ -197,8 +197,8 @@ class WeightFolder(Mapping[str, Tensor]):
 class SafetensorsFolder(WeightFolder):
     """A folder of safetensors files.
 
-    A file is mapped while a tensor is read and unmapped right after: pages that were read count as memory of the
-    process for as long as the file stays mapped.
+    A file is mmapped only while a tensor is read: pages that were read count as memory of the process as long as the
+    file stays mapped.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -231,9 +231,9 @@ class SafetensorsFolder(WeightFolder):
 
 
 class PickleFolder(WeightFolder):
-    """A folder of ``pytorch_model*.bin``, of which nothing but tensors is read.
+    """A folder of ``pytorch_model*.bin``; only tensors are read.
 
-    Files that torch wrote since version 1.6 are mapped; an older one is in memory as long as its tensors are read.
+    Files of torch 1.6 and newer are mmapped; an older file is kept in memory while its tensors are read.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -262,7 +262,7 @@ class PickleFolder(WeightFolder):
 
 
 def open_weights(path: Path, *, allow_pickle: bool = False) -> WeightFolder:
-    """The weights of a model's directory: its safetensors, or where there are none and it is allowed, its pickles.
+    """The weights of a model's directory: safetensors, or, if there are none and it is allowed, pickles.
 
     Raises:
         CheckpointError: as :class:`WeightFolder`.
@@ -272,13 +272,13 @@ def open_weights(path: Path, *, allow_pickle: bool = False) -> WeightFolder:
 
 
 def check_weights(plan: Iterable[Conversion], weights: WeightFolder) -> Literal["fp32", "bf16"]:
-    """Look at types and shapes of all that will be read, before any of it is.
+    """Check dtypes and shapes of all tensors of a plan before any is read.
 
     Returns:
-        The precision that keeps the weights as they are: bf16 where all of them are, else fp32.
+        The precision that loses nothing: bf16 if all tensors are bf16, else fp32.
 
     Raises:
-        CheckpointError: a tensor has another shape than config.json says, or a type that is not one of plain weights.
+        CheckpointError: a tensor has another shape than config.json says, or is quantised.
     """
     types = set()
     for conversion in plan:

@@ -1,8 +1,8 @@
-"""A checkpoint written of Hugging Face weights that are never in memory together.
+"""Writes a checkpoint from Hugging Face weights, one tensor in memory at a time.
 
-The model is built without storage, for the names, shapes and places on disk of its weights. The engine plans the
-writing of it as of any checkpoint, so the format is that of every other, and the files are then filled one tensor
-after another, in the order of the source's files: one output file for each, or several for a large one.
+The model is built without storage, for the names, shapes and offsets of its weights. The engine plans the save as for
+any checkpoint, so the format is the same. The planned files are then filled one tensor after another, in the order of
+the source's files: one output file for each, or several for a large one.
 
 Until it is whole the checkpoint is in ``step_00000000.partial``, see :class:`~megatron_grit.store.folder.OutputFolder`
 whose journal also says where in a file its tensors are. A killed conversion resumes with the files that are whole, and
@@ -40,9 +40,9 @@ from megatron_grit.training.checkpoint_save import describe_checkpoint
 from megatron_grit.training.manifest import write_manifest, write_part
 
 MAX_FILE_BYTES = 2 << 30
-"""Files of the checkpoint are about as large as the source's, or this large where those are larger."""
+"""Files of the checkpoint are about as large as the source's, but no larger than this."""
 Chunk = tuple[str, tuple[int, ...]]
-"""Name on disk and offsets of one stored piece of a tensor."""
+"""Name on disk and offsets of a stored piece of a tensor."""
 
 
 def write_checkpoint(
@@ -51,10 +51,10 @@ def write_checkpoint(
     """Write ``checkpoints/step_00000000`` under ``config.output_dir``, or finish one that was begun.
 
     Args:
-        config: its ``model`` is what is made, which may have more tokens than the source.
-        plan: how each tensor is made of the source's.
+        config: of the checkpoint; the vocabulary of its ``model`` may be larger than the source's.
+        plan: how each tensor is made.
         weights: the source.
-        tokenizer: copied beside the weights.
+        tokenizer: copied into the checkpoint.
 
     Raises:
         CheckpointError: a file cannot be read; names it.
@@ -125,14 +125,14 @@ def _place(item: Any) -> Chunk:
 
 
 class _Maker:
-    """Makes what the engine wants to write, one tensor at a time.
+    """Makes the tensors that the engine's plan writes, one at a time.
 
     Args:
         plan: how each tensor is made.
-        weights: of what.
-        model: the shape to make.
+        weights: the source.
+        model: shape of the model to make.
         state: the model's sharded state dict, which says how a tensor is stored.
-        dtype: type of each tensor.
+        dtype: dtype of each tensor.
     """
 
     def __init__(
@@ -152,11 +152,11 @@ class _Maker:
         }
 
     def conversion(self, place: Chunk) -> Conversion:
-        """How the tensor is made that a stored piece is of."""
+        """How the tensor of a stored piece is made."""
         return self._conversions[place]
 
     def tensors(self, items: Sequence[Any], bar: Progress) -> Iterator[tuple[Any, Tensor]]:
-        """Each item with its tensor; pieces of one tensor follow each other, and no other is in memory."""
+        """Each item with its tensor. Pieces of one tensor follow each other; no other tensor is in memory."""
         held: Conversion | None = None
         pieces: dict[Chunk, Tensor] = {}
         for item in items:
@@ -172,7 +172,7 @@ class _Maker:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor with memory of its own: torch.save writes all of the memory that a tensor is a part of."""
+    """A tensor that owns its memory: torch.save writes the whole storage that a tensor is a view of."""
     is_part = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
     return tensor.clone(memory_format=torch.contiguous_format) if is_part else tensor.contiguous()
 
@@ -195,12 +195,12 @@ class _File:
 
     @property
     def items(self) -> list[Any]:
-        """All of it in the order of writing."""
+        """All items in the order of writing."""
         return [item for item, _ in self.small] + self.large
 
 
 def _files(small: list[tuple[Any, Any]], large: list[tuple[Any, Conversion]], weights: WeightFolder) -> list[_File]:
-    """Cut what is to be written into files, in the order in which the source's files are read."""
+    """Divide the items into files, in the order in which the source's files are read."""
     order = {file: number for number, file in enumerate(weights.files)}
     last_file = {
         conversion.megatron: max(order[weights.file_of(name)] for name in conversion.sources) for _, conversion in large

@@ -1,7 +1,7 @@
-"""A checkpoint as a directory that transformers, sentence-transformers and vLLM read.
+"""Exports a checkpoint as a directory that transformers, sentence-transformers and vLLM read.
 
-The checkpoint is read a few tensors at a time, whatever layout it was saved from, and written as safetensors files of a
-given size: memory does not grow with the model.
+The checkpoint, of any layout, is read a few tensors at a time and written as safetensors files of a given size, so
+memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SAFETENSORS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _BATCH_BYTES = 1 << 28
-"""Tensors that are read at a time, and at most an eighth of a file; a larger one is read alone."""
+"""Tensors are read in batches of this size, or of an eighth of a file if that is less; a larger tensor alone."""
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the checkpoint, and the tensors that it becomes."""
+    """A tensor of the checkpoint, and the Hugging Face tensors it becomes."""
 
     name: str
     kind: Kind
@@ -50,7 +50,6 @@ class PlannedTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Of all it becomes."""
         return sum(target.num_bytes for target in self.targets)
 
 
@@ -66,18 +65,18 @@ def export_checkpoint(
 ) -> Path:
     """Write a checkpoint as a Hugging Face directory.
 
-    One process, on the CPU. A killed export is taken up again by the same call and comes out the same, bit for bit.
+    Runs in one process, on the CPU. A killed export resumes with the same call and gives the same bytes.
 
     Args:
         source: a checkpoint, or the output directory of a run for its newest one.
-        target: directory to write; not there yet, or empty.
-        max_shard_size: largest weight file, such as 5GB or 500MB. A tensor of the checkpoint is never cut.
+        target: directory to write; must not exist, or be empty.
+        max_shard_size: largest weight file, such as 5GB or 500MB. A tensor is never split.
         dtype: keep, bf16, fp16 or fp32.
         tokenizer: the tokenizer that the model was trained with, with its tokenizer_config.json beside it. None: where
             the run found it, or else the file in the checkpoint.
-        adapters: of a run with adapters, what they are merged into: trained, the base as it was during training, which
-            ``adapter.quantize`` rounds to 4 bits; or original, the base as it is stored.
-        base: of a run with adapters, where their base is now, if it is not where the run read it.
+        adapters: for a run with adapters, what they are merged into: trained, the base as during training, which
+            ``adapter.quantize`` rounds to 4 bits; or original, the base as stored.
+        base: for a run with adapters, where their base is now. None: where the run read it.
 
     Returns:
         The directory.
@@ -85,7 +84,7 @@ def export_checkpoint(
     Raises:
         CheckpointError: the checkpoint is damaged or of a shape that no family has.
         OutputError: the target is not empty, another process is writing it, or there is no room.
-        ConfigError: a size or a type that is none.
+        ConfigError: an invalid size or dtype.
     """
     limit = parse_size(max_shard_size)
     if dtype != "keep" and dtype not in DTYPES:
@@ -133,7 +132,7 @@ def export_checkpoint(
 def _describe(
     source: Checkpoint, family: Family, dtype: torch.dtype, files: dict[str, list[PlannedTensor]], reader: Reader
 ) -> Exported:
-    """What was written, for the other files."""
+    """Facts about the written weights, for the other files."""
     targets = {target: name for name, shard in files.items() for entry in shard for target in entry.targets}
     return Exported(
         source=source,
@@ -150,7 +149,7 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as 5GB, 500MB or 2GiB.
 
     Raises:
-        ConfigError: not a size, or none above 0.
+        ConfigError: not a size, or not above 0.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = None if match is None else _UNITS.get(match[2].upper())
@@ -163,7 +162,7 @@ def parse_size(text: str) -> int:
 
 
 def _identity(path: Path, limit: int, dtype: str, adapters: Into | None) -> dict[str, str | int]:
-    """What the weight files follow from."""
+    """Everything the weight files depend on."""
     described = next(file for file in (path / "manifest.json", path / "state.json") if file.is_file())
     identity: dict[str, str | int] = {
         "checkpoint": sha256_of_file(described),
@@ -177,7 +176,7 @@ def _identity(path: Path, limit: int, dtype: str, adapters: Into | None) -> dict
 def _plan_shards(
     family: Family, model: ModelConfig, reader: Reader, limit: int, dtype: torch.dtype
 ) -> Iterator[list[PlannedTensor]]:
-    """What goes into each file: layer by layer, as many tensors as fit."""
+    """The tensors of each file: layer by layer, as many as fit."""
     entries = []
     for name, kind, targets in family.outputs(model):
         if name not in reader.shapes:
@@ -201,7 +200,7 @@ def _plan_shards(
 
 
 def _place(entry: PlannedTensor) -> tuple[int, int]:
-    """Embedding, layers in their order, then what stands at the end."""
+    """Sort key: embedding, layers in their order, then the rest."""
     if entry.name.startswith("embedding."):
         return 0, 0
     layer = re.match(r"decoder\.layers\.(\d+)\.", entry.name)
@@ -239,7 +238,7 @@ def _write_shard(
 
 
 def _batches(shard: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:
-    """The tensors of a file by what is read at a time."""
+    """The tensors of a file in batches that are read together."""
     batches: list[list[PlannedTensor]] = [[]]
     most = min(_BATCH_BYTES, limit // 8)
     for entry in shard:
@@ -250,10 +249,10 @@ def _batches(shard: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTen
 
 
 def _bytes_of(name: str, tensor: Tensor, dtype: torch.dtype) -> Any:
-    """A tensor as it stands in a file.
+    """The bytes of a tensor in a file.
 
     Raises:
-        CheckpointError: fp16 cannot hold a number of it.
+        CheckpointError: a value overflows fp16.
     """
     converted = tensor.to(dtype).contiguous()
     if dtype is torch.float16 and tensor.dtype is not dtype and (converted.isinf() & ~tensor.isinf()).any():

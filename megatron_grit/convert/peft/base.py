@@ -20,7 +20,7 @@ class BaseLocation:
 
 
 def locate_base(checkpoint: Path, moved_to: str | Path | None = None) -> BaseLocation:
-    """The base that the adapters of a checkpoint stand beside.
+    """Find the base of the adapters of a checkpoint.
 
     Args:
         checkpoint: of a run with adapters.
