@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -34,13 +33,14 @@ from typing import Any
 
 import torch
 
+from benchmarks import harness
 from benchmarks.gpu_report import Measured, machine, markdown, row_of
 from benchmarks.grit_step import CLIP_GRAD, LR, TEMPERATURE, Profile, build_ours, reference_batch
 from benchmarks.random_batch import GROUP_SIZE, random_batch
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.convert.families import mistral
 from megatron_grit.data.rows.batch import StepBatch
-from megatron_grit.errors import EXIT_STATUS, ConfigError, GritError
+from megatron_grit.errors import ConfigError, GritError
 from megatron_grit.models.attention import select_backend
 from megatron_grit.models.layer_specs import transformer_config
 from megatron_grit.parallel.launch import parallel_job
@@ -305,7 +305,13 @@ def free(device: torch.device) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure both sides; returns all that is reported."""
+    """Measure both sides; returns all that is reported.
+
+    Raises:
+        ConfigError: transformers is not installed.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError("the other side is transformers: pip install 'megatron-grit[dev]'")
     from transformers import MistralConfig, MistralForCausalLM
 
     shape = SCALES[arguments.scale]
@@ -382,12 +388,8 @@ def _report(
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line, with what depends on the scale and the device filled in.
-
-    Raises:
-        ConfigError: transformers is not installed.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line, with what depends on the scale and the device filled in."""
+    parser = harness.parser(__doc__)
     parser.add_argument("--layers", type=int, help="default: as many as fit")
     parser.add_argument("--tokens-per-row", type=int, help="token budget of a row; default: of the scale")
     parser.add_argument("--batch", type=int, help="queries of a step; default: of the scale")
@@ -402,11 +404,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peak-tflops", type=float, help="of the card; default: by its name, in bf16")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--profile", type=Path, help="also write here, for each step, a table of its kernels")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--markdown", type=Path, help="also write the tables here")
     arguments = parser.parse_args(words)
-    if importlib.util.find_spec("transformers") is None:
-        raise ConfigError("the other side is transformers: pip install 'megatron-grit[dev]'")
     shape = SCALES[arguments.scale]
     arguments.tokens_per_row = arguments.tokens_per_row or shape.tokens_per_row
     arguments.batch = arguments.batch or shape.queries
@@ -417,19 +416,17 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     """Measure, print and write. Returns the exit status."""
-    try:
-        arguments = parse()
+    arguments = parse()
+
+    def measured(folder: Path) -> tuple[dict[str, Any], bool]:
         report = run(arguments)
-    except GritError as error:
-        print(f"gpu_grit: error: {error}", file=sys.stderr)
-        return EXIT_STATUS
-    text = markdown(report)
-    print(text, end="")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if arguments.markdown is not None:
-        arguments.markdown.write_text(text, encoding="utf-8")
-    return 0
+        text = markdown(report)
+        print(text, end="")
+        if arguments.markdown is not None:
+            arguments.markdown.write_text(text, encoding="utf-8")
+        return report, True
+
+    return harness.run("gpu_grit", arguments, measured)
 
 
 if __name__ == "__main__":

@@ -38,13 +38,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import harness
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.kinds.embedding import EmbeddingCounts, make_row
 from megatron_grit.data.rows.batch import BatchPart, PackedRow, StepBatch
 from megatron_grit.data.rows.packing import pack
 from megatron_grit.data.rows.segments import Segment
-from megatron_grit.errors import EXIT_STATUS, ConfigError, GritError
+from megatron_grit.errors import ConfigError, GritError
 from megatron_grit.losses import contrastive
 from megatron_grit.parallel.launch import parallel_job
 
@@ -354,11 +355,10 @@ def _failures(arguments: argparse.Namespace, summary: dict[str, Any]) -> list[st
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parts = ("time", "memory", "loss")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
     time_part = parser.add_argument_group("time")
     time_part.add_argument("--repeats", type=int, default=9, help="measured steps of each kind, after one to warm up")
     time_part.add_argument("--queries", type=int, default=64, help="each with two passages")
@@ -381,34 +381,33 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Measure, print. Returns the exit status."""
     arguments = parse_arguments()
+    return harness.run("gradcache", arguments, lambda folder: measure(arguments))
+
+
+def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """The parts that are asked for, printed as they come, and whether all limits are kept."""
     summary: dict[str, Any] = {}
-    try:
-        if arguments.one_step is not None:
-            print(json.dumps(peak_of_step(arguments, int(arguments.one_step[0]), arguments.one_step[1])))
-            return 0
-        if arguments.repeats < 1 or min(arguments.sizes) < 1:
-            raise ConfigError("--repeats and --sizes must be at least 1")
-        if "time" in arguments.parts:
-            summary["time"] = measure_time(arguments)
-            _print_time(summary["time"])
-        if "memory" in arguments.parts:
-            summary["memory"] = measure_memory(arguments)
-        if "loss" in arguments.parts:
-            summary["loss"] = loss = measure_loss(arguments)
-            print(
-                f"\nloss: {loss['queries']:,} queries and passages of width {loss['width']}: {loss['seconds']:.1f} s, "
-                f"{loss['memory'] / MEBIBYTE:.0f} MiB (the matrix of similarities has "
-                f"{loss['whole_matrix'] / MEBIBYTE:,.0f}), error of sampled gradients {loss['gradient_error']:.1e}"
-            )
-    except GritError as error:
-        print(f"gradcache: error: {error}", file=sys.stderr)
-        return EXIT_STATUS
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    if arguments.one_step is not None:
+        print(json.dumps(peak_of_step(arguments, int(arguments.one_step[0]), arguments.one_step[1])))
+        return summary, True
+    if arguments.repeats < 1 or min(arguments.sizes) < 1:
+        raise ConfigError("--repeats and --sizes must be at least 1")
+    if "time" in arguments.parts:
+        summary["time"] = measure_time(arguments)
+        _print_time(summary["time"])
+    if "memory" in arguments.parts:
+        summary["memory"] = measure_memory(arguments)
+    if "loss" in arguments.parts:
+        summary["loss"] = loss = measure_loss(arguments)
+        print(
+            f"\nloss: {loss['queries']:,} queries and passages of width {loss['width']}: {loss['seconds']:.1f} s, "
+            f"{loss['memory'] / MEBIBYTE:.0f} MiB (the matrix of similarities has "
+            f"{loss['whole_matrix'] / MEBIBYTE:,.0f}), error of sampled gradients {loss['gradient_error']:.1e}"
+        )
     failures = _failures(arguments, summary)
     for failure in failures:
         print(f"gradcache: {failure}", file=sys.stderr)
-    return int(bool(failures))
+    return summary, not failures
 
 
 if __name__ == "__main__":

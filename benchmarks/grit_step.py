@@ -23,7 +23,6 @@ import os
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import harness
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.convert.families import mistral
 from megatron_grit.convert.families.registry import hf_state_dict_to_megatron
@@ -40,7 +40,7 @@ from megatron_grit.data.builders.grit_builder import build_grit, read_texts
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
-from megatron_grit.errors import EXIT_STATUS, ConfigError, DataError, GritError
+from megatron_grit.errors import ConfigError, GritError
 from megatron_grit.parallel.launch import parallel_job
 from tests.parity.gritlm_reference import GritBatch, Sequence, Text, adamw, collate, grit_step
 
@@ -85,12 +85,10 @@ class Profile:
 
 def write_records(data: Path, target: Path, seed: int) -> tuple[Path, Path]:
     """The two sources as GRIT records in JSONL."""
-    for name in (PAIRS, CHATS):
-        if not (data / name).is_file():
-            raise DataError("missing; give the folder that holds it with --data", path=data / name)
+    questions, conversations = (harness.data_file(data, name) for name in (PAIRS, CHATS))
     draw = random.Random(seed)
     pairs = []
-    for article in json.loads((data / PAIRS).read_text(encoding="utf-8"))["data"]:
+    for article in json.loads(questions.read_text(encoding="utf-8"))["data"]:
         paragraphs = [paragraph["context"] for paragraph in article["paragraphs"]]
         for own, paragraph in enumerate(article["paragraphs"]):
             others = paragraphs[:own] + paragraphs[own + 1 :]
@@ -99,7 +97,7 @@ def write_records(data: Path, target: Path, seed: int) -> tuple[Path, Path]:
                 pairs.append({"query": query, "pos": [["", paragraphs[own]]], "neg": [["", draw.choice(others)]]})
     embedding, generative = target / "pairs.jsonl", target / "chats.jsonl"
     embedding.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    generative.write_text((data / CHATS).read_text(encoding="utf-8"), encoding="utf-8")
+    generative.write_text(conversations.read_text(encoding="utf-8"), encoding="utf-8")
     return embedding, generative
 
 
@@ -202,36 +200,35 @@ def build_ours(config: RunConfig, weights: dict[str, torch.Tensor], context: Any
     return run
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train both for ``arguments.steps`` steps after one to warm up; returns what was measured."""
     torch.set_num_threads(arguments.threads)
     ours, theirs = Profile(), Profile()
-    with tempfile.TemporaryDirectory() as directory:
-        config = prepare_data(arguments, Path(directory))
-        assert config.data.tokenizer is not None
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        reference = reference_model(arguments, tokenizer.vocab_size)
-        config.model = mistral.model_config(reference.config.to_dict())
-        with parallel_job(config.parallel, config.training.seed) as context:
-            our_step = build_ours(config, reference.state_dict(), context, ours)
-            optimizer = adamw(reference, LR)
-            loader = GritDataLoader(config, tokenizer, row_multiple=context.row_multiple)
-            batches = []
-            for number in range(arguments.steps + 1):
-                batch = loader.batch(number)
-                padded = reference_batch(batch)
-                batches.append((batch, padded))
-                sides = [
-                    lambda batch=batch: ours.step(our_step, batch),
-                    lambda padded=padded: theirs.step(_their_step, arguments, reference, padded, optimizer, theirs),
-                ]
-                # The order turns with each step, so that neither always runs on what the other left in the caches.
-                order = (0, 1) if number % 2 == 0 else (1, 0)
-                got = {side: sides[side]() for side in order}
-                _check_losses(number, got[0], got[1])
-                seconds = [profile.steps[-1]["total"] for profile in (ours, theirs)]
-                note = " (warm-up)" if number == 0 else ""
-                print(f"step {number}{note}: {seconds[0]:.2f} s here, {seconds[1]:.2f} s there", flush=True)
+    config = prepare_data(arguments, folder)
+    assert config.data.tokenizer is not None
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    reference = reference_model(arguments, tokenizer.vocab_size)
+    config.model = mistral.model_config(reference.config.to_dict())
+    with parallel_job(config.parallel, config.training.seed) as context:
+        our_step = build_ours(config, reference.state_dict(), context, ours)
+        optimizer = adamw(reference, LR)
+        loader = GritDataLoader(config, tokenizer, row_multiple=context.row_multiple)
+        batches = []
+        for number in range(arguments.steps + 1):
+            batch = loader.batch(number)
+            padded = reference_batch(batch)
+            batches.append((batch, padded))
+            sides = [
+                lambda batch=batch: ours.step(our_step, batch),
+                lambda padded=padded: theirs.step(_their_step, arguments, reference, padded, optimizer, theirs),
+            ]
+            # The order turns with each step, so that neither always runs on what the other left in the caches.
+            order = (0, 1) if number % 2 == 0 else (1, 0)
+            got = {side: sides[side]() for side in order}
+            _check_losses(number, got[0], got[1])
+            seconds = [profile.steps[-1]["total"] for profile in (ours, theirs)]
+            note = " (warm-up)" if number == 0 else ""
+            print(f"step {number}{note}: {seconds[0]:.2f} s here, {seconds[1]:.2f} s there", flush=True)
     return _summary(arguments, batches, ours, theirs)
 
 
@@ -305,9 +302,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 def main() -> int:
     """Parse the command line, measure, print. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    parser.add_argument("--data", type=Path, default=default, help=f"folder with {PAIRS} and {CHATS}")
+    parser = harness.parser(__doc__, data=f"{PAIRS} and {CHATS}")
     parser.add_argument("--steps", type=int, default=2, help="measured steps of each, after one to warm up")
     parser.add_argument("--scale", type=int, default=2, help="divides the numbers of the recipe")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the one process")
@@ -316,20 +311,17 @@ def main() -> int:
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--at-least", type=float, help="exit with status 1 where the ratio is lower")
     arguments = parser.parse_args()
-    try:
+
+    def measure(folder: Path) -> tuple[dict[str, Any], bool]:
         if importlib.util.find_spec("transformers") is None:
             raise ConfigError("the reference is transformers: pip install 'megatron-grit[dev]'")
-        summary = run(arguments)
-    except GritError as error:
-        print(f"grit_step: error: {error}", file=sys.stderr)
-        return EXIT_STATUS
-    _print_summary(summary)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return int(arguments.at_least is not None and summary["ratio"] < arguments.at_least)
+        summary = run(arguments, folder)
+        _print_summary(summary)
+        return summary, arguments.at_least is None or summary["ratio"] >= arguments.at_least
+
+    return harness.run("grit_step", arguments, measure)
 
 
 if __name__ == "__main__":

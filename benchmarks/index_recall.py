@@ -19,19 +19,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import harness
 from benchmarks.preprocess import paragraphs
 from benchmarks.retrieval_quality import Remembering, index_texts, make_tokenizer, minilm_folder, read_cranfield
 from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.data.chunks.chunk_db import ChunkDb
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import read_version
-from megatron_grit.errors import EXIT_STATUS, GritError
 from megatron_grit.inference.encoders.load import load_embedder
 from megatron_grit.inference.encoders.protocol import EmbedderOptions
 from megatron_grit.retrieval.database.versions import open_index, record_version
@@ -153,25 +152,19 @@ def print_row(row: dict[str, Any]) -> None:
 
 def main() -> int:
     """Parse the command line and measure. Status 1 where chunks find less or more than promised."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the collections")
+    parser = harness.parser(__doc__, data="the collections")
     parser.add_argument("--documents", type=int, help="keep only so many documents")
     parser.add_argument("--indexes", nargs="+", default=list(INDEXES), help="faiss factory strings, or auto@MEGABYTES")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="of queries")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
     arguments = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            rows = measure(arguments, Path(name))
-    except GritError as error:
-        print(f"index_recall: error: {error}", file=sys.stderr)
-        return EXIT_STATUS
-    worst = max((abs(row["difference"]) for row in rows if row["queries"] == "chunks"), default=0.0)
-    met = worst <= TOLERANCE
-    print(f"chunks that the index never saw: at most {worst:.4f} from what was promised (target {TOLERANCE})")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    return 0 if met else 1
+
+    def measured(folder: Path) -> tuple[list[dict[str, Any]], bool]:
+        rows = measure(arguments, folder)
+        worst = max((abs(row["difference"]) for row in rows if row["queries"] == "chunks"), default=0.0)
+        print(f"chunks that the index never saw: at most {worst:.4f} from what was promised (target {TOLERANCE})")
+        return rows, worst <= TOLERANCE
+
+    return harness.run("index_recall", arguments, measured)
 
 
 if __name__ == "__main__":

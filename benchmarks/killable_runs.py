@@ -15,7 +15,6 @@ import os
 import random
 import select
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import free_port
 from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.data.builders.grit_builder import build_grit
 from megatron_grit.data.text.tokenizer import train_sentencepiece
@@ -200,13 +200,6 @@ def run_rank(config: RunConfig, phase: Phase, plan: Plan, say: Callable[[dict[st
         trainer._check_restored = restored  # type: ignore[method-assign]
         trainer.report.after_step = stepped  # type: ignore[method-assign]
         trainer.run()
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Job:

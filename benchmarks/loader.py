@@ -19,9 +19,7 @@ import json
 import shutil
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import harness
 from megatron_grit.config.parse import parse_run_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.roles import Role, RowKind
@@ -36,7 +35,6 @@ from megatron_grit.data.indexed.writer import IndexedFacts, IndexedStream, Index
 from megatron_grit.data.rows.batch import StepBatch
 from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
-from megatron_grit.errors import EXIT_STATUS, DataError, GritError
 from megatron_grit.models.decoder import build_model
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.training.optimizer import build_optimizer, build_schedule, set_learning_rate, wrap_model
@@ -53,10 +51,7 @@ PACKINGS: dict[str, dict[str, Any]] = {
 
 def write_texts(data: Path, folder: Path) -> None:
     """Dolly as ``gen`` and ``emb`` under ``folder``, and a tokenizer."""
-    path = data / FILE
-    if not path.is_file():
-        raise DataError("missing; give the folder that holds it with --data", path=path)
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = harness.data_file(data, FILE).read_text(encoding="utf-8").splitlines()
     texts = [message["content"] for line in lines for message in json.loads(line)["messages"]]
     tokenizer = load_tokenizer(train_sentencepiece(texts[:2000], folder / "tokenizer", VOCAB))
     encoded = tokenizer.encode_batch(texts)
@@ -110,7 +105,7 @@ def measure_speed(folder: Path, steps: int, loader_steps: int) -> dict[str, dict
 
             batches = [loader.batch(number) for number in range(steps + 1)]
             train(batches[0])  # to warm up
-            consumed = statistics.median(batch.num_tokens / seconds(train, batch) for batch in batches[1:])
+            consumed = statistics.median(batch.num_tokens / harness.seconds(train, batch) for batch in batches[1:])
             speeds = []
             for number in range(loader_steps):
                 began = time.perf_counter()
@@ -120,13 +115,6 @@ def measure_speed(folder: Path, steps: int, loader_steps: int) -> dict[str, dict
         found[name] = {"loader": made, "model": consumed, "ratio": made / consumed}
         print(f"{name:15s} loader {made:12,.0f} tokens/s, model {consumed:9,.0f} tokens/s, ratio {made / consumed:.0f}")
     return found
-
-
-def seconds(function: Callable[..., Any], *args: Any) -> float:
-    """Wall time of a call."""
-    began = time.perf_counter()
-    function(*args)
-    return time.perf_counter() - began
 
 
 def write_blend(folder: Path, num_records: int, num_small: int) -> list[str]:
@@ -169,34 +157,32 @@ def measure_start(folder: Path, prefixes: list[str], packing: str, far_step: int
 
     found = {}
     for state in ("without cache", "with cache"):
-        found[f"first step {state}"] = seconds(start, 0)
-        found[f"step {far_step} {state}"] = seconds(start, far_step)
+        found[f"first step {state}"] = harness.seconds(start, 0)
+        found[f"step {far_step} {state}"] = harness.seconds(start, far_step)
     shutil.rmtree(folder / "cache_of_blend", ignore_errors=True)
     return found
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All measurements."""
     torch.set_num_threads(1)
     summary: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_texts(arguments.data, folder)
-        summary["speed"] = measure_speed(folder, arguments.steps, arguments.loader_steps)
-        summary["start"] = {}
-        for title, num_records, num_small in (
-            (f"{arguments.samples:,} samples", arguments.samples, 10),
-            ("1,000 sources", 1000, 999),
-        ):
-            blend = folder / "blend"
-            blend.mkdir()
-            prefixes = write_blend(blend, num_records, num_small)
-            for packing in ("step", "window"):
-                far_step = arguments.far_step if packing == "step" else arguments.far_step // 100
-                found = measure_start(folder, prefixes, packing, far_step)
-                summary["start"][f"{title}, packing {packing}"] = found
-                print(f"{title}, packing {packing}: " + ", ".join(f"{k} {v:.2f} s" for k, v in found.items()))
-            shutil.rmtree(blend)
+    write_texts(arguments.data, folder)
+    summary["speed"] = measure_speed(folder, arguments.steps, arguments.loader_steps)
+    summary["start"] = {}
+    for title, num_records, num_small in (
+        (f"{arguments.samples:,} samples", arguments.samples, 10),
+        ("1,000 sources", 1000, 999),
+    ):
+        blend = folder / "blend"
+        blend.mkdir()
+        prefixes = write_blend(blend, num_records, num_small)
+        for packing in ("step", "window"):
+            far_step = arguments.far_step if packing == "step" else arguments.far_step // 100
+            found = measure_start(folder, prefixes, packing, far_step)
+            summary["start"][f"{title}, packing {packing}"] = found
+            print(f"{title}, packing {packing}: " + ", ".join(f"{k} {v:.2f} s" for k, v in found.items()))
+        shutil.rmtree(blend)
     summary["ratio"] = min(speed["ratio"] for speed in summary["speed"].values())
     cached = [value for found in summary["start"].values() for name, value in found.items() if "with cache" in name]
     summary["slowest_start_with_cache"] = max(cached)
@@ -205,9 +191,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """Parse the command line, measure, print. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    parser.add_argument("--data", type=Path, default=default, help=f"folder with {FILE}")
+    parser = harness.parser(__doc__, data=FILE)
     parser.add_argument("--steps", type=int, default=3, help="measured training steps, after one to warm up")
     parser.add_argument("--loader-steps", type=int, default=50, help="measured steps of the loader")
     parser.add_argument("--samples", type=int, default=100_000_000, help="records of the large blend")
@@ -217,18 +201,15 @@ def main() -> int:
         default=5000,
         help="step from which a run resumes; a hundredth of it with packing window, whose rows are planned in order",
     )
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--check", action="store_true", help="exit with status 1 below 20 times, or above 5 s")
     arguments = parser.parse_args()
-    try:
-        summary = run(arguments)
-    except GritError as error:
-        print(f"loader: error: {error}", file=sys.stderr)
-        return EXIT_STATUS
-    print(f"ratio {summary['ratio']:.0f} at least, start {summary['slowest_start_with_cache']:.2f} s at most")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return int(arguments.check and (summary["ratio"] < 20 or summary["slowest_start_with_cache"] > 5))
+
+    def measure(folder: Path) -> tuple[dict[str, Any], bool]:
+        summary = run(arguments, folder)
+        print(f"ratio {summary['ratio']:.0f} at least, start {summary['slowest_start_with_cache']:.2f} s at most")
+        return summary, not arguments.check or (summary["ratio"] >= 20 and summary["slowest_start_with_cache"] <= 5)
+
+    return harness.run("loader", arguments, measure)
 
 
 if __name__ == "__main__":

@@ -16,23 +16,21 @@ Example:
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import harness
 from megatron_grit.config.database.schema import RetroDbConfig
-from megatron_grit.errors import EXIT_STATUS, GritError
 from megatron_grit.retrieval.dedup.buckets import Bands, choose_bands
 from megatron_grit.retrieval.dedup.duplicates import SIMILAR, ChunkBlock, DuplicateSearch
 from megatron_grit.retrieval.work import Worker
@@ -41,31 +39,22 @@ from megatron_grit.store.blocks import write_arrays
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark.
-
-    Returns:
-        Exit status: 1 where something similar was not found as often as it should be.
-    """
-    parser = argparse.ArgumentParser(
-        prog="near_duplicates", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> int:
+    """Parse the command line and measure. Status 1 where something similar was not found as often as it should be."""
+    parser = harness.parser(__doc__)
     parser.add_argument("--chunks", type=int, nargs="+", default=[200_000], help="sizes to measure (default: 200000)")
     parser.add_argument("--block", type=int, default=250_000, help="chunks of a block (default: 250000)")
     parser.add_argument("--peer", type=int, default=200_000, help="most chunks for datasketch (default: 200000)")
     parser.add_argument("--copies", type=float, default=0.1, help="share of the chunks that are copies (default: 0.1)")
     parser.add_argument("--threshold", type=float, default=0.8, help="near_threshold (default: 0.8)")
     parser.add_argument("--permutations", type=int, default=128, help="minhash_permutations (default: 128)")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    options = parser.parse_args(argv)
-    try:
+    options = parser.parse_args()
+
+    def measured(folder: Path) -> tuple[list[dict[str, Any]], bool]:
         results = [measure(num_chunks, options) for num_chunks in options.chunks]
-    except GritError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_STATUS[type(error)]
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
-    return 0 if all(result["is_as_expected"] for result in results) else 1
+        return results, all(result["is_as_expected"] for result in results)
+
+    return harness.run("near_duplicates", options, measured)
 
 
 def measure(num_chunks: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -193,20 +182,10 @@ def _call(function: Callable[..., np.ndarray], folder: Path, options: argparse.N
     import datasketch  # noqa: F401  # what its import takes is not counted
     import h5py  # noqa: F401
 
-    before, peak, done = _own_bytes(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], _own_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    states: list[np.ndarray] = []
     began = time.perf_counter()
-    state = function(folder, options)
-    seconds = time.perf_counter() - began
-    done.set()
-    watcher.join()
-    queue.put((state, {"seconds": seconds, "peak_mb": (max(peak[0], _own_bytes()) - before) / 1e6}))
+    (peak,) = harness.growth(lambda: states.append(function(folder, options)), lambda: [_own_bytes()])
+    queue.put((states[0], {"seconds": time.perf_counter() - began, "peak_mb": peak / 1e6}))
 
 
 def _own_bytes() -> int:

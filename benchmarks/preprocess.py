@@ -35,15 +35,14 @@ import statistics
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from benchmarks import harness
 from megatron_grit.data.builders.documents import DocumentOptions, preprocess
-from megatron_grit.errors import EXIT_STATUS, DataError, GritError
 
 WIKI = "wikitext2_valid.txt"
 TARGET_CLASSIC, TARGET_BARE, TARGET_MEMORY = 3.0, 0.85, 1.1
@@ -52,10 +51,7 @@ LINES_PER_TASK = 32
 
 def paragraphs(data: Path) -> list[str]:
     """Paragraphs of the real text that the corpus is made of."""
-    path = data / WIKI
-    if not path.is_file():
-        raise DataError("missing; give the folder that holds it with --data", path=path)
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    return [line for line in harness.data_file(data, WIKI).read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def wiki_documents(data: Path, num_bytes: float, seed: int) -> Iterator[str]:
@@ -184,10 +180,8 @@ def bare_tokenizer(source: Path, tokenizer: Path) -> float:
 
 def ours(source: Path, target: Path, tokenizer: Path, workers: int) -> float:
     """Seconds of preprocess_data, from the call to the finished files."""
-    began = time.perf_counter()
     options = DocumentOptions(tokenizer=str(tokenizer), append_eod=True)
-    preprocess([source], target, options, workers=workers, overwrite=True)
-    return time.perf_counter() - began
+    return harness.seconds(lambda: preprocess([source], target, options, workers=workers, overwrite=True))
 
 
 def same_output(target: Path, classic: Path) -> bool:
@@ -266,37 +260,29 @@ def measure_build(source: Path, folder: Path) -> None:
 
 def main() -> int:
     """Parse the command line and measure. Status 1 where a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help=f"folder with {WIKI}")
+    parser = harness.parser(__doc__, data=WIKI)
     parser.add_argument("--mb", type=float, default=30.0, help="size of each corpus")
     parser.add_argument("--corpora", nargs="+", choices=("wiki", "code"), default=["wiki", "code"])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3, help="times that everything is measured")
     parser.add_argument("--vocab-size", type=int, default=16384)
     parser.add_argument("--memory-mb", type=int, help="measure peak memory instead, with this much input")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--measure-build", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure_build:
         measure_build(*arguments.measure_build)
         return 0
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            texts = chain(wiki_documents(arguments.data, 2e6, 0), code_documents(2e6))
-            train_tokenizer(texts, folder / "tokenizer.json", arguments.vocab_size)
-            if arguments.memory_mb:
-                results: dict[str, Any] = peak_memory(arguments, folder)
-                met = max(results.values()) <= TARGET_MEMORY * results["10"]
-            else:
-                results = {corpus: measure(arguments, corpus, folder) for corpus in arguments.corpora}
-                met = all([report(corpus, result, arguments.workers) for corpus, result in results.items()])
-    except GritError as error:
-        print(f"preprocess: error: {error}", file=sys.stderr)
-        return EXIT_STATUS
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return 0 if met else 1
+
+    def measured(folder: Path) -> tuple[dict[str, Any], bool]:
+        texts = chain(wiki_documents(arguments.data, 2e6, 0), code_documents(2e6))
+        train_tokenizer(texts, folder / "tokenizer.json", arguments.vocab_size)
+        if arguments.memory_mb:
+            peaks = peak_memory(arguments, folder)
+            return peaks, max(peaks.values()) <= TARGET_MEMORY * peaks["10"]
+        results = {corpus: measure(arguments, corpus, folder) for corpus in arguments.corpora}
+        return results, all([report(corpus, result, arguments.workers) for corpus, result in results.items()])
+
+    return harness.run("preprocess", arguments, measured)
 
 
 if __name__ == "__main__":

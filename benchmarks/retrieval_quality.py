@@ -24,7 +24,6 @@ import importlib.util
 import json
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,13 +32,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import harness
 from benchmarks.preprocess import train_tokenizer
 from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.data.builders.documents import DocumentOptions, preprocess
 from megatron_grit.data.chunks.chunk_db import DOCUMENT, ChunkDb
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.text.markers import Side
-from megatron_grit.errors import EXIT_STATUS, DataError, GritError
+from megatron_grit.errors import DataError
 from megatron_grit.evaluation.tasks.retrieval import evaluate_retrieval
 from megatron_grit.inference.encoders.load import load_embedder
 from megatron_grit.inference.encoders.protocol import Embedder, EmbedderOptions
@@ -91,18 +91,17 @@ def read_cranfield(folder: Path, num_documents: int | None = None) -> Collection
     Raises:
         DataError: a file is missing.
     """
-    for name in ("cran.all.1400", "cran.qry", "cranqrel"):
-        if not (folder / name).is_file():
-            raise DataError("missing; give the folder that holds it with --data", path=folder / name)
-    texts = {number: text for number, text in _records(folder / "cran.all.1400") if text}
+    names = ("cran.all.1400", "cran.qry", "cranqrel")
+    abstracts, questions, judgements = (harness.data_file(folder, name) for name in names)
+    texts = {number: text for number, text in _records(abstracts) if text}
     kept = list(texts)[:num_documents]
     place_of = {number: place for place, number in enumerate(kept)}
     answers: dict[int, set[int]] = {}
-    for line in (folder / "cranqrel").read_text().splitlines():
+    for line in judgements.read_text().splitlines():
         query, document, grade = (int(value) for value in line.split())
         if grade > 0 and document in place_of:
             answers.setdefault(query, set()).add(place_of[document])
-    queries = [(place, text) for place, (_, text) in enumerate(_records(folder / "cran.qry"), 1) if place in answers]
+    queries = [(place, text) for place, (_, text) in enumerate(_records(questions), 1) if place in answers]
     return Collection(
         documents=[texts[number] for number in kept],
         queries=[text for _, text in queries],
@@ -287,22 +286,16 @@ def report(result: dict[str, Any]) -> bool:
 
 def main() -> int:
     """Parse the command line and measure. Status 1 where the target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the Cranfield files")
+    parser = harness.parser(__doc__, data="the Cranfield files")
     parser.add_argument("--documents", type=int, help="keep only the first so many")
     parser.add_argument("--indexes", nargs="+", default=list(INDEXES), help="faiss factory strings, Flat first")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
     arguments = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            result = measure(arguments, Path(name))
-    except GritError as error:
-        print(f"retrieval_quality: error: {error}", file=sys.stderr)
-        return EXIT_STATUS
-    met = report(result)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return 0 if met else 1
+
+    def measured(folder: Path) -> tuple[dict[str, Any], bool]:
+        result = measure(arguments, folder)
+        return result, report(result)
+
+    return harness.run("retrieval_quality", arguments, measured)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,12 @@ Example:
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -36,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import harness
 from benchmarks.preprocess import wiki_documents
 from benchmarks.retrieval_quality import index_texts, make_tokenizer, minilm_folder
 from megatron_grit.config.database.schema import RetroDbConfig
@@ -44,7 +42,6 @@ from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.indexed.reader import IndexedFile
 from megatron_grit.data.text.markers import Side
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
-from megatron_grit.errors import EXIT_STATUS, GritError
 from megatron_grit.inference.encoders.load import load_embedder
 from megatron_grit.inference.encoders.protocol import EmbedderOptions
 from megatron_grit.retrieval.index.search import ShardedIndex
@@ -117,18 +114,7 @@ def _cut(document: int) -> list[tuple[int, int, int, int]]:
 
 def alternate(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """Median seconds of each side; the sides take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            seconds[name].append(side())
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def timed(function: Callable[[], Any]) -> float:
-    """Seconds of a call."""
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+    return {name: statistics.median(values) for name, values in harness.in_turn(sides, rounds).items()}
 
 
 def project_of(folder: Path, prefix: Path, tokenizer: Path, **settings: Any) -> Project:
@@ -145,7 +131,7 @@ def measure_chunks(prefix: Path, tokenizer: Path, folder: Path, rounds: int) -> 
 
     def ours() -> float:
         project = project_of(folder / "chunks", prefix, tokenizer, duplicates="keep")
-        seconds = timed(lambda: build_chunks(project, Worker()))
+        seconds = harness.seconds(lambda: build_chunks(project, Worker()))
         found["ours"] = len(ChunkDb(project))
         return seconds
 
@@ -157,7 +143,7 @@ def measure_chunks(prefix: Path, tokenizer: Path, folder: Path, rounds: int) -> 
             def run() -> None:
                 found["classic"] = sum(len(rows) for rows in pool.imap(_cut, range(num_documents), 32))
 
-            return timed(run)
+            return harness.seconds(run)
 
         seconds = alternate({"classic": classic, "ours": ours}, rounds)
     return {"seconds": seconds, "chunks": found, "ratio": seconds["classic"] / seconds["ours"]}
@@ -179,7 +165,7 @@ def measure_embeddings(texts: list[str], rounds: int) -> dict[str, Any]:
             vectors[name] = encode(texts)
 
         encode(texts[:64])
-        return lambda: timed(run)
+        return lambda: harness.seconds(run)
 
     sides = {"sentence-transformers": side("sentence-transformers", peer.encode)}
     sides |= {name: side(name, embedder.embed) for name, embedder in ours.items()}
@@ -207,10 +193,10 @@ def measure_neighbors(prefix: Path, tokenizer: Path, folder: Path, rounds: int) 
     def stage() -> float:
         shutil.rmtree(project.folder / "query", ignore_errors=True)
         embedder.seconds = 0.0
-        return timed(lambda: query_neighbors(project, alone, embedder)) - embedder.seconds
+        return harness.seconds(lambda: query_neighbors(project, alone, embedder)) - embedder.seconds
 
     k = project.config.num_neighbors_query
-    seconds = alternate({"faiss": lambda: timed(lambda: index.search(vectors, k)), "stage": stage}, rounds)
+    seconds = alternate({"faiss": lambda: harness.seconds(lambda: index.search(vectors, k)), "stage": stage}, rounds)
     return {"seconds": seconds, "chunks": len(db), "ratio": seconds["stage"] / seconds["faiss"]}
 
 
@@ -234,20 +220,8 @@ def measure_query(folder: Path, prefix: Path, queries: Path, tokenizer: Path) ->
     build_chunks(project, Worker())
     train_index(project, Worker(), embedder)
     add_to_index(project, Worker(), embedder)
-    names = ("RssAnon", "RssFile")
-    before = [_status(name) for name in names]
-    peaks, is_done = list(before), threading.Event()
-
-    def watch() -> None:
-        while not is_done.wait(0.001):
-            peaks[:] = [max(peak, _status(name)) for peak, name in zip(peaks, names, strict=True)]
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    query_neighbors(project, Worker(), embedder)
-    is_done.set()
-    watcher.join()
-    print(*(peak - start for peak, start in zip(peaks, before, strict=True)))
+    stage = lambda: query_neighbors(project, Worker(), embedder)  # noqa: E731
+    print(*harness.growth(stage, lambda: [_status("RssAnon"), _status("RssFile")]))
 
 
 def _status(name: str) -> float:
@@ -325,27 +299,17 @@ def report_memory(result: dict[str, Any]) -> bool:
 
 def main() -> int:
     """Parse the command line and measure. Status 1 where a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with wikitext2_valid.txt")
+    parser = harness.parser(__doc__, data="wikitext2_valid.txt")
     parser.add_argument("--mb", type=float, default=5.0, help="size of the corpus")
     parser.add_argument("--embedded", type=int, default=1000, help="chunks that are embedded, drawn at random")
     parser.add_argument("--documents", type=int, nargs=2, default=[20_000, 400_000], help="of the memory's measurement")
     parser.add_argument("--rounds", type=int, default=3, help="times that everything is measured")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--measure-query", nargs=4, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure_query:
         measure_query(*arguments.measure_query)
         return 0
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            result, met = measure(arguments, Path(name))
-    except GritError as error:
-        print(f"retro_db: error: {error}", file=sys.stderr)
-        return EXIT_STATUS
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return 0 if met else 1
+    return harness.run("retro_db", arguments, lambda folder: measure(arguments, folder))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.harness import free_port
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.writer import IndexedWriter
 from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
@@ -235,13 +235,6 @@ class Campaign:
                         os.kill(pid, signal.SIGKILL)
             time.sleep(0.005)
         return [statuses[pid] for pid in pids]
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _fork(action: Callable[[], None]) -> int:
