@@ -60,16 +60,13 @@ class BlockFolder:
             for stop in [min(start + block_size, num_items)]
         ]
 
-    def missing(self, *, thorough: bool = True) -> list[Block]:
-        """Blocks that have to be computed: missing, damaged, or of another signature.
+    def problem(self, block: Block, *, thorough: bool = True) -> str | None:
+        """Why a block has to be computed: missing, damaged, or of another signature. None: it is there.
 
         Args:
-            thorough: read all of each block and compare it with its checksum; otherwise only the signature is compared.
+            block: one of :attr:`blocks`.
+            thorough: read all of it and compare it with its checksum; otherwise only the signature is compared.
         """
-        return [block for block in self.blocks if self.problem(block, thorough=thorough) is not None]
-
-    def problem(self, block: Block, *, thorough: bool = True) -> str | None:
-        """What is wrong with a block's file. None: nothing."""
         if not block.path.is_file():
             return "is missing"
         try:

@@ -54,7 +54,7 @@ from megatron_grit.store.lock import locked
 from megatron_grit.store.progress import Progress
 
 JOURNAL_SECONDS = 5.0
-"""A kill loses no more work than this."""
+"""Seconds of work that a kill loses at most."""
 _ONE_THREAD = {
     "TOKENIZERS_PARALLELISM": "false",  # the number of workers says how many cores are used
     "OMP_NUM_THREADS": "1",
@@ -71,12 +71,56 @@ class OutputSpec:
     dtype: Any
     with_modes: bool
     facts: IndexedFacts | Callable[[dict[str, int]], IndexedFacts]
-    """For the ``.json``; a function is called with the counters of the whole build."""
+    """Contents of the ``.json``; a function is called with the counters of the whole build."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSpec:
+    """What a build makes."""
+
+    outputs: Mapping[str, OutputSpec]
+    """By the names that the encoder uses."""
+    factory: Callable[[], BlockEncoder]
+    """Makes an encoder; picklable, because it is called in each worker."""
+    signature: Mapping[str, Any]
+    """What the output depends on besides the inputs: JSON values. A journal of another signature is not used."""
+    work_prefix: Path
+    """Names the working folder and the list of rejected lines."""
+    deduplicate: bool = False
+    """Keep the first of the documents with equal fingerprints. Needs exactly one output."""
+    stop_on: Collection[str] = ()
+    """Reasons of rejection that stop the build."""
+    description: str = "build"
+    """Name on the progress bar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRun:
+    """How a build runs. Only ``checksum`` changes what is written."""
+
+    workers: int = 1
+    """Processes that encode. 1 encodes in this process."""
+    partitions: int = 1
+    """Split the input into this many ranges, each with a journal of its own, and join them at the end."""
+    partition: int | None = None
+    """Build only this one of them, 0-based; a call without it builds what is missing and joins."""
+    overwrite: bool = False
+    """Replace outputs that exist."""
+    checksum: bool = True
+    """Write checksums into the ``.json`` of the outputs."""
+    progress: bool = False
+    """Show progress on stderr."""
+    log_interval: int | None = None
+    """Where stderr is not a terminal, log a line every so many documents. None: every 30 seconds."""
+    block_bytes: int = BLOCK_BYTES
+    """About how much of the input a worker is given at a time."""
+    journal_seconds: float = JOURNAL_SECONDS
+    """Time between two entries of the journal."""
 
 
 @dataclass(kw_only=True)
 class BuildTotals:
-    """What a build did."""
+    """Counts of a build."""
 
     num_lines: int = 0
     num_records: int = 0
@@ -98,26 +142,7 @@ class BuildTotals:
         self.counters = dict(sum((Counter(self.counters), Counter(state["counters"])), Counter()))
 
 
-def build_blocks(
-    inputs: Sequence[str | os.PathLike[str]],
-    outputs: Mapping[str, OutputSpec],
-    factory: Callable[[], BlockEncoder],
-    *,
-    signature: Mapping[str, Any],
-    work_prefix: str | os.PathLike[str],
-    workers: int = 1,
-    partitions: int = 1,
-    partition: int | None = None,
-    deduplicate: bool = False,
-    stop_on: Collection[str] = (),
-    overwrite: bool = False,
-    checksum: bool = True,
-    progress: bool = False,
-    description: str = "build",
-    log_interval: int | None = None,
-    block_bytes: int = BLOCK_BYTES,
-    journal_seconds: float = JOURNAL_SECONDS,
-) -> BuildTotals:
+def build_blocks(inputs: Sequence[str | os.PathLike[str]], spec: BuildSpec, run: BuildRun) -> BuildTotals:
     """Build indexed files from text files.
 
     After a kill the same call resumes from the journal in ``.<name of work_prefix>.build``; the folder is removed at
@@ -125,69 +150,33 @@ def build_blocks(
 
     Args:
         inputs: files and glob patterns; ``.gz`` and ``.zst`` are decompressed.
-        outputs: by the names that the encoder uses.
-        factory: makes an encoder; picklable, for it is called once in each worker.
-        signature: what the output depends on beside the inputs: JSON values. A journal with another one is not used.
-        work_prefix: names the working folder and the list of rejected lines.
-        workers: processes that encode. 1 encodes in this process.
-        partitions: cut the input into this many ranges, each with a journal of its own, and join them at the end.
-        partition: build only this one of them, 0-based; a call without it builds what is missing and joins.
-        deduplicate: keep the first of the documents with equal fingerprints. Needs exactly one output.
-        stop_on: reasons of rejection that stop the build.
-        overwrite: replace outputs that are there.
-        checksum: write checksums into the ``.json`` of the outputs.
-        progress: show a bar on stderr.
-        description: name on the bar.
-        log_interval: where stderr is not a terminal, log a line every so many documents. None: every 30 seconds.
-        block_bytes: about how much a worker is given at a time.
-        journal_seconds: time between two entries of the journal.
+        spec: what is built.
+        run: how.
 
     Returns:
         Counts, and the metadata of the outputs.
 
     Raises:
-        DataError: an input that cannot be read, a line that stops the build, nothing kept, outputs that exist, another
-            build of this output, or a worker that died.
+        DataError: an input that cannot be read, a line that stops the build, nothing kept, outputs that exist, or a
+            worker that died.
+        OutputError: another process builds this output.
         ConfigError: numbers that make no sense.
     """
-    _check_numbers(workers, partitions, partition, deduplicate, outputs)
-    files = find_inputs(inputs)
-    facts = {"inputs": [[os.fspath(file.path), file.size, file.mtime_ns] for file in files], "deduplicate": deduplicate}
-    job = _Job(
-        files=files,
-        segments=partition_files(files, partitions),
-        outputs=outputs,
-        factory=factory,
-        signature={**facts, **signature},
-        work_prefix=Path(work_prefix),
-        workers=workers,
-        deduplicate=deduplicate,
-        stop_on=frozenset(stop_on),
-        overwrite=overwrite,
-        checksum=checksum,
-        block_bytes=block_bytes,
-        journal_seconds=journal_seconds,
-    )
-    chosen = list(range(partitions)) if partition is None else [partition]
-    size = sum(job.disk_bytes(index) for index in chosen)
-    if not job.work.exists():
-        job.refuse_existing()  # and leave no folder behind
-    with (
-        locked(job.work / "lock", job.work_prefix, shared=partition is not None),
-        Progress(size, description, "B", enabled=progress, also="document", log_each=log_interval) as bar,
-    ):
-        return job.build_all(bar) if partition is None else job.build_one(partition, bar)
-
-
-def _check_numbers(
-    workers: int, partitions: int, partition: int | None, deduplicate: bool, outputs: Mapping[str, OutputSpec]
-) -> None:
-    if workers < 1 or partitions < 1:
-        raise ConfigError(f"workers ({workers}) and partitions ({partitions}) must be at least 1")
-    if partition is not None and not 0 <= partition < partitions:
-        raise ConfigError(f"there is no partition {partition}: {partitions} are numbered from 0")
-    if deduplicate and len(outputs) != 1:
+    if run.workers < 1 or run.partitions < 1:
+        raise ConfigError(f"workers ({run.workers}) and partitions ({run.partitions}) must be at least 1")
+    if run.partition is not None and not 0 <= run.partition < run.partitions:
+        raise ConfigError(f"there is no partition {run.partition}: {run.partitions} are numbered from 0")
+    if spec.deduplicate and len(spec.outputs) != 1:
         raise ValueError("duplicates can be removed from one output only")
+    files = find_inputs(inputs)
+    build = _Build(files, partition_files(files, run.partitions), spec, run)
+    chosen = range(run.partitions) if run.partition is None else [run.partition]
+    size = sum(build.disk_bytes(index) for index in chosen)
+    if not build.work.exists():
+        build.refuse_existing()  # and leave no folder behind
+    bar = Progress(size, spec.description, "B", enabled=run.progress, also="document", log_each=run.log_interval)
+    with locked(build.work / "lock", spec.work_prefix, shared=run.partition is not None), bar:
+        return build.build_all(bar) if run.partition is None else build.build_one(run.partition, bar)
 
 
 class _EncodeBlock:
@@ -204,41 +193,38 @@ class _EncodeBlock:
             raise
 
 
-@dataclass(kw_only=True)
-class _Job:
-    """The settings of a build, and its steps."""
+@dataclass
+class _Build:
+    """A build and its steps."""
 
     files: list[InputFile]
     segments: list[list[FilePart]]
-    outputs: Mapping[str, OutputSpec]
-    factory: Callable[[], BlockEncoder]
-    signature: dict[str, Any]
-    work_prefix: Path
-    workers: int
-    deduplicate: bool
-    stop_on: frozenset[str]
-    overwrite: bool
-    checksum: bool
-    block_bytes: int
-    journal_seconds: float
+    """Of each partition."""
+    spec: BuildSpec
+    run: BuildRun
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        inputs = [[os.fspath(file.path), file.size, file.mtime_ns] for file in self.files]
+        return {"inputs": inputs, "deduplicate": self.spec.deduplicate, **self.spec.signature}
 
     @property
     def work(self) -> Path:
-        return self.work_prefix.with_name(f".{self.work_prefix.name}.build")
+        return self.spec.work_prefix.with_name(f".{self.spec.work_prefix.name}.build")
 
     @property
     def trash(self) -> Path:
-        return self.work_prefix.with_name(f".{self.work_prefix.name}.build.old")
+        return self.spec.work_prefix.with_name(f".{self.spec.work_prefix.name}.build.old")
 
     @property
     def streams(self) -> dict[str, StreamSpec]:
-        return {name: StreamSpec(output.dtype, output.with_modes) for name, output in self.outputs.items()}
+        return {name: StreamSpec(output.dtype, output.with_modes) for name, output in self.spec.outputs.items()}
 
     def piece_name(self, index: int) -> str:
         return f"piece-{index:05d}-of-{len(self.segments):05d}"
 
     def piece_targets(self, piece: BuildFolder) -> dict[str, Path]:
-        return {name: piece.folder / f"{name}.piece" for name in self.outputs}
+        return {name: piece.folder / f"{name}.piece" for name in self.spec.outputs}
 
     def disk_bytes(self, index: int) -> int:
         return sum(
@@ -267,11 +253,11 @@ class _Job:
 
     def refuse_existing(self) -> None:
         """Raise where an output exists that may not be replaced."""
-        for output in self.outputs.values():
-            refuse_existing(output.prefix, self.overwrite)
+        for output in self.spec.outputs.values():
+            refuse_existing(output.prefix, self.run.overwrite)
 
     def build_one(self, index: int, bar: Progress) -> BuildTotals:
-        """Build a partition, unless that is done."""
+        """Build one partition, unless it is finished."""
         name = self.piece_name(index)
         with locked(self.work / f"{name}.lock", self.work / name):
             piece = self.build_piece(index, bar, alone=False)
@@ -280,9 +266,9 @@ class _Job:
         return totals
 
     def build_all(self, bar: Progress) -> BuildTotals:
-        """Build the partitions that are missing, and the outputs of all."""
+        """Build the missing partitions, then the outputs."""
         self.remove_other_folders()
-        alone = len(self.segments) == 1 and not self.deduplicate
+        alone = len(self.segments) == 1 and not self.spec.deduplicate
         try:
             pieces = [self.build_piece(index, bar, alone=alone) for index in range(len(self.segments))]
         except GritError:
@@ -300,7 +286,7 @@ class _Job:
         return totals
 
     def build_piece(self, index: int, bar: Progress, *, alone: bool) -> BuildFolder:
-        """Encode what a piece lacks. Unless it is alone it becomes an indexed file of its own, and is closed."""
+        """Encode the rest of a piece. If there are others, it becomes an indexed file of its own and is closed."""
         piece = self.open_piece(index)
         try:
             if piece.building:
@@ -331,26 +317,26 @@ class _Job:
         return piece
 
     def fill_piece(self, index: int, piece: BuildFolder, bar: Progress) -> None:
-        """Encode what the piece lacks."""
+        """Encode the blocks that a piece does not have yet."""
         bar.skip(piece.state["num_disk_bytes"])
         if not piece.building:
             return
         place = piece.state["next"]
         refs = iterate_blocks(
-            self.files, self.segments[index], skip_to=place and tuple(place), block_bytes=self.block_bytes
+            self.files, self.segments[index], skip_to=place and tuple(place), block_bytes=self.run.block_bytes
         )
         filler = _PieceFiller(self, index, piece)
         committed = time.monotonic()
         try:
             with (
                 _one_thread(),
-                closing(map_ordered(refs, partial(_EncodeBlock, self.factory), self.workers)) as results,
+                closing(map_ordered(refs, partial(_EncodeBlock, self.spec.factory), self.run.workers)) as results,
             ):
                 for ref, block in results:
                     filler.add(ref, block)
                     num_documents = max(len(tokens.documents) for tokens in block.outputs.values())
                     bar.update(ref.num_disk_bytes, also=num_documents)
-                    if time.monotonic() - committed > self.journal_seconds:
+                    if time.monotonic() - committed > self.run.journal_seconds:
                         piece.commit()
                         committed = time.monotonic()
         except GritError:
@@ -370,25 +356,25 @@ class _Job:
 
     def finish(self, pieces: Sequence[BuildFolder], totals: BuildTotals, *, alone: bool) -> None:
         """Join the pieces and give the outputs their names."""
-        for name, output in self.outputs.items():
+        for name, output in self.spec.outputs.items():
             if not any(piece.num_documents[name] for piece in pieces):
                 self.remove_work()
                 raise self._nothing_kept(output.prefix, totals)
-        duplicates = find_duplicates(pieces) if self.deduplicate else None
+        duplicates = find_duplicates(pieces) if self.spec.deduplicate else None
         if duplicates is not None and len(duplicates):
             totals.rejected[DUPLICATE] = totals.rejected.get(DUPLICATE, 0) + len(duplicates)
         rejected = merge_rejected([file.path for file in self.files], pieces, self.first_line, duplicates)
-        write_rejected(Path(f"{self.work_prefix}.rejected.jsonl"), rejected, self.work)
+        write_rejected(Path(f"{self.spec.work_prefix}.rejected.jsonl"), rejected, self.work)
         final = pieces[0] if alone else BuildFolder(self.work / "joined", self.streams, self.signature)
         with closing(final):
             if final.building:
                 join_pieces(final, [self.piece_targets(piece) for piece in pieces], pieces, duplicates)
                 final.complete()
             metas = final.finish(
-                {name: output.prefix for name, output in self.outputs.items()},
-                {name: partial(_facts_of, output, totals.counters) for name, output in self.outputs.items()},
-                overwrite=self.overwrite,
-                checksum=self.checksum,
+                {name: output.prefix for name, output in self.spec.outputs.items()},
+                {name: partial(_facts_of, output, totals.counters) for name, output in self.spec.outputs.items()},
+                overwrite=self.run.overwrite,
+                checksum=self.run.checksum,
             )
         totals.num_documents = dict(final.num_documents)
         totals.metas = {name: meta for name, meta in metas.items() if meta is not None}
@@ -404,12 +390,12 @@ class _Job:
 
 
 class _PieceFiller:
-    """Appends encoded blocks to a piece, and knows where in the files it is."""
+    """Appends encoded blocks to a piece and keeps its position in the input files."""
 
-    def __init__(self, job: _Job, index: int, piece: BuildFolder) -> None:
-        self._job, self._index, self._piece = job, index, piece
+    def __init__(self, build: _Build, index: int, piece: BuildFolder) -> None:
+        self._build, self._index, self._piece = build, index, piece
         self.whole = True
-        """Whether streams and state belong together: false only while a block is being appended."""
+        """Whether streams and state agree: false only while a block is being appended."""
 
     def add(self, ref: BlockRef, block: EncodedBlock) -> None:
         state = self._piece.state
@@ -439,15 +425,15 @@ class _PieceFiller:
 
     def _stop_if_asked(self, ref: BlockRef, block: EncodedBlock, file_lines: int) -> None:
         for item in block.rejections:
-            if item.fatal or item.reason in self._job.stop_on:
+            if item.fatal or item.reason in self._build.spec.stop_on:
                 raise self._error(ref, item, file_lines)
 
     def _error(self, ref: BlockRef, item: Rejection, file_lines: int) -> DataError:
-        line = self._job.first_line(self._index, ref.file) + file_lines + item.line + 1
+        line = self._build.first_line(self._index, ref.file) + file_lines + item.line + 1
         return DataError(item.message, path=ref.path, line=line)
 
     def _places(self, ref: BlockRef, block: EncodedBlock, file_lines: int) -> np.ndarray | None:
-        if not self._job.deduplicate:
+        if not self._build.spec.deduplicate:
             return None
         (tokens,) = block.outputs.values()
         places = np.empty(len(tokens.documents), dtype=PLACE_DTYPE)

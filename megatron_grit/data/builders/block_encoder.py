@@ -1,4 +1,4 @@
-"""What stands between the build engine and the kinds of data: an encoder turns the lines of a block into documents."""
+"""The interface of the build engine to formats of data: an encoder turns the lines of a block into documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pieces of a build to one: their documents without duplicates, and the list of their rejected lines."""
+"""Joins the pieces of a build: their documents without duplicates, and the list of their rejected lines."""
 
 from __future__ import annotations
 

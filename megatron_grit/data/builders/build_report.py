@@ -1,7 +1,6 @@
-"""What became of the records of a build: counts, and the lengths of what was written.
+"""The report of a build: how many records were kept, dropped, truncated and split, and how long the texts are.
 
-Lengths are read from the finished file and counts from the build's journal, so that a build that was interrupted gives
-the same report.
+Lengths are read from the finished file and counts from the build's journal, so a resumed build gives the same report.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class BuildReport:
-    """What became of the input."""
+    """Counts of a build."""
 
     prefix: str
     kind: str = ""
@@ -36,13 +35,13 @@ class BuildReport:
     dropped: dict[str, int] = field(default_factory=dict)
     """Records by the reason for which they were dropped."""
     truncated: dict[str, int] = field(default_factory=dict)
-    """Texts that lost their end, by what they are."""
+    """Truncated texts by kind of text."""
     num_split: int = 0
-    """Records that became several."""
+    """Records that were split."""
     num_split_pieces: int = 0
-    """What they became."""
+    """Records that they were split into."""
     token_quantiles: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Tokens, template included: count, mean and quantiles, by what the texts are."""
+    """Tokens, template included: count, mean and quantiles by kind of text."""
     num_tokens: int = 0
     num_supervised_tokens: int = 0
 
@@ -102,8 +101,8 @@ def make_report(
 
 
 def text_lengths(prefix: str | Path) -> dict[str, np.ndarray]:
-    """Tokens of each text of a file, template included, int64, by what the texts are: query, positive and negative, or
-    text and conversation, which prompts with their completions count as."""
+    """Tokens of each text of a file, template included, int64, by kind of text: query, positive and negative, or text
+    and conversation. Prompts with completions count as conversations."""
     records = IndexedRecords(prefix)
     try:
         file = records.file

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_grit.data.builders.block_build import BuildTotals, OutputSpec, build_blocks
+from megatron_grit.data.builders.block_build import BuildRun, BuildSpec, BuildTotals, OutputSpec, build_blocks
 from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
 from megatron_grit.data.builders.sentences import SentenceSplitter, find_language, load_punkt, train_punkt
 from megatron_grit.data.indexed.reader import DOCUMENTS, token_dtype
@@ -44,21 +44,21 @@ _VERSION = 1  # of the way from text to tokens: a journal of another version is 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentOptions:
-    """What becomes of a document. Sent to the workers."""
+    """How documents are tokenised. Sent to the workers."""
 
     tokenizer: str
     """See :func:`~megatron_grit.data.text.tokenizer.load_tokenizer`."""
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
-    """Put the end of sequence behind the last sentence of each document."""
+    """Append the end-of-sequence token to each document."""
     punkt_model: str | None = None
-    """Cut documents into sentences, each a sequence of its own, with these parameters."""
+    """Split documents into sentences, each a sequence of its own, with these Punkt parameters."""
     keep_newlines: bool = False
     """White space after a sentence stays with it."""
 
 
 class DocumentEncoder:
-    """Lines of JSON to documents. One in every worker."""
+    """Turns lines of JSON into documents; one in each worker."""
 
     def __init__(self, options: DocumentOptions) -> None:
         self._options = options
@@ -114,7 +114,7 @@ class DocumentEncoder:
 
 
 def parse_document(line: bytes, keys: Sequence[str]) -> list[list[str]]:
-    """The texts under each key. A list of strings is a document that is cut already.
+    """The texts under each key. A list of strings is a document that is split already.
 
     Raises:
         DataError: no JSON object, a key that is missing, or something else than text under it. It names no place.
@@ -156,29 +156,21 @@ def preprocess(
     split_sentences: bool = False,
     lang: str | None = None,
     on_error: Literal["stop", "skip"] = "stop",
-    workers: int = 1,
-    partitions: int = 1,
-    partition: int | None = None,
-    overwrite: bool = False,
-    checksum: bool = True,
-    progress: bool = False,
-    log_interval: int | None = None,
-    **engine: Any,
+    **run: Any,
 ) -> BuildTotals:
     """Write ``<output_prefix>_<key>_document.bin``, ``.idx`` and ``.json`` of every key; ``_sentence`` where documents
-    are cut into sentences.
+    are split into sentences.
 
     Args:
         inputs: JSONL files and glob patterns, plain, ``.gz`` or ``.zst``.
         output_prefix: path without extension.
-        options: what becomes of a document.
-        split_sentences: cut documents into sentences, with ``options.punkt_model`` if there is one, with NLTK's
+        options: how documents are tokenised.
+        split_sentences: split documents into sentences, with ``options.punkt_model`` if there is one, with NLTK's
             parameters of ``lang`` if that is given, else with parameters that are trained on the first
             PUNKT_TRAINING_BYTES of text and kept in ``<output_prefix>.punkt.json``.
         lang: language of NLTK's parameters.
         on_error: what to do with a line that is not a document.
-        workers, partitions, partition, overwrite, checksum, progress, log_interval, engine: see
-            :func:`~megatron_grit.data.builders.block_build.build_blocks`.
+        run: fields of :class:`~megatron_grit.data.builders.block_build.BuildRun`: workers, partitions, overwrite ...
 
     Returns:
         Counts, and the metadata of each key's file.
@@ -193,11 +185,14 @@ def preprocess(
         raise ConfigError("a Punkt model, a language and keep_newlines have a meaning with split_sentences only")
     if lang and options.punkt_model:
         raise ConfigError("give a Punkt model or a language, not both")
+    how = BuildRun(**run)
     tokenizer = load_tokenizer(options.tokenizer)
     level = "sentence" if split_sentences else "document"
     prefixes = {key: Path(f"{os.fspath(output_prefix)}_{key}_{level}") for key in options.json_keys}
     if split_sentences and options.punkt_model is None:
-        model = find_language(lang) if lang else _train_on_corpus(inputs, output_prefix, options.json_keys, progress)
+        model = (
+            find_language(lang) if lang else _train_on_corpus(inputs, output_prefix, options.json_keys, how.progress)
+        )
         options = DocumentOptions(**{**vars(options), "punkt_model": str(model)})
     facts = IndexedFacts(kind=DOCUMENTS, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -206,23 +201,15 @@ def preprocess(
         "options": [_VERSION, level, options.append_eod, options.keep_newlines, *options.json_keys],
         "punkt_model": _digest(options.punkt_model),
     }
-    return build_blocks(
-        inputs,
-        {key: OutputSpec(prefix=prefixes[key], dtype=dtype, with_modes=False, facts=facts) for key in prefixes},
-        partial(DocumentEncoder, options),
+    spec = BuildSpec(
+        outputs={key: OutputSpec(prefix=prefixes[key], dtype=dtype, with_modes=False, facts=facts) for key in prefixes},
+        factory=partial(DocumentEncoder, options),
         signature=signature,
-        work_prefix=f"{os.fspath(output_prefix)}_{level}",
-        workers=workers,
-        partitions=partitions,
-        partition=partition,
+        work_prefix=Path(f"{os.fspath(output_prefix)}_{level}"),
         stop_on={BAD_LINE} if on_error == "stop" else set(),
-        overwrite=overwrite,
-        checksum=checksum,
-        progress=progress,
         description="preprocess_data",
-        log_interval=log_interval,
-        **engine,
     )
+    return build_blocks(inputs, spec, how)
 
 
 def find_tokenizer(path: str | os.PathLike[str], kind: str = "auto") -> str:
@@ -259,7 +246,7 @@ def describe(totals: BuildTotals) -> list[str]:
 def _train_on_corpus(
     inputs: Sequence[str | os.PathLike[str]], output_prefix: str | os.PathLike[str], keys: Sequence[str], progress: bool
 ) -> Path:
-    """Train Punkt on the begin of the corpus, unless the model of the same text is there."""
+    """Train Punkt on the first part of the corpus, unless there is a model of the same text."""
     path = Path(f"{os.fspath(output_prefix)}.punkt.json")
     files = find_inputs(inputs)
     trained_on = {
@@ -278,7 +265,7 @@ def _train_on_corpus(
 
 
 def _corpus_texts(inputs: Sequence[str | os.PathLike[str]], keys: Sequence[str], progress: bool) -> Iterator[str]:
-    """Texts at the begin of the corpus. Lines that are no documents are left to the build to complain about."""
+    """The first texts of the corpus. Lines that are no documents are skipped; the build reports them."""
     files = find_inputs(inputs)
     room = PUNKT_TRAINING_BYTES
     with Progress(room, "training the sentence splitter", "B", enabled=progress) as bar:
@@ -297,7 +284,7 @@ def _corpus_texts(inputs: Sequence[str | os.PathLike[str]], keys: Sequence[str],
 
 
 def _digest(model: str | None) -> str | None:
-    """What the journal compares of a Punkt model."""
+    """Digest of a Punkt model, for the build's signature."""
     if model is None:
         return None
     return hashlib.sha256(load_punkt(model).to_json().encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Filters on what a record says: what identifies it, and whether a held-out file says the same."""
+"""Filters on the text of records: duplicates, and records that share an n-gram with held-out files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COMPRESSED = (".gz", ".zst")
 
 
 def fingerprint(record: Record) -> bytes:
-    """16 bytes that are equal for records that say the same but for white space."""
+    """16 bytes that are equal for records that differ in white space only."""
     digest = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
     for part in _parts(record):
         digest.update(" ".join(part.split()).encode())
@@ -28,7 +28,7 @@ def fingerprint(record: Record) -> bytes:
 
 
 def _parts(record: Record) -> Iterator[str]:
-    """All that makes a record what it is, with what each part is for."""
+    """The texts of a record, each after its name and role."""
     for name, pairs in (("query", record.pairs[:1]), ("pos", record.positives), ("neg", record.negatives)):
         for pair in pairs:
             yield f"{name} {pair.instruction is not None}"
@@ -44,7 +44,7 @@ def _parts(record: Record) -> Iterator[str]:
 
 
 def contents(record: Record) -> list[str]:
-    """What a record says, without instructions and system messages, which many records share."""
+    """The texts of a record without instructions and system messages, which many records share."""
     texts = [pair.text for pair in record.pairs]
     texts += [message.content for message in record.messages if message.role != "system"]
     return texts + [text for text in (record.text, record.prompt, record.completion) if text is not None]
@@ -59,7 +59,7 @@ class HeldOut:
     """Text that must not be trained on, such as the test sets of an evaluation.
 
     Two records share an n-gram where ``ngram`` consecutive words of one text of each are equal. A held-out record
-    without a text of so many words is compared whole: with each text of a record, and with all of them in a row.
+    whose texts are all shorter is compared as a whole: with each text of a record, and with all of them concatenated.
 
     Args:
         paths: JSONL of records, or of objects whose strings are all held out; or ``.txt``, a text a line. Plain or

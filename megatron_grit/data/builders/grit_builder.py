@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -10,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_grit.data.builders.block_build import BuildTotals, OutputSpec, build_blocks
+from megatron_grit.data.builders.block_build import BuildRun, BuildSpec, BuildTotals, OutputSpec, build_blocks
 from megatron_grit.data.builders.build_report import BuildReport, make_report, write_report
 from megatron_grit.data.builders.filters import HeldOut
 from megatron_grit.data.builders.record_encoder import BAD_LINE, OUTPUT, UNFIT, EncoderOptions, Limits, RecordEncoder
@@ -22,6 +21,7 @@ from megatron_grit.data.text.line_blocks import find_inputs
 from megatron_grit.data.text.records import BadLine, read_records
 from megatron_grit.data.text.templates import EMBEDDING_TEMPLATE, render
 from megatron_grit.data.text.tokenizer import load_tokenizer
+from megatron_grit.store.digest import sha256_of_file
 
 __all__ = ["BuildReport", "Limits", "build_grit", "read_texts"]
 
@@ -96,22 +96,24 @@ def build_grit(
     facts = replace(facts, kind=encoder.kind.value)
     if encoder.kind is RowKind.EMBEDDING:
         facts = replace(facts, template=EMBEDDING_TEMPLATE)
-    totals = build_blocks(
-        list(inputs),
-        {OUTPUT: OutputSpec(prefix=Path(output_prefix), dtype=dtype, with_modes=True, facts=facts)},
-        partial(RecordEncoder, encoder),
+    spec = BuildSpec(
+        outputs={OUTPUT: OutputSpec(prefix=Path(output_prefix), dtype=dtype, with_modes=True, facts=facts)},
+        factory=partial(RecordEncoder, encoder),
         signature=_signature(encoder, facts),
-        work_prefix=output_prefix,
+        work_prefix=Path(output_prefix),
+        deduplicate=encoder.deduplicate,
+        stop_on=[BAD_LINE] * (on_error == "stop") + [*UNFIT] * (on_filtered == "stop"),
+        description=description,
+    )
+    run = BuildRun(
         workers=workers,
         partitions=partitions,
         partition=partition,
-        deduplicate=encoder.deduplicate,
-        stop_on=[BAD_LINE] * (on_error == "stop") + [*UNFIT] * (on_filtered == "stop"),
         overwrite=overwrite,
         checksum=checksum,
         progress=progress,
-        description=description,
     )
+    totals = build_blocks(list(inputs), spec, run)
     return _account(os.fspath(output_prefix), facts, totals)
 
 
@@ -157,6 +159,6 @@ def _find_kind(files: Sequence[Path], *, skip_bad: bool) -> RowKind:
 def _signature(options: EncoderOptions, facts: IndexedFacts) -> dict[str, Any]:
     """What the output depends on beside the input."""
     values = asdict(options) | {"kind": options.kind.value, "format": 1, **asdict(facts)}
-    values["held_out"] = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in options.held_out]
+    values["held_out"] = [sha256_of_file(path) for path in options.held_out]
     del values["tokenizer"]  # its fingerprint is there
     return values

@@ -1,4 +1,4 @@
-"""Records to token blocks: the filters of GRIT's training data, templates, limits. What a worker of a build runs."""
+"""Turns records into token blocks in a worker of a build: filters of GRIT's training data, templates, length limits."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ OUTPUT = "records"
 """Name of the one output."""
 BAD_LINE = "bad_line"
 UNFIT = ("empty_text", "instruction_too_long", "nothing_to_predict", "merged_answer", "template_refused")
-"""Reasons to drop a record that nobody asked for: it may be a mistake in the data."""
+"""Reasons for which a record is dropped without an option asking for it; often a mistake in the data."""
 
 _CHARS_PER_TOKEN = 10
-"""Texts are cut to this many characters for each token of the largest limit before they are tokenised."""
+"""Before tokenising, texts are truncated to this many characters for each token of the largest limit."""
 _PAIR_ROLES = {
     "query": (Role.QUERY_INSTRUCTION, Role.QUERY),
     "positive": (Role.POSITIVE_INSTRUCTION, Role.POSITIVE),
@@ -42,7 +42,7 @@ _INSTRUCTIONS = [int(instruction) for instruction, _ in _PAIR_ROLES.values()]
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Tokens beyond which a text is cut off at its end, template included."""
+    """Longest texts in tokens, template included; longer ones are truncated."""
 
     query: int = 256
     passage: int = 2048
@@ -55,13 +55,13 @@ class Limits:
 
     @property
     def max_chars(self) -> int:
-        """Characters beyond which a string of an embedding record is cut before it is tokenised."""
+        """Characters to which a string of an embedding record is truncated before it is tokenised."""
         return _CHARS_PER_TOKEN * max(self.query, self.passage, self.generative)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions:
-    """What decides how a record becomes tokens."""
+    """Options that decide how a record becomes tokens."""
 
     kind: RowKind
     tokenizer: str
@@ -70,11 +70,12 @@ class EncoderOptions:
     """Of conversations, see :func:`~megatron_grit.data.text.chat_templates.load_chat_format`."""
     limits: Limits = field(default_factory=Limits)
     over_long: Literal["drop", "truncate", "split"] = "truncate"
-    """What becomes of a generative record beyond its limit. Split: into several, conversations between turns."""
+    """What to do with a generative record that is longer than its limit. split: into several, conversations between
+    turns."""
     min_tokens: int = 0
     """Records with a text of fewer tokens, template included, are dropped."""
     max_tokens: int | None = None
-    """Records with a text of more tokens before any cut are dropped."""
+    """Records with a text of more tokens before truncation are dropped."""
     held_out: tuple[str, ...] = ()
     """Files; see :class:`~megatron_grit.data.builders.filters.HeldOut`."""
     ngram: int = 13
@@ -95,7 +96,7 @@ class _RejectedError(Exception):
 
 @dataclass
 class _Batch:
-    """The records of a block, and their texts."""
+    """The records of a block and their texts."""
 
     records: list[Record] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
@@ -104,14 +105,14 @@ class _Batch:
     units: list[list[Piece]] = field(default_factory=list)
     """Each text."""
     owners: list[int] = field(default_factory=list)
-    """Record of each text."""
+    """Index of each text's record."""
     rejected: dict[int, tuple[str, str]] = field(default_factory=dict)
-    """Records that turned out unfit: reason and message."""
+    """Dropped records: reason and message."""
     num_cut_pieces: int = 0
-    """Pieces of split conversations that lost something to the limit."""
+    """Pieces of split conversations that were truncated."""
 
     def reject(self, unit: int, reason: str, message: str) -> None:
-        """Drop the record of a text. The first reason stays."""
+        """Drop the record of a text. If it was dropped before, the first reason is kept."""
         self.rejected.setdefault(self.owners[unit], (reason, message))
 
 
@@ -318,8 +319,8 @@ class RecordEncoder:
         return {record: parts for record, parts in pieces.items() if len(parts) > 1}
 
     def _split_conversation(self, record: Record, limit: int) -> list[list[Span]]:
-        """Conversations of as many turns as fit each, of one where it does not. System messages before the first turn
-        are in all of them."""
+        """Split a conversation into ones of as many turns as fit the limit, or of a single longer turn. Each begins
+        with the system messages that precede the first turn."""
         messages = record.messages
         lead = list(messages[: _first_user(record)])
         ends = [place + 1 for place, message in enumerate(messages) if message.role == "assistant"]
@@ -377,7 +378,7 @@ def _cut_spans(spans: Sequence[Span], limit: int) -> list[Span]:
 
 
 def _reorder(first: TokenBlock, second: TokenBlock, order: np.ndarray) -> TokenBlock:
-    """Documents of two blocks, in another order."""
+    """The documents of two blocks, reordered."""
     documents = np.concatenate([first.documents, second.documents])
     lengths = np.concatenate([first.lengths, second.lengths])
     sequences = _ranges(documents, order)
@@ -392,7 +393,7 @@ def _reorder(first: TokenBlock, second: TokenBlock, order: np.ndarray) -> TokenB
 
 
 def _ranges(counts: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Indices of what consecutive groups of ``counts`` hold, the groups taken in another order."""
+    """Indices of the elements of consecutive groups of ``counts`` elements, with the groups reordered."""
     counts = counts.astype(np.int64)
     starts = np.cumsum(counts) - counts
     taken = counts[order]

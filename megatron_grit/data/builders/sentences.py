@@ -1,4 +1,4 @@
-"""Sentences of a text, with NLTK's Punkt and no download: parameters are trained on the corpus, or given.
+"""Splits texts into sentences with NLTK's Punkt, whose parameters are trained on the corpus or given, not downloaded.
 
 Punkt (Kiss and Strunk, Unsupervised Multilingual Sentence Boundary Detection, 2006) learns from plain text which words
 are abbreviations, which pairs of words belong together across a period, and which words begin sentences. What it has
@@ -50,7 +50,7 @@ class _Contexts(defaultdict[str, int]):
 
 
 class SentenceSplitter:
-    """Cuts texts into sentences.
+    """Splits texts into sentences.
 
     Args:
         model: Punkt's parameters.

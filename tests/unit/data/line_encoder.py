@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_grit.data.builders.block_build import BuildTotals, OutputSpec, build_blocks
+from megatron_grit.data.builders.block_build import BuildRun, BuildSpec, BuildTotals, OutputSpec, build_blocks
 from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
 from megatron_grit.data.indexed.writer import IndexedFacts, TokenBlock
 from megatron_grit.data.text.line_blocks import LineBlock
@@ -71,8 +71,10 @@ class LineEncoder:
 def build_lines(inputs: list[Any], prefix: Path, *, log: Path | None = None, **options: Any) -> BuildTotals:
     """Build an indexed file of lines."""
     output = OutputSpec(prefix=prefix, dtype=np.uint16, with_modes=False, facts=FACTS)
-    options = {"signature": {"version": 1}, "work_prefix": prefix, **options}
-    return build_blocks(inputs, {"lines": output}, partial(LineEncoder, log), **options)
+    of_spec = {name: options.pop(name) for name in ("signature", "deduplicate", "stop_on") if name in options}
+    values = {"signature": {"version": 1}, "work_prefix": prefix, **of_spec}
+    spec = BuildSpec(outputs={"lines": output}, factory=partial(LineEncoder, log), **values)
+    return build_blocks(inputs, spec, BuildRun(**options))
 
 
 def contents(prefix: Path) -> Mapping[str, bytes]:

@@ -403,9 +403,7 @@ class _Double:
 
 
 def test_facts_can_depend_on_the_counters(tmp_path):
-    from functools import partial
-
-    from megatron_grit.data.builders.block_build import OutputSpec, build_blocks
+    from megatron_grit.data.builders.block_build import BuildRun, BuildSpec, OutputSpec, build_blocks
     from megatron_grit.data.indexed.reader import read_meta
     from tests.unit.data.line_encoder import LineEncoder
 
@@ -418,6 +416,7 @@ def test_facts_can_depend_on_the_counters(tmp_path):
         return FACTS
 
     output = OutputSpec(prefix=tmp_path / "out", dtype=np.uint16, with_modes=False, facts=facts)
-    build_blocks([path], {"lines": output}, partial(LineEncoder), signature={}, work_prefix=tmp_path / "out")
+    spec = BuildSpec(outputs={"lines": output}, factory=LineEncoder, signature={}, work_prefix=tmp_path / "out")
+    build_blocks([path], spec, BuildRun())
     assert seen == [{"bytes": 8}]
     assert read_meta(tmp_path / "out").num_tokens == 8

@@ -110,8 +110,8 @@ def test_report_after_an_interruption(
     """A build that stops in the middle and goes on gives the report of one that did not."""
     from megatron_grit.data.builders import block_build
 
-    monkeypatch.setitem(block_build.build_blocks.__kwdefaults__, "block_bytes", 400)
-    monkeypatch.setitem(block_build.build_blocks.__kwdefaults__, "journal_seconds", 0.0)
+    monkeypatch.setitem(block_build.BuildRun.__init__.__kwdefaults__, "block_bytes", 400)
+    monkeypatch.setitem(block_build.BuildRun.__init__.__kwdefaults__, "journal_seconds", 0.0)
     records = mixed_records()
     expected = build(records, name="whole", limit=64)
     encoded: list[int] = []
