@@ -113,7 +113,7 @@ def count_replicas_in_the_norm() -> Patch:
     """Every rank's copy of a replicated parameter counts towards the gradient norm: the update is clipped more."""
     from megatron.core.optimizer import optimizer
 
-    return mock.patch.object(optimizer.tensor_parallel, "param_is_not_tensor_parallel_duplicate", lambda *_: True)
+    return mock.patch.object(optimizer.tensor_parallel, "param_is_not_tensor_parallel_duplicate", lambda *_, **__: True)
 
 
 def keep_stale_weights() -> Patch:

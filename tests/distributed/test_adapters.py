@@ -27,7 +27,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "lora": {},
     "lora_deep": {"model": {"num_layers": 4}},
     "dora": {"adapter": {"kind": "dora"}, "model": {"add_qkv_bias": True}},
-    "moe": {"model": {"num_experts": 4, "moe_aux_loss_coeff": 0.01, "moe_shared_ffn_hidden_size": 96}},
+    # Of two layers the gradient is too small to be clipped, and a wrong norm would change nothing.
+    "moe": {
+        "model": {
+            "num_layers": 4,
+            "num_experts": 4,
+            "moe_aux_loss_coeff": 0.01,
+            "moe_shared_ffn_hidden_size": 96,
+        }
+    },
     "dora_moe": {"adapter": {"kind": "dora"}, "model": {"num_experts": 4, "moe_aux_loss_coeff": 0.01}},
     "rslora_some": {"adapter": {"targets": ["q_proj", "v_proj", "up_proj"], "rslora": True}},
     "embeddings": {
