@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
+from typing import Any
 
+from megatron_grit.config.commands import options_of
 from megatron_grit.config.database.schema import RetroDbConfig
-from megatron_grit.config.parse import describe_type, preset_names
+from megatron_grit.config.parse import preset_names, run_options
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.values import describe_type, documents
 
 HEADER = """# Configuration
 
@@ -41,33 +44,26 @@ and no part of a run.
 def render() -> str:
     """The whole page."""
     parts = [HEADER.format(presets=", ".join(f"`{name}`" for name in preset_names()))]
-    parts.append("## Top level\n\n" + _table(RunConfig, ""))
+    parts.append("## Top level\n\n" + _table(RunConfig))
     for name, hint in typing.get_type_hints(RunConfig).items():
         if dataclasses.is_dataclass(hint):
-            section = typing.cast(type, hint)
-            parts.append(f"## {name}\n\n{inspect.getdoc(section)}\n\n{_table(section, f'{name}.')}")
-    parts.append(RETRO.format(meaning=inspect.getdoc(RetroDbConfig)) + _table(RetroDbConfig, ""))
+            parts.append(f"## {name}\n\n{inspect.getdoc(hint)}\n\n{_table(typing.cast(type, hint))}")
+    parts.append(RETRO.format(meaning=inspect.getdoc(RetroDbConfig)) + _table(RetroDbConfig))
     return "\n".join(parts)
 
 
-def _table(cls: type, prefix: str) -> str:
-    from docstring_parser import parse_from_object
-
-    documents = {parameter.arg_name: parameter.description or "" for parameter in parse_from_object(cls).params}
+def _table(cls: type) -> str:
+    """Fields of a section that are no sections themselves."""
+    meanings = documents(cls)
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for field in dataclasses.fields(cls):
-        hint = typing.get_type_hints(cls)[field.name]
-        if dataclasses.is_dataclass(hint):
-            continue
-        meaning = " ".join(documents[field.name].split())
-        rows.append(f"| `{prefix}{field.name}` | {describe_type(hint)} | {_default(field)} | {meaning} |")
+    for option in (run_options() | options_of(RetroDbConfig)).values():
+        if option.group is cls:
+            meaning = meanings[option.field.name]
+            rows.append(f"| `{option.key}` | {describe_type(option.hint)} | {_default(option.default)} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 
-def _default(field: dataclasses.Field) -> str:
-    value = field.default
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
+def _default(value: Any) -> str:
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
 

@@ -16,7 +16,7 @@ class AdapterConfig:
     """lora: arXiv 2106.09685. dora: with a trained length for each row of the adapted weights, arXiv 2402.09353."""
     rank: int = knob(16, at_least=1)
     """Rank of each adapter."""
-    alpha: float = knob(32, above=0)
+    alpha: float = knob(32.0, above=0)
     """Adapters are multiplied by alpha / rank."""
     dropout: float = knob(0.0, at_least=0, below=1, may_change=True)
     """Dropout on an adapter's input."""

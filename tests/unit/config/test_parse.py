@@ -154,13 +154,13 @@ BAD_COMMAND_LINES = [
     (["--lr", "3"], "unknown option --lr (did you mean --optimizer.lr?)"),
     (["--model.num_layers"], "--model.num_layers needs a value: int"),
     (["--model.num_layers", "--training.steps", "3"], "--model.num_layers needs a value"),
-    (["--model.num_layers", "x"], "--model.num_layers must be int, not 'x'"),
-    (["--training.steps", "null"], "--training.steps must be int, not null"),
+    (["--model.num_layers", "x"], "--model.num_layers must be int, at least 1, not 'x'"),
+    (["--training.steps", "null"], "--training.steps must be int, at least 0, not null"),
     (["--loss.loss_gen_type=x"], "--loss.loss_gen_type must be one of token, mixed, sequence, not 'x'"),
     (["--data", "a.yaml"], "--data is a section"),
     (["stray"], "'stray' belongs to no option"),
     (["--model", "tiny_mistrl"], "no model preset 'tiny_mistrl' (did you mean tiny_mistral?)"),
-    (["--config"], "expected one argument"),
+    (["--config"], "--config needs a value"),
 ]
 
 

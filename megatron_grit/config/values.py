@@ -1,0 +1,92 @@
+"""Values of options: read as the type that a dataclass field declares, described for a user, and documented."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+"""As YAML reads them."""
+
+
+def convert(hint: Any, value: Any) -> Any:
+    """A value from YAML, JSON or a command line as the type of its field.
+
+    Numbers and booleans may be text: YAML reads ``1e-4`` as text, and a command line has nothing else.
+
+    Raises:
+        ValueError: it is no such value.
+    """
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and types.NoneType in parts:
+            return None
+        parts = tuple(part for part in parts if part is not types.NoneType)
+        fitting = [part for part in parts if (typing.get_origin(part) in (list, tuple)) == isinstance(value, list)]
+        return convert((fitting or parts)[0], value)
+    if origin is typing.Literal and isinstance(value, str) and value in parts:
+        return value
+    if origin in (list, tuple) and isinstance(value, list):
+        return origin(convert(parts[0], item) for item in value)
+    if hint is bool and isinstance(value, bool | str):
+        return value if isinstance(value, bool) else _word(value)
+    if hint is int and isinstance(value, int | str) and not isinstance(value, bool):
+        return int(value)
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        return float(value)
+    if hint in (str, Path) and isinstance(value, str | Path):
+        return hint(value)
+    raise ValueError(value)
+
+
+def _word(text: str) -> bool:
+    if text.lower() not in BOOLEANS:
+        raise ValueError(text)
+    return BOOLEANS[text.lower()]
+
+
+def takes_null(hint: Any) -> bool:
+    """Whether a field may be null."""
+    return types.NoneType in typing.get_args(hint)
+
+
+def item_type(hint: Any) -> Any:
+    """Type of the items of a list that may be null; None where the hint is no list."""
+    for part in (hint, *typing.get_args(hint)):
+        if typing.get_origin(part) in (list, tuple):
+            return typing.get_args(part)[0]
+    return None
+
+
+def describe_type(hint: Any) -> str:
+    """A type in the words of a user: "int or null", "one of mean, cls"."""
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(describe_type(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) in (list, tuple):
+        return "a list such as [a, b]"
+    if hint is bool:
+        return "true or false"
+    return "null" if hint is types.NoneType else hint.__name__
+
+
+def documents(cls: type) -> dict[str, str]:
+    """The string under each field of a dataclass and of its bases, on one line."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        try:
+            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        except OSError:  # made at run time, of fields that are sections
+            continue
+        assert isinstance(definition, ast.ClassDef)
+        for node, below in zip(definition.body, definition.body[1:], strict=False):
+            is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and is_text:
+                found[node.target.id] = " ".join(str(below.value.value).split())  # type: ignore[attr-defined]
+    return found
