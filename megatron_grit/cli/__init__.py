@@ -1,1 +1,1 @@
-"""Commands: parse, then call one function of the package."""
+"""Models: train, convert, plan and run them."""

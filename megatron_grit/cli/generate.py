@@ -6,38 +6,40 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 
-from megatron_grit.cli.main import guarded
+from megatron_grit.cli.main import command
+from megatron_grit.config.knob import knob
+from megatron_grit.config.options import ModelOptions
+
+
+@dataclass(kw_only=True)
+class GenerateOptions(ModelOptions):
+    """What is answered, and how."""
+
+    prompt: str = knob()
+    """What the user says."""
+    max_new_tokens: int = knob(64, at_least=1)
+    """Longest answer in tokens."""
+    temperature: float = knob(0.0, at_least=0)
+    """0: the likeliest token each time. Above: sampled, the more freely the higher it is."""
+    seed: int = knob(0, at_least=0)
+    """Seed of the sampling."""
+
+
+def run(options: GenerateOptions) -> None:
+    """Generate and print."""
+    from megatron_grit.inference.model import GritModel
+
+    settings = vars(options).copy()
+    model = GritModel.load(settings.pop("checkpoint"), device=settings.pop("device"))
+    print(model.generate(settings.pop("prompt"), **settings))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, generate and print. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "megatron-grit generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", required=True, help="checkpoint directory, or a run's output directory")
-    parser.add_argument("--prompt", required=True, help="what the user says")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default: 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time (default)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling; matters above temperature 0")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    return guarded(lambda: _run(parser.parse_args(argv)), "megatron-grit generate")
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    from megatron_grit.inference.model import GritModel
-
-    model = GritModel.load(arguments.checkpoint, device=arguments.device)
-    print(
-        model.generate(
-            arguments.prompt,
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            seed=arguments.seed,
-        )
-    )
+    return command(GenerateOptions, run, argv, prog="megatron-grit generate", about=__doc__)
 
 
 if __name__ == "__main__":

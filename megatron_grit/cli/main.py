@@ -1,31 +1,32 @@
-"""The command ``megatron-grit VERB``: each module of megatron_grit.cli is a verb."""
+"""The command ``megatron-grit VERB``: each module of megatron_grit.cli and of its folders is a verb."""
 
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_grit import __version__
-from megatron_grit.config.database.run import resolve_retro_project
-from megatron_grit.config.parse import TrainArguments
-from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.commands import parse_command, suggestion
 from megatron_grit.errors import EXIT_STATUS
 from megatron_grit.parallel.failures import tell
 from megatron_grit.store.logs import configure_logging
 
+_HERE = Path(__file__).parent
 
-def verbs() -> dict[str, str]:
-    """First line of each verb's docstring, read without importing it."""
-    found = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem not in ("__init__", "main"):
-            docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            found[path.stem] = docstring.partition("\n")[0]
-    return found
+
+def verbs() -> dict[str, Path]:
+    """File of each verb, in groups."""
+    paths = [*sorted(_HERE.glob("*.py")), *sorted(_HERE.glob("*/*.py"))]
+    return {path.stem.replace("_", "-"): path for path in paths if path.stem not in ("__init__", "main")}
+
+
+def summary(path: Path) -> str:
+    """First line of a module's docstring, without importing it."""
+    return str(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))).partition("\n")[0]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,41 +34,46 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     known = verbs()
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: megatron-grit VERB [OPTIONS]     (megatron-grit VERB --help for the options of one)\n")
-        print("\n".join(f"  {name:10s} {summary}" for name, summary in known.items()))
+        print("usage: megatron-grit VERB [OPTION ...]     (megatron-grit VERB --help explains one)")
+        for folder in dict.fromkeys(path.parent for path in known.values()):
+            print(f"\n{summary(folder / '__init__.py')}")
+            print("\n".join(f"  {verb:16s} {summary(path)}" for verb, path in known.items() if path.parent == folder))
         return 0 if argv else EXIT_STATUS
     if argv[0] == "--version":
         print(f"megatron-grit {__version__}")
         return 0
-    if argv[0] not in known:
-        near = difflib.get_close_matches(argv[0], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        print(f"megatron-grit: error: unknown verb {argv[0]!r}; {hint}", file=sys.stderr)
+    path = known.get(argv[0].replace("_", "-"))
+    if path is None:
+        hint = suggestion(argv[0], known) or "; megatron-grit --help lists them"
+        print(f"megatron-grit: error: unknown verb {argv[0]!r}{hint}", file=sys.stderr)
         return EXIT_STATUS
-    return int(importlib.import_module(f"megatron_grit.cli.{argv[0]}").main(argv[1:]))
+    module = ".".join(path.relative_to(_HERE.parents[1]).with_suffix("").parts)
+    return int(importlib.import_module(module).main(argv[1:]))
 
 
-def guarded(command: Callable[[], object], prog: str = "megatron-grit") -> int:
-    """Run ``command`` and turn an error of the user's into one line. Returns the exit status."""
+def command(
+    options: type[Any],
+    run: Callable[[Any], object],
+    argv: list[str] | None,
+    prog: str,
+    about: str,
+    resumes: bool = False,
+) -> int:
+    """Read a command line into a dataclass and run a function on it. Returns the exit status."""
+    return guarded(lambda: run(parse_command(options, argv, prog=prog, description=about)), prog, resumes)
+
+
+def guarded(step: Callable[[], object], prog: str = "megatron-grit", resumes: bool = False) -> int:
+    """Run ``step`` and turn an error of the user's into one line. Returns the exit status."""
     configure_logging()
     try:
-        command()
+        step()
     except KeyboardInterrupt:
+        print(f"{prog}: interrupted{'; the same command resumes' * resumes}", file=sys.stderr)
         return 130
     except Exception as error:
         return tell(error, prog)
     return 0
-
-
-def resolved(arguments: TrainArguments, *, files: bool) -> RunConfig:
-    """The parsed configuration, with what ``data.retro_project`` and ``model.pretrained`` decide filled in. ``files``:
-    look at directories and weights, too."""
-    config = resolve_retro_project(arguments.config, arguments.origins, files=files)
-    if config.model.pretrained is None:
-        return config
-    from megatron_grit.convert.hf_in.pretrained import resolve_pretrained
-
-    return resolve_pretrained(config, arguments.origins, files=files)
 
 
 if __name__ == "__main__":

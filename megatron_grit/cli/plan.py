@@ -9,59 +9,52 @@ model.vocab_size or from the tokenizer.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass, field
 
-from megatron_grit.cli.main import guarded, resolved
+from megatron_grit.cli.main import command
+from megatron_grit.cli.train import resolved
+from megatron_grit.config.commands import options_of
+from megatron_grit.config.knob import knob
 from megatron_grit.config.parse import parse_train_arguments
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.workload import TextLengths
 from megatron_grit.errors import ConfigError
 from megatron_grit.planning.operations import Machine
-from megatron_grit.planning.plan import TextLengths, make_plan
+from megatron_grit.planning.plan import make_plan
 from megatron_grit.planning.text import format_plan
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line, plan and print. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "megatron-grit plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    machine, lengths = Machine(), TextLengths()
-    option = parser.add_argument
-    option("--world-size", type=int, default=1, help="number of processes (default: 1)")
-    option("--memory-gb", type=float, default=80.0, help="memory of a device in GiB (default: 80)")
-    option("--peak-tflops", type=float, default=machine.peak_tflops, help="of a device (default: %(default)s, an H100)")
-    option("--efficiency", type=float, default=machine.efficiency, help="share of it reached (default: %(default)s)")
-    option("--link-gbs", type=float, default=machine.link_gbs, help="GB/s in a node (default: %(default)s)")
-    option("--network-gbs", type=float, default=machine.network_gbs, help="GB/s between nodes (default: %(default)s)")
-    option("--devices-per-node", type=int, default=machine.devices_per_node, help="default: %(default)s")
-    option("--text-tokens", type=int, default=lengths.text_tokens, help="mean of a text (default: %(default)s)")
-    option("--sequence-tokens", type=int, default=lengths.sequence_tokens, help="mean (default: %(default)s)")
-    option("--supervised-share", type=float, default=lengths.supervised_share, help="labels (default: %(default)s)")
-    option("--json", action="store_true", help="print bytes, seconds and operations as JSON")
-    arguments, rest = parser.parse_known_args(argv)
-    return guarded(lambda: _run(arguments, rest), "megatron-grit plan")
+@dataclass(kw_only=True)
+class PlanOptions:
+    """Where a run will run, and on what."""
+
+    world_size: int = knob(1, at_least=1)
+    """Number of processes."""
+    memory_gb: float = knob(80.0, above=0)
+    """Memory of a device in GiB."""
+    json: bool = False
+    """Print bytes, seconds and operations as JSON."""
+    machine: Machine = field(default_factory=Machine)
+    lengths: TextLengths = field(default_factory=TextLengths)
+    run: list[str] = knob([], rest=True)
 
 
-def _run(arguments: argparse.Namespace, rest: list[str]) -> None:
-    for name in ("world_size", "memory_gb", "peak_tflops", "efficiency", "link_gbs", "network_gbs", "devices_per_node"):
-        if getattr(arguments, name) <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, not {getattr(arguments, name)}")
-    config = resolved(parse_train_arguments(rest), files=False)
+def run(options: PlanOptions) -> None:
+    """Plan and print."""
+    others = [option.shown for option in options_of(PlanOptions).values()]
+    config = resolved(parse_train_arguments(options.run, others=others), files=False)
     plan = make_plan(
         config,
-        arguments.world_size,
+        options.world_size,
         _vocab_size(config),
-        lengths=TextLengths(**{name: getattr(arguments, name) for name in vars(TextLengths())}),
-        machine=Machine(**{name: getattr(arguments, name) for name in vars(Machine())}),
-        memory_gib=arguments.memory_gb,
+        lengths=options.lengths,
+        machine=options.machine,
+        memory_gib=options.memory_gb,
         device="cpu" if config.parallel.device == "cpu" else "cuda",
     )
-    print(json.dumps(plan.as_dict(), indent=2) if arguments.json else format_plan(plan))
+    print(json.dumps(plan.as_dict(), indent=2) if options.json else format_plan(plan))
     if plan.problems:
         raise ConfigError(plan.problems[0])
 
@@ -74,6 +67,11 @@ def _vocab_size(config: RunConfig) -> int:
     from megatron_grit.data.text.tokenizer import load_tokenizer
 
     return load_tokenizer(config.data.tokenizer).vocab_size
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, plan and print. Returns the exit status."""
+    return command(PlanOptions, run, argv, prog="megatron-grit plan", about=__doc__)
 
 
 if __name__ == "__main__":

@@ -6,39 +6,38 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 
-from megatron_grit.cli.main import guarded
+from megatron_grit.cli.main import command
+from megatron_grit.config.knob import knob
+from megatron_grit.config.options import ModelOptions, TextLength
+
+
+@dataclass(kw_only=True)
+class ServeOptions(TextLength, ModelOptions):
+    """Where requests are answered, and how long answers may be."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = knob(8000, at_least=0, at_most=65535)
+    """Port to listen on; 0 for a free one."""
+    name: str | None = None
+    """Of the model in responses. null: the name of the checkpoint's directory."""
+    max_new_tokens: int = knob(512, at_least=1)
+    """Longest answer in tokens."""
+
+
+def run(options: ServeOptions) -> None:
+    """Serve until stopped."""
+    from megatron_grit.serving.server import serve
+
+    serve(**vars(options))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and serve until stopped. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "megatron-grit serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", required=True, help="checkpoint directory, or a run's output directory")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="0 for a free one (default: 8000)")
-    parser.add_argument("--name", help="of the model in responses (default: name of the checkpoint's directory)")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text that are read (default: 512)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer in tokens (default: 512)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    return guarded(lambda: _run(parser.parse_args(argv)), "megatron-grit serve")
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    from megatron_grit.serving.server import serve
-
-    serve(
-        arguments.checkpoint,
-        host=arguments.host,
-        port=arguments.port,
-        device=arguments.device,
-        name=arguments.name,
-        max_length=arguments.max_length,
-        max_new_tokens=arguments.max_new_tokens,
-    )
+    return command(ServeOptions, run, argv, prog="megatron-grit serve", about=__doc__)
 
 
 if __name__ == "__main__":

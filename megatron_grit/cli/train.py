@@ -9,14 +9,22 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_grit.cli.main import guarded, resolved
+from megatron_grit.cli.main import guarded
 from megatron_grit.config.checks.run import check, mesh_summary
-from megatron_grit.config.parse import dump_config, parse_train_arguments
+from megatron_grit.config.database.run import resolve_retro_project
+from megatron_grit.config.parse import TrainArguments, dump_config, parse_train_arguments
+from megatron_grit.config.schema import RunConfig
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse, check and train, or only print the configuration. Returns the exit status."""
-    return guarded(lambda: _run(argv))
+def resolved(arguments: TrainArguments, *, files: bool) -> RunConfig:
+    """The parsed configuration, with what ``data.retro_project`` and ``model.pretrained`` decide filled in. ``files``:
+    look at directories and weights, too."""
+    config = resolve_retro_project(arguments.config, arguments.origins, files=files)
+    if config.model.pretrained is None:
+        return config
+    from megatron_grit.convert.hf_in.pretrained import resolve_pretrained
+
+    return resolve_pretrained(config, arguments.origins, files=files)
 
 
 def _run(argv: list[str] | None) -> None:
@@ -32,6 +40,11 @@ def _run(argv: list[str] | None) -> None:
     from megatron_grit.training.trainer import train
 
     train(config, pretrained_weights(config), peft_adapters(config))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, check and train, or only print the configuration. Returns the exit status."""
+    return guarded(lambda: _run(argv))
 
 
 # Saving a checkpoint starts processes that import this file again.

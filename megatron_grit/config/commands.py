@@ -60,6 +60,11 @@ class Option:
         return f"--{name}" if self.dotted else f"--{name.replace('_', '-')}"
 
     @property
+    def is_list(self) -> bool:
+        """Whether it takes several values."""
+        return item_type(self.hint) is not None and "read" not in self.field.metadata
+
+    @property
     def required(self) -> bool:
         """Whether it has no default."""
         return self.field.default is dataclasses.MISSING and self.field.default_factory is dataclasses.MISSING
@@ -84,7 +89,7 @@ class Option:
             try:
                 return facts["read"](text)
             except ValueError as error:
-                raise ConfigError(f"{self.shown} {text!r}: {error}") from None
+                raise ConfigError(f"{self.shown} {text!r} {error}") from None
         is_null = len(texts) == 1 and text == facts.get("null", "null")
         if takes_null(self.hint) and (is_null or texts == ["~"]):
             return None
@@ -217,7 +222,7 @@ def _spellings(options: Iterable[Option]) -> list[str]:
 
 def _texts_of(option: Option, queue: list[str]) -> list[str]:
     """Take the words after a flag that belong to it."""
-    most = len(queue) if item_type(option.hint) is not None and not option.field.metadata.get("repeat") else 1
+    most = len(queue) if option.is_list and not option.field.metadata.get("repeat") else 1
     if option.hint is bool:
         most = int(bool(queue) and queue[0].lower() in BOOLEANS)
     texts: list[str] = []
@@ -329,7 +334,7 @@ def _usage(option: Option) -> str:
             name = "|".join(typing.get_args(part))
     if option.field.metadata.get("positional"):
         return name
-    name += " ..." if item_type(option.hint) is not None and not option.field.metadata.get("repeat") else ""
+    name += " ..." if option.is_list and not option.field.metadata.get("repeat") else ""
     return f"{option.shown} {f'[{name}]' if 'alone' in option.field.metadata else name}"
 
 
@@ -338,7 +343,8 @@ def _limits(option: Option) -> str:
     default = None if option.required else option.default
     default = "false" if default is False and option.dotted else default
     parts = [range_text(option.field)] if range_text(option.field) else []
-    if default not in (None, "", [], (), False):
-        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
+    if default is not False and default not in (None, "", [], ()):
+        default = "-".join(map(str, default)) if isinstance(default, tuple) else default
+        shown = " ".join(map(str, default)) if option.is_list else default
         parts.append(f"default: {'true' if shown is True else shown}")
     return f" ({'; '.join(parts)})" if parts else ""

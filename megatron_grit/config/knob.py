@@ -7,6 +7,8 @@ import dataclasses
 import math
 from typing import Any
 
+from megatron_grit.errors import ConfigError
+
 _BOUNDS = ("at_least", "above", "at_most", "below")
 
 
@@ -34,6 +36,17 @@ def range_text(field: dataclasses.Field) -> str:
     """The range of a number: "at least 0 and below 1"; empty where it has none."""
     bounds = [(name.replace("_", " "), field.metadata[name]) for name in _BOUNDS if name in field.metadata]
     return " and ".join(f"{words} {bound}" for words, bound in bounds)
+
+
+def check_ranges(options: Any) -> None:
+    """Refuse numbers of a dataclass that are out of their range.
+
+    Raises:
+        ConfigError: the first of them; names it.
+    """
+    for field in dataclasses.fields(options):
+        if (problem := range_problem(field, getattr(options, field.name))) is not None:
+            raise ConfigError(f"{field.name} {problem}")
 
 
 def range_problem(field: dataclasses.Field, value: Any) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from megatron_grit.config.knob import knob
 from megatron_grit.config.schema import RunConfig
 
 SIMILARITIES_AT_ONCE = 1 << 24
@@ -15,11 +16,11 @@ SIMILARITIES_AT_ONCE = 1 << 24
 class TextLengths:
     """What a plan assumes of the data."""
 
-    text_tokens: int = 256
+    text_tokens: int = knob(256, at_least=1)
     """Mean tokens of a query or passage."""
-    sequence_tokens: int = 1024
+    sequence_tokens: int = knob(1024, at_least=1)
     """Mean tokens of a generative sequence."""
-    supervised_share: float = 1.0
+    supervised_share: float = knob(1.0, at_least=0, at_most=1)
     """Share of the generative tokens that are labels."""
 
 

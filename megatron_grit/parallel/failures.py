@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ import traceback
 
 from megatron_grit.errors import EXIT_STATUS, GritError, JobError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SECONDS_FOR_THE_FIRST = 5.0
 _SECONDS_FOR_LAUNCHER = 2.0
 
@@ -29,14 +31,20 @@ def tell(error: Exception, prog: str) -> int:
         write_error_file(error)  # the launcher takes the oldest for the root cause
         return 1
     write_error_file(error)
-    if isinstance(error, GritError):
-        if not error.is_first and (rank or error.is_first is not None):
+    if isinstance(error, GritError) or _is_of_a_file(error):
+        is_first = getattr(error, "is_first", None)
+        if not is_first and (rank or is_first is not None):
             time.sleep(_SECONDS_FOR_THE_FIRST)
         print(f"{prog}: error: {mark if rank else ''}{error}", file=sys.stderr, flush=True)
         return EXIT_STATUS
     text = "".join(traceback.format_exception(error))
     print("".join(f"{mark}{line}" for line in text.splitlines(keepends=True)), file=sys.stderr, end="", flush=True)
     return 1
+
+
+def _is_of_a_file(error: Exception) -> bool:
+    """Whether an error says all that a user needs: a file that cannot be opened, or a full disk."""
+    return isinstance(error, OSError) and (bool(error.filename) or error.errno in _FULL)
 
 
 def write_error_file(error: Exception) -> None:

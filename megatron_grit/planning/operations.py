@@ -11,6 +11,7 @@ from math import ceil
 
 from megatron_grit.config.checks.run import data_parallel_size
 from megatron_grit.config.kinds import kind_options, loss_words
+from megatron_grit.config.knob import knob
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import attention_widths, dense_layers, expert_width, mixture_layers, padded_vocabulary
 from megatron_grit.planning.memory import FP32, Workload, caches_gradients
@@ -40,15 +41,15 @@ def peak_tflops(card: str) -> float | None:
 class Machine:
     """What step times are computed from. The defaults are those of one H100 node on its data sheet."""
 
-    peak_tflops: float = PEAK_TFLOPS["H100"]
+    peak_tflops: float = knob(PEAK_TFLOPS["H100"], above=0)
     """Peak of a device at the run's precision, in 10^12 operations a second."""
-    efficiency: float = 0.4
+    efficiency: float = knob(0.4, above=0, at_most=1)
     """Share of the peak that matrix products and attention reach."""
-    link_gbs: float = 450.0
+    link_gbs: float = knob(450.0, above=0)
     """GB a second that a device sends to others of its node."""
-    network_gbs: float = 50.0
+    network_gbs: float = knob(50.0, above=0)
     """GB a second that a device sends to other nodes."""
-    devices_per_node: int = 8
+    devices_per_node: int = knob(8, at_least=1)
     """Devices of a node."""
 
 

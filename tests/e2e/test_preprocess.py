@@ -92,7 +92,7 @@ def test_a_build_that_is_stopped_goes_on_where_it_was(corpus, tmp_path, how):
     _, errors = process.communicate(timeout=600)
     if how == signal.SIGINT:
         assert process.returncode == 130
-        assert errors.splitlines()[-1] == "preprocess_data: interrupted; the same command goes on from here"
+        assert errors.splitlines()[-1] == "preprocess_data: interrupted; the same command resumes"
         assert "Traceback" not in errors
     wait_for(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers))
     assert not (tmp_path / "out_text_document.idx").exists()

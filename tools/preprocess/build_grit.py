@@ -1,33 +1,13 @@
 """Tokenise JSONL records into an indexed file that GRIT training reads.
 
-Each line is one record; its format is found for each line:
-
-  {"query": "text", "pos": ["text", ...], "neg": ["text", ...]}         embedding, plain
-  {"query": ["instruction", "text"], "pos": [["", "text"]], "neg": []}  embedding, with instructions
-  {"text": "text"}                                                      generation, plain
-  {"text": ["user", "assistant", "user", "assistant"]}                  generation, conversation
-  {"messages": [{"role": "user", "content": "text"}, ...]}              the same, with system messages
-  {"prompt": "text", "completion": "text"}                              generation, without a template
-
-Embedding and generation go into separate files. Records with an empty text, or with an instruction that leaves no
-room for the text, are dropped, counted and listed in PREFIX.rejected.jsonl. The same command after a kill goes on where
-it was.
-
-Example:
-  python tools/preprocess/build_grit.py --input pairs.jsonl --output-prefix data/pairs --tokenizer tokenizer.model
+The same as ``megatron-grit build-grit``; --help explains.
 """
 
 from __future__ import annotations
 
 import sys
 
-from megatron_grit.data.builders.build_flags import run_build
-
-
-def main() -> int:
-    """Parse the command line and build. Returns the exit status."""
-    return run_build("build_grit", __doc__, template="gritlm", embeds=True)
-
+from megatron_grit.cli.data.build_grit import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="build_grit"))

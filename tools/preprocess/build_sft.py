@@ -1,30 +1,13 @@
 """Tokenise instruction data into an indexed file for supervised fine-tuning: answers are supervised, all else is not.
 
-Each line is one record; its format is found for each line:
-
-  {"messages": [{"role": "user", "content": "text"}, ...]}              conversation; system messages are optional
-  {"prompt": "text", "completion": "text"}                              without a template; the completion is supervised
-  {"text": ["user", "assistant", "user", "assistant"]}                  conversation
-  {"text": "text"}                                                      plain text, all of it supervised
-
-Every answer is supervised with the token that ends its turn. Dropped records are counted and listed in
-PREFIX.rejected.jsonl. The same command after a kill goes on where it was.
-
-Example:
-  python tools/preprocess/build_sft.py --input tulu.jsonl --output-prefix data/tulu --tokenizer model/ --template tulu
+The same as ``megatron-grit build-sft``; --help explains.
 """
 
 from __future__ import annotations
 
 import sys
 
-from megatron_grit.data.builders.build_flags import run_build
-
-
-def main() -> int:
-    """Parse the command line and build. Returns the exit status."""
-    return run_build("build_sft", __doc__, template="tulu", embeds=False)
-
+from megatron_grit.cli.data.build_sft import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="build_sft"))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import json
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
+from megatron_grit.config.commands import options_of, suggestion
+from megatron_grit.config.knob import knob, range_problem
+from megatron_grit.config.values import convert, describe_type, takes_null
 from megatron_grit.errors import ConfigError
 from megatron_grit.store.files import write_json
 
@@ -24,28 +24,28 @@ MOST_ON_GPU = 2048
 class RetroDbConfig:
     """A retrieval database: which documents, how they are cut, embedded, indexed and searched."""
 
-    data_paths: list[str] = field(default_factory=list)
+    data_paths: list[str] = knob([])
     """Prefixes of indexed files, the documents of the database; one is enough. A relative one counts from the project
     directory, or from where the command is run. Later ones may be added with the task add."""
     tokenizer: str | None = None
     """SentencePiece .model, tokenizer.json or their folder, with which the documents were made."""
-    chunk_length: int = 64
+    chunk_length: int = knob(64, at_least=1, below=2**31)
     """Tokens of a chunk."""
-    min_chunk_tokens: int = 1
+    min_chunk_tokens: int = knob(1, at_least=0)
     """Chunks of fewer tokens that hold more than white space are left out."""
     duplicates: Literal["keep", "exact", "near"] = "exact"
     """Chunks that stand in the database already: keep them, leave out equal ones, or also similar ones by MinHash."""
-    near_threshold: float = 0.8
+    near_threshold: float = knob(0.8, above=0, at_most=1)
     """With duplicates near: the estimated Jaccard similarity of runs of three tokens from which a chunk is left out."""
-    minhash_permutations: int = 128
+    minhash_permutations: int = knob(128, at_least=16)
     """With duplicates near: length of a MinHash signature."""
-    valid_fraction: float = 0.0
+    valid_fraction: float = knob(0.0, at_least=0, below=1)
     """Share of the documents that is kept out of the database, for validation; drawn at random."""
-    seed: int = 1234
+    seed: int = knob(1234, at_least=0, below=2**63)
     """Of random choices: validation documents, the training sample of the index."""
-    doc_block_size: int = 100_000
+    doc_block_size: int = knob(100_000, at_least=1)
     """Documents of a block of chunks."""
-    block_size: int = 100_000
+    block_size: int = knob(100_000, at_least=1)
     """Chunks of a block of embeddings, codes and neighbors."""
     embedder: str | None = None
     """What embeds chunks: directory of a Hugging Face encoder or of a sentence-transformers model, or one of our
@@ -53,25 +53,25 @@ class RetroDbConfig:
     embedder_pooling: Literal["auto", "mean", "mean_text", "cls"] = "auto"
     """Of a Hugging Face encoder: mean over all tokens; mean_text, over all but the first and the last ([CLS] and [SEP],
     as Retro does); cls. auto: what the directory's sentence-transformers modules say, else mean_text."""
-    embedder_max_length: int = 256
+    embedder_max_length: int = knob(256, at_least=1)
     """Tokens of the embedder to which a chunk's text is cut."""
     query_instruction: str = ""
     """Of our own models: what queries are embedded for. Of a Hugging Face encoder: text in front of queries, in place
     of the prompt that its directory names."""
     embedder_precision: Literal["fp32", "bf16"] = "fp32"
     """Of the embedder's matrix products."""
-    batch_tokens: int = 8192
+    batch_tokens: int = knob(8192, at_least=1)
     """Tokens of a forward pass of the embedder, padding included."""
-    embedder_tensor: int = 1
+    embedder_tensor: int = knob(1, at_least=1)
     """Of our own models: tensor parallel size. With this, embedder_pipeline, embedder_context and embedder_expert a
     model that one GPU cannot hold is spread over several processes, which embed together. The number of processes is a
     multiple of embedder_tensor x embedder_pipeline x the least common multiple of the other two. Another mesh changes
     the last digits of vectors."""
-    embedder_pipeline: int = 1
+    embedder_pipeline: int = knob(1, at_least=1)
     """Of our own models: pipeline stages."""
-    embedder_context: int = 1
+    embedder_context: int = knob(1, at_least=1)
     """Of our own models: context parallel size."""
-    embedder_expert: int = 1
+    embedder_expert: int = knob(1, at_least=1)
     """Of our own models with a mixture of experts: expert parallel size."""
     embedding_dtype: Literal["float32", "float16"] = "float32"
     """To which vectors of chunks are rounded, and in which the task embed keeps them: 4 or 2 bytes a channel."""
@@ -80,25 +80,25 @@ class RetroDbConfig:
     index_memory_gb and recall."""
     metric: Literal["l2", "inner_product"] = "l2"
     """What is compared."""
-    ntrain: int | None = None
+    ntrain: int | None = knob(None, at_least=1)
     """Chunks that the index is trained on, drawn at random. null: as many as it needs."""
-    train_load_fraction: float = 1.0
+    train_load_fraction: float = knob(1.0, above=0, at_most=1)
     """Share of them that is loaded for training."""
-    add_load_fraction: float = 1.0
+    add_load_fraction: float = knob(1.0, above=0, at_most=1)
     """Share of each block's chunks that is added to the index."""
-    index_memory_gb: float = 16.0
+    index_memory_gb: float = knob(16.0, above=0)
     """With index auto: memory for the index while it is searched."""
-    recall: float = 0.95
+    recall: float = knob(0.95, above=0, at_most=1)
     """With index auto, and where nprobe and ef_search are null: wanted recall of the nearest neighbors."""
     recall_queries: str | None = None
     """A text file, a query in each line, that chooses how the index is searched and measures its recall. null: chunks
     of query_paths, or of the database where that is empty or part of it."""
-    num_shards: int = 1
+    num_shards: int = knob(1, at_least=1)
     """Files that the index is spread over, each with a run of the chunks; searched one after the other, or by several
     processes."""
-    nprobe: int | None = None
+    nprobe: int | None = knob(None, at_least=1)
     """Lists that are visited. null: the fewest that reach recall on a sample."""
-    ef_search: int | None = None
+    ef_search: int | None = knob(None, at_least=1)
     """Candidates of an HNSW search. null: as nprobe."""
     index_placement: Literal["mapped", "memory", "spread"] = "mapped"
     """Where query-neighbors has the index. mapped: on disk, of which the system reads what a search touches; memory:
@@ -106,13 +106,13 @@ class RetroDbConfig:
     index_on_gpu: bool = False
     """Search on GPUs what a process holds in memory: that of its local rank under torchrun, else all. Needs the GPU
     build of faiss."""
-    query_paths: list[str] = field(default_factory=list)
+    query_paths: list[str] = knob([])
     """Prefixes of indexed files whose chunks get neighbors. Empty: those of data_paths."""
-    num_neighbors_query: int = 200
+    num_neighbors_query: int = knob(200, at_least=1)
     """Neighbors that are searched. Where filters leave fewer than num_neighbors_save, up to 16 times as many are."""
-    num_neighbors_save: int = 20
+    num_neighbors_save: int = knob(20, at_least=1)
     """Of these, neighbors that are kept after filtering."""
-    max_overlap: float | None = None
+    max_overlap: float | None = knob(None, at_least=0, at_most=1)
     """Leave out neighbors of which more than this share of the runs of eight tokens, continuation included, stands in
     the query's chunk or the one after it. null: none are."""
     version: int | None = None
@@ -122,48 +122,13 @@ class RetroDbConfig:
     """Keep the embeddings of the training sample and the codes, which --validate can then check."""
 
 
-_AT_LEAST_ONE = (
-    "chunk_length",
-    "doc_block_size",
-    "block_size",
-    "embedder_max_length",
-    "batch_tokens",
-    "embedder_tensor",
-    "embedder_pipeline",
-    "embedder_context",
-    "embedder_expert",
-    "num_shards",
-    "num_neighbors_save",
-    "ntrain",
-    "nprobe",
-    "ef_search",
-)
-
-
 def config_problems(config: RetroDbConfig) -> Iterator[str]:
     """What is wrong with a configuration by itself."""
     yield from _value_problems(config)
     if any(_is_null(config)):
         return
-    for name in _AT_LEAST_ONE:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            yield f"{name} must be at least 1, not {value}"
-    for name in ("near_threshold", "train_load_fraction", "add_load_fraction", "recall"):
-        if not 0 < getattr(config, name) <= 1:
-            yield f"{name} must be above 0 and at most 1, not {getattr(config, name)}"
-    if config.minhash_permutations < 16:
-        yield f"minhash_permutations must be at least 16, not {config.minhash_permutations}"
-    if config.index_memory_gb <= 0:
-        yield f"index_memory_gb must be above 0, not {config.index_memory_gb}"
-    if not 0 <= config.valid_fraction < 1:
-        yield f"valid_fraction must be at least 0 and below 1, not {config.valid_fraction}"
-    if config.max_overlap is not None and not 0 <= config.max_overlap <= 1:
-        yield f"max_overlap must be between 0 and 1, not {config.max_overlap}"
-    if config.chunk_length >= 2**31:
-        yield f"chunk_length must be below 2**31, not {config.chunk_length}"
-    if not 0 <= config.min_chunk_tokens <= config.chunk_length:
-        yield f"min_chunk_tokens {config.min_chunk_tokens} must be between 0 and chunk_length {config.chunk_length}"
+    if config.min_chunk_tokens > config.chunk_length:
+        yield f"min_chunk_tokens {config.min_chunk_tokens} is above chunk_length {config.chunk_length}"
     if config.num_neighbors_save > config.num_neighbors_query:
         yield (
             f"num_neighbors_save {config.num_neighbors_save} is above num_neighbors_query {config.num_neighbors_query}"
@@ -180,18 +145,15 @@ def _value_problems(config: RetroDbConfig) -> Iterator[str]:
     """Values that JSON or a command line can give and no setting can have."""
     for name in _is_null(config):
         yield f"{name} must not be null; leave it out for its default"
-    for field_ in dataclasses.fields(config):
-        value = getattr(config, field_.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{field_.name} must be a finite number, not {value}"
-    if config.seed is not None and not 0 <= config.seed < 2**63:
-        yield f"seed must be at least 0 and below 2**63, not {config.seed}"
+    for field in dataclasses.fields(config):
+        if (problem := range_problem(field, getattr(config, field.name))) is not None:
+            yield f"{field.name} {problem}"
 
 
 def _is_null(config: RetroDbConfig) -> Iterator[str]:
     """Settings that are null and may not be."""
-    for name, hint in get_type_hints(RetroDbConfig).items():
-        if getattr(config, name) is None and type(None) not in get_args(hint):
+    for name, option in options_of(RetroDbConfig).items():
+        if getattr(config, name) is None and not takes_null(option.hint):
             yield name
 
 
@@ -221,26 +183,23 @@ def load_project_config(project: Path) -> RetroDbConfig | None:
     path = project / CONFIG_FILE
     if not path.exists():
         return None
-    from jsonargparse import ArgumentParser
-
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no settings of a database ({{...}}); put it back from a copy")
-    known = [field.name for field in dataclasses.fields(RetroDbConfig)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ", perhaps of another version; remove it"
+    settings = options_of(RetroDbConfig)
+    for key, value in values.items():
+        if key not in settings:
+            hint = suggestion(key, settings) or "; perhaps it is of another version: remove it"
             raise ConfigError(f"{path}: unknown key {key!r}{hint}")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(RetroDbConfig)
-    try:
-        config = RetroDbConfig(**parser.parse_object(values).as_dict())
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+        try:
+            values[key] = convert(settings[key].hint, value)
+        except ValueError:
+            if value is not None:
+                raise ConfigError(f"{path}: {key} must be {describe_type(settings[key].hint)}, not {value!r}") from None
+    config = RetroDbConfig(**values)
     problem = next(_value_problems(config), None)
     if problem is not None:
         raise ConfigError(f"{path}: {problem}")

@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_grit.config.knob import check_ranges, knob
 from megatron_grit.data.text.line_blocks import find_inputs
 from megatron_grit.errors import ConfigError
 from megatron_grit.store.files import check_text_path
+
+
+def read_ranks(text: str) -> tuple[int, int]:
+    """First and last rank of "10-100"."""
+    ranks = re.fullmatch("([0-9]{1,18})-([0-9]{1,18})", text)
+    if ranks is None:
+        raise ValueError("is no range; give FIRST-LAST, such as 10-100")
+    return int(ranks[1]), int(ranks[2])
 
 
 @dataclass(kw_only=True)
 class MineOptions:
     """What is mined and how."""
 
-    input: list[Path]
+    input: list[Path] = knob()
     """JSONL of embedding records, or patterns of files."""
-    output: Path
+    output: Path = knob()
     """JSONL to write; compressed where it ends in .gz."""
     embedder: str | None = None
     """The student: directory of a Hugging Face encoder or of one of our checkpoints."""
-    corpus: list[Path] = field(default_factory=list)
+    corpus: list[Path] = knob([])
     """JSONL with passages: plain texts ({"text": ...}) or embedding records. Empty: the passages of the input."""
     project_dir: Path | None = None
     """A retrieval database, whose chunks are the passages and whose embedder is the student, in place of both."""
     version: int | None = None
     """Of the database. None: the configured one, or the newest."""
-    num_negatives: int = 7
+    num_negatives: int = knob(7, at_least=1)
     """Negatives of a record, at most."""
-    min_negatives: int = 1
+    min_negatives: int = knob(1, at_least=0)
     """Records that end up with fewer are left out."""
-    ranks: tuple[int, int] = (10, 100)
+    ranks: tuple[int, int] = knob((10, 100), read=read_ranks)
     """First and last rank of candidates, from 1 on."""
     margin: float | None = None
     """A negative's score is at least so much below that of the worst positive."""
-    max_fraction: float | None = None
+    max_fraction: float | None = knob(None, above=0, at_most=1)
     """A negative's score is at most this share of the worst positive's (0.95 in NV-Retriever)."""
     teacher: str | None = None
     """Directory of a better embedder."""
@@ -50,21 +59,21 @@ class MineOptions:
     """Which of the candidates that are left: any, or the nearest."""
     keep_negatives: bool = False
     """Keep the negatives that records have, in front, but for those with the text of the query or of a positive."""
-    seed: int = 0
+    seed: int = knob(0, at_least=0)
     """Of the sampling."""
     query_instruction: str = ""
     """What the embedders embed queries for. Instructions in records are kept and not read."""
-    max_length: int = 256
+    max_length: int = knob(256, at_least=1)
     """Tokens of an embedder to which texts are cut."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the embedders' matrix products."""
-    batch_tokens: int = 8192
+    batch_tokens: int = knob(8192, at_least=1)
     """Tokens of a forward pass."""
     index: str = "auto"
     """A faiss factory string. auto: chosen from the number of passages and index_memory_gb."""
-    index_memory_gb: float = 16.0
+    index_memory_gb: float = knob(16.0, above=0)
     """With index auto: memory for the index."""
-    block_size: int = 10_000
+    block_size: int = knob(10_000, at_least=1)
     """Passages and records of a block."""
 
 
@@ -93,20 +102,11 @@ def check_options(options: MineOptions) -> None:
         DataError: an input that is not there.
     """
     first, last = options.ranks
-    problems = {
-        "ranks": not 1 <= first <= last,
-        "num_negatives": options.num_negatives < 1,
-        "min_negatives": not 0 <= options.min_negatives <= most_negatives(options),
-        "max_fraction": options.max_fraction is not None and not 0 < options.max_fraction <= 1,
-        "index_memory_gb": not 0 < options.index_memory_gb < math.inf,
-        "seed": options.seed < 0,
-    }
-    problems |= {name: getattr(options, name) < 1 for name in ("max_length", "batch_tokens", "block_size")}
-    for name in ("margin", "teacher_gap", "cross_margin"):
-        problems[name] = not math.isfinite(getattr(options, name) or 0)
-    for name, wrong in problems.items():
-        if wrong:
-            raise ConfigError(f"{name} cannot be {getattr(options, name)}")
+    check_ranges(options)
+    if not 1 <= first <= last:
+        raise ConfigError(f"ranks cannot be {options.ranks}")
+    if options.min_negatives > most_negatives(options):
+        raise ConfigError(f"min_negatives cannot be {options.min_negatives}: {most_negatives(options)} are the most")
     check_text_path(options.output)
     for path in (options.output, report_path(options.output)):
         _check_not_read(path, options)

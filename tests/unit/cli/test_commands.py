@@ -21,14 +21,14 @@ GOOD = ["--model", "tiny_mistral", "--data.embedding=[e]", "--data.generative=[g
 def test_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert "train      Train a model" in text
+    assert "train            Train a model" in text
     assert cli.main([]) == 2
-    assert all(summary.endswith(".") for summary in cli.verbs().values())
+    assert all(cli.summary(path).endswith(".") for path in cli.verbs().values())
 
 
 def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tran"]) == 2
-    assert capsys.readouterr().err == "megatron-grit: error: unknown verb 'tran'; did you mean train?\n"
+    assert capsys.readouterr().err == "megatron-grit: error: unknown verb 'tran' (did you mean train?)\n"
 
 
 def test_print_config_is_a_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -74,7 +74,10 @@ def test_guarded(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.guarded(lambda: None) == 0
     assert cli.guarded(lambda: fail(DataError("empty text", path="a.jsonl", line=3)), "tool") == 2
     assert capsys.readouterr().err == "tool: error: a.jsonl:3: empty text\n"
-    assert cli.guarded(lambda: fail(KeyboardInterrupt())) == 130
+    assert cli.guarded(lambda: fail(FileNotFoundError(2, "No such file", "a.txt")), "tool") == 2
+    assert capsys.readouterr().err == "tool: error: [Errno 2] No such file: 'a.txt'\n"
+    assert cli.guarded(lambda: fail(KeyboardInterrupt()), "tool", resumes=True) == 130
+    assert capsys.readouterr().err == "tool: interrupted; the same command resumes\n"
     assert cli.guarded(lambda: fail(ZeroDivisionError("a defect"))) == 1
     error = capsys.readouterr().err
     assert error.startswith("Traceback") and error.endswith("ZeroDivisionError: a defect\n")

@@ -36,6 +36,13 @@ class MsMarcoCounts:
     too_close: int = 0
     """Negatives left out for their score."""
 
+    def summary(self) -> str:
+        """One line for a terminal."""
+        return (
+            f"{self.kept} records with {self.negatives} negatives; {self.too_close} were too close to a positive; left "
+            f"out {self.without_positives} queries without positives and {self.without_negatives} without negatives"
+        )
+
 
 class KeyedLines:
     """Lines of a plain file by the key that each begins with, read from disk when asked for.

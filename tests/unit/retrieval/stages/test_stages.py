@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_grit.config.database.arguments import parse_retro_arguments
+from megatron_grit.cli.retro.build_db import BuildDbOptions
+from megatron_grit.config.commands import parse_command
 from megatron_grit.config.database.schema import RetroDbConfig, config_problems, load_project_config
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.stages import run as stages
@@ -219,7 +220,7 @@ def test_unknown_keys_are_refused(project: Path) -> None:
     path = project / "config.json"
     values = json.loads(path.read_text())
     for changed, words in (
-        (values | {"chunk_lenght": 8}, "unknown key 'chunk_lenght'; did you mean chunk_length"),
+        (values | {"chunk_lenght": 8}, "unknown key 'chunk_lenght' \\(did you mean chunk_length"),
         (values | {"chunk_length": "many"}, "config.json: .*chunk_length"),
     ):
         path.write_text(json.dumps(changed))
@@ -296,9 +297,9 @@ def test_wrong_settings(change: dict[str, Any]) -> None:
 
 def test_the_command_line() -> None:
     line = ["--project-dir", "db", "--chunk-length", "32", "--data_paths", "[a,b]", "--validate=0.1"]
-    arguments = parse_retro_arguments(line, "")
+    arguments = parse_command(BuildDbOptions, line, prog="build_db", description="")
     assert arguments.given == {"chunk_length": 32, "data_paths": ["a", "b"]}
     assert (arguments.tasks, arguments.validate, arguments.overwrite) == ("build", 0.1, "")
     for wrong in (["--chunk-lengths", "3"], ["--chunk-length", "three"], ["--metric", "cosine"]):
-        with pytest.raises(ConfigError, match="command line: "):
-            parse_retro_arguments(["--project-dir", "db", *wrong], "")
+        with pytest.raises(ConfigError, match=wrong[0]):
+            parse_command(BuildDbOptions, ["--project-dir", "db", *wrong], prog="build_db", description="")

@@ -1,0 +1,1 @@
+"""Data on disk, as training reads it."""

@@ -1,0 +1,63 @@
+"""Tokenise JSONL records into an indexed file that GRIT training reads.
+
+Each line is one record; its format is found for each line:
+
+  {"query": "text", "pos": ["text", ...], "neg": ["text", ...]}         embedding, plain
+  {"query": ["instruction", "text"], "pos": [["", "text"]], "neg": []}  embedding, with instructions
+  {"text": "text"}                                                      generation, plain
+  {"text": ["user", "assistant", "user", "assistant"]}                  generation, conversation
+  {"messages": [{"role": "user", "content": "text"}, ...]}              the same, with system messages
+  {"prompt": "text", "completion": "text"}                              generation, without a template
+
+Embedding and generation go into separate files. Records with an empty text, or with an instruction that leaves no
+room for the text, are dropped, counted and listed in PREFIX.rejected.jsonl. The same command after a kill goes on where
+it was.
+
+Example:
+  megatron-grit build-grit --input pairs.jsonl --output-prefix data/pairs --tokenizer tokenizer.model
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from megatron_grit.cli.main import command
+from megatron_grit.data.builders.options import GritOptions, RecordOptions
+
+
+def run(options: RecordOptions) -> None:
+    """Build and print the report."""
+    from megatron_grit.data.builders.grit_builder import Limits, build_grit
+    from megatron_grit.data.indexed.roles import RowKind
+
+    limits = Limits(generative=options.generative_max_len)
+    if isinstance(options, GritOptions):
+        limits = replace(limits, query=options.query_max_len, passage=options.passage_max_len)
+    report = build_grit(
+        options.input,
+        options.output_prefix,
+        options.tokenizer,
+        limits,
+        kind=None if isinstance(options, GritOptions) else RowKind.GENERATIVE,
+        on_filtered=options.on_filtered,
+        description="build_grit" if isinstance(options, GritOptions) else "build_sft",
+        template=options.template,
+        over_long=options.over_long,
+        min_tokens=options.min_len,
+        max_tokens=options.max_len,
+        held_out=tuple(options.decontaminate),
+        ngram=options.ngram,
+        deduplicate=options.deduplicate,
+        **options.engine(),
+    )
+    print("\n".join(report.lines()))
+
+
+def main(argv: list[str] | None = None, prog: str = "megatron-grit build-grit") -> int:
+    """Parse the command line and build. Returns the exit status."""
+    return command(GritOptions, run, argv, prog=prog, about=__doc__, resumes=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

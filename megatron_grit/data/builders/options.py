@@ -1,0 +1,102 @@
+"""Options of the tools that build indexed files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_grit.config.knob import knob
+
+
+@dataclass(kw_only=True)
+class BuildOptions:
+    """How any build runs."""
+
+    workers: int | None = knob(None, at_least=1)
+    """Processes that tokenise. null: one for each core."""
+    partitions: int = knob(1, at_least=1)
+    """Parts of the input, each of which is built once."""
+    partition: int | None = knob(None, at_least=0)
+    """Build only this part, counted from 0; the command without it joins them."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do at a line that is not a record."""
+    overwrite: bool = False
+    """Replace the files of an earlier build."""
+    checksum: bool = True
+    """Write checksums into the .json."""
+
+    def engine(self) -> dict[str, Any]:
+        """Arguments of :func:`~megatron_grit.data.builders.block_build.build_blocks`."""
+        names = ("partitions", "partition", "on_error", "overwrite", "checksum")
+        workers = self.workers or len(os.sched_getaffinity(0))
+        return {name: getattr(self, name) for name in names} | {"workers": workers, "progress": True}
+
+
+@dataclass(kw_only=True)
+class RecordOptions(BuildOptions):
+    """Records to one indexed file."""
+
+    input: list[str] = knob()
+    """JSONL files or patterns, plain, .gz or .zst, read in this order."""
+    output_prefix: str = knob()
+    """PREFIX.bin, .idx, .json, .report.json and .report.png are written."""
+    tokenizer: str = knob()
+    """SentencePiece .model, tokenizer.json, or their folder."""
+    template: str = "tulu"
+    """Of conversations: chatml, gritlm, llama2, tulu, zephyr, tokenizer for the tokenizer's own, or a .yaml file."""
+    generative_max_len: int = knob(2048, at_least=2)
+    """Longest text or conversation in tokens."""
+    over_long: Literal["drop", "truncate", "split"] = "truncate"
+    """What to do with a longer one; split: into several, conversations between turns."""
+    min_len: int = knob(0, at_least=0)
+    """Drop records with a text of fewer tokens, template included."""
+    max_len: int | None = knob(None, at_least=1)
+    """Drop records with a text of more tokens before any cut."""
+    deduplicate: bool = False
+    """Keep the first of records that say the same but for white space."""
+    decontaminate: list[str] = knob([])
+    """Drop records that share an n-gram with these files."""
+    ngram: int = knob(13, at_least=1)
+    """Words of an n-gram."""
+    on_filtered: Literal["drop", "stop"] = "drop"
+    """What to do at an empty text, an instruction too long and the like."""
+
+
+@dataclass(kw_only=True)
+class GritOptions(RecordOptions):
+    """Embedding or generative records to one indexed file."""
+
+    template: str = "gritlm"
+    query_max_len: int = knob(256, at_least=2)
+    """Longest query in tokens, template included."""
+    passage_max_len: int = knob(2048, at_least=2)
+    """Longest passage in tokens, template included."""
+
+
+@dataclass(kw_only=True)
+class DocumentFileOptions(BuildOptions):
+    """Documents to indexed files of Megatron."""
+
+    input: list[str] = knob()
+    """JSONL files or glob patterns: plain, .gz or .zst."""
+    json_keys: list[str] = knob(["text"])
+    """Keys to take, each into a file of its own."""
+    output_prefix: str = knob()
+    """Path of the output without _KEY_document.bin."""
+    tokenizer_type: Literal["auto", "SentencePieceTokenizer", "HuggingFaceTokenizer"] = "auto"
+    """Kind of tokenizer. auto: found from the file."""
+    tokenizer_model: str = knob()
+    """SentencePiece .model, tokenizer.json, or their folder."""
+    append_eod: bool = False
+    """Put the end of sequence behind each document."""
+    split_sentences: bool = False
+    """Make each sentence a sequence of its own (NLTK's Punkt)."""
+    keep_newlines: bool = False
+    """Keep white space after a sentence with it."""
+    punkt_model: str | None = None
+    """JSON of an earlier run, or a punkt_tab folder. null: trained on the corpus."""
+    lang: str | None = None
+    """Take NLTK's own Punkt parameters of this language, from NLTK_DATA."""
+    log_interval: int = knob(100_000, at_least=1)
+    """Documents between lines, where there is no terminal."""
