@@ -41,7 +41,7 @@ train() {
     (run_training 1 2 "${options[@]}" "$@") # in a shell of its own: it sets the threads of a process
 }
 
-corpus() { "$PYTHON" "$ROOT/tools/preprocess/build_pydoc.py" --output-dir "$OUT/corpus"; }
+corpus() { "$PYTHON" "$ROOT/examples/pydoc_corpus.py" --output-dir "$OUT/corpus"; }
 
 tokenizer() {
     "$PYTHON" "$ROOT/tools/preprocess/train_tokenizer.py" --vocab-size 2048 --output-prefix "$OUT/tokenizer" \

@@ -406,6 +406,30 @@ def entry_points(path: str, text: str) -> list[str]:
     return bad
 
 
+COMMAND_LINE_READERS = {"argparse", "jsonargparse", "optparse", "getopt", "click", "typer", "fire"}
+
+
+def flags_from_dataclasses(path: str, text: str) -> list[str]:
+    """Flags are fields of dataclasses; config/commands.py reads and explains them, and nothing else does."""
+    if not path.startswith((f"{PACKAGE}/", "tools/", "examples/")):
+        return []
+    tree = _tree(text)
+    bad = [
+        f"{path}:{line}: imports {module}; declare a dataclass and give it to cli.main.command"
+        for line, module in imported_modules(tree)
+        if module.split(".")[0] in COMMAND_LINE_READERS
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _name(node.func).endswith("add_argument"):
+            bad.append(f"{path}:{node.lineno}: add_argument; declare a field")
+        if isinstance(node, ast.Attribute) and _name(node) == "sys.argv" and path not in ARGV_READERS:
+            bad.append(f"{path}:{node.lineno}: reads sys.argv")
+    return bad
+
+
+ARGV_READERS = {f"{PACKAGE}/config/commands.py", f"{PACKAGE}/config/parse.py", f"{PACKAGE}/cli/main.py"}
+
+
 def shell_scripts(path: str, text: str) -> list[str]:
     """A script that goes on after an error does harm."""
     if not text.startswith("#!/usr/bin/env bash"):

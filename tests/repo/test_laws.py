@@ -24,6 +24,7 @@ PYTHON_LAWS: list[Law] = [
     laws.unsafe_reading,
     laws.entry_points,
     laws.kind_names,
+    laws.flags_from_dataclasses,
 ]
 LAWS_OF_ALL: list[LawOfAll] = [laws.circles, laws.crowded_folders, laws.class_names, laws.unresolved_imports]
 LONG_FUNCTION = "def f():\n" + "    x = 1\n" * 85
@@ -72,6 +73,15 @@ BROKEN: list[tuple[Law, str, str]] = [
     (laws.entry_points, "megatron_grit/cli/a.py", "def main():\n    pass\nif __name__ == '__main__':\n    main()"),
     (laws.entry_points, "tools/a.py", "def main():\n    pass"),
     (laws.entry_points, "tools/a.py", "if __name__ == '__main__':\n    print()"),
+    (
+        laws.entry_points,
+        "tools/a.py",
+        "from megatron_grit.cli.a import run\nif __name__ == '__main__':\n    run()",
+    ),
+    (laws.flags_from_dataclasses, "megatron_grit/cli/a.py", "import argparse"),
+    (laws.flags_from_dataclasses, "tools/a.py", "def f():\n    from jsonargparse import ArgumentParser"),
+    (laws.flags_from_dataclasses, "examples/a.py", "parser.add_argument('--a')"),
+    (laws.flags_from_dataclasses, "megatron_grit/training/a.py", "import sys\nflag = '--fast' in sys.argv"),
     (laws.shell_scripts, "examples/a.sh", "#!/usr/bin/env bash\necho\n"),
 ]
 # Text beside the border that the law allows.
@@ -91,6 +101,9 @@ KEPT: list[tuple[Law, str, str]] = [
     (laws.unsafe_reading, "tests/a.py", "torch.load(path, weights_only=True)"),
     (laws.unsafe_reading, laws.PICKLE_TESTS, "torch.save(state, path)"),
     (laws.machine_text, "a.sh", "cd /workspace && ls tmp/a"),
+    (laws.entry_points, "tools/a.py", "from megatron_grit.cli.a import main\nif __name__ == '__main__':\n    main()"),
+    (laws.flags_from_dataclasses, "benchmarks/a.py", "import argparse"),
+    (laws.flags_from_dataclasses, "megatron_grit/config/parse.py", "argv = sys.argv[1:]"),
     (laws.shell_scripts, "examples/a.sh", "#!/usr/bin/env bash\nset -euo pipefail\n"),
 ]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_grit.data.builders.sources import pydoc
-from megatron_grit.data.builders.sources.pydoc import DocEntry, build_corpus, clean_docstring, is_held_out, module_group
+from examples import pydoc_corpus
+from examples.pydoc_corpus import DocEntry, build_corpus, clean_docstring, is_held_out, module_group
 from megatron_grit.errors import DataError
 
 HELD_OUT = next(name for name in (f"module{i}" for i in range(1000)) if is_held_out(name))
@@ -25,7 +25,7 @@ def entry(module: str, name: str, docstring: str, kind: str = "function") -> Doc
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     folder = tmp_path_factory.mktemp("corpus")
-    counts = pydoc.write_corpus(folder)
+    counts = pydoc_corpus.write_corpus(folder)
     records = {}
     for path in sorted(folder.iterdir()):
         with path.open(encoding="utf-8") as lines:
@@ -76,10 +76,10 @@ def test_same_files_under_another_hash_seed(tmp_path: Path) -> None:
     for name in ("json", "logging", "threading.py", "argparse.py"):
         source = Path(sysconfig.get_paths()["stdlib"]) / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, library / name)
-    code = "import sys; from pathlib import Path; from megatron_grit.data.builders.sources.pydoc import write_corpus; "
+    code = "import sys; from pathlib import Path; from examples.pydoc_corpus import write_corpus; "
     code += "write_corpus(Path(sys.argv[1]), stdlib=Path('library'))"
     for seed in ("1", "2"):
-        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[4])}
+        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])}
         subprocess.run([sys.executable, "-c", code, seed], cwd=tmp_path, env=environment, check=True)
     names = sorted(path.name for path in (tmp_path / "1").iterdir())
     assert len(names) == 4 and names == sorted(path.name for path in (tmp_path / "2").iterdir())
@@ -117,7 +117,7 @@ def test_text_of_a_held_out_module_is_not_trained_on() -> None:
 def test_large_module_does_not_decide_the_figures() -> None:
     entries = [entry(HELD_OUT, f"f{i}", f"Function number {i} of a large module.") for i in range(100)]
     corpus = build_corpus([*entries, entry(TRAINED, "a", "Something that is trained on.")], {})
-    assert len(corpus.heldout_embedding) == pydoc._MAX_HELD_OUT_PER_MODULE
+    assert len(corpus.heldout_embedding) == pydoc_corpus._MAX_HELD_OUT_PER_MODULE
     assert len(corpus.train_embedding) == 1
 
 
@@ -144,9 +144,9 @@ def test_clean_docstring(docstring: str, name: str, expected: str) -> None:
 
 def test_unwrap_lines() -> None:
     long, other = "A sentence that is long enough to have been wrapped by", "its author at the width of a terminal."
-    assert pydoc.unwrap_lines(f"{long}\n{other}\n\n{other}") == f"{long} {other}\n\n{other}"
-    assert pydoc.unwrap_lines(f"  {long}\n  {other}") == f"  {long} {other}"
-    assert pydoc.unwrap_lines(f"{long}\n{long}\n{other}") == f"{long} {long} {other}"
+    assert pydoc_corpus.unwrap_lines(f"{long}\n{other}\n\n{other}") == f"{long} {other}\n\n{other}"
+    assert pydoc_corpus.unwrap_lines(f"  {long}\n  {other}") == f"  {long} {other}"
+    assert pydoc_corpus.unwrap_lines(f"{long}\n{long}\n{other}") == f"{long} {long} {other}"
     for kept in (
         f"Short line\n{other}",
         f"{long}\n  {other}",
@@ -155,7 +155,7 @@ def test_unwrap_lines() -> None:
         f"{long}\n>>> {other}",
         f">>> {long}\n{other}",
     ):
-        assert pydoc.unwrap_lines(kept) == kept
+        assert pydoc_corpus.unwrap_lines(kept) == kept
 
 
 def test_module_groups() -> None:
@@ -187,7 +187,7 @@ class Decoder:
 ''')
     (tmp_path / "ast.py").write_text("def broken(:\n")
     (tmp_path / "not_in_the_standard_library.py").write_text('"""A module that a distribution added."""\n')
-    entries = list(pydoc.read_source_entries(tmp_path))
+    entries = list(pydoc_corpus.read_source_entries(tmp_path))
     assert entries[3].docstring == "" and entries[4].docstring == "Return the object of a document."
     assert [(e.kind, e.signature) for e in entries] == [
         ("module", "json"),
@@ -200,7 +200,7 @@ class Decoder:
 
 def test_split_text_loses_nothing() -> None:
     text = "\n\n".join(f"Paragraph {i}. " + "word " * (i * 20) for i in range(20))
-    pieces = pydoc.split_text(text, max_chars=500)
+    pieces = pydoc_corpus.split_text(text, max_chars=500)
     assert len(pieces) > 10
     assert "".join(pieces).split() == "".join(text.split("\n\n")).split() or " ".join(pieces).split() == text.split()
     assert all(len(piece) < 500 or "\n\n" not in piece for piece in pieces)

@@ -1,4 +1,7 @@
-"""A retrieval and text corpus from Python's own documentation, which is on every machine.
+"""Write a retrieval and text corpus from Python's own documentation, which is on every machine: four JSONL files.
+
+Example:
+    python examples/pydoc_corpus.py --output-dir corpus
 
 Pairs: the qualified name and signature of a function, method or class is the query, its docstring the passage.
 Texts: the language reference topics behind ``help()`` and the docstrings of modules. Source files are read with
@@ -32,6 +35,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_grit.cli.main import command
+from megatron_grit.config.knob import knob
 from megatron_grit.errors import DataError
 from megatron_grit.store.files import replacing
 
@@ -407,3 +412,21 @@ def write_corpus(output_dir: Path, *, stdlib: Path | None = None) -> dict[str, i
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         counts[name] = len(records)
     return counts
+
+
+@dataclass(kw_only=True)
+class CorpusOptions:
+    """Where the corpus goes."""
+
+    output_dir: Path = knob()
+    """Folder for the four .jsonl files."""
+
+
+def run(options: CorpusOptions) -> None:
+    """Write the files and print how many records each has."""
+    for name, count in write_corpus(options.output_dir).items():
+        print(f"{name:20s} {count:6d}")
+
+
+if __name__ == "__main__":
+    sys.exit(command(CorpusOptions, run, None, prog="pydoc_corpus", about=__doc__))
