@@ -22,7 +22,7 @@ from tests.golden.inputs import write_inputs
 
 VERBS = ("convert", "encode", "evaluate", "generate", "plan", "serve", "train")
 TOOLS = (
-    *(f"preprocess/{name}.py" for name in ("build_grit", "build_pydoc", "build_sft", "convert_allnli")),
+    *(f"preprocess/{name}.py" for name in ("build_grit", "build_sft", "convert_allnli")),
     *(f"preprocess/{name}.py" for name in ("convert_msmarco", "inspect_indexed", "merge_indexed", "mine_negatives")),
     *(f"preprocess/{name}.py" for name in ("preprocess_data", "train_tokenizer")),
     *("report.py", "retro/build_db.py", "retro/inspect_db.py", "weight_diff.py"),
@@ -247,8 +247,9 @@ def flags(commands: Commands) -> dict[str, list[str]]:
 
 
 def _flags(text: str) -> list[str]:
-    found = re.findall(r"^ +(?:-\w, )?(--[\w.-]+)", text, re.MULTILINE)
-    return sorted({name.replace("-", "_").lstrip("_") for name in found})
+    found = re.findall(r"^  --(\[no-\])?([\w.-]+)", text, re.MULTILINE)
+    names = {prefix + name for no, name in found for prefix in (("", "no-") if no else ("",))}
+    return sorted(name.replace("-", "_") for name in names)
 
 
 def launchers(commands: Commands) -> dict[str, list[str]]:

@@ -59,15 +59,10 @@ def run(options: BuildDbOptions) -> None:
     from megatron_grit.retrieval.stages.preparation import Preparation
     from megatron_grit.retrieval.stages.run import dry_run, run_tasks
 
-    prepared = Preparation(
-        options.project_dir,
-        options.tasks,
-        options.given,
-        overwrite=options.overwrite,
-        validate=options.validate,
-        tombstone=options.tombstone,
-    )
-    if options.dry_run:
+    settings = vars(options).copy()
+    is_dry = settings.pop("dry_run")
+    prepared = Preparation(**settings)
+    if is_dry:
         print("\n".join(dry_run(prepared)))
     else:
         run_tasks(prepared)
