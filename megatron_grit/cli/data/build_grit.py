@@ -20,7 +20,6 @@ Example:
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 
 from megatron_grit.cli.main import command
 from megatron_grit.data.builders.options import GritOptions, RecordOptions
@@ -28,30 +27,9 @@ from megatron_grit.data.builders.options import GritOptions, RecordOptions
 
 def run(options: RecordOptions) -> None:
     """Build and print the report."""
-    from megatron_grit.data.builders.grit_builder import Limits, build_grit
-    from megatron_grit.data.indexed.roles import RowKind
+    from megatron_grit.data.builders.grit_builder import build_records
 
-    limits = Limits(generative=options.generative_max_len)
-    if isinstance(options, GritOptions):
-        limits = replace(limits, query=options.query_max_len, passage=options.passage_max_len)
-    report = build_grit(
-        options.input,
-        options.output_prefix,
-        options.tokenizer,
-        limits,
-        kind=None if isinstance(options, GritOptions) else RowKind.GENERATIVE,
-        on_filtered=options.on_filtered,
-        description="build_grit" if isinstance(options, GritOptions) else "build_sft",
-        template=options.template,
-        over_long=options.over_long,
-        min_tokens=options.min_len,
-        max_tokens=options.max_len,
-        held_out=tuple(options.decontaminate),
-        ngram=options.ngram,
-        deduplicate=options.deduplicate,
-        **options.engine(),
-    )
-    print("\n".join(report.lines()))
+    print("\n".join(build_records(options).lines()))
 
 
 def main(argv: list[str] | None = None, prog: str = "megatron-grit build-grit") -> int:

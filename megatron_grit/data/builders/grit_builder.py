@@ -12,6 +12,7 @@ from typing import Any, Literal
 from megatron_grit.data.builders.block_build import BuildRun, BuildSpec, BuildTotals, OutputSpec, build_blocks
 from megatron_grit.data.builders.build_report import BuildReport, make_report, write_report
 from megatron_grit.data.builders.filters import HeldOut
+from megatron_grit.data.builders.options import GritOptions, RecordOptions
 from megatron_grit.data.builders.record_encoder import BAD_LINE, OUTPUT, UNFIT, EncoderOptions, Limits, RecordEncoder
 from megatron_grit.data.indexed.reader import token_dtype
 from megatron_grit.data.indexed.roles import RowKind
@@ -23,7 +24,7 @@ from megatron_grit.data.text.templates import EMBEDDING_TEMPLATE, render
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.store.digest import sha256_of_file
 
-__all__ = ["BuildReport", "Limits", "build_grit", "read_texts"]
+__all__ = ["BuildReport", "Limits", "build_grit", "build_records", "read_texts"]
 
 
 def read_texts(inputs: Sequence[str | Path]) -> Iterator[str]:
@@ -37,6 +38,34 @@ def read_texts(inputs: Sequence[str | Path]) -> Iterator[str]:
             if isinstance(item, BadLine):
                 raise item.error
             yield from render(item)
+
+
+def build_records(options: RecordOptions) -> BuildReport:
+    """Build as a command line says.
+
+    Raises:
+        GritError: see :func:`build_grit`.
+    """
+    limits, both = Limits(generative=options.generative_max_len), isinstance(options, GritOptions)
+    if isinstance(options, GritOptions):
+        limits = replace(limits, query=options.query_max_len, passage=options.passage_max_len)
+    return build_grit(
+        options.input,
+        options.output_prefix,
+        options.tokenizer,
+        limits,
+        kind=None if both else RowKind.GENERATIVE,
+        on_filtered=options.on_filtered,
+        description="build_grit" if both else "build_sft",
+        template=options.template,
+        over_long=options.over_long,
+        min_tokens=options.min_len,
+        max_tokens=options.max_len,
+        held_out=tuple(options.decontaminate),
+        ngram=options.ngram,
+        deduplicate=options.deduplicate,
+        **options.engine(),
+    )
 
 
 def build_grit(

@@ -259,7 +259,11 @@ def test_tools_end_with_one_line_and_status_2(write_jsonl, tool, tmp_path: Path,
     train = ["--input", path, "--output-prefix", tmp_path / "out", "--vocab-size", 400]
     for name, arguments, message in (
         ("build_grit.py", build, f'build_grit: error: {path}:2: "pos" is missing\n'),
-        ("build_grit.py", [*build, "--query-max-len", 0], "build_grit: error: --query-max-len must be at least 2, not 0"),
+        (
+            "build_grit.py",
+            [*build, "--query-max-len", 0],
+            "build_grit: error: --query-max-len must be at least 2",
+        ),
         ("train_tokenizer.py", train, f"train_tokenizer: error: {path}:2: "),
         ("inspect_indexed.py", ["--prefix", tmp_path / "no"], f"inspect_indexed: error: {tmp_path}/no.json: no such"),
     ):
