@@ -90,8 +90,6 @@ class BuildSpec:
     """Keep the first of the documents with equal fingerprints. Needs exactly one output."""
     stop_on: Collection[str] = ()
     """Reasons of rejection that stop the build."""
-    description: str = "build"
-    """Name on the progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +108,8 @@ class BuildRun:
     """Write checksums into the ``.json`` of the outputs."""
     progress: bool = False
     """Show progress on stderr."""
+    description: str = "build"
+    """Name on the progress bar."""
     log_interval: int | None = None
     """Where stderr is not a terminal, log a line every so many documents. None: every 30 seconds."""
     block_bytes: int = BLOCK_BYTES
@@ -174,7 +174,7 @@ def build_blocks(inputs: Sequence[str | os.PathLike[str]], spec: BuildSpec, run:
     size = sum(build.disk_bytes(index) for index in chosen)
     if not build.work.exists():
         build.refuse_existing()  # and leave no folder behind
-    bar = Progress(size, spec.description, "B", enabled=run.progress, also="document", log_each=run.log_interval)
+    bar = Progress(size, run.description, "B", enabled=run.progress, also="document", log_each=run.log_interval)
     with locked(build.work / "lock", spec.work_prefix, shared=run.partition is not None), bar:
         return build.build_all(bar) if run.partition is None else build.build_one(run.partition, bar)
 

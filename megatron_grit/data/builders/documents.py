@@ -185,7 +185,7 @@ def preprocess(
         raise ConfigError("a Punkt model, a language and keep_newlines have a meaning with split_sentences only")
     if lang and options.punkt_model:
         raise ConfigError("give a Punkt model or a language, not both")
-    how = BuildRun(**run)
+    how = BuildRun(**{"description": "preprocess_data"} | run)
     tokenizer = load_tokenizer(options.tokenizer)
     level = "sentence" if split_sentences else "document"
     prefixes = {key: Path(f"{os.fspath(output_prefix)}_{key}_{level}") for key in options.json_keys}
@@ -207,7 +207,6 @@ def preprocess(
         signature=signature,
         work_prefix=Path(f"{os.fspath(output_prefix)}_{level}"),
         stop_on={BAD_LINE} if on_error == "stop" else set(),
-        description="preprocess_data",
     )
     return build_blocks(inputs, spec, how)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -74,16 +74,8 @@ def build_grit(
     tokenizer_path: str | Path,
     limits: Limits | None = None,
     *,
-    kind: RowKind | None = None,
     on_error: Literal["stop", "skip"] = "stop",
     on_filtered: Literal["drop", "stop"] = "drop",
-    workers: int = 1,
-    partitions: int = 1,
-    partition: int | None = None,
-    overwrite: bool = False,
-    checksum: bool = True,
-    progress: bool = False,
-    description: str = "build_grit",
     **options: Any,
 ) -> BuildReport:
     """Write ``<output_prefix>.bin``, ``.idx``, ``.json``, ``.report.json``, ``.report.png`` and, if any line was
@@ -94,18 +86,11 @@ def build_grit(
         output_prefix: path without extension.
         tokenizer_path: see :func:`~megatron_grit.data.text.tokenizer.load_tokenizer`.
         limits: token limits.
-        kind: kind of the records. None: that of the first.
         on_error: what to do with a line that is not a record.
         on_filtered: what to do with a record that turns out unfit (empty text, instruction too long ...).
-        workers: processes that tokenise.
-        partitions: cut the input into so many parts, each of which need not be done twice.
-        partition: build only this one of them, 0-based; a call without it then joins all.
-        overwrite: replace what is there.
-        checksum: write checksums into the ``.json``.
-        progress: show a bar on stderr.
-        description: name on the bar.
-        options: fields of :class:`~megatron_grit.data.builders.record_encoder.EncoderOptions`: template, over_long,
-            min_tokens, max_tokens, held_out, ngram, deduplicate.
+        options: fields of :class:`~megatron_grit.data.builders.block_build.BuildRun`, such as workers, and of
+            :class:`~megatron_grit.data.builders.record_encoder.EncoderOptions`, such as template. By default ``kind``
+            is that of the first record.
 
     Returns:
         The report; of a single partition its counts only, and nothing is written about it.
@@ -115,6 +100,9 @@ def build_grit(
             prefix has been written then.
         ConfigError: options that make no sense.
     """
+    names = {field.name for field in fields(BuildRun)} & options.keys()
+    run = BuildRun(**{"description": "build_grit"} | {name: options.pop(name) for name in names})
+    kind: RowKind | None = options.pop("kind", None)
     files = [file.path for file in find_inputs(inputs)]
     encoder = EncoderOptions(
         kind=RowKind.GENERATIVE, tokenizer=os.fspath(tokenizer_path), limits=limits or Limits(), **options
@@ -132,15 +120,6 @@ def build_grit(
         work_prefix=Path(output_prefix),
         deduplicate=encoder.deduplicate,
         stop_on=[BAD_LINE] * (on_error == "stop") + [*UNFIT] * (on_filtered == "stop"),
-        description=description,
-    )
-    run = BuildRun(
-        workers=workers,
-        partitions=partitions,
-        partition=partition,
-        overwrite=overwrite,
-        checksum=checksum,
-        progress=progress,
     )
     totals = build_blocks(list(inputs), spec, run)
     return _account(os.fspath(output_prefix), facts, totals)
