@@ -47,10 +47,18 @@ class BlockFolder:
         num_items: n.
         block_size: items of a block; the last one may have fewer.
         signature: of all that the content follows from: settings, and fingerprints of what is read.
+        remedy: what to run when a block is missing, for errors.
     """
 
-    def __init__(self, folder: Path, num_items: int, block_size: int, signature: Mapping[str, Any]) -> None:
-        self.folder, self.num_items, self.block_size = folder, num_items, block_size
+    def __init__(
+        self,
+        folder: Path,
+        num_items: int,
+        block_size: int,
+        signature: Mapping[str, Any],
+        remedy: str = "run the same command again",
+    ) -> None:
+        self.folder, self.num_items, self.block_size, self.remedy = folder, num_items, block_size, remedy
         self.signature = digest_of_settings(signature)
         # One digit more than the largest number has, as Retro's tools write them.
         digits = len(str(max(num_items, 1))) + 1
@@ -92,10 +100,10 @@ class BlockFolder:
             DataError: the block is missing, damaged or of another signature.
         """
         if not block.path.is_file():
-            raise DataError("is missing; run the task that makes it", path=block.path)
+            raise DataError(f"is missing; {self.remedy}", path=block.path)
         signature, arrays = _read(block.path, names or None)
         if signature != self.signature:
-            raise DataError("is of other settings or other data; run the task that makes it again", path=block.path)
+            raise DataError(f"is of other settings or other data; {self.remedy}", path=block.path)
         assert arrays is not None
         return arrays
 

@@ -18,8 +18,13 @@ DATASET, DOCUMENT, START, STOP, VISIBLE = range(5)
 """Columns of the table."""
 
 
-def map_dataset(path: Path, name: str) -> np.ndarray:
+def map_dataset(path: Path, name: str, remedy: str = "run --tasks db-build") -> np.ndarray:
     """An array of an HDF5 file, mapped, not read.
+
+    Args:
+        path: the file.
+        name: of the array.
+        remedy: what to run when it is not there, for errors.
 
     Raises:
         DataError: the file is missing or damaged, or the array is not stored in one piece.
@@ -27,7 +32,7 @@ def map_dataset(path: Path, name: str) -> np.ndarray:
     import h5py
 
     if not path.is_file():
-        raise DataError("is missing; run the task that makes it", path=path)
+        raise DataError(f"is missing; {remedy}", path=path)
     try:
         with h5py.File(path, "r") as file:
             dataset = file[name]
@@ -35,9 +40,9 @@ def map_dataset(path: Path, name: str) -> np.ndarray:
             if dataset.size == 0:
                 return np.empty(shape, dtype)
     except (OSError, KeyError, RuntimeError) as error:
-        raise DataError(f"cannot be read ({error}); run the task that makes it again", path=path) from None
+        raise DataError(f"cannot be read ({error}); delete it and {remedy}", path=path) from None
     if offset is None or path.stat().st_size < offset + dtype.itemsize * int(np.prod(shape)):
-        raise DataError(f"does not hold {name} in one piece; run the task that makes it again", path=path)
+        raise DataError(f"does not hold {name} in one piece; delete it and {remedy}", path=path)
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
@@ -67,7 +72,7 @@ class ChunkDb:
         expected = sum(info.n_chunks_train if attribute else info.n_chunks - info.n_chunks_train for info in self.infos)
         if len(self.rows) != expected:
             raise DataError(
-                f"holds {len(self.rows)} chunks, {project.infos_path.name} says {expected}; run db-build again",
+                f"holds {len(self.rows)} chunks, {project.infos_path.name} says {expected}; run --tasks db-build",
                 path=self.path,
             )
 

@@ -96,7 +96,7 @@ def _documents(
     """Tokens of all documents, where each begins among them, and how many count."""
     sequence, stop = int(file.documents[first]), int(file.documents[last])
     if not 0 <= sequence <= stop <= file.num_sequences or (np.diff(file.documents[first : last + 1]) < 0).any():
-        raise DataError(f"documents {first} to {last} are out of order; build it again", path=file.idx_path)
+        raise DataError(f"documents {first} to {last} are out of order; preprocess it again", path=file.idx_path)
     tokens = file.read(sequence, stop)
     if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         raise DataError(

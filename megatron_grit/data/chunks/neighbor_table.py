@@ -26,7 +26,7 @@ from megatron_grit.store.digest import HashingFile, digest_of_rows
 from megatron_grit.store.files import replacing_path, write_json
 
 NONE = -1
-_REMEDY = "run the task query-neighbors again, or delete its folder where it is of other settings"
+_REMEDY = "run --tasks query-neighbors again, or delete its folder where it is of other settings"
 _DOCUMENTS_AT_A_TIME = 1 << 16
 
 
@@ -102,7 +102,7 @@ class NeighborTable:
             DataError: they differ.
         """
         if not begins_with(prefix, self.manifest.source):
-            raise DataError("has changed since its neighbors were searched; run query-neighbors again", path=prefix)
+            raise DataError("has changed since its neighbors were searched; run --tasks query-neighbors", path=prefix)
 
     def verify(self) -> None:
         """Read the table and compare it with its checksum.
@@ -218,7 +218,7 @@ def _lengths(file: IndexedFile, first: int, last: int, eod_id: int) -> np.ndarra
     edges = file.documents[first : last + 1]
     begin, end = int(edges[0]), int(edges[-1])
     if not 0 <= begin <= end <= file.num_sequences or (np.diff(edges) < 0).any():
-        raise DataError(f"documents {first} to {last} are out of order; build it again", path=file.idx_path)
+        raise DataError(f"documents {first} to {last} are out of order; preprocess it again", path=file.idx_path)
     sums = np.concatenate(([0], np.cumsum(file.lengths[begin:end], dtype=np.int64)))
     lengths = np.diff(sums[edges - begin])
     filled = np.flatnonzero(lengths)
@@ -226,7 +226,7 @@ def _lengths(file: IndexedFile, first: int, last: int, eod_id: int) -> np.ndarra
         # A map of this part alone: its pages are given back with it.
         size, place = file.dtype.itemsize, int(file.pointers[begin])
         if place + int(sums[-1]) * size > file.bin_bytes:
-            raise DataError(f"documents {first} to {last} end beyond it; build it again", path=file.bin_path)
+            raise DataError(f"documents {first} to {last} end beyond it; preprocess it again", path=file.bin_path)
         tokens = np.memmap(file.bin_path, dtype=file.dtype, mode="r", offset=place, shape=(int(sums[-1]),))
         lengths[filled] -= tokens[sums[edges[1:] - begin][filled] - 1] == eod_id
     return lengths

@@ -164,7 +164,7 @@ class Project:
             DataError: the list is missing or damaged.
         """
         if not self.infos_path.is_file():
-            raise DataError("is missing; run the task db-build first", path=self.infos_path)
+            raise DataError("is missing; run --tasks db-build", path=self.infos_path)
         try:
             values: list[dict[str, Any]] = json.loads(self.infos_path.read_text(encoding="utf-8"))
             if not isinstance(values, list) or not values:
@@ -175,7 +175,9 @@ class Project:
                     raise ValueError(f"{name} is {value!r}")
             return infos
         except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"cannot be read ({error}); run db-build again", path=self.infos_path) from None
+            raise DataError(
+                f"cannot be read ({error}); delete it and run --tasks db-build", path=self.infos_path
+            ) from None
 
     def _check_unchanged(self, info: DatasetInfo) -> None:
         path = self.resolve(info.prefix)

@@ -62,7 +62,8 @@ def cuts_of(
             **({} if folder is None else {"first": first}),
         }
         root = (folder or project.folder / "db") / "individual"
-        blocks = BlockFolder(root / name, dataset.n_docs - first, project.config.doc_block_size, signature)
+        remedy = "run --tasks db-build" if folder is None else "run --tasks add"
+        blocks = BlockFolder(root / name, dataset.n_docs - first, project.config.doc_block_size, signature, remedy)
         cuts.append(Cut(number, dataset, first, blocks))
     return cuts
 

@@ -168,7 +168,7 @@ class QueriedFile:
         signature = self._signature | {"tokens": fingerprint(self.path), "first": first}
         signature["again"] = hashlib.sha256(again.tobytes()).hexdigest()
         count = len(again) + int(starts[-1]) - first
-        blocks = BlockFolder(self.folder, count, self.config.block_size, signature)
+        blocks = BlockFolder(self.folder, count, self.config.block_size, signature, "run --tasks query-neighbors")
         return Plan(starts, blocks, table, first, again)
 
     def _take_over(self) -> None:

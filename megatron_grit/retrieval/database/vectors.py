@@ -34,7 +34,9 @@ class ChunkVectors:
         self.db, self.embedder = db, embedder
         self.dtype = np.dtype(project.config.embedding_dtype)
         signature = {"task": "embed", "chunks": chunks, "embedder": embedder.fingerprint, "dtype": self.dtype.str}
-        self.blocks = BlockFolder(project.folder / "embeddings", len(db), project.config.block_size, signature)
+        self.blocks = BlockFolder(
+            project.folder / "embeddings", len(db), project.config.block_size, signature, "run --tasks embed"
+        )
         self.stored = False
 
     def look(self, worker: Worker) -> None:
@@ -106,7 +108,7 @@ def rows_of(blocks: BlockFolder, ids: np.ndarray, dim: int) -> np.ndarray:
     order = np.argsort(numbers, kind="stable")
     for part in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1) if len(ids) else []:
         block = blocks.blocks[int(numbers[part[0]])]
-        out[part] = map_dataset(block.path, "data")[ids[part] - block.start]
+        out[part] = map_dataset(block.path, "data", blocks.remedy)[ids[part] - block.start]
     return out
 
 

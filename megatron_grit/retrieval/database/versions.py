@@ -107,7 +107,8 @@ def version_to_use(project: Project, worker: Worker, embedder: Embedder) -> Vers
     version = read_version(project.folder, project.config.version)
     if version.embedder != embedder.fingerprint:
         raise DataError(
-            "is of another embedder; set the embedder it was built with, or build the index again",
+            "is of another embedder; set the embedder it was built with, or run --tasks index-build --overwrite "
+            "index-train",
             path=version_path(project.folder, version.number),
         )
     if worker.is_first:  # what is made of damaged chunks would look like any other

@@ -26,7 +26,7 @@ import numpy as np
 from megatron_grit.config.database.schema import MOST_ON_GPU
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.index.factory import MIN_POINTS_PER_LIST, lists_of
-from megatron_grit.retrieval.index.manifest import IndexManifest, is_whole, read_manifest
+from megatron_grit.retrieval.index.manifest import IndexManifest, is_whole, read_manifest, remedy_of
 from megatron_grit.store.blocks import cannot_write
 from megatron_grit.store.digest import sha256_of_file
 from megatron_grit.store.files import replacing_path, write_json
@@ -416,24 +416,24 @@ class VectorIndex:
                 path=path,
             )
         if chunks is not None and chunks != manifest.chunks:
-            raise DataError("was built of other chunks; build it again with --overwrite index-train", path=path)
+            raise DataError("was built of other chunks; run --tasks index-build --overwrite index-train", path=path)
         if not path.is_file():
-            raise DataError("is missing; run the task that makes it", path=path)
+            raise DataError(f"is missing; {remedy_of(path)}", path=path)
         size = path.stat().st_size
         if not is_whole(path, manifest):
-            raise DataError(
-                "does not match its checksum and is not opened; run the task that makes it again", path=path
-            )
+            raise DataError(f"does not match its checksum and is not opened; {remedy_of(path)}", path=path)
         faiss.set_deserialization_vector_byte_limit(min(_LARGEST_PART, max(size, _TABLES)))
         faiss.set_deserialization_loop_limit(max(manifest.num_vectors, 1 << 24))
         try:
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
         except RuntimeError as error:
-            raise DataError(f"faiss cannot read it ({_reason(error)}); build the index again", path=path) from None
+            raise DataError(
+                f"faiss cannot read it ({_reason(error)}); delete it and {remedy_of(path)}", path=path
+            ) from None
         if int(index.d) != manifest.dim or int(index.ntotal) != manifest.num_vectors:
             raise DataError(
                 f"holds {index.ntotal:,} vectors of {index.d} channels, its manifest says {manifest.num_vectors:,} of "
-                f"{manifest.dim}; build the index again",
+                f"{manifest.dim}; delete it and {remedy_of(path)}",
                 path=path,
             )
         return VectorIndex(index, manifest.factory, manifest.metric, manifest.first_id)

@@ -31,6 +31,12 @@ class IndexManifest:
     sha256: str = ""
 
 
+def remedy_of(path: Path) -> str:
+    """What to run to get an index file of a database."""
+    task = "index-train" if path.name.startswith("empty") else "index-add"
+    return f"run --tasks {task}"
+
+
 def read_manifest(path: Path) -> IndexManifest:
     """The manifest of an index file.
 
@@ -39,11 +45,11 @@ def read_manifest(path: Path) -> IndexManifest:
     """
     file = path.with_suffix(".json")
     if not file.is_file():
-        raise DataError("is missing; run the task that makes the index", path=file)
+        raise DataError(f"is missing; {remedy_of(path)}", path=file)
     try:
         return IndexManifest(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"cannot be read ({error}); build the index again", path=file) from None
+        raise DataError(f"cannot be read ({error}); delete it and {remedy_of(path)}", path=file) from None
 
 
 def is_whole(path: Path, manifest: IndexManifest) -> bool:

@@ -146,12 +146,14 @@ class RecallQueries:
             return DrawnQueries(**json.loads(self._file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(
-                f"cannot be read ({error}); delete it and run index-add again with --overwrite", path=self._file
+                f"cannot be read ({error}); delete it and run --tasks index-add --overwrite index-add", path=self._file
             ) from None
 
     def _blocks(self) -> BlockFolder:
         signature = {"task": "recall_queries", "queries": self.drawn.signature}
-        return BlockFolder(self.folder, len(self.drawn.texts), self._config.block_size, signature)
+        return BlockFolder(
+            self.folder, len(self.drawn.texts), self._config.block_size, signature, "run --tasks index-add"
+        )
 
     def _asks_others(self) -> bool:
         """Whether something else than the documents of the database gets neighbors."""

@@ -202,7 +202,11 @@ class Addition:
 
         signature = {"task": "add_codes", "chunks": self.chunks, "trained": before.trained.sha256}
         settings = {"embedder": before.embedder, "add_load_fraction": config.add_load_fraction}
-        return Check("codes", BlockFolder(self._codes, len(new), config.block_size, signature | settings), compute)
+        return Check(
+            "codes",
+            BlockFolder(self._codes, len(new), config.block_size, signature | settings, "run --tasks add"),
+            compute,
+        )
 
     def finish(self, codes: BlockFolder) -> None:
         """Fill the index of the new chunks, where there are any, and write the version. In one process."""

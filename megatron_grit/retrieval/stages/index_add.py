@@ -96,7 +96,7 @@ def add_to_index(project: Project, worker: Worker, embedder: Embedder) -> None:
     trained = VectorIndex.load(files.trained, embedder=files.embedder, chunks=files.chunks)
     if read_manifest(files.trained).signature != files.training:
         raise DataError(
-            "was trained with other settings; build it again with --overwrite index-train", path=files.trained
+            "was trained with other settings; run --tasks index-build --overwrite index-train", path=files.trained
         )
     adding = files.adding()
     vectors = open_vectors(project, worker, embedder)
@@ -133,7 +133,9 @@ def code_blocks(project: Project, files: IndexFiles, vectors: ChunkVectors, trai
 
     # Those that were drawn: query_paths may be others by now.
     signature = {"task": "add_codes", "adding": files.adding(), "queries": files.queries.drawn.signature}
-    folder = BlockFolder(files.folder / "add_codes", len(vectors.db), project.config.block_size, signature)
+    folder = BlockFolder(
+        files.folder / "add_codes", len(vectors.db), project.config.block_size, signature, "run --tasks index-add"
+    )
     return Check("codes", folder, compute)
 
 

@@ -25,6 +25,8 @@ from megatron_grit.store.logs import get_logger
 
 log = get_logger(__name__)
 
+_REMEDY = "run --tasks index-train"
+
 
 class IndexTrain(Task):
     """Trains the index on a random sample of the chunks."""
@@ -118,7 +120,7 @@ def train_index(project: Project, worker: Worker, embedder: Embedder) -> None:
         log.info(f"index {files.factory}: training on {files.num_train:,} of {len(db):,} chunks")
         count = math.ceil(project.config.train_load_fraction * files.num_train)
         if vectors.stored:
-            sample = vectors.of(map_dataset(_sample_file(project), "ids")[:count])
+            sample = vectors.of(map_dataset(_sample_file(project), "ids", _REMEDY)[:count])
         else:
             sample = np.empty((count, embedder.dim), dtype=np.float32)
             for block in blocks.blocks:
@@ -138,7 +140,7 @@ def _sample_file(project: Project) -> Path:
 def _count_sample(project: Project) -> None:
     """Write how many chunks of each dataset are in the sample, as Retro's tools do."""
     infos = project.infos()
-    datasets = map_dataset(_sample_file(project), "chunks")[:, DATASET].astype(np.int64)
+    datasets = map_dataset(_sample_file(project), "chunks", _REMEDY)[:, DATASET].astype(np.int64)
     for info, count in zip(infos, np.bincount(datasets, minlength=len(infos)).tolist(), strict=True):
         info.n_chunks_sampled = count
     project.save_infos(infos)
@@ -148,7 +150,7 @@ def sample_blocks(project: Project, files: IndexFiles, vectors: ChunkVectors) ->
     """The blocks of the training sample's embeddings, and what makes one."""
 
     def compute(block: Block) -> Arrays:
-        return {"data": vectors.of(map_dataset(_sample_file(project), "ids")[block.start : block.stop])}
+        return {"data": vectors.of(map_dataset(_sample_file(project), "ids", _REMEDY)[block.start : block.stop])}
 
     return Check("embeddings to train on", _sample_folder(project, files), compute)
 
@@ -159,6 +161,7 @@ def _sample_folder(project: Project, files: IndexFiles) -> BlockFolder:
         files.num_train,
         project.config.block_size,
         {"task": "train_emb", "training": files.training},
+        _REMEDY,
     )
 
 

@@ -140,7 +140,7 @@ class Inspector:
         there = tables_of(self.project, up_to=self.asked)
         tables = {prefix: folder for prefix, folder in there.items() if wanted in (prefix, Path(prefix).name)}
         if len(tables) != 1 or not is_number(document) or not is_number(offset):
-            known = ", ".join(there) or "none; run the task query-neighbors"
+            known = ", ".join(there) or "none; run --tasks query-neighbors"
             which = "" if self.asked is None else f"up to version {self.asked} "
             raise ConfigError(f"neighbors {name!r}: give PREFIX:DOCUMENT:OFFSET; {which}there are tables of {known}")
         ((prefix, folder),) = tables.items()

@@ -47,7 +47,7 @@ def test_a_table_of_another_build_is_refused(project: Project) -> None:
         rows = file["chunks"][()]
     with h5py.File(path, "w") as file:
         file["chunks"] = rows[:-1]
-    with pytest.raises(DataError, match=f"holds {len(rows) - 1} chunks, .* says {len(rows)}; run db-build again"):
+    with pytest.raises(DataError, match=f"holds {len(rows) - 1} chunks, .* says {len(rows)}; run --tasks db-build"):
         ChunkDb(project)
 
 

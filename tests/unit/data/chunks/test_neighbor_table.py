@@ -131,7 +131,7 @@ def test_damage_is_found(table: NeighborTable) -> None:
         NeighborTable(table.folder, np.empty((0, 2))).verify()
     for content in (whole[:-8], b"nothing", whole.replace(b"(6, 3)", b"(3, 6)")):
         path.write_bytes(content)
-        with pytest.raises(DataError, match="run the task query-neighbors again"):
+        with pytest.raises(DataError, match="run --tasks query-neighbors again"):
             NeighborTable(table.folder, np.empty((0, 2)))
     path.write_bytes(whole)
     manifest = table.folder / "table.json"

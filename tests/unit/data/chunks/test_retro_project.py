@@ -72,5 +72,5 @@ def test_damaged_infos(project: Project, content: str) -> None:
     with pytest.raises(DataError, match="indexed_dataset_infos.json: cannot be read"):
         project.infos()
     project.infos_path.unlink()
-    with pytest.raises(DataError, match="run the task db-build"):
+    with pytest.raises(DataError, match="run --tasks db-build"):
         project.infos()

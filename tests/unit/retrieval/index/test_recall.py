@@ -128,7 +128,7 @@ def test_damaged_settings_are_one_line(tmp_path: Path, content: str) -> None:
     path.write_text(json.dumps(whole))
     assert read_search(path).nprobe == 4
     path.write_text(json.dumps(whole | {content: "much"}) if content in whole else content)
-    with pytest.raises(DataError, match=r"search.json: cannot be read .*; run the task index-add again"):
+    with pytest.raises(DataError, match=r"search.json: cannot be read .*; delete it and run --tasks index-add"):
         read_search(path)
 
 

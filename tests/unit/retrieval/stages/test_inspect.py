@@ -153,7 +153,7 @@ def test_a_database_without_an_index(tmp_path: Path) -> None:
     prefix = write_documents(tmp_path / "corpus", TEXTS, tokenizer_of(tmp_path))
     project = make_project(tmp_path / "db", [prefix], tmp_path)
     save_project_config(project.config, project.folder)
-    with pytest.raises(DataError, match="run the task db-build"):
+    with pytest.raises(DataError, match="run --tasks db-build"):
         inspect_database(project.folder)
     build_chunks(project, Worker())
     db = ChunkDb(project)
@@ -166,7 +166,7 @@ def test_a_database_without_an_index(tmp_path: Path) -> None:
     lines = list(report_lines(report))
     assert any("no index yet" in line for line in lines) and any("exact duplicates" in line for line in lines)
     for options in ({"searches": ["a"]}, {"neighbors": ["corpus:3:0"]}):
-        with pytest.raises(ConfigError, match="no index yet|run the task query-neighbors"):
+        with pytest.raises(ConfigError, match="no index yet|run --tasks query-neighbors"):
             inspect_database(project.folder, **options)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="versions that are there: none"):
         inspect_database(project.folder, version=1)
