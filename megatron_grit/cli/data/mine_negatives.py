@@ -21,7 +21,8 @@ from megatron_grit.retrieval.mining.options import MineOptions
 
 def run(options: MineOptions) -> None:
     """Mine, in one process or several, and print the report."""
-    from megatron_grit.retrieval.mining.mine import mine_negatives, report_lines
+    from megatron_grit.retrieval.mining.mine import mine_negatives
+    from megatron_grit.retrieval.mining.output import report_lines
     from megatron_grit.retrieval.work import worker
 
     with worker() as this:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,7 @@ from megatron_grit.retrieval.database.versions import open_index, stored_vectors
 from megatron_grit.retrieval.index.factory import choose_factory, lists_of, num_training_vectors
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search, new_index
 from megatron_grit.retrieval.index.recall import RECALL_AT, choose_search, without_own
-from megatron_grit.retrieval.index.search import ShardedIndex, merge_nearest
+from megatron_grit.retrieval.index.search import Found, ShardedIndex, merge_in_turn
 from megatron_grit.retrieval.stages.embed import project_embedder
 from megatron_grit.retrieval.work import Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder
@@ -238,17 +238,19 @@ class PassageFiles:
         )
         chosen = np.random.default_rng(self._seed).permutation(len(self._queries))[:_NUM_PROBING]
         queries = unit(self.embedder.embed([self._queries[number] for number in np.sort(chosen)], "query"))
-        best: tuple[np.ndarray, np.ndarray] | None = None
-        for block in self.stored.blocks.blocks:
-            vectors = self.stored.blocks.read(block)["data"]
-            made.add_codes(made.encode(vectors), np.arange(block.start, block.stop))
-            scores, places = exact_search(queries, vectors, RECALL_AT, "inner_product")
-            part = scores, places + block.start
-            best = merge_nearest([part] if best is None else [best, part], RECALL_AT, "inner_product")
+
+        def nearest_in_turn() -> Iterator[Found]:
+            for block in self.stored.blocks.blocks:
+                vectors = self.stored.blocks.read(block)["data"]
+                made.add_codes(made.encode(vectors), np.arange(block.start, block.stop))
+                scores, rows = exact_search(queries, vectors, RECALL_AT, "inner_product")
+                yield scores, rows + block.start
+
+        nearest = merge_in_turn(nearest_in_turn(), RECALL_AT, "inner_product")[1]
         index = ShardedIndex([made])
-        if index.num_lists > 1 and best is not None:
+        if index.num_lists > 1:
             none = np.full(len(queries), -1, dtype=np.int64)
-            exact = without_own(best[1], none, RECALL_AT)
+            exact = without_own(nearest, none, RECALL_AT)
             settings = choose_search(index, RetroDbConfig(seed=self._seed), queries, none, exact)
             index.set_search(settings.nprobe, settings.ef_search)
             log.info(

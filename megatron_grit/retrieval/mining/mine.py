@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ from megatron_grit.retrieval.index.search import MOST_TIMES_MORE
 from megatron_grit.retrieval.mining.corpus import (
     Corpus,
     DatabaseChunks,
-    Passage,
     PassageFiles,
     StoredVectors,
     digest_of_texts,
@@ -45,8 +44,10 @@ from megatron_grit.retrieval.mining.corpus import (
     read_passages,
     unit,
 )
-from megatron_grit.retrieval.mining.cross_encoder import PairScorer, load_scorer
+from megatron_grit.retrieval.mining.cross_encoder import load_scorer
+from megatron_grit.retrieval.mining.judges import NO_SCORE, CosineJudge, PairJudge, Rule, query_of
 from megatron_grit.retrieval.mining.options import MineOptions, check_options, most_negatives, report_path, work_folder
+from megatron_grit.retrieval.mining.output import plain, with_negatives
 from megatron_grit.retrieval.work import Worker, alone_in, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder
 from megatron_grit.store.files import replacing, write_json
@@ -58,9 +59,16 @@ _SPARE = 16
 """Candidates that are searched beyond the last rank, for positives among them."""
 REASONS = (
     *("known_positive", "equal_text", "kept_negative", "outside_ranks"),
-    *("near_positive", "teacher", "cross_encoder", "no_score"),
+    *("near_positive", "teacher", "cross_encoder", NO_SCORE),
 )
 """Why candidates were left out, in the order of the tests."""
+
+
+_ELSEWHERE = (
+    *("input", "output", "corpus", "embedder", "project_dir", "version", "teacher", "cross_encoder"),
+    *("min_negatives", "index", "index_memory_gb"),
+)
+"""Options that blocks do not follow from, or by the content of files."""
 
 
 def mine_negatives(options: MineOptions, worker: Worker | None = None) -> dict[str, Any]:
@@ -104,14 +112,6 @@ def read_embedding_records(paths: Sequence[Path]) -> list[Record]:
     return records
 
 
-@dataclass(frozen=True)
-class Scores:
-    """An embedder, and the unit vectors of passages by it: float32 [n, D] of int64 [n]."""
-
-    embedder: Embedder
-    vectors: Callable[[np.ndarray], np.ndarray]
-
-
 @dataclass
 class _Unknown:
     """Passages nearest to a query, without those that are known to be relevant."""
@@ -129,9 +129,6 @@ class Miner:
         options: of it.
     """
 
-    _stored: StoredVectors | None = None
-    """Of the teacher."""
-
     def __init__(self, options: MineOptions) -> None:
         self.options = options
         self.records = read_embedding_records(options.input)
@@ -139,13 +136,14 @@ class Miner:
             raise DataError("holds no record", path=options.input[0])
         self.known: dict[str, list[str]] = {}
         for record in self.records:
-            texts = self.known.setdefault(normalized(_query(record).text), [])
+            texts = self.known.setdefault(normalized(query_of(record).text), [])
             texts += [normalized(pair.text) for pair in record.positives]
         self.folder = work_folder(options)
         self.corpus = self._corpus()
-        self.teacher = self._teacher() if options.teacher else None
-        self.scorer: PairScorer | None = load_scorer(options.cross_encoder) if options.cross_encoder else None
-        self.blocks = self._blocks()
+        self._stored: StoredVectors | None = None
+        """Vectors of the passages by the teacher."""
+        self.rules, judges = self._rules()
+        self.blocks = self._blocks(judges)
 
     def _corpus(self) -> Corpus:
         options = self.options
@@ -177,47 +175,66 @@ class Miner:
             ),
         )
 
-    def _teacher(self) -> Scores:
-        assert self.options.teacher is not None
-        embedder, corpus = self._embedder(self.options.teacher), self.corpus
+    def _rules(self) -> tuple[list[Rule], dict[str, str | None]]:
+        """In the order in which they are applied; and what the teacher and the cross-encoder are known by."""
+        options, corpus, rules = self.options, self.corpus, list[Rule]()
+        known: dict[str, str | None] = {"teacher": None, "scorer": None}
+        if options.margin is not None or options.max_fraction is not None:
+            rules.append(Rule("near_positive", CosineJudge(corpus.embedder, corpus.vectors), self._limit))
+        if options.teacher is not None:
+            teacher = self._teacher(options.teacher)
+            known["teacher"] = teacher.embedder.fingerprint
+            rules.append(Rule("teacher", teacher, lambda worst: worst - options.teacher_gap))
+        if options.cross_encoder is not None:
+            scorer = load_scorer(options.cross_encoder)
+            known["scorer"] = scorer.fingerprint
+            rules.append(Rule("cross_encoder", PairJudge(scorer, corpus), lambda worst: worst - options.cross_margin))
+        return rules, known
+
+    def _limit(self, worst: float) -> float:
+        """The highest cosine of a negative, given that of the worst positive."""
+        limits = [np.inf]
+        if self.options.margin is not None:
+            limits.append(worst - self.options.margin)
+        if self.options.max_fraction is not None:
+            # A share of a score below 0 would be above it.
+            limits.append(worst - (1 - self.options.max_fraction) * abs(worst))
+        return float(min(limits))
+
+    def _teacher(self, path: str) -> CosineJudge:
+        embedder, corpus = self._embedder(path), self.corpus
         if isinstance(corpus, PassageFiles):
             texts = [passage.text for passage in corpus.passages]
             self._stored = StoredVectors(embedder, self.folder / "teacher", texts, self.options.block_size)
-            return Scores(embedder, self._stored.of)
-        # Of a database only candidates are embedded.
-        return Scores(
-            embedder, lambda numbers: unit(embedder.embed([corpus.passage(number).text for number in numbers.tolist()]))
-        )
+            return CosineJudge(embedder, self._stored.of)
 
-    def _blocks(self) -> BlockFolder:
+        def vectors(numbers: np.ndarray) -> np.ndarray:
+            """Of a database only candidates are embedded."""
+            return unit(embedder.embed([corpus.passage(number).text for number in numbers.tolist()]))
+
+        return CosineJudge(embedder, vectors)
+
+    def _blocks(self, judges: dict[str, str | None]) -> BlockFolder:
         signature = {name: value for name, value in dataclasses.asdict(self.options).items() if name not in _ELSEWHERE}
         signature["ranks"] = list(self.options.ranks)
         signature["records"] = digest_of_texts([json.dumps([record.pairs]) for record in self.records])
         signature["corpus"] = self.corpus.signature
-        signature["teacher"] = self.teacher.embedder.fingerprint if self.teacher else None
-        signature["scorer"] = self.scorer.fingerprint if self.scorer else None
+        signature |= judges
         return BlockFolder(self.folder / "mined", len(self.records), self.options.block_size, signature)
 
     def prepare(self, worker: Worker) -> None:
         """Embed what is embedded beforehand. All processes call it."""
-        self.corpus.prepare(worker, [_query(record).text for record in self.records])
+        self.corpus.prepare(worker, [query_of(record).text for record in self.records])
         if self._stored is not None:
             self._stored.prepare(worker)
 
     def compute(self, block: Block) -> Arrays:
         """Negatives of a block of records: their numbers, int64 [n, num_negatives], -1 for none; and counts."""
         records = self.records[block.start : block.stop]
-        queries = [_query(record).text for record in records]
+        queries = [query_of(record).text for record in records]
         candidates, dropped = self._candidates(records, queries)
-        student = Scores(self.corpus.embedder, self.corpus.vectors)
-        dropped["near_positive"] += self._keep_below(student, records, queries, candidates, self._limit)
-        if self.teacher is not None:
-            gap = self.options.teacher_gap
-            dropped["teacher"] += self._keep_below(
-                self.teacher, records, queries, candidates, lambda worst: worst - gap
-            )
-        if self.scorer is not None:
-            self._keep_scored(records, queries, candidates, dropped)
+        for rule in self.rules:
+            rule.apply(records, candidates, dropped)
         out = np.full((len(records), most_negatives(self.options)), -1, dtype=np.int64)
         for row, found in enumerate(candidates):
             chosen = found[: self.options.num_negatives]
@@ -253,7 +270,7 @@ class Miner:
 
     def _kept(self, record: Record) -> list[TextPair]:
         """The negatives of a record that stay: each once, none with the text of a positive of its query or of that."""
-        own, out = normalized(_query(record).text), dict[str, TextPair]()
+        own, out = normalized(query_of(record).text), dict[str, TextPair]()
         for pair in record.negatives if self.options.keep_negatives else []:
             text = normalized(pair.text)
             if text and text != own and text not in self.known[own]:
@@ -276,60 +293,6 @@ class Miner:
                 out.left.append(number)
         return out
 
-    def _limit(self, worst: float) -> float:
-        """The highest score of a negative, given that of the worst positive."""
-        limits = [np.inf]
-        if self.options.margin is not None:
-            limits.append(worst - self.options.margin)
-        if self.options.max_fraction is not None:
-            # A share of a score below 0 would be above it.
-            limits.append(worst - (1 - self.options.max_fraction) * abs(worst))
-        return float(min(limits))
-
-    def _keep_below(
-        self,
-        scores: Scores,
-        records: Sequence[Record],
-        queries: Sequence[str],
-        candidates: list[np.ndarray],
-        limit: Callable[[float], float],
-    ) -> int:
-        """Keep candidates whose score is not above a limit that follows from the worst positive's; counts the rest."""
-        if limit(0.0) == np.inf:
-            return 0
-        query_vectors = unit(scores.embedder.embed(queries, "query"))
-        texts = [pair.text for record in records for pair in record.positives]
-        positive_vectors = unit(scores.embedder.embed(texts))
-        dropped = place = 0
-        for row, record in enumerate(records):
-            positives = positive_vectors[place : place + len(record.positives)]
-            place += len(record.positives)
-            worst = float((positives @ query_vectors[row]).min())
-            keep = scores.vectors(candidates[row]) @ query_vectors[row] <= limit(worst)
-            dropped += int((~keep).sum())
-            candidates[row] = candidates[row][keep]
-        return dropped
-
-    def _keep_scored(
-        self, records: Sequence[Record], queries: Sequence[str], candidates: list[np.ndarray], dropped: dict[str, int]
-    ) -> None:
-        """Keep candidates that the cross-encoder scores well below the worst positive."""
-        assert self.scorer is not None
-        pairs: list[tuple[str, str]] = []
-        for record, query, found in zip(records, queries, candidates, strict=True):
-            pairs += [(query, pair.text) for pair in record.positives]
-            pairs += [(query, self.corpus.passage(number).text) for number in found.tolist()]
-        scores, place = self.scorer.score(pairs), 0
-        for row, record in enumerate(records):
-            middle = place + len(record.positives)
-            positives, mine = scores[place:middle], scores[middle : middle + len(candidates[row])]
-            place = middle + len(candidates[row])
-            unknown = np.isnan(mine) | np.isnan(positives).any()
-            keep = ~unknown & (mine <= positives.min() - self.options.cross_margin)
-            dropped["no_score"] += int(unknown.sum())
-            dropped["cross_encoder"] += int((~keep & ~unknown).sum())
-            candidates[row] = candidates[row][keep]
-
     def write(self) -> dict[str, Any]:
         """Write the records and the report, and remove the blocks. In one process.
 
@@ -349,7 +312,7 @@ class Miner:
                         num_few += 1
                         continue
                     kept = self._kept(record)
-                    file.write(json.dumps(_with_negatives(record, kept, mined), ensure_ascii=False) + "\n")
+                    file.write(json.dumps(with_negatives(record, kept, mined), ensure_ascii=False) + "\n")
                     num_written, num_mined = num_written + 1, num_mined + len(mined)
                     num_had, num_kept = num_had + len(record.negatives), num_kept + len(kept)
             if not num_written:
@@ -369,55 +332,8 @@ class Miner:
             "num_kept_negatives": num_kept,
             "num_kept_negatives_left_out": num_had - num_kept if options.keep_negatives else 0,
             "dropped_candidates": dict(zip(REASONS, dropped.tolist(), strict=True)),
-            "options": {name: _plain(value) for name, value in dataclasses.asdict(options).items()},
+            "options": {name: plain(value) for name, value in dataclasses.asdict(options).items()},
         }
         write_json(report_path(options.output), report)
         shutil.rmtree(self.folder)
         return report
-
-
-_ELSEWHERE = (
-    *("input", "output", "corpus", "embedder", "project_dir", "version", "teacher", "cross_encoder"),
-    *("min_negatives", "index", "index_memory_gb"),
-)
-"""Options that blocks do not follow from, or by the content of files."""
-
-
-def report_lines(report: dict[str, Any]) -> list[str]:
-    """A report of :func:`mine_negatives` to read."""
-    lines = [
-        f"{report['num_written']:,} of {report['num_records']:,} records written, {report['num_negatives']:,} "
-        f"negatives from {report['num_passages']:,} passages; {report['num_records_with_too_few']:,} had too few"
-    ]
-    if report["num_kept_negatives_left_out"]:
-        lines.append(f"  negatives of the input that were left out: {report['num_kept_negatives_left_out']:,}")
-    dropped = report["dropped_candidates"]
-    return lines + [f"  left out, {name}: {count:,}" for name, count in dropped.items() if count]
-
-
-def _query(record: Record) -> TextPair:
-    assert record.query is not None
-    return record.query
-
-
-def _with_negatives(record: Record, kept: Sequence[TextPair], mined: Sequence[Passage]) -> dict[str, Any]:
-    instruction = record.positives[0].instruction
-    negatives = [*kept, *(TextPair(p.instruction if p.has_instruction else instruction, p.text) for p in mined)]
-    # What is said of each negative, such as neg_scores, is of others.
-    other = {key: value for key, value in record.other.items() if not key.startswith("neg_")}
-    return {
-        "query": _value(_query(record)),
-        "pos": [_value(pair) for pair in record.positives],
-        "neg": [_value(pair) for pair in negatives],
-        **other,
-    }
-
-
-def _value(pair: TextPair) -> str | list[str]:
-    return pair.text if pair.instruction is None else [pair.instruction, pair.text]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from megatron_grit.retrieval.database.queried import tables_of
 from megatron_grit.retrieval.stages import inspect
 from megatron_grit.retrieval.stages.add import add_documents
 from megatron_grit.retrieval.stages.db_build import build_chunks
-from megatron_grit.retrieval.stages.inspect import inspect_database, report_lines
+from megatron_grit.retrieval.stages.inspect import Questions, inspect_database, report_lines
 from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
 from megatron_grit.retrieval.stages.tombstone import remove_documents
 from megatron_grit.retrieval.work import Worker
@@ -37,6 +38,10 @@ from tests.unit.retrieval.databases import (
 TEXTS = make_texts(10)
 
 
+def ask(folder: Path, *, version: int | None = None, verify: bool = False, **asked: Any) -> dict[str, Any]:
+    return inspect_database(folder, Questions(**asked), version=version, verify=verify)
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     prefix = write_documents(tmp_path / "corpus", TEXTS, tokenizer_of(tmp_path))
@@ -48,7 +53,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 def test_summary(project: Project) -> None:
     db = VersionedDb(project, read_version(project.folder))
-    summary = inspect_database(project.folder)["summary"]
+    summary = ask(project.folder)["summary"]
     assert (summary["version"], summary["num_chunks"], summary["num_removed_chunks"]) == (1, len(db), 0)
     assert summary["datasets"][0]["num_documents"] == 10 and summary["datasets"][0]["num_chunks"] == len(db)
     assert summary["index"]["factory"] == "Flat" and summary["index"]["num_vectors"] == len(db)
@@ -58,19 +63,19 @@ def test_summary(project: Project) -> None:
     )
 
     remove_documents(project, Worker(), "corpus:2")
-    removed = inspect_database(project.folder)["summary"]
+    removed = ask(project.folder)["summary"]
     assert removed["num_removed_chunks"] == (db.rows[:, 1] == 2).sum() > 0
-    assert inspect_database(project.folder, version=1)["summary"]["num_removed_chunks"] == 0
-    assert any(line.startswith("version 2: ") for line in report_lines(inspect_database(project.folder)))
+    assert ask(project.folder, version=1)["summary"]["num_removed_chunks"] == 0
+    assert any(line.startswith("version 2: ") for line in report_lines(ask(project.folder)))
 
 
 def test_chunks_and_documents(project: Project) -> None:
     db = VersionedDb(project, read_version(project.folder))
-    report = inspect_database(project.folder, documents=["corpus:4"], chunks=[0])
+    report = ask(project.folder, documents=["corpus:4"], chunks=[0])
     (document,) = report["documents"]
     assert document["text"].strip() == TEXTS[4]
     assert document["chunks"] == [i for i in range(len(db)) if db.rows[i, 1] == 4]
-    chunks = inspect_database(project.folder, chunks=document["chunks"])["chunks"]
+    chunks = ask(project.folder, chunks=document["chunks"])["chunks"]
     assert [chunk["start"] for chunk in chunks] == sorted(chunk["start"] for chunk in chunks)
     for chunk in chunks:
         assert chunk["text"].strip() in TEXTS[4] and chunk["continuation"].strip() in TEXTS[4]
@@ -81,7 +86,7 @@ def test_chunks_and_documents(project: Project) -> None:
 def test_neighbors(project: Project) -> None:
     db = VersionedDb(project, read_version(project.folder))
     table = NeighborTable(*tables_of(project).values(), db.rows)
-    (found,) = inspect_database(project.folder, neighbors=[f"corpus:3:{CHUNK}"], k=4)["neighbors"]
+    (found,) = ask(project.folder, neighbors=[f"corpus:3:{CHUNK}"], k=4)["neighbors"]
     assert [chunk["chunk"] for chunk in found["neighbors"]] == table.read([(3, CHUNK)], [(0, 3)], 4)[0].tolist()
     assert found["text"].strip() in TEXTS[3]
     lines = list(report_lines({"neighbors": [found]}))
@@ -91,10 +96,10 @@ def test_neighbors(project: Project) -> None:
 def test_search(project: Project) -> None:
     db = VersionedDb(project, read_version(project.folder))
     text = db.texts([5])[0]
-    (found,) = inspect_database(project.folder, searches=[text], k=2)["searches"]
+    (found,) = ask(project.folder, searches=[text], k=2)["searches"]
     assert found["hits"][0]["chunk"] == 5 and found["hits"][0]["score"] == pytest.approx(0, abs=1e-4)
     remove_documents(project, Worker(), f"corpus:{db.rows[5, 1]}")
-    (found,) = inspect_database(project.folder, searches=[text], k=2)["searches"]
+    (found,) = ask(project.folder, searches=[text], k=2)["searches"]
     assert all(hit["document"] != db.rows[5, 1] for hit in found["hits"]) and len(found["hits"]) == 2
 
 
@@ -115,18 +120,18 @@ def test_search(project: Project) -> None:
 )
 def test_what_is_not_there(project: Project, options: dict[str, list[object]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        inspect_database(project.folder, **options)  # type: ignore[arg-type]
+        ask(project.folder, **options)
 
 
 def test_verify_reads_every_file(project: Project) -> None:
-    assert inspect_database(project.folder, verify=True)["summary"]["verified"]
+    assert ask(project.folder, verify=True)["summary"]["verified"]
     for pattern in ("db/merged/train.hdf5", "query/*/neighbors.npy", "index/**/added_*.faissindex"):
         (path,) = project.folder.glob(pattern)
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        inspect_database(project.folder)
+        ask(project.folder)
         with pytest.raises(DataError, match="was changed|does not match its checksum"):
-            inspect_database(project.folder, verify=True)
+            ask(project.folder, verify=True)
         path.write_bytes(whole)
 
 
@@ -136,17 +141,17 @@ def test_a_database_that_has_grown(project: Project, tmp_path: Path) -> None:
     add_documents(grown, Worker(), WordEmbedder())
     save_project_config(grown.config, grown.folder)
     query_neighbors(grown, Worker(), WordEmbedder())
-    report = inspect_database(project.folder, documents=["other:2"], neighbors=["corpus:3:0"], verify=True, k=2)
+    report = ask(project.folder, documents=["other:2"], neighbors=["corpus:3:0"], verify=True, k=2)
     summary, db = report["summary"], VersionedDb(grown, read_version(grown.folder))
     old = [segment.num_chunks for segment in db.version.segments][0]
     assert [dataset["num_chunks"] for dataset in summary["datasets"]] == [old, len(db) - old]
     assert report["documents"][0]["chunks"] == [n for n, row in enumerate(db.rows[:].tolist()) if row[:2] == [1, 2]]
     assert len(list(report_lines(report))) > 10 and report["neighbors"][0]["version"] == 2
     # An earlier version has tables of its own, and neighbors of its own.
-    (found,) = inspect_database(project.folder, version=1, neighbors=["corpus:3:0"], k=5)["neighbors"]
+    (found,) = ask(project.folder, version=1, neighbors=["corpus:3:0"], k=5)["neighbors"]
     assert found["version"] == 1 and all(chunk["chunk"] < old for chunk in found["neighbors"])
     with pytest.raises(ConfigError, match="up to version 1 there are tables of"):
-        inspect_database(project.folder, version=1, neighbors=["other:0:0"])
+        ask(project.folder, version=1, neighbors=["other:0:0"])
 
 
 def test_a_database_without_an_index(tmp_path: Path) -> None:
@@ -154,10 +159,10 @@ def test_a_database_without_an_index(tmp_path: Path) -> None:
     project = make_project(tmp_path / "db", [prefix], tmp_path)
     save_project_config(project.config, project.folder)
     with pytest.raises(DataError, match="run --tasks db-build"):
-        inspect_database(project.folder)
+        ask(project.folder)
     build_chunks(project, Worker())
     db = ChunkDb(project)
-    report = inspect_database(project.folder, chunks=[3], documents=["corpus:4"], verify=True)
+    report = ask(project.folder, chunks=[3], documents=["corpus:4"], verify=True)
     summary = report["summary"]
     assert (summary["version"], summary["index"], summary["num_chunks"]) == (None, None, len(db))
     assert summary["datasets"][0]["num_chunks"] == summary["built"]["datasets"][0]["train"] == len(db)
@@ -167,16 +172,16 @@ def test_a_database_without_an_index(tmp_path: Path) -> None:
     assert any("no index yet" in line for line in lines) and any("exact duplicates" in line for line in lines)
     for options in ({"searches": ["a"]}, {"neighbors": ["corpus:3:0"]}):
         with pytest.raises(ConfigError, match="no index yet|run --tasks query-neighbors"):
-            inspect_database(project.folder, **options)  # type: ignore[arg-type]
+            ask(project.folder, **options)
     with pytest.raises(DataError, match="versions that are there: none"):
-        inspect_database(project.folder, version=1)
+        ask(project.folder, version=1)
     path = project.merged / "train.hdf5"
     whole = path.read_bytes()
     place = whole.index(db.rows[7].tobytes())
     for offset in range(0, 20, 4):  # a number of each column
         path.write_bytes(whole[: place + offset] + bytes([whole[place + offset] ^ 2]) + whole[place + offset + 1 :])
         with pytest.raises(DataError, match="are no chunks of the documents"):
-            inspect_database(project.folder, verify=True)
+            ask(project.folder, verify=True)
 
 
 @pytest.mark.parametrize("name", ["index/*/*/search.json", "db/report.json", "query/*/table.json"])
@@ -185,7 +190,7 @@ def test_damaged_files_are_named(project: Project, name: str, content: str) -> N
     (path,) = project.folder.glob(name)
     path.write_text(content)
     with pytest.raises(DataError, match="cannot be read") as error:
-        inspect_database(project.folder)
+        ask(project.folder)
     assert path.name in str(error.value)
 
 
