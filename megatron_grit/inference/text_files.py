@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megatron_grit.data.text.markers import Side
 from megatron_grit.errors import DataError
 from megatron_grit.store.files import replacing
 
@@ -48,15 +48,7 @@ def save_embeddings(embeddings: np.ndarray, path: str | Path) -> None:
 
 
 def encode_file(
-    checkpoint: str | Path,
-    input_path: str,
-    output_path: str | Path,
-    *,
-    instruction: str = "",
-    side: Side | None = None,
-    max_length: int = 512,
-    batch_tokens: int = 8192,
-    device: str = "auto",
+    checkpoint: str | Path, input_path: str, output_path: str | Path, *, device: str = "auto", **options: Any
 ) -> np.ndarray:
     """Embed each line of a file.
 
@@ -64,11 +56,8 @@ def encode_file(
         checkpoint: checkpoint directory, or a run's output directory for its newest one.
         input_path: UTF-8 file with one text a line, or "-" for standard input.
         output_path: .npy file, float32 [number of lines, embedding size].
-        instruction: given to the model before each text, and not pooled.
-        side: query or passage, for a model that was trained to tell them apart.
-        max_length: longest text in tokens, template included; the rest is cut.
-        batch_tokens: tokens that are embedded at a time.
         device: auto, cpu or cuda.
+        options: instruction, side, max_length, batch_tokens of :meth:`GritModel.encode`.
 
     Returns:
         The embeddings.
@@ -79,9 +68,6 @@ def encode_file(
     texts = read_texts(input_path)  # before the model: a bad line is found at once
     from megatron_grit.inference.model import GritModel
 
-    model = GritModel.load(checkpoint, device=device)
-    embeddings = model.encode(
-        texts, instruction=instruction, side=side, max_length=max_length, batch_tokens=batch_tokens
-    )
+    embeddings = GritModel.load(checkpoint, device=device).encode(texts, **options)
     save_embeddings(embeddings, output_path)
     return embeddings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,21 +139,6 @@ KEPT_TOGETHER: list[tuple[LawOfAll, dict[str, str]]] = [
     ),
     (laws.class_names, {A: "class Segment: pass", "megatron_grit/retrieval/a.py": "class Segment: pass"}),
 ]
-# Violations that stand today. An entry that no longer holds fails the test: take it out.
-STANDING: set[str] = {
-    "megatron_grit/data/builders/sources/msmarco.py convert_msmarco",
-    "megatron_grit/inference/text_files.py encode_file",
-}
-
-
-def _found(bad: list[str]) -> None:
-    """Fails for violations that are not in STANDING."""
-    new = [line for line in bad if _without_numbers(line) not in STANDING]
-    assert not new, "\n".join(new)
-
-
-def _without_numbers(line: str) -> str:
-    return re.sub(r":\d+:| has \d+ parameters| in megatron_grit/.*", "", line)
 
 
 @pytest.fixture(scope="module")
@@ -172,19 +156,13 @@ def files(repository: Path) -> dict[str, str]:
 @pytest.mark.parametrize("law", PYTHON_LAWS, ids=lambda law: law.__name__)
 def test_python_files_keep_the_law(law: Law, files: dict[str, str]) -> None:
     bad = [line for name, text in files.items() if name.endswith(".py") for line in law(name, text)]
-    _found(bad)
+    assert not bad, "\n".join(bad)
 
 
 @pytest.mark.parametrize("law", LAWS_OF_ALL, ids=lambda law: law.__name__)
 def test_the_files_together_keep_the_law(law: LawOfAll, files: dict[str, str]) -> None:
-    _found(law(files))
-
-
-def test_what_stands_against_the_laws_only_shrinks(files: dict[str, str]) -> None:
-    bad = [line for law in LAWS_OF_ALL for line in law(files)]
-    bad += [line for name, text in files.items() if name.endswith(".py") for line in laws.parameters(name, text)]
-    gone = STANDING - {_without_numbers(line) for line in bad}
-    assert not gone, "take these out of STANDING: " + "; ".join(sorted(gone))
+    bad = law(files)
+    assert not bad, "\n".join(bad)
 
 
 @pytest.mark.parametrize("law", [laws.machine_text, laws.shell_scripts], ids=lambda law: law.__name__)

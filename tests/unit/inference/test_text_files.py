@@ -65,8 +65,7 @@ def test_encode_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(GritModel, "load", lambda path, device: SimpleNamespace(encode=encode))
     (tmp_path / "in.txt").write_text("a\nb\n")
-    encode_file(
-        "run", str(tmp_path / "in.txt"), tmp_path / "out.npy", instruction="Find", max_length=9, batch_tokens=64
-    )
-    assert calls == [(["a", "b"], {"instruction": "Find", "side": None, "max_length": 9, "batch_tokens": 64})]
+    options = {"instruction": "Find", "side": "query", "max_length": 9, "batch_tokens": 64}
+    encode_file("run", str(tmp_path / "in.txt"), tmp_path / "out.npy", **options)
+    assert calls == [(["a", "b"], options)]
     assert np.load(tmp_path / "out.npy", allow_pickle=False).shape == (2, 3)

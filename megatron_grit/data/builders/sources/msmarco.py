@@ -112,6 +112,7 @@ class KeyedLines:
             raise DataError(f"the text of {key} is not UTF-8", path=self.path) from None
 
 
+# many: the six files of MS MARCO, and how its negatives are chosen
 def convert_msmarco(
     queries_path: str | Path,
     corpus_path: str | Path,
