@@ -70,12 +70,11 @@ def check_files(output: Path, steps: int) -> dict:
     return report
 
 
-@pytest.mark.timeout(2400)
-def test_in_miniature_stopped_and_started_again(repository: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out dir"
-    process = start(repository, output, SCALE="tiny")
+def stop_and_start_again(repository: Path, output: Path, steps: int, **environment: str) -> dict:
+    """Stop it while it trains, start it again, and look at what it leaves. Returns the report."""
+    process = start(repository, output, **environment)
     metrics = output / "metrics.jsonl"
-    deadline = time.monotonic() + 800
+    deadline = time.monotonic() + 3000
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.2)
@@ -85,24 +84,33 @@ def test_in_miniature_stopped_and_started_again(repository: Path, tmp_path: Path
     untrained = (output / "before.json").stat().st_mtime_ns
 
     # By fresh interpreters: of training, measuring, encoding and generating this is the one that has them.
-    printed = run(repository, output, 800, SCALE="tiny", PYTHON=sys.executable, PYTHON_EXEC=sys.executable)
+    fresh = {"PYTHON": sys.executable, "PYTHON_EXEC": sys.executable}
+    printed = run(repository, output, 3000, **environment, **fresh)
     assert "corpus: done before" in printed and "train: done before" not in printed
     assert "| recall@10 |" in printed
     assert (output / "before.json").stat().st_mtime_ns == untrained
-    report = check_files(output, steps=4)
+    report = check_files(output, steps)
     trainings = [line for line in (output / "timings.tsv").read_text().splitlines() if line.startswith("train\t")]
     assert len(trainings) == 2, "the seconds of the run that was stopped are not counted"
     assert report["stage_seconds"]["train"] == pytest.approx(sum(float(line.split("\t")[1]) for line in trainings))
+    return report
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.processes(2)
+def test_in_miniature(request: pytest.FixtureRequest, repository: Path, tmp_path: Path) -> None:
+    if any(item.name == "test_in_full" for item in request.session.items):
+        pytest.skip("test_in_full sees the same and more")
+    stop_and_start_again(repository, tmp_path / "out dir", steps=4, SCALE="tiny")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.processes(2)
 def test_in_full(repository: Path, tmp_path: Path) -> None:
     """What the README claims. The time limit is for a machine that does nothing else, so it is not tested here."""
-    output = tmp_path / "out"
-    run(repository, output, 3500)
     steps = yaml.safe_load((repository / "examples/configs/quickstart.yaml").read_text())["training"]["steps"]
-    report = check_files(output, steps)
+    report = stop_and_start_again(repository, tmp_path / "out dir", steps)
     before, after = report["before"], report["after"]
     assert after["recall_at_10"] >= 0.30
     assert after["intervals"]["recall_at_10"][0] > before["intervals"]["recall_at_10"][1]
