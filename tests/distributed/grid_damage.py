@@ -118,9 +118,10 @@ def count_replicas_in_the_norm() -> Patch:
 
 def keep_stale_weights() -> Patch:
     """Data parallel ranks do not get the part of the weights that another one has updated."""
-    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.distributed import param_and_grad_buffer
 
-    return mock.patch.object(DistributedDataParallel, "start_param_sync", lambda *_, **__: None)
+    bucket_group = param_and_grad_buffer._ParamAndGradBucketGroup
+    return mock.patch.object(bucket_group, "start_param_sync", lambda *_, **__: None)
 
 
 # Name of the case that is damaged, and how.

@@ -73,6 +73,7 @@ def go_on(config: RunConfig, name: str, source: Path, step: int) -> dict[str, An
     import torch.distributed as dist
 
     config.output_dir = str(source.with_name(name))
+    config.checkpoint.save_interval = 0  # but at the end
     if dist.get_rank() == 0:
         folder = f"checkpoints/step_{step:08d}"
         shutil.copytree(source / folder, Path(config.output_dir) / folder)
