@@ -26,7 +26,7 @@ LAYERS = ("parallel", "models", "losses", "training", "inference", "serving", "c
 """Whose modules count, whatever they import."""
 FOLDERS = ("distributed", "e2e", "gpu", "parity")
 """Whose tests count, whatever they import."""
-OURS = ("megatron_grit", "tests", "benchmarks", "tools")
+OURS = ("megatron_grit", "tests", "benchmarks", "examples", "tools")
 _IMPORT = re.compile(
     r"^([ \t]*)(?:from[ \t]+([\w.]+)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)|import[ \t]+([\w.]+))", re.MULTILINE
 )

@@ -2,9 +2,9 @@
 
 import contextlib
 
-import jsonargparse  # noqa: F401
 import torch.distributed.run  # noqa: F401
 
+import megatron_grit.config.parse  # noqa: F401
 import megatron_grit.inference.model  # noqa: F401
 
 with contextlib.suppress(ImportError):
