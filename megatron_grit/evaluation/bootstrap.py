@@ -41,9 +41,7 @@ def bootstrap_ratio(
     Args:
         numerators: [n] one number for each item.
         denominators: [n] positive weight of each item.
-        num_resamples: bootstrap samples.
         confidence: coverage of the interval.
-        seed: of the resampling.
 
     Raises:
         ValueError: no items, unequal lengths, or a weight that is not positive.

@@ -33,7 +33,6 @@ def evaluate_checkpoint(
         output: JSON file, written atomically.
         retrieval: JSONL of embedding records; every positive is a candidate for every query.
         generative: prefix of a generative indexed file.
-        device: auto, cpu or cuda.
         max_length: longest text in tokens.
         batch_tokens: tokens that are embedded at a time.
 

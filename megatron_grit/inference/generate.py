@@ -32,7 +32,6 @@ def generate_tokens(
         stop_id: a sequence ends with this token, which is not returned.
         temperature: divides the logits before sampling. 0: the most likely token.
         top_p: sample from the smallest set of tokens that holds this probability.
-        seed: of the sampling.
 
     Returns:
         The new tokens of each prompt.

@@ -65,7 +65,6 @@ class GritModel:
 
         Args:
             path: a checkpoint, or the output directory of a run for its newest one.
-            device: auto, cpu or cuda.
             precision: fp32 or bf16. None: that of the training run, but fp32 on a CPU.
             base: for a run with adapters, where their base is now: a checkpoint or a Hugging Face directory. None:
                 where the run read it.
@@ -185,7 +184,6 @@ class GritModel:
             max_new_tokens: at most this many tokens are generated.
             temperature: 0 for the most likely token at each position, else it divides the logits.
             top_p: nucleus to sample from.
-            seed: of the sampling.
 
         Returns:
             The answer; a list of them for several conversations.

@@ -56,7 +56,6 @@ def encode_file(
         checkpoint: checkpoint directory, or a run's output directory for its newest one.
         input_path: UTF-8 file with one text a line, or "-" for standard input.
         output_path: .npy file, float32 [number of lines, embedding size].
-        device: auto, cpu or cuda.
         options: instruction, side, max_length, batch_tokens of :meth:`GritModel.encode`.
 
     Returns:

@@ -44,7 +44,6 @@ class Workload:
         """The rows that a configuration leads to, for texts of a stated mean length.
 
         Args:
-            config: the run.
             data_size: data parallel size.
             lengths: of the data.
         """
@@ -101,9 +100,7 @@ def estimate_memory(
 
     Args:
         config: the run; its mesh must be possible.
-        world_size: number of processes.
         vocab_size: of the model before padding.
-        workload: rows of a step.
         device: the plain torch norm of the CPU keeps one tensor more than a GPU's.
         stage: the pipeline stage. None: the one that needs most.
     """

@@ -106,10 +106,7 @@ def count_flops(config: RunConfig, world_size: int, vocab_size: int, workload: W
     """Operations of a step.
 
     Args:
-        config: the run.
-        world_size: number of processes.
         vocab_size: of the model before padding.
-        workload: rows of a step.
     """
     data_size = data_parallel_size(config, world_size)
     padded = padded_vocabulary(vocab_size, config.model.vocab_multiple, config.parallel.tensor)

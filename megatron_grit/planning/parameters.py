@@ -128,7 +128,6 @@ def count_parameters(config: RunConfig, vocab_size: int, stage: int = 0) -> Para
     """Parameters of the model and of one process, adapters left out.
 
     Args:
-        config: the run.
         vocab_size: of the model before padding.
         stage: pipeline stage of the process.
     """
@@ -157,7 +156,6 @@ def count_adapters(config: RunConfig, stage: int) -> tuple[int, int]:
     """Parameters of a process's adapters: those of experts apart from all others.
 
     Args:
-        config: the run.
         stage: pipeline stage of the process.
     """
     targets, adapter = adapter_targets(config), config.adapter
@@ -181,7 +179,6 @@ def count_trained(config: RunConfig, base: Parameters, vocab_size: int, stage: i
     is too high rather than too low.
 
     Args:
-        config: the run.
         base: from :func:`count_parameters`.
         vocab_size: of the model before padding.
         stage: pipeline stage of the process.

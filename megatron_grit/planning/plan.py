@@ -115,8 +115,6 @@ def make_plan(
     """Needs at the configured mesh, and every other mesh of as many processes.
 
     Args:
-        config: the run.
-        world_size: number of processes.
         vocab_size: of the model before padding.
         lengths: of the data.
         machine: peak and bandwidths.

@@ -222,7 +222,6 @@ def serve(
         checkpoint: checkpoint directory, or a run's output directory for its newest one.
         host: address or name to listen on. There is no authentication.
         port: 0 for a free one; the log says which.
-        device: auto, cpu or cuda.
         name: of the model in responses. None: the name of the checkpoint's directory.
         max_length: longest text to embed in tokens, template included; the rest is cut.
         max_new_tokens: longest answer in tokens.

@@ -110,7 +110,6 @@ def load_pretrained(
     Args:
         config: with ``model.pretrained``.
         chunks: of this process's stage, without DDP wrappers.
-        context: this process's place in the mesh.
         checked: :func:`resolve_pretrained` has compared types and shapes already.
 
     Returns:
@@ -138,10 +137,7 @@ def fill_chunks(
     """Fill parameters with their shards of the converted tensors. Each shard is read once.
 
     Args:
-        chunks: this process's stage.
         model: shape of the model, which may have more tokens than the source.
-        plan: how each tensor is made.
-        weights: the source.
     """
     conversions = {conversion.megatron: conversion for conversion in plan}
     for chunk in chunks:

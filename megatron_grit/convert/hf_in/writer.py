@@ -52,8 +52,6 @@ def write_checkpoint(
 
     Args:
         config: of the checkpoint; the vocabulary of its ``model`` may be larger than the source's.
-        plan: how each tensor is made.
-        weights: the source.
         tokenizer: copied into the checkpoint.
 
     Raises:
@@ -128,8 +126,6 @@ class _Maker:
     """Makes the tensors that the engine's plan writes, one at a time.
 
     Args:
-        plan: how each tensor is made.
-        weights: the source.
         model: shape of the model to make.
         state: the model's sharded state dict, which says how a tensor is stored.
         dtype: dtype of each tensor.

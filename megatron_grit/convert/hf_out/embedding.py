@@ -104,7 +104,6 @@ def write_modules(folder: Path, config: RunConfig, hf_config: dict[str, Any], he
     Linear layers are applied after pooling wherever that gives the same result, else to each token state.
 
     Args:
-        folder: the exported directory.
         config: the run's.
         hf_config: config.json.
         head: the linear layers' tensors by their names in the model.

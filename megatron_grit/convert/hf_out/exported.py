@@ -61,7 +61,6 @@ def read_checkpoint(path: Path, tokenizer: str | Path | None) -> Checkpoint:
     """Read state, configuration and tokenizer of a checkpoint.
 
     Args:
-        path: the checkpoint.
         tokenizer: the tokenizer that it was trained with. None: the run's, or the checkpoint's copy.
 
     Raises:

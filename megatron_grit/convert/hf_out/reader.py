@@ -33,10 +33,8 @@ class CheckpointReader:
     whole model or nothing: all layers are one tensor on disk, of which a process has to request every part.
 
     Args:
-        path: the checkpoint.
         config: its configuration.
         vocab_size: of its model.
-        context: of a one-process job.
 
     Raises:
         CheckpointError: the checkpoint is damaged.

@@ -46,8 +46,6 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, chat_te
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, and a SentencePiece model as it is.
 
     Args:
-        folder: where to write.
-        tokenizer: the model's.
         max_length: tokens that the model may see.
         chat_template: Jinja. None: none.
 
@@ -194,7 +192,6 @@ def misread_by_transformers(folder: Path, tokenizer: Tokenizer) -> str | None:
 
     Args:
         folder: an exported directory with config.json and the tokenizer's files.
-        tokenizer: the model's.
     """
     try:
         from transformers import AutoTokenizer, __version__

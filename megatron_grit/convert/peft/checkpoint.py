@@ -26,10 +26,8 @@ def load_checkpoint(
     """Load a model's weights from a checkpoint of any layout. Collective over all ranks.
 
     Args:
-        path: the checkpoint.
         config: the configuration of the model: the checkpoint's, except for layout and precision.
         model: this process's chunks.
-        context: this process's place in the mesh.
         base: for a run with adapters, where their base is now: a checkpoint or a Hugging Face directory. None: where
             the run read it.
 

@@ -72,7 +72,6 @@ def merged_weight(
         weight: whole, rows in the engine's order.
         site: the layer.
         adapter: the whole model's.
-        model: its shape.
         quantize: what was done to a projection's weight before its adapter was trained. None: nothing.
     """
     merged = []
@@ -92,10 +91,6 @@ def merged_weight(
 
 class AdapterRun:
     """The checkpoint of a run with adapters.
-
-    Args:
-        path: the checkpoint.
-        context: of a job of one process.
 
     Raises:
         CheckpointError: it is damaged, or holds a whole model.
@@ -169,7 +164,6 @@ class HuggingFaceReader:
     """Reads a Hugging Face directory by the names of our tensors.
 
     Args:
-        folder: the directory.
         model: shape of the model to make, which may have more tokens.
         shapes: its parameters, without storage.
         dtype: of its weights.
@@ -197,8 +191,6 @@ def open_merged(
     """A reader of the merged model of a run with adapters.
 
     Args:
-        path: its checkpoint.
-        context: of a job of one process.
         into: see :class:`MergedReader`.
         base: where the base is now: a checkpoint or a Hugging Face directory. None: where the run read it.
 

@@ -51,7 +51,6 @@ def load_peft(path: str | Path, config: RunConfig, chunks: Sequence[GritDecoder]
     The run may have a higher rank and another alpha: factors are padded and rescaled, the function stays the same.
 
     Args:
-        path: the directory.
         config: the run; its adapters must be of the same kind, and reach all that the directory has.
         chunks: this process's stage, with adapters.
 
@@ -107,9 +106,7 @@ def fill_trained(chunks: Sequence[GritDecoder], trained: dict[str, Tensor], mode
     """Fill parameters that were trained in addition to adapters (``modules_to_save``) with their shards.
 
     Args:
-        chunks: this process's stage.
         trained: whole tensors by their names in Hugging Face's model.
-        model: its shape.
 
     Raises:
         CheckpointError: a parameter is made of several of them, and not all are there; or one has another shape.

@@ -47,8 +47,6 @@ def summarize_losses(
     Args:
         loss_sums: [n] sum of each record's token losses.
         num_tokens: [n] supervised tokens of each record; records without any are left out.
-        num_resamples: bootstrap samples.
-        seed: of the bootstrap.
 
     Raises:
         NumericsError: a loss that is not finite.

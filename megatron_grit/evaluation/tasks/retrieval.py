@@ -88,8 +88,6 @@ def evaluate_retrieval(
         query_embeddings_QD: float [Q, D]; unit length for cosine similarity.
         passage_embeddings_PD: float [P, D].
         relevant: for each query the index of its passage, or a sequence of distinct indices.
-        num_resamples: bootstrap samples.
-        seed: of the bootstrap.
 
     Raises:
         ValueError: shapes that do not fit, a query without a relevant passage, an index out of range, or an embedding
