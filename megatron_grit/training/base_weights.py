@@ -1,8 +1,8 @@
-"""The frozen model that adapters stand beside: recognised again by its weights, wherever they are read from.
+"""The frozen base of adapters, identified by a fingerprint of its weights.
 
-A checkpoint of a run with adapters holds what is trained. Whoever goes on from it, or calls the model, reads the base
-once more from where it came (``checkpoint.load`` or ``model.pretrained``); that it is the same one is told by a
-fingerprint of the weights themselves, which depends neither on the layout nor on the format that they were stored in.
+A checkpoint of a run with adapters holds only what is trained. To resume or to use the model, the base is read again
+from its source (``checkpoint.load`` or ``model.pretrained``). The fingerprint tells whether it is the same base; it
+depends neither on the layout nor on the format of the weights.
 """
 
 from __future__ import annotations

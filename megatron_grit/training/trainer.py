@@ -263,7 +263,7 @@ class Trainer:
                 self.save(trained, wait=trained == last or stopping)
             self.saver.poll()
             if stopping and trained < last:
-                log.info(f"stopped after step {trained}; the same command goes on from there")
+                log.info(f"stopped after step {trained}; the same command resumes from there")
                 raise SystemExit(stop.exit_status)
             positions.enter("loading data", trained + 1)
 

@@ -31,7 +31,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: sig
     process.send_signal(number)
     _, messages = process.communicate(timeout=600)
     assert process.returncode == 128 + number, messages
-    assert "goes on from there" in messages and "Traceback" not in messages
+    assert "resumes from there" in messages and "Traceback" not in messages
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert saved.name == f"step_{steps[-1]:08d}"
@@ -51,7 +51,7 @@ def test_a_time_limit_saves_and_the_same_command_goes_on(tmp_path: Path) -> None
     ends = []
     for _ in range(2):
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-        assert result.returncode == 0 and "goes on from there" in result.stderr, result.stderr
+        assert result.returncode == 0 and "resumes from there" in result.stderr, result.stderr
         ends.append(json.loads(metrics.read_text().splitlines()[-1])["step"])
     assert 0 < ends[0] < ends[1] < 100_000
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]

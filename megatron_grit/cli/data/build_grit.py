@@ -10,8 +10,7 @@ Each line is one record; its format is found for each line:
   {"prompt": "text", "completion": "text"}                              generation, without a template
 
 Embedding and generation go into separate files. Records with an empty text, or with an instruction that leaves no
-room for the text, are dropped, counted and listed in PREFIX.rejected.jsonl. The same command after a kill goes on where
-it was.
+room for the text, are dropped, counted and listed in PREFIX.rejected.jsonl. After a kill the same command resumes.
 
 Example:
   megatron-grit build-grit --input pairs.jsonl --output-prefix data/pairs --tokenizer tokenizer.model

@@ -8,7 +8,7 @@ Each line is one record; its format is found for each line:
   {"text": "text"}                                                      plain text, all of it supervised
 
 Every answer is supervised with the token that ends its turn. Dropped records are counted and listed in
-PREFIX.rejected.jsonl. The same command after a kill goes on where it was.
+PREFIX.rejected.jsonl. After a kill the same command resumes.
 
 Example:
   megatron-grit build-sft --input tulu.jsonl --output-prefix data/tulu --tokenizer model/ --template tulu

@@ -1,8 +1,8 @@
 """Tokenise JSONL documents into Megatron's .bin and .idx, one pair for every JSON key.
 
 PREFIX_KEY_document.bin, .idx and .json are written; PREFIX_KEY_sentence with --split-sentences. The tokens are those of
-each document tokenised alone, in the order of the input, whatever the numbers of workers and partitions. The same
-command after an interruption goes on where it stopped.
+each document tokenised alone, in the order of the input, whatever the numbers of workers and partitions. After
+an interruption the same command resumes.
 
 Example:
   megatron-grit preprocess-data --input 'corpus/*.jsonl.zst' --output-prefix data/corpus \\

@@ -11,7 +11,7 @@ Tasks, as a comma list:
   tombstone        remove the documents that --tombstone names; earlier versions of the database keep them
 Without embed the later tasks embed what they need themselves: chunks twice, and nothing is kept on disk.
 
-The same command goes on where it was stopped. Settings are kept in DIR/config.json and need not be given again. One
+After a kill the same command resumes. Settings are kept in DIR/config.json and need not be given again. One
 that something was built with is changed only together with --overwrite TASK. With --dry-run it is checked, in one
 process, and nothing is changed.
 

@@ -64,7 +64,7 @@ class RetroDbConfig:
     """Tokens of a forward pass of the embedder, padding included."""
     embedder_tensor: int = knob(1, at_least=1)
     """Of our own models: tensor parallel size. With this, embedder_pipeline, embedder_context and embedder_expert a
-    model that one GPU cannot hold is spread over several processes, which embed together. The number of processes is a
+    model that one GPU cannot hold is sharded over several processes, which embed together. The number of processes is a
     multiple of embedder_tensor x embedder_pipeline x the least common multiple of the other two. Another mesh changes
     the last digits of vectors."""
     embedder_pipeline: int = knob(1, at_least=1)

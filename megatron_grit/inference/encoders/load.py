@@ -47,7 +47,7 @@ def load_embedder(
         if parallel is not None and any(getattr(parallel, name) > 1 for name in MESH):
             raise ConfigError(
                 f"embedder {path}: each process holds an encoder of Hugging Face whole, and only a checkpoint of ours "
-                f"can be spread over several; leave out {_sizes(parallel)}"
+                f"can be sharded over several; leave out {_sizes(parallel)}"
             )
         try:
             import transformers  # noqa: F401

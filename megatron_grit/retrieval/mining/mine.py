@@ -12,8 +12,8 @@ marked. What is left out here:
   below that of the worst positive;
 * passages that a cross-encoder does not score a margin below the worst positive (SGPT, arXiv 2202.08904: 3.0).
 
-Scores are cosines. Embeddings and results are kept in blocks beside the output until it is whole, so the same command
-goes on where it stopped.
+Scores are cosines. Embeddings and results are kept in blocks beside the output until it is finished: after a kill the
+same command resumes.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ class Preparation:
             )
 
     def check_mesh(self, num_processes: int) -> None:
-        """See that an embedder that is spread over processes can be.
+        """See that an embedder that is sharded over processes can be.
 
         Raises:
             ConfigError: not over so many.

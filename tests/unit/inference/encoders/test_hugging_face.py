@@ -475,7 +475,7 @@ def test_finite_gives_what_it_gets():
 
 def test_an_encoder_of_hugging_face_is_not_spread(bert):
     with pytest.raises(
-        ConfigError, match=r"only a checkpoint of ours can be spread over several; leave out .*expert 2"
+        ConfigError, match=r"only a checkpoint of ours can be sharded over several; leave out .*expert 2"
     ):
         load_embedder(str(bert), parallel=ParallelConfig(expert=2))
     embedder = load_embedder(str(bert), parallel=ParallelConfig())
