@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,7 +64,8 @@ class Commands:
         return self.plain(done.stdout)
 
     def plain(self, text: str) -> str:
-        """Text without the paths of this machine."""
+        """Text without the paths of this machine and without versions."""
+        text = re.sub(r"^\| versions \|.*$", "| versions |", text, flags=re.MULTILINE)
         text = text.replace(str(self.folder), "FOLDER").replace(str(self.tree), "TREE")
         return text.replace(sys.executable, "PYTHON")
 
