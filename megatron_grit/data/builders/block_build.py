@@ -174,8 +174,10 @@ def build_blocks(inputs: Sequence[str | os.PathLike[str]], spec: BuildSpec, run:
     size = sum(build.disk_bytes(index) for index in chosen)
     if not build.work.exists():
         build.refuse_existing()  # and leave no folder behind
-    bar = Progress(size, run.description, "B", enabled=run.progress, also="document", log_each=run.log_interval)
-    with locked(build.work / "lock", spec.work_prefix, shared=run.partition is not None), bar:
+    with (
+        locked(build.work / "lock", spec.work_prefix, shared=run.partition is not None),
+        Progress(size, run.description, "B", enabled=run.progress, also="document", log_each=run.log_interval) as bar,
+    ):
         return build.build_all(bar) if run.partition is None else build.build_one(run.partition, bar)
 
 

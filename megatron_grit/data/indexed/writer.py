@@ -1,4 +1,4 @@
-"""Writing indexed files: streams that grow block by block in constant memory, and go on after a kill.
+"""Writes indexed files as streams that are appended to block by block in constant memory; a killed write resumes.
 
 The bytes are those that ``megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder`` writes for the same tokens;
 tests/unit/data/indexed/test_indexed_writer.py compares. That builder keeps the whole index in Python lists and cannot
