@@ -275,19 +275,23 @@ def test_killed_at_any_moment(tmp_path: Path, tokenizer: Path) -> None:
         process.join(draw.uniform(0, 0.05))
         process.kill()
         process.join(60)
-        if process.exitcode == 0:
-            break  # the last moment was past its end
-        assert process.exitcode == -signal.SIGKILL
-        # What was noted as whole is there still, the very same file.
-        assert before.items() <= inodes(target).items() or (target / "checkpoints" / "step_00000000").is_dir()
+        assert process.exitcode in (0, -signal.SIGKILL)
         kept += len(before)
+        if (target / "checkpoints" / "step_00000000").is_dir():
+            break  # the moment was past the end of writing
+        # What was noted as whole is there still, the very same file.
+        assert before.items() <= inodes(target).items()
     if not (target / "checkpoints" / "step_00000000").is_dir():
         assert finish(start()) == 0
     assert kept, "no start found what an earlier one had written"
     found = content(target / "checkpoints" / "step_00000000")
     assert found.keys() == expected.keys()
     assert all(found[name] == expected[name] for name in expected)
-    assert [path.name for path in (target / "checkpoints").iterdir()] == ["step_00000000"]
+    left = {path.name for path in (target / "checkpoints").iterdir()} - {"step_00000000"}
+    # A kill right after the checkpoint got its name leaves the journal behind.
+    assert not left or (
+        process.exitcode and left == {PARTIAL} and not (target / "checkpoints" / PARTIAL / "files").exists()
+    )
     ours, theirs = (
         FileSystemReader(path / "checkpoints" / "step_00000000" / "weights").read_metadata()
         for path in (target, tmp_path / "expected")
