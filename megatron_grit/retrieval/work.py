@@ -38,7 +38,7 @@ class Worker:
         rank: of 0 to ``world_size - 1``.
         world_size: processes.
         gather: every process's value, of what JSON can hold, on every process, in the order of ranks.
-        gather_arrays: likewise of arrays that have one type and number of axes, and may differ in length.
+        gather_arrays: every process's array, in the order of ranks; all of one type and number of axes, of any length.
         exchange: given an array for each process, in the order of ranks, the arrays that they have for this one; arrays
             of one axis and one type.
         group: several processes may hold one embedder together; number of this process's model-parallel group.

@@ -1,6 +1,6 @@
 """The chunks of a retrieval database, to read: a table that is mapped, and the tokens and texts behind it.
 
-Chunk ids are places in ``db/merged/train.hdf5``, 64 bits wide. Nothing is loaded at the start, whatever the size.
+Chunk ids are rows of ``db/merged/train.hdf5``, 64 bits wide. Nothing is loaded at the start, whatever the size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DATASET, DOCUMENT, START, STOP, VISIBLE = range(5)
 
 
 def map_dataset(path: Path, name: str, remedy: str = "run --tasks db-build") -> np.ndarray:
-    """An array of an HDF5 file, mapped, not read.
+    """An array of an HDF5 file, by mmap.
 
     Args:
         path: the file.

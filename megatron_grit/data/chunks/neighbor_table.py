@@ -1,6 +1,6 @@
 """Neighbors of chunks, to train with: found by (dataset, document, offset), whatever the seed, batch or sequence.
 
-A table holds ``num_neighbors_save`` chunk ids for every place of every document at which a chunk begins, nearest
+A table holds ``num_neighbors_save`` chunk ids for every chunk position of every document, nearest
 first, -1 where there are fewer. It is mapped, so nothing is loaded and no file is opened for each chunk. It belongs to
 one version of the database: what is added or removed later changes nothing for who reads it.
 
@@ -93,7 +93,7 @@ class NeighborTable:
         self.neighbors = _mapped(folder / "neighbors.npy", shape)
         """int64 [num_places, num_neighbors], mapped."""
         self.starts = _mapped(folder / "starts.npy", (self.manifest.source.num_documents + 1,))
-        """int64 [num_documents + 1], places before each document; mapped."""
+        """int64 [num_documents + 1], chunk positions before each document; mapped."""
 
     def check_source(self, prefix: Path) -> None:
         """Compare the file that is trained on with the one that was queried. Documents may have been appended.
@@ -153,7 +153,7 @@ class NeighborTable:
             int64 [len(chunks), k]: chunk ids, nearest first; -1 where there are fewer.
 
         Raises:
-            IndexError: no chunk begins at one of the places.
+            IndexError: no chunk begins at one of the tokens.
         """
         return first_allowed(self.neighbors[self.places(chunks)], self._documents_of, sample_documents, k)
 
@@ -180,7 +180,7 @@ def take_first(ids_QK: np.ndarray, keep_QK: np.ndarray, k: int) -> np.ndarray:
 def chunk_at(
     file: IndexedFile, starts: np.ndarray, place: int, chunk_length: int, eod_id: int
 ) -> tuple[int, int, np.ndarray]:
-    """Document, first token and tokens of the chunk at a place.
+    """Document, first token and tokens of the chunk at a chunk position.
 
     Args:
         file: the tokens.
@@ -237,7 +237,7 @@ def write_table(folder: Path, parts: Iterable[np.ndarray], manifest: TableManife
 
     Args:
         folder: made where it is not there.
-        parts: int64 [places, neighbors] in runs, in order.
+        parts: int64 [chunk positions, neighbors] in runs, in order.
         manifest: what it is of; its checksums are filled in.
     """
     shape = (manifest.num_places, manifest.num_neighbors)

@@ -25,10 +25,10 @@ class DatasetInfo:
     fingerprint: str = ""
     """Of the tokens: SHA-256 of the ``.bin`` where it is known, else of the ``.idx`` and the size of the ``.bin``."""
     bin_sha256: str = ""
-    """Of the ``.bin``, whether or not a ``.json`` tells it."""
+    """SHA-256 of the ``.bin``, computed even if no ``.json`` records it."""
     bin_bytes: int = 0
     bin_mtime_ns: int = 0
-    """Of the ``.bin`` when it was cut. While neither has changed its SHA-256 is taken to be the same."""
+    """Of the ``.bin`` when it was cut. If size and mtime are unchanged, its SHA-256 is assumed unchanged."""
     n_docs: int = 0
     n_docs_train: int = 0
     n_chunks: int = 0

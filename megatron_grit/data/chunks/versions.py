@@ -40,7 +40,7 @@ class Source:
     num_sequences: int
     bin_bytes: int
     bin_mtime_ns: int
-    """While it, the size and the fingerprint are the same, the tokens are taken to be."""
+    """If it, the size and the fingerprint are unchanged, the tokens are assumed unchanged."""
     bin_sha256: str
     index_sha256: str
     """Of the type of the tokens, the lengths of the sequences and the first sequence of each document."""
@@ -378,7 +378,7 @@ class VersionedDb(ChunkDb):
         version: of :func:`read_version`.
 
     Attributes:
-        version: it.
+        version: the one that was opened.
         tombstones: uint64, ascending: keys of removed documents, of :func:`document_keys`.
 
     Raises:

@@ -221,7 +221,7 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
     """The tokenizer of a directory.
 
     Args:
-        folder: it.
+        folder: of the tokenizer.
         options: for ``AutoTokenizer.from_pretrained``.
 
     Raises:
@@ -242,7 +242,7 @@ def check_vocabulary(folder: Path, tokenizer: Any, model: Any) -> None:
     Args:
         folder: of both, for the message.
         tokenizer: of transformers.
-        model: likewise.
+        model: of transformers.
 
     Raises:
         DataError: no words, numbers beyond the model's table of tokens, or far fewer than it has.

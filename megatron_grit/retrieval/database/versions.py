@@ -123,7 +123,7 @@ def open_index(project: Project, version: Version, worker: Worker | None = None)
 
     Args:
         project: the database.
-        version: of it.
+        version: the one to search.
         worker: this process among those that search, which all call this; the index is then placed as the
             configuration says. None: a few searches of this process alone, for which it is mapped.
 

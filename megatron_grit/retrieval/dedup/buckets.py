@@ -97,7 +97,7 @@ def find_pairs(
     Memory is that of the entries given at a time, of the signatures of some ten thousand rows, and of the result.
 
     Args:
-        entries: of buckets in ascending order. A bucket may go on in the next entries.
+        entries: of buckets in ascending order. A bucket may continue in the next entries.
         signatures: gives those of rows, [n, columns].
         threshold: share of equal columns from which rows are similar.
         first_new: only rows from this one on are left out; buckets without such a row are passed over.
@@ -107,7 +107,7 @@ def find_pairs(
         entries are cut, the pairs are the same.
     """
     found = [np.empty((0, 2), dtype=np.int64)]
-    leaders: Entries = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)  # of the bucket that may go on
+    leaders: Entries = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)  # of the bucket that may continue
     for keys, rows in entries:
         if not len(keys):
             continue
@@ -125,7 +125,7 @@ def find_pairs(
 
 
 def _comparable(keys: np.ndarray, rows: np.ndarray, open_keys: np.ndarray, first_new: int) -> Entries:
-    """Entries of buckets with a row to compare; those of the first and the last one stay where these may go on."""
+    """Entries of buckets with a row to compare; those of the first and the last bucket stay if these may continue."""
     begins = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
     sizes = np.diff(np.append(begins, len(keys)))
     wanted = (sizes > 1) & (rows[begins + sizes - 1] >= first_new)

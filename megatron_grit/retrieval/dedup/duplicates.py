@@ -5,9 +5,9 @@
    duplicates are found.
 2. Equal chunks: the space of keys is cut into parts; a part reads its piece of every block's list, and compares whole
    hashes of chunks with equal keys.
-3. Similar chunks: likewise for each band, without the chunks that are equal to an earlier one.
+3. Similar chunks: the same for each band, without the chunks that are equal to an earlier one.
 
-Keys and parts are blocks that processes share out, and that are gone on with after a kill. A process holds a block of
+Processes share the key and part blocks; a killed run resumes from the finished ones. A process holds a block of
 chunks or :data:`ENTRIES_IN_MEMORY` keys, 16 bytes for each chunk that a part leaves out, and where it reads or makes
 the state of all chunks, a byte for each; states are mapped while parts are computed.
 """

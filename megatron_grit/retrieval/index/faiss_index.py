@@ -1,4 +1,4 @@
-"""The vector index: the only place that knows faiss.
+"""The vector index: the only file that imports faiss.
 
 An index is trained on a sample, then filled with codes that several processes may have made, each with the id of its
 chunk. Training and filling are deterministic: the same vectors give the same file, whatever the number of threads.
@@ -293,7 +293,7 @@ class VectorIndex:
 
         Args:
             codes: of :meth:`encode`.
-            ids: int64 [N], ascending; without lists the first ones set ``first_id`` and the others must go on there.
+            ids: int64 [N], ascending; without lists the first ones set ``first_id`` and the others must follow.
 
         Raises:
             ConfigError: ids with gaps where the index holds none.
@@ -337,7 +337,7 @@ class VectorIndex:
         except RuntimeError as error:
             raise ConfigError(
                 f"index {self.factory!r} cannot be searched on GPU {gpus.devices[0]} ({_reason(error)}); set "
-                "index_on_gpu to false, or spread it over more processes where it does not fit"
+                "index_on_gpu to false, or shard it over more processes if it does not fit"
             ) from None
 
     def set_search(self, nprobe: int | None, ef_search: int | None) -> None:
@@ -402,7 +402,7 @@ class VectorIndex:
             path: the index.
             mapped: leave it on disk; the system reads what a search touches.
             embedder: fingerprint of what makes the queries; compared with the manifest's.
-            chunks: fingerprint of the chunks; likewise.
+            chunks: fingerprint of the chunks; compared with the manifest's.
 
         Raises:
             DataError: a file is missing or damaged, or is of another embedder or other chunks.
@@ -440,7 +440,7 @@ class VectorIndex:
 
 
 def exact_search(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest vectors by comparing all: scores, float32 [Q, min(k, N)], and places among ``vectors_ND``."""
+    """Nearest vectors by comparing all: scores, float32 [Q, min(k, N)], and rows of ``vectors_ND``."""
     faiss = _faiss()
     kind = {"l2": faiss.METRIC_L2, "inner_product": faiss.METRIC_INNER_PRODUCT}[metric]
     k = min(k, len(vectors_ND))

@@ -102,7 +102,7 @@ class SpreadIndex(_Shards):
         if worker.is_first and len(paths) < worker.world_size:
             log.warning(
                 f"the index has {len(paths)} files for {worker.world_size} processes: "
-                f"{worker.world_size - len(paths)} of them hold none; raise num_shards to spread it further"
+                f"{worker.world_size - len(paths)} of them hold none; raise num_shards to shard it further"
             )
         self.shards = [VectorIndex.load(paths[number], embedder=embedder) for number in mine]
         groups = worker.gather([worker.group, worker.leads])

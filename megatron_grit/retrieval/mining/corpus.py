@@ -207,26 +207,21 @@ class PassageFiles:
         return len(self.passages)
 
     def prepare(self, worker: Worker, queries: Sequence[str]) -> None:
-        """As :class:`Corpus` says."""
         self.stored.prepare(worker)
         self._queries = queries
 
     def passage(self, number: int) -> Passage:
-        """As :class:`Corpus` says."""
         return self.passages[number]
 
     def is_one_of(self, number: int, texts: Sequence[str]) -> bool:
-        """As :class:`Corpus` says."""
         return self._normalized[number] in texts
 
     def search(self, vectors_QD: np.ndarray, k: int) -> np.ndarray:
-        """As :class:`Corpus` says."""
         if self._index is None:
             self._index = self._build()
         return self._index.search(unit(vectors_QD), k)[1]
 
     def vectors(self, numbers: np.ndarray) -> np.ndarray:
-        """As :class:`Corpus` says."""
         return self.stored.of(numbers)
 
     def _build(self) -> ShardedIndex:
@@ -299,17 +294,14 @@ class DatabaseChunks:
         return len(self._db)
 
     def prepare(self, worker: Worker, queries: Sequence[str]) -> None:
-        """As :class:`Corpus` says."""
         stored = stored_vectors(self._db, worker, self.embedder)
         if stored is not None and len(self._version.segments) == 1:
             self._vectors_of = stored.of
 
     def passage(self, number: int) -> Passage:
-        """As :class:`Corpus` says."""
         return Passage(None, self._db.texts([number])[0], False)
 
     def is_one_of(self, number: int, texts: Sequence[str]) -> bool:
-        """As :class:`Corpus` says."""
         mine = normalized(self._db.texts([number])[0])
         return any(mine in text or text in mine for text in texts)
 
@@ -322,7 +314,6 @@ class DatabaseChunks:
         return np.take_along_axis(np.where(removed, -1, ids), order, 1)
 
     def vectors(self, numbers: np.ndarray) -> np.ndarray:
-        """As :class:`Corpus` says."""
         return unit(self._vectors_of(numbers))
 
     def _embedded(self, numbers: np.ndarray) -> np.ndarray:

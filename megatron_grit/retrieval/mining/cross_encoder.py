@@ -55,7 +55,6 @@ class ScoreFile:
                 ) from None
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """As :class:`PairScorer` says."""
         return np.array([self._scores.get(pair, np.nan) for pair in pairs], dtype=np.float64)
 
 

@@ -44,7 +44,6 @@ class CosineJudge:
     """Unit vectors of passages by the embedder, float32 [n, D] of numbers int64 [n]."""
 
     def judge(self, records: Sequence[Record], candidates: Sequence[np.ndarray]) -> Iterator[Scored]:
-        """As :class:`Judge` says."""
         queries = unit(self.embedder.embed([query_of(record).text for record in records], "query"))
         positives = unit(self.embedder.embed([pair.text for record in records for pair in record.positives]))
         first = 0
@@ -62,7 +61,6 @@ class PairJudge:
     corpus: Corpus
 
     def judge(self, records: Sequence[Record], candidates: Sequence[np.ndarray]) -> Iterator[Scored]:
-        """As :class:`Judge` says."""
         pairs: list[tuple[str, str]] = []
         for record, numbers in zip(records, candidates, strict=True):
             query = query_of(record).text

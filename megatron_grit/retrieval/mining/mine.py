@@ -126,7 +126,7 @@ class Miner:
     """One run.
 
     Args:
-        options: of it.
+        options: what to mine and where to write it.
     """
 
     def __init__(self, options: MineOptions) -> None:

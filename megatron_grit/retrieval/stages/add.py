@@ -65,7 +65,6 @@ class Add(Task):
         return check_documents(inputs)
 
     def run(self, job: Job) -> None:
-        """As :class:`Task` says."""
         add_documents(job.project, job.worker, job.embedder)
 
     def validate(self, job: Job) -> Iterator[Check]:
@@ -166,7 +165,9 @@ class Addition:
             with writing_table(self.table, num_rows, self.chunks) as table:
                 for part in parted(self.project, self.cuts, state):
                     table.add(part.train)
-            log.info(f"{num_rows:,} chunks are new; {np.count_nonzero(state):,} stand in the database already")
+            log.info(
+                f"{num_rows:,} chunks are new; {np.count_nonzero(state):,} repeat chunks of the database or each other"
+            )
         worker.barrier()
 
     def _earlier_blocks(self, worker: Worker) -> list[ChunkBlock]:

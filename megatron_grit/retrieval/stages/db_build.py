@@ -81,7 +81,6 @@ class DbBuild(Task):
         return check_documents(inputs)
 
     def run(self, job: Job) -> None:
-        """As :class:`Task` says."""
         build_chunks(job.project, job.worker)
 
     def remove(self, folder: Path) -> None:
@@ -90,7 +89,6 @@ class DbBuild(Task):
         super().remove(folder)
 
     def validate(self, job: Job) -> Iterator[Check]:
-        """As :class:`Task` says."""
         cuts = cuts_of(job.project, built_datasets(job.project))
         yield from chunk_blocks(job.project, cuts)
         if job.worker.is_first:

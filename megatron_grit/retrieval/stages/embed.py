@@ -52,7 +52,6 @@ class Embed(Task):
         embed_chunks(vectors, job.worker)
 
     def validate(self, job: Job) -> Iterator[Check]:
-        """As :class:`Task` says."""
         vectors = open_vectors(job.project, job.worker, job.embedder, built_chunks(job.project))
         yield Check("embeddings", vectors.blocks, vectors.compute)
 

@@ -47,18 +47,15 @@ class IndexAdd(Task):
     trace = "index/*/*/search.json"
 
     def check(self, inputs: Inputs) -> Iterator[str]:
-        """As :class:`Task` says."""
         for prefix in inputs.project.config.query_paths:
             yield inputs.project.outline(prefix)
         yield from check_index_of(inputs)
 
     def run(self, job: Job) -> None:
-        """As :class:`Task` says."""
         add_to_index(job.project, job.worker, job.embedder)
         record_version(job.project, job.worker, job.embedder)
 
     def validate(self, job: Job) -> Iterator[Check]:
-        """As :class:`Task` says."""
         db = built_chunks(job.project)
         files = IndexFiles(job.project, db, job.embedder.fingerprint, job.embedder.dim)
         trained = VectorIndex.load(files.trained, embedder=files.embedder, chunks=files.chunks)

@@ -39,15 +39,12 @@ class IndexTrain(Task):
     trace = "index/*/*/empty_*.json"
 
     def check(self, inputs: Inputs) -> Iterator[str]:
-        """As :class:`Task` says."""
         return check_index_of(inputs)
 
     def run(self, job: Job) -> None:
-        """As :class:`Task` says."""
         train_index(job.project, job.worker, job.embedder)
 
     def validate(self, job: Job) -> Iterator[Check]:
-        """As :class:`Task` says."""
         db = built_chunks(job.project)
         files = IndexFiles(job.project, db, job.embedder.fingerprint, job.embedder.dim)
         yield sample_blocks(job.project, files, open_vectors(job.project, job.worker, job.embedder, db))

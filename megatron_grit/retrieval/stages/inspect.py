@@ -132,7 +132,7 @@ class Inspector:
             k: neighbors.
 
         Raises:
-            ConfigError: no such place.
+            ConfigError: no chunk begins there.
             DataError: neighbors were not searched.
         """
         wanted, _, offset = name.rpartition(":")

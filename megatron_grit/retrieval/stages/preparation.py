@@ -219,7 +219,7 @@ class Preparation:
             )
 
     def check_mesh(self, num_processes: int) -> None:
-        """See that an embedder that is sharded over processes can be.
+        """Check that the embedder can be sharded over this many processes.
 
         Raises:
             ConfigError: not over so many.
@@ -247,7 +247,7 @@ class Preparation:
         named = f"version{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))} of the database"
         if numbers and "db-build" in self.overwritten:
             number = next_version_number(folder)
-            lines.append(f"overwrite gives up {named}: what reads it cannot go on; the next one is {number}")
+            lines.append(f"overwrite gives up {named}: whatever reads it cannot resume; the next one is {number}")
         elif numbers and {"index-train", "index-add"} & set(self.overwritten):
             lines.append(f"overwrite takes the index of {named}; the neighbors that were found stay")
         return lines

@@ -42,11 +42,9 @@ class QueryNeighbors(Task):
             yield inputs.project.outline(prefix)
 
     def run(self, job: Job) -> None:
-        """As :class:`Task` says."""
         query_neighbors(job.project, job.worker, job.embedder)
 
     def validate(self, job: Job) -> Iterator[Check]:
-        """As :class:`Task` says."""
         project, worker = job.project, job.worker
         version = version_to_use(project, worker, job.embedder)
         db, index = VersionedDb(project, version), index_to_search(project, version, worker)

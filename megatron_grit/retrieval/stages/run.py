@@ -57,8 +57,8 @@ def dry_run(prepared: Preparation) -> list[str]:
         What is there and what would be done, a line each.
 
     Raises:
-        ConfigError: as there.
-        DataError: as there.
+        ConfigError: as for :func:`run_tasks`.
+        DataError: as for :func:`run_tasks`.
     """
     embedder, config = None, prepared.wanted
     lines = prepared.outline()

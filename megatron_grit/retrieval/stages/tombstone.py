@@ -49,7 +49,6 @@ class Tombstone(Task):
     needs_embedder = False
 
     def run(self, job: Job) -> None:
-        """As :class:`Task` says."""
         remove_documents(job.project, job.worker, job.tombstone)
 
     def validate(self, job: Job) -> Iterator[Check]:

@@ -193,7 +193,7 @@ def test_the_number_of_a_version_is_used_once(
         run_tasks(Preparation(project, "build", {"chunk_length": 16}, overwrite=EVERYTHING))
     said = "\n".join(record.message for record in caplog.records)
     assert "overwrite removes query" in said and "db/merged" in said
-    assert "gives up versions 1, 2 of the database: what reads it cannot go on; the next one is 3" in said
+    assert "gives up versions 1, 2 of the database: whatever reads it cannot resume; the next one is 3" in said
     assert version_numbers(project) == [3]
     with pytest.raises(DataError, match="0001.json: was given up when the database was built again; .* there: 3"):
         read_version(project, 1)
