@@ -21,7 +21,6 @@ from megatron_grit.data.chunks.versions import (
     built_chunks,
     built_datasets,
     check_stored,
-    give_up_versions,
     is_damaged,
     is_unchanged,
     read_version,
@@ -82,11 +81,6 @@ class DbBuild(Task):
 
     def run(self, job: Job) -> None:
         build_chunks(job.project, job.worker)
-
-    def remove(self, folder: Path) -> None:
-        """As :class:`Task` says; the numbers of the versions that go stay used."""
-        give_up_versions(folder)
-        super().remove(folder)
 
     def validate(self, job: Job) -> Iterator[Check]:
         cuts = cuts_of(job.project, built_datasets(job.project))

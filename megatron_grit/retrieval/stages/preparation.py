@@ -11,7 +11,7 @@ from typing import Any
 from megatron_grit.config.database.schema import CONFIG_FILE, RetroDbConfig, config_problems, load_project_config
 from megatron_grit.config.database.settings import same_value
 from megatron_grit.data.chunks.project import Project
-from megatron_grit.data.chunks.versions import next_version_number, read_version, version_numbers
+from megatron_grit.data.chunks.versions import give_up_versions, next_version_number, read_version, version_numbers
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.stages.db_build import refuse_other_sources
@@ -261,6 +261,9 @@ class Preparation:
                 path.unlink(missing_ok=True)
         for path in self.folder.glob(f".{CONFIG_FILE}.*.tmp"):
             path.unlink(missing_ok=True)
+        if "db-build" in self.overwritten:
+            # First of all: a kill then leaves no version whose files are gone.
+            give_up_versions(self.folder)
         for task in self._removed():
             task.remove(self.folder)
 
