@@ -207,6 +207,7 @@ def _program(arguments: list[str]) -> Any:
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path.insert(0, os.getcwd())
+        sys.modules.pop(sys.argv[0], None)  # runpy warns of a module that was imported before it is run
         return lambda: runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     sys.argv = arguments
     sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
@@ -222,10 +223,10 @@ def _status_of(program: Any) -> int:
             return (end.code or 0) & 0xFF
         print(end.code, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-        return -signal.SIGINT
-    except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-        return 1
+    except BaseException as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+            trace = trace.tb_next  # the interpreter would not have these frames
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     return 0
