@@ -3,6 +3,7 @@ layouts."""
 
 from __future__ import annotations
 
+import inspect
 from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -174,7 +175,8 @@ def write(config: RunConfig, folder: Path, written: Written) -> list[list[float]
             target.mkdir(parents=True)
             (folder / "latest_checkpointed_iteration.txt").write_text("100")
         dist.barrier()
-        options = {"async_strategy": "mcore"} if compat.engine_version() >= (0, 19) else {}
+        has_strategies = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+        options = {"async_strategy": "mcore"} if has_strategies else {}
         request = dist_checkpointing.save(state, str(target), async_sharded_save=True, **options)
         request.execute_sync()
         compat.let_routers_run_without_transformer_engine()  # 0.16's own cannot
