@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from megatron_grit.config.knob import range_problem, range_text
-from megatron_grit.config.values import BOOLEANS, convert, describe_type, documents, item_type, takes_null
+from megatron_grit.config.values import BOOLEANS, convert, describe_type, documents, item_type, takes_null, takes_word
 from megatron_grit.errors import ConfigError
 
 Options = TypeVar("Options")
@@ -94,7 +94,8 @@ class Option:
         if takes_null(self.hint) and (is_null or texts == ["~"]):
             return None
         value: Any = text
-        if item is not None:
+        is_word = takes_word(self.hint) and len(texts) == 1 and not text.startswith("[")
+        if item is not None and not is_word:
             value = _listed(texts) if not facts.get("verbatim") else texts
         try:
             if is_null:

@@ -55,6 +55,11 @@ def takes_null(hint: Any) -> bool:
     return types.NoneType in typing.get_args(hint)
 
 
+def takes_word(hint: Any) -> bool:
+    """Whether a field may be a text in place of a list."""
+    return typing.get_origin(hint) in (types.UnionType, typing.Union) and str in typing.get_args(hint)
+
+
 def item_type(hint: Any) -> Any:
     """Type of the items of a list that may be null; None where the hint is no list."""
     for part in (hint, *typing.get_args(hint)):

@@ -90,3 +90,9 @@ def test_a_section_that_is_added_leaves_the_others(monkeypatch: pytest.MonkeyPat
     assert dataclasses.asdict(first) == {"output_dir": "runs", "lists": ["a"], "new": {"size": 3}}
     assert first != second and first == Run() and first.lists is not Run().lists and "new=" in repr(second)
     assert [field.name for field in dataclasses.fields(RunConfig)][-1] == "logging"
+
+
+@pytest.mark.parametrize("objective", ["unified", "generative", ["generative", "embedding"]])
+def test_the_objective_is_kept_as_it_is_given(objective: str | list[str]) -> None:
+    given = objective if isinstance(objective, str) else f"[{', '.join(objective)}]"
+    assert parse_run_config(["--training.objective", given]).training.objective == objective
