@@ -305,7 +305,7 @@ def help_page(prog: str, description: str, options: Iterable[Option], *, section
     """
     width = min(shutil.get_terminal_size().columns, 120) - 2
     options = list(options)
-    texts = {option.group: documents(option.group) for option in options}
+    texts = {group: documents(group) for group in {option.group for option in options}}
     needed = [_usage(option) for option in options if option.required]
     usage = " ".join([f"usage: {prog}", *needed, "[OPTION ...]"])
     lines = [*textwrap.wrap(usage, width, subsequent_indent=" " * 8, break_on_hyphens=False), "", description.strip()]
