@@ -184,7 +184,7 @@ def test_it_is_configured_and_planned(tmp_path: Path) -> None:
         [
             "one of unified, embedding, focal, generative",
             "did you mean --focal.gamma?",
-            "--focal.gamma must be float, not 'x'",
+            "--focal.gamma must be float, at least 0, not 'x'",
             "focal.gamma must be at least 0, not -1.0",
             "focal.batch_size 2 is below the 4 rows of a step",
         ],
