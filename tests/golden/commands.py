@@ -66,8 +66,9 @@ class Commands:
     def plain(self, text: str) -> str:
         """Text without the paths of this machine and without versions."""
         text = re.sub(r"^\| versions \|.*$", "| versions |", text, flags=re.MULTILINE)
-        text = text.replace(str(self.folder), "FOLDER").replace(str(self.tree), "TREE")
-        return text.replace(sys.executable, "PYTHON")
+        # An environment may lie in the checkout.
+        text = text.replace(sys.executable, "PYTHON")
+        return text.replace(str(self.folder), "FOLDER").replace(str(self.tree), "TREE")
 
     def settle(self) -> None:
         """Give all files one modification time: a database remembers those of its inputs."""
