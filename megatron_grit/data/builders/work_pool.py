@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Generic, TypeVar
 
 from megatron_grit.errors import DataError, GritError
@@ -103,15 +106,11 @@ class _Pool(Generic[Task, Result]):
             return None
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs, self._factory), daemon=True)
-        # Ctrl-C reaches every process; this one answers it. A process inherits what is blocked, from its first moment.
         resource_tracker.ensure_running()  # would otherwise be started within, and unblock
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _interrupts_wait():
             process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            self._workers.append(_Worker(process, ours))
         theirs.close()  # so that the end of the process is the end of the pipe
-        self._workers.append(_Worker(process, ours))
         return self._workers[-1]
 
     def _send(self, worker: _Worker[Task], number: int, task: Task) -> None:
@@ -163,6 +162,35 @@ class _Pool(Generic[Task, Result]):
         for worker in self._workers:
             worker.process.join(_JOIN_SECONDS)
             worker.connection.close()
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C reaches every process, and this one answers it: when the block has ended.
+
+    A process that is started in the block inherits what is blocked, from its first moment. Blocking is not enough here:
+    another thread may take the signal, and Python raises KeyboardInterrupt in the main thread all the same, perhaps
+    before the new process was told what to run.
+    """
+    came = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    if in_main_thread and handler is not None:  # None: one that Python did not set, and cannot set again
+        signal.signal(signal.SIGINT, note)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if in_main_thread and handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _serve(connection: Connection, factory: Callable[[], Callable[[Task], Result]]) -> None:
