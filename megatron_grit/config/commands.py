@@ -96,9 +96,10 @@ class Option:
         value: Any = text
         is_word = takes_word(self.hint) and len(texts) == 1 and not text.startswith("[")
         if item is not None and not is_word:
-            value = _listed(texts) if not facts.get("verbatim") else texts
+            value = _listed(texts, self.dotted) if not facts.get("verbatim") else texts
         try:
-            if is_null:
+            # Of a verb, null may be a text like any other; a key of configuration files is as YAML reads it.
+            if is_null and not is_word and (self.dotted or self.hint is not str):
                 raise ValueError(text)
             value = convert(self.hint, value)
         except ValueError:
@@ -119,9 +120,16 @@ class Option:
             raise ConfigError(f"{self.shown} {problem}")
 
 
-def _listed(texts: list[str]) -> Any:
-    """Several values, or one that is a list in YAML."""
-    if len(texts) != 1 or not (texts[0].startswith("[") and texts[0].endswith("]")):
+def _listed(texts: list[str], is_yaml: bool) -> Any:
+    """Several values, or one that is a list in YAML.
+
+    Args:
+        texts: the words.
+        is_yaml: what begins as a list has to be one. If not, a pattern such as [ab]*.jsonl is a text.
+    """
+    if is_yaml and texts == [""]:
+        return ""  # which is no list
+    if len(texts) != 1 or not texts[0].startswith("[") or not (is_yaml or texts[0].endswith("]")):
         return texts
     import yaml
 
@@ -197,6 +205,9 @@ def read_options(
                 given.append(Given(option=waiting.pop(0), texts=[word + equals + text]))
             elif rest is not None and rest:
                 rest.append(word + equals + text)
+            elif given and given[-1].option.hint is bool and not given[-1].texts:
+                name = given[-1].option.shown
+                raise ConfigError(f"{name} must be true or false, not {word + equals + text!r}")
             else:
                 raise ConfigError(f"{word + equals + text!r} belongs to no option")
             continue

@@ -64,7 +64,10 @@ def objective_problem(config: RunConfig) -> str | None:
     """What is wrong with ``training.objective``, to follow the key; None: nothing."""
     objective, names = config.training.objective, kind_names()
     words = [*SHORT_FORMS, *names]
-    if (objective in words) if isinstance(objective, str) else (objective and set(objective) <= set(names)):
+    if isinstance(objective, str):
+        if objective in words:
+            return None
+    elif objective and set(objective) <= set(names) and len(set(objective)) == len(objective):
         return None
     return f"must be one of {', '.join(words)}, or a list of kinds such as [{', '.join(names)}], not {objective!r}"
 

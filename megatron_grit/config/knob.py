@@ -10,6 +10,8 @@ from typing import Any
 from megatron_grit.errors import ConfigError
 
 _BOUNDS = ("at_least", "above", "at_most", "below")
+_LARGEST = (1 << 63) - 1
+"""Integers beyond it fit into no array and no tensor."""
 
 
 def knob(default: Any = dataclasses.MISSING, **facts: Any) -> Any:
@@ -66,4 +68,6 @@ def range_problem(field: dataclasses.Field, value: Any) -> str | None:
             return f"must be {range_text(field) or 'a number'}, not {number}"
         if math.isinf(number):
             return f"must be a finite number, not {number}"
+        if isinstance(number, int) and not -_LARGEST <= number <= _LARGEST:
+            return f"must be at most {_LARGEST} in size, not {number}"
     return None

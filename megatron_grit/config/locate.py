@@ -74,8 +74,12 @@ def read_yaml(path: str | Path, prefix: str = "") -> Located:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _walk(node: yaml.MappingNode, prefix: str, path: Path) -> Iterator[tuple[str, yaml.Node, int]]:
-    """Dotted key, value and 1-based line of every leaf below ``node``."""
+def _walk(
+    node: yaml.MappingNode, prefix: str, path: Path, above: tuple[yaml.Node, ...] = ()
+) -> Iterator[tuple[str, yaml.Node, int]]:
+    """Dotted key, value and 1-based line of every leaf below ``node``, which lies in the nodes ``above``."""
+    if node in above:
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: {prefix} holds itself, by an alias")
     seen: dict[str, int] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
@@ -87,7 +91,7 @@ def _walk(node: yaml.MappingNode, prefix: str, path: Path) -> Iterator[tuple[str
         seen[name] = line
         key = f"{prefix}.{name}" if prefix else name
         if isinstance(value_node, yaml.MappingNode):
-            yield from _walk(value_node, key, path)
+            yield from _walk(value_node, key, path, (*above, node))
         else:
             yield key, value_node, line
 

@@ -104,7 +104,7 @@ def check_options(options: MineOptions) -> None:
     first, last = options.ranks
     check_ranges(options)
     if not 1 <= first <= last:
-        raise ConfigError(f"ranks cannot be {options.ranks}")
+        raise ConfigError(f"ranks must be FIRST-LAST with 1 <= FIRST <= LAST, such as 10-100, not {first}-{last}")
     if options.min_negatives > most_negatives(options):
         raise ConfigError(f"min_negatives cannot be {options.min_negatives}: {most_negatives(options)} are the most")
     check_text_path(options.output)

@@ -124,6 +124,12 @@ def test_a_tool_is_a_verb(
         (["generate", "--checkpoint=a", "--prompt=b", "--temperature=inf"], "--temperature must be a finite number"),
         (["generate", "--checkpoint=a", "--prompt=b", "--seed", "-1"], "--seed must be at least 0, not -1"),
         (["generate", "--checkpoint=a", "--prompt=b", "--seed", "x"], "--seed must be int, at least 0, not 'x'"),
+        (
+            ["generate", "--checkpoint=a", "--prompt=b", f"--seed={10**20}"],
+            f"--seed must be at most {2**63 - 1} in size",
+        ),
+        (["encode", "--checkpoint=a", "--input=b", "--output=c", f"--batch-tokens={10**20}"], "--batch-tokens must be"),
+        (["generate", "--checkpoint=a", "--prompt", "null"], "no checkpoint here"),
         (["generate", "--checkpoint"], "--checkpoint needs a value"),
         (["generate", "a"], "'a' belongs to no option"),
         (["serve", "--checkpoint=a", "--port=65536"], "--port must be at least 0 and at most 65535, not 65536"),

@@ -135,6 +135,7 @@ BAD_FILES = [
     ("\n\nmodel: mistral\n", 3, "no model preset 'mistral' (did you mean mistral_7b?)"),
     ("model:\n  preset: gpt\n", 2, "no model preset 'gpt'; there are mistral_7b"),
     ("training: {<<: {steps: 3}}\n", 1, "unknown key training.<<.steps"),
+    ("optimizer: &x {lr: *x}\n", 1, "optimizer.lr holds itself, by an alias"),
 ]
 
 
@@ -161,6 +162,11 @@ BAD_COMMAND_LINES = [
     (["stray"], "'stray' belongs to no option"),
     (["--model", "tiny_mistrl"], "no model preset 'tiny_mistrl' (did you mean tiny_mistral?)"),
     (["--config"], "--config needs a value"),
+    (["--model.tie_embeddings", "1"], "--model.tie_embeddings must be true or false, not '1'"),
+    (["--training.objective", "null"], "--training.objective must be one of unified, embedding, generative"),
+    (["--training.objective", "[generative, generative]"], "not ['generative', 'generative']"),
+    (["--data.embedding="], "--data.embedding must be a list such as [a, b], not ''"),
+    (["--data.embedding=[a"], "--data.embedding must be a list such as [a, b], not '[a'"),
 ]
 
 

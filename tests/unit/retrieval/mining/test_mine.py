@@ -209,7 +209,7 @@ def test_another_corpus(pairs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ranks": (5, 2)}, "ranks cannot be"),
+        ({"ranks": (5, 2)}, "ranks must be FIRST-LAST with 1 <= FIRST <= LAST"),
         ({"num_negatives": 0}, "num_negatives must be .*, not 0"),
         ({"max_fraction": 1.5}, "max_fraction must be .*, not 1.5"),
         ({"max_fraction": math.nan}, "max_fraction must be .*, not nan"),
