@@ -97,6 +97,49 @@ class ChunkDb:
             return file.read(*file.sequences(document), start, stop - start)
         return document_tokens(file, document, start, num_tokens, self.project.tokenizer.eos_id)
 
+    def read_tokens(
+        self, chunks: np.ndarray, length: int | None = None, pad_id: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of many chunks with what follows each in its document: neighbors with their continuations.
+
+        Args:
+            chunks: ids of any shape; negative for none.
+            length: tokens of each. None: two chunks.
+            pad_id: stands where a document has ended, and for an id that is none.
+
+        Returns:
+            int32 [*chunks.shape, length], and bool of that shape: where a token is. As :meth:`tokens` a document's
+            closing end-of-document token is none.
+
+        Raises:
+            IndexError: no such chunk.
+            DataError: a damaged file.
+        """
+        length = 2 * self.project.config.chunk_length if length is None else length
+        ids = np.asarray(chunks, dtype=np.int64).reshape(-1)
+        there = np.flatnonzero(ids >= 0)
+        if len(there) and ids.max() >= len(self.rows):
+            raise IndexError(f"chunk {ids.max()} of {len(self.rows)}")
+        rows, eod_id = self.rows[ids[there]], self.project.tokenizer.eos_id
+        tokens = np.full((len(ids), length), pad_id, dtype=np.int32)
+        counts = np.zeros(len(ids), dtype=np.int64)
+        for dataset in np.unique(rows[:, DATASET]).tolist():
+            here = np.flatnonzero(rows[:, DATASET] == dataset)
+            file, starts = self.project.file(dataset), rows[here, START].astype(np.int64)
+            begins, lengths = file.extents(rows[here, DOCUMENT])
+            if (starts + (rows[here, STOP] - rows[here, START]) > lengths).any():
+                raise DataError("holds chunks beyond their documents' ends; run --tasks db-build", path=self.path)
+            count = np.minimum(lengths - starts, length)
+            read = np.zeros((len(here), length), dtype=file.dtype)
+            file.read_into(read, begins + starts * file.dtype.itemsize, count)
+            last = np.flatnonzero((starts + count == lengths) & (count > 0))
+            count[last] -= read[last, count[last] - 1] == eod_id
+            mask = np.arange(length) < count[:, None]
+            tokens[there[here]] = np.where(mask, read, pad_id)
+            counts[there[here]] = count
+        shape = (*np.shape(chunks), length)
+        return tokens.reshape(shape), (np.arange(length) < counts[:, None]).reshape(shape)
+
     def texts(self, chunks: Sequence[int] | np.ndarray) -> list[str]:
         """Texts of chunks."""
         decode = self.project.tokenizer.decode

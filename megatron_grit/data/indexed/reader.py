@@ -259,6 +259,50 @@ class IndexedFile:
             place = following
         return begin, place
 
+    def extents(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where documents are in the ``.bin``: first byte and tokens of each, int64 of the shape of ``documents``.
+
+        Raises:
+            IndexError: no such document.
+            DataError: an index that goes backwards, or out of the ``.bin``.
+        """
+        documents = np.asarray(documents, dtype=np.int64)
+        if documents.size and not (0 <= documents.min() and documents.max() < self.num_documents):
+            raise IndexError(f"documents {documents.min()} to {documents.max()} of {self.num_documents}")
+        sequences = np.stack([self.documents[documents], self.documents[documents + 1]])
+        wrong = (sequences[0] < 0) | (sequences[0] > sequences[1]) | (sequences[1] > self.num_sequences)
+        edges = np.full(sequences.shape, self.bin_bytes, dtype=np.int64)
+        inside = (sequences >= 0) & (sequences < self.num_sequences)
+        edges[inside] = self.pointers[sequences[inside]]
+        wrong |= (edges[0] < 0) | (edges[0] > edges[1]) | (edges[1] > self.bin_bytes)
+        if wrong.any():
+            document = int(documents[wrong].flat[0])
+            raise DataError(
+                f"document {document} has no possible place in the .bin; build it again",
+                path=self.idx_path,
+                byte=self._documents_at + 8 * document,
+            )
+        return edges[0], (edges[1] - edges[0]) // self.dtype.itemsize
+
+    def read_into(self, out_NL: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> None:
+        """Fill the first ``counts[i]`` entries of each row with the tokens from byte ``begins[i]`` on. One read a row,
+        which is several times as fast as :meth:`read`.
+
+        Args:
+            out_NL: [n, length], C-contiguous, of this file's type; what is not read stays as it is.
+            begins: int64 [n].
+            counts: int64 [n], none above the length.
+
+        Raises:
+            DataError: the ``.bin`` ends too early.
+        """
+        view, width, itemsize = memoryview(out_NL.reshape(-1).view(np.uint8)), out_NL.shape[1], self.dtype.itemsize
+        places = (np.arange(len(out_NL)) * width * itemsize).tolist()
+        sizes = (counts * itemsize).tolist()
+        for place, begin, size in zip(places, begins.tolist(), sizes, strict=True):
+            if os.preadv(self._descriptor, [view[place : place + size]], begin) != size:
+                raise DataError("ends here; it was cut short while it was open", path=self.bin_path, byte=begin)
+
     def check_index(self) -> None:
         """Compare the whole index with itself: every sequence starts where the one before it ends, no document goes
         backwards.

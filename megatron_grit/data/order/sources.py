@@ -116,16 +116,10 @@ class Sources:
             DataError: a damaged index.
         """
         file = self[index].file
-        bounds = np.stack([file.documents[records], file.documents[records + 1]])
-        wrong = (bounds[0] < 0) | (bounds[0] >= bounds[1]) | (bounds[1] > file.num_sequences)
+        _, lengths = file.extents(records)
+        wrong = (lengths <= 0) | (lengths > self[index].meta.longest_segment_tokens)
         if not wrong.any():
-            begins, ends = file.pointers[bounds[0]], np.full(len(records), file.bin_bytes)
-            inside = bounds[1] < file.num_sequences
-            ends[inside] = file.pointers[bounds[1][inside]]
-            lengths = (ends - begins) // file.dtype.itemsize
-            wrong = (lengths <= 0) | (lengths > self[index].meta.longest_segment_tokens)
-            if not wrong.any():
-                return lengths
+            return lengths
         name = self[index].name(int(records[wrong][0]))
         raise DataError(f"record {name} has no possible length; build the file again", path=file.idx_path)
 

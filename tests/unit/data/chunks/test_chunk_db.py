@@ -41,6 +41,38 @@ def test_tokens_texts_and_continuations(project: Project) -> None:
             db.tokens(chunk)
 
 
+def test_many_chunks_are_read_at_once(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tmp_path)
+    prefixes = [write_documents(tmp_path / name, make_texts(9, seed), tokenizer) for seed, name in enumerate("ab")]
+    project = make_project(tmp_path / "db", prefixes, tmp_path, duplicates="keep")
+    build_chunks(project, Worker())
+    db = ChunkDb(project)
+    ids = np.random.default_rng(0).integers(0, len(db), (40, 3))
+    ids[ids % 7 == 0] = -1
+    for length in (CHUNK, 2 * CHUNK, 5):
+        tokens, mask = db.read_tokens(ids, None if length == 2 * CHUNK else length, pad_id=3)
+        assert tokens.shape == mask.shape == (40, 3, length) and tokens.dtype == np.int32
+        for place in np.ndindex(ids.shape):
+            chunk = int(ids[place])
+            expected = db.tokens(chunk, num_tokens=length).tolist() if chunk >= 0 else []
+            assert tokens[place][mask[place]].tolist() == expected, "as one at a time"
+            assert (tokens[place][~mask[place]] == 3).all() and mask[place][: len(expected)].all()
+    assert mask.any() and not mask.all()
+    empty, _ = db.read_tokens(np.empty((0, 2), np.int64))
+    assert empty.shape == (0, 2, 2 * CHUNK)
+    with pytest.raises(IndexError):
+        db.read_tokens(np.array([len(db)]))
+
+
+def test_chunks_beyond_their_document_are_refused(project: Project) -> None:
+    with h5py.File(project.merged / "train.hdf5", "r+") as file:
+        row = file["chunks"][2]
+        row[3] = 60_000
+        file["chunks"][2] = row
+    with pytest.raises(DataError, match="beyond their documents' ends"):
+        ChunkDb(project).read_tokens(np.array([2]))
+
+
 def test_a_table_of_another_build_is_refused(project: Project) -> None:
     path = project.merged / "train.hdf5"
     with h5py.File(path) as file:

@@ -114,7 +114,7 @@ def test_lengths_of_records(tmp_path: Path) -> None:
     content[34 + 12 * 8 + 8] ^= 64  # the first sequence of record 1
     path.write_bytes(content)
     damaged = open_sources(run_config(tmp_path, generative=[prefix]), OpenFiles())
-    with pytest.raises(DataError, match=r"a\.idx: record .*a#[01] has no possible length; build the file again"):
+    with pytest.raises(DataError, match=r"a\.idx \(byte \d+\): document [01] has no possible place in the .bin"):
         damaged.record_lengths(0, np.array([0, 1]))
 
 
