@@ -14,6 +14,7 @@ OPTIONAL = [
     "accelerate",
     "apex",
     "bitsandbytes",
+    "bm25s",
     "datasketch",
     "faiss",
     "flash_attn",

@@ -170,11 +170,12 @@ def first_allowed(
     return take_first(ids_QK, keep, k)
 
 
-def take_first(ids_QK: np.ndarray, keep_QK: np.ndarray, k: int) -> np.ndarray:
-    """The first ``k`` kept entries of each row, in their order; -1 where there are fewer."""
+def take_first(values_QK: np.ndarray, keep_QK: np.ndarray, k: int, fill: float = NONE) -> np.ndarray:
+    """The first ``k`` kept entries of each row, in their order; ``fill`` where there are fewer."""
     order = np.argsort(~keep_QK, axis=1, kind="stable")[:, :k]
-    taken = np.where(np.take_along_axis(keep_QK, order, 1), np.take_along_axis(ids_QK, order, 1), NONE)
-    return np.pad(taken, ((0, 0), (0, k - taken.shape[1])), constant_values=NONE).astype(np.int64)
+    fill_of = values_QK.dtype.type(fill)
+    taken = np.where(np.take_along_axis(keep_QK, order, 1), np.take_along_axis(values_QK, order, 1), fill_of)
+    return np.pad(taken, ((0, 0), (0, k - taken.shape[1])), constant_values=fill_of)
 
 
 def chunk_at(

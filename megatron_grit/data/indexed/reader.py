@@ -296,7 +296,7 @@ class IndexedFile:
         Raises:
             DataError: the ``.bin`` ends too early.
         """
-        view, width, itemsize = memoryview(out_NL.reshape(-1).view(np.uint8)), out_NL.shape[1], self.dtype.itemsize
+        view, width, itemsize = out_NL.reshape(-1).view(np.uint8).data, out_NL.shape[1], self.dtype.itemsize
         places = (np.arange(len(out_NL)) * width * itemsize).tolist()
         sizes = (counts * itemsize).tolist()
         for place, begin, size in zip(places, begins.tolist(), sizes, strict=True):

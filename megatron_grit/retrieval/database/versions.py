@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_grit.data.chunks.chunk_db import ChunkDb
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import (
@@ -14,6 +16,7 @@ from megatron_grit.data.chunks.versions import (
     Version,
     VersionedDb,
     check_stored,
+    is_among,
     next_version_number,
     read_version,
     source_of,
@@ -29,7 +32,7 @@ from megatron_grit.retrieval.database.vectors import ChunkVectors
 from megatron_grit.retrieval.index.faiss_index import gpus_of_process
 from megatron_grit.retrieval.index.manifest import read_manifest
 from megatron_grit.retrieval.index.recall import read_search
-from megatron_grit.retrieval.index.search import SearchableIndex, ShardedIndex, SpreadIndex
+from megatron_grit.retrieval.index.search import Found, SearchableIndex, ShardedIndex, SpreadIndex, find_allowed
 from megatron_grit.retrieval.work import Worker
 from megatron_grit.store.logs import get_logger
 
@@ -150,6 +153,27 @@ def open_index(project: Project, version: Version, worker: Worker | None = None)
     search = search_of(project, version)
     index.set_search(search.nprobe, search.ef_search)
     return index
+
+
+def nearest_chunks(
+    db: VersionedDb, index: SearchableIndex, vectors_QD: np.ndarray, k: int, removed: np.ndarray | None = None
+) -> Found:
+    """The chunks of a version that are nearest to vectors.
+
+    Args:
+        db: the version.
+        index: of :func:`open_index`.
+        vectors_QD: float32 [Q, D].
+        k: chunks of each.
+        removed: keys of documents that are passed over, ascending. None: those that the version has removed.
+
+    Raises:
+        DataError: vectors of another width.
+    """
+    if vectors_QD.ndim != 2 or vectors_QD.shape[1] != index.dim:
+        raise DataError(f"queries are of shape {vectors_QD.shape}; the index takes [Q, {index.dim}]")
+    keys = db.tombstones if removed is None else removed
+    return find_allowed(index, vectors_QD, max(k, 10), k, lambda rows, ids: ~is_among(db.keys(ids), keys))
 
 
 def stored_vectors(db: VersionedDb, worker: Worker, embedder: Embedder) -> ChunkVectors | None:

@@ -160,7 +160,7 @@ def find_allowed(
     num_query: int,
     num_save: int,
     allowed: Callable[[np.ndarray, np.ndarray], np.ndarray],
-) -> np.ndarray:
+) -> Found:
     """The nearest chunks that a filter lets through. Where it leaves too few, more are searched.
 
     Args:
@@ -171,9 +171,9 @@ def find_allowed(
         allowed: given numbers of queries, [R], and candidates, int64 [R, K], -1 for none: bool [R, K].
 
     Returns:
-        int64 [Q, num_save], nearest first; -1 where there are fewer.
+        Scores and ids, [Q, num_save], nearest first; -1 where there are fewer.
     """
-    out = np.full((len(vectors_QD), num_save), -1, dtype=np.int64)
+    out_scores, out = _nothing(len(vectors_QD), num_save, index.metric)
     rows, most = np.arange(len(vectors_QD)), max(1, min(len(index), MOST_TIMES_MORE * num_query))
     k = min(num_query, most)
     while len(rows):
@@ -181,14 +181,15 @@ def find_allowed(
         # No more candidates at a time than the first search has.
         at_a_time = max(1, len(vectors_QD) * num_query // k)
         for part in np.split(rows, range(at_a_time, len(rows), at_a_time)):
-            _, ids = index.search(vectors_QD[part], k)
+            scores, ids = index.search(vectors_QD[part], k)
             keep = (ids >= 0) & allowed(part, ids)
             out[part] = take_first(ids, keep, num_save)
+            out_scores[part] = take_first(scores, keep, num_save, _worst(index.metric))
             short.append(part[(keep.sum(1) < num_save) & (ids[:, -1] >= 0)])
         if k == most:
             break
         rows, k = np.concatenate(short), min(2 * k, most)
-    return out
+    return out_scores, out
 
 
 def dealt_out(sizes: Sequence[int], count: int) -> list[list[int]]:

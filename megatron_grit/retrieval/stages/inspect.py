@@ -23,8 +23,7 @@ from megatron_grit.data.chunks.versions import (
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.queried import tables_of
-from megatron_grit.retrieval.database.versions import open_index
-from megatron_grit.retrieval.index.search import MOST_TIMES_MORE, find_allowed
+from megatron_grit.retrieval.database.versions import nearest_chunks, open_index
 from megatron_grit.retrieval.stages.db_build import report_lines as db_build_lines
 from megatron_grit.retrieval.stages.embed import project_embedder
 from megatron_grit.retrieval.stages.task import MOST_TO_COUNT, Report
@@ -191,15 +190,10 @@ class Inspector:
         assert self.version is not None and isinstance(db, VersionedDb), "self.embedder() tells whether there is one"
         if self.version.embedder != embedder.fingerprint:
             raise DataError("is of another embedder than the one of config.json", path=db.path)
-        index, vectors = open_index(self.project, self.version), embedder.embed([text], "query")
-
-        def allowed(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
-            return ~is_among(db.keys(ids), db.tombstones)
-
-        ids = find_allowed(index, vectors, max(k, 10), k, allowed)[0].tolist()
-        found = index.search(vectors, MOST_TIMES_MORE * max(k, 10))
-        score_of = dict(zip(found[1][0].tolist(), found[0][0].tolist(), strict=True))
-        hits = [describe_chunk(db, number) | {"score": score_of[number]} for number in ids if number >= 0]
+        index = open_index(self.project, self.version)
+        scores, ids = nearest_chunks(db, index, embedder.embed([text], "query"), k)
+        found = zip(ids[0].tolist(), scores[0].tolist(), strict=True)
+        hits = [describe_chunk(db, number) | {"score": score} for number, score in found if number >= 0]
         return {"query": text, "metric": index.metric, "hits": hits}
 
 

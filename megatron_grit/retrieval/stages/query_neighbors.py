@@ -158,7 +158,9 @@ class Searcher:
             return keep
 
         config = self.file.config
-        out[asked] = find_allowed(self.index, vectors, config.num_neighbors_query, config.num_neighbors_save, allowed)
+        _, out[asked] = find_allowed(
+            self.index, vectors, config.num_neighbors_query, config.num_neighbors_save, allowed
+        )
         return out
 
     def _chunks(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:

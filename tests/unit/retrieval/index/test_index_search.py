@@ -130,7 +130,7 @@ def test_deeper_searches_have_no_more_candidates_than_the_first(seed: int, num_q
             sizes.append(len(vectors_ND) * k)
             return super().search(vectors_ND, k)
 
-    found = find_allowed(
+    _, found = find_allowed(
         Counting([index]), vectors[:9], num_query, num_query, lambda rows, ids: ~dropped[np.maximum(ids, 0)]
     )
     assert max(sizes) <= max(9 * num_query, 16 * num_query), sizes

@@ -369,7 +369,7 @@ def test_searching_around_a_filter_is_searching_without_what_it_drops(
     index = VectorIndex.train("Flat", "l2", vectors)
     index.add_codes(index.encode(vectors), np.arange(120))
     queries = random.standard_normal((6, 4)).astype(np.float32)
-    found = find_allowed(
+    _, found = find_allowed(
         ShardedIndex([index]), queries, max(num_query, 8), num_save, lambda rows, ids: ~dropped[np.maximum(ids, 0)]
     )
     left = np.flatnonzero(~dropped)
