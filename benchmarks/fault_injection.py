@@ -37,7 +37,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_grit.data.indexed.reader import IndexedFile, IndexedRecords
+from megatron_grit.data.indexed.reader import IndexedFile
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.writer import IndexedFacts, IndexedStream, IndexedWriter, TokenBlock
 from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_files

@@ -15,7 +15,7 @@ from megatron_grit.config.checks.run import find_problems
 from megatron_grit.config.embedding_shape import tells_sides_apart
 from megatron_grit.config.schema import ParallelConfig, RunConfig
 from megatron_grit.convert.peft.checkpoint import load_checkpoint
-from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import RowKind, supervised
 from megatron_grit.data.text.markers import Side, load_markers
 from megatron_grit.data.text.templates import encode_embedding, encode_prompt

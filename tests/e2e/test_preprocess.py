@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_grit.data.indexed.reader import IndexedFile, IndexedRecords
+from megatron_grit.data.indexed.reader import IndexedFile
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.text.tokenizer import train_sentencepiece
 from tests.unit.data.samples import sentence
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from megatron_grit.data.builders.grit_builder import Limits, build_grit
-from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from tests.unit.data.json_tokenizers import CHATML, chat_json

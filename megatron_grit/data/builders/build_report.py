@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_grit.data.indexed.reader import IndexedMeta, IndexedRecords
+from megatron_grit.data.indexed.reader import IndexedMeta
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import POOLED, Role, RowKind
 from megatron_grit.store.files import replacing, write_json
 

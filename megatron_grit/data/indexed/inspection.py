@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_grit.data.indexed.reader import IndexedFile, IndexedMeta, IndexedRecords, file_paths, read_meta
+from megatron_grit.data.indexed.reader import IndexedFile, IndexedMeta, file_paths, read_meta
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role, pooled, supervised
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import DataError

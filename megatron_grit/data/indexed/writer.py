@@ -24,11 +24,11 @@ from megatron_grit.data.indexed.reader import (
     MAGIC,
     IndexedFile,
     IndexedMeta,
-    checksums,
     file_paths,
     read_meta,
     token_dtype,
 )
+from megatron_grit.data.indexed.records import checksums
 from megatron_grit.data.indexed.roles import POOLED, SUPERVISED, Role, RowKind, check_grammar
 from megatron_grit.errors import DataError
 from megatron_grit.store.files import replacing, write_json

@@ -17,7 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.order.permutation import mix
 

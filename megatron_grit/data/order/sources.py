@@ -12,7 +12,8 @@ import numpy as np
 
 from megatron_grit.config.blend import BlendEntry, read_blend
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.indexed.reader import IndexedMeta, IndexedRecords, file_paths
+from megatron_grit.data.indexed.reader import IndexedMeta, file_paths
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError

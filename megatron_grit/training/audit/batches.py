@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import SUPERVISED, Role, split_segments
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.data.text.tokenizer import Tokenizer

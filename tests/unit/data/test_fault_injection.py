@@ -24,7 +24,8 @@ from benchmarks.fault_injection import (
     run_cases,
     text_subjects,
 )
-from megatron_grit.data.indexed.reader import IndexedFile, IndexedRecords
+from megatron_grit.data.indexed.reader import IndexedFile
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.text import line_blocks
 from megatron_grit.store import cache as index_cache
 

@@ -11,7 +11,8 @@ import pytest
 from megatron_grit.data.builders import documents
 from megatron_grit.data.builders.documents import DocumentOptions, describe, find_tokenizer, preprocess
 from megatron_grit.data.builders.sentences import SentenceSplitter, load_punkt
-from megatron_grit.data.indexed.reader import IndexedFile, IndexedRecords, read_meta, token_dtype
+from megatron_grit.data.indexed.reader import IndexedFile, read_meta, token_dtype
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
 from tests.unit.data.samples import sentence

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_grit.data.builders.grit_builder import BuildReport, Limits, build_grit, read_texts
-from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.templates import encode_chat, encode_embedding
 from megatron_grit.data.text.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ import pytest
 from megatron_grit.data.builders.block_encoder import EncodedBlock
 from megatron_grit.data.builders.grit_builder import BuildReport, Limits, build_grit
 from megatron_grit.data.builders.record_encoder import OUTPUT, EncoderOptions, RecordEncoder
-from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.writer import TokenBlock
 from megatron_grit.data.text.line_blocks import LineBlock

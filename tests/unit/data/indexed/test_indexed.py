@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_grit.data.indexed.reader import IndexedFile, IndexedRecords, file_paths, read_meta
+from megatron_grit.data.indexed.reader import IndexedFile, file_paths, read_meta
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role, RowKind, num_labels, split_segments
 from megatron_grit.data.indexed.writer import IndexedFacts, IndexedStream, IndexedWriter, TokenBlock
 from megatron_grit.errors import DataError
@@ -262,7 +263,7 @@ def test_damage_that_only_reading_finds(tmp_path: Path) -> None:
 
 
 def test_where_a_large_file_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_grit.data.indexed.reader.CHECKED_BLOCK_BYTES", 8)
+    monkeypatch.setattr("megatron_grit.data.indexed.records.CHECKED_BLOCK_BYTES", 8)
     damage(tmp_path, "bin", lambda b: b[:17] + b"\x01" + b[18:])
     with pytest.raises(DataError, match=r"gen.bin \(byte 16\): its SHA-256"):
         IndexedRecords(tmp_path / "gen").verify()

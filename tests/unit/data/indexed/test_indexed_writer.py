@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_grit.data.indexed.merge import merge_indexed
-from megatron_grit.data.indexed.reader import IndexedFile, IndexedRecords, file_paths
+from megatron_grit.data.indexed.reader import IndexedFile, file_paths
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.writer import IndexedFacts, IndexedStream, IndexedWriter, TokenBlock
 from megatron_grit.errors import DataError

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role, RowKind, num_labels
 from megatron_grit.data.kinds import embedding
 from megatron_grit.data.rows.batch import PackedRow, StepBatch

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.kinds.generative import source_rules
 from megatron_grit.data.order.sources import OpenFiles, Sources

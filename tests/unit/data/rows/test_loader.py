@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role, RowKind, pooled, split_segments, supervised
 from megatron_grit.data.kinds import generative
 from megatron_grit.data.order.sampler import passage_draws, pick_passages

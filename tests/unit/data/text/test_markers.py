@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_grit.config.schema import DataConfig, EmbeddingConfig, ModelConfig, RunConfig, TrainingConfig
-from megatron_grit.data.indexed.reader import IndexedRecords
+from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role, split_segments
 from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.text.markers import NO_MARKERS, SideMarkers, TextMarkers, load_markers
