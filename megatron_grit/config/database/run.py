@@ -47,6 +47,9 @@ def resolve_retro_project(config: RunConfig, origins: Mapping[str, str], *, file
         )
     documents = [_in_project(folder, prefix, ".idx") for prefix in project.query_paths or project.data_paths]
     data = dataclasses.replace(data, tokenizer=data.tokenizer or tokenizer, generative=data.generative or documents)
+    # Neighbors are those of whole chunks: a piece that began within one would have none.
+    if data.split_multiple % project.chunk_length:
+        data.split_multiple = project.chunk_length
     return dataclasses.replace(config, data=data)
 
 

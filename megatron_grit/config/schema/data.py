@@ -39,6 +39,10 @@ class DataConfig:
     """Generative records above tokens_per_row or max_position_embeddings: end the run, leave them out, cut off their
     end, or split them into pieces that overlap by one token, so that each label is trained once. A piece counts as a
     sequence; one without labels is left out."""
+    split_multiple: int = knob(1, at_least=1)
+    """With over_long split, pieces begin at multiples of so many tokens of their record; tokens_per_row is best a
+    multiple of it and one more. retro_project sets it to the length of a chunk, so that all chunks of a piece have
+    their neighbors."""
     over_long_texts: Literal["stop", "truncate"] = "stop"
     """Queries and passages above tokens_per_row or max_position_embeddings: end the run, or cut off their end."""
     cache_dir: str | None = None

@@ -89,7 +89,7 @@ class GenerativeStream(RowStream):
         self, config: RunConfig, tokenizer: Tokenizer, open_files: OpenFiles, num_rows_multiple: int = 1
     ) -> None:
         super().__init__(config, num_rows_multiple)
-        self._policy = config.data.over_long
+        self._policy, self._multiple = config.data.over_long, config.data.split_multiple
         self._num_sequences, self._num_rows = kind_batch_size(config, self.kind), self.full_rows(config)
         if self._num_rows is not None and self._num_rows % num_rows_multiple:
             raise ConfigError(
@@ -97,6 +97,11 @@ class GenerativeStream(RowStream):
                 "parallel size or data.num_rows_multiple"
             )
         self.sources = Sources(config, tokenizer, source_rules(config, self.kind), open_files)
+        if self._policy == "split" and self._multiple >= self.sources.longest_segment:
+            raise ConfigError(
+                f"data.split_multiple {self._multiple} needs rows of {self._multiple + 1} tokens at least; raise "
+                "data.tokens_per_row or model.max_position_embeddings"
+            )
         entries, seed = self.sources.entries, config.training.seed
         order = RecordOrder(self.sources.sizes, [entry.cap for entry in entries], stream_key(seed, self.record_draws))
         weights = blend_weights(entries, order.sizes)
@@ -112,6 +117,8 @@ class GenerativeStream(RowStream):
                 "longest_segment": self.sources.longest_segment,
                 "over_long": self._policy,
             }
+            if self._multiple > 1:
+                identity["split_multiple"] = self._multiple
             self._plan = RowPlan(
                 self._pieces,
                 config.data.tokens_per_row,
@@ -202,7 +209,7 @@ class GenerativeStream(RowStream):
     def _ranges(self, source: int, record: int, roles: list[int], lengths: list[int]) -> list[tuple[int, int]]:
         """What becomes of a record: pieces of one that is too long only where they have something to train on."""
         length, limit = sum(lengths), self.sources.longest_segment
-        found = ranges(length, limit, self._policy)
+        found = ranges(length, limit, self._policy, self._multiple)
         if length <= limit:
             return found
         if self._policy == "stop":

@@ -44,7 +44,7 @@ class Segment:
         return f"{self.sources.names[self.source]}#{self.record}"
 
 
-def ranges(length: int, limit: int, policy: OverLong) -> list[tuple[int, int]]:
+def ranges(length: int, limit: int, policy: OverLong, multiple: int = 1) -> list[tuple[int, int]]:
     """Ranges of a record's tokens that become segments.
 
     Pieces of a split record overlap by one token: the first token of a segment has nothing to be predicted from, so it
@@ -54,6 +54,7 @@ def ranges(length: int, limit: int, policy: OverLong) -> list[tuple[int, int]]:
         length: tokens of the record.
         limit: most tokens of a segment, at least 2.
         policy: what to do with a longer record; "stop" leaves it as it is, for the caller to refuse.
+        multiple: pieces begin at multiples of it, which is below ``limit``.
     """
     if length <= limit or policy == "stop":
         return [(0, length)]
@@ -61,7 +62,8 @@ def ranges(length: int, limit: int, policy: OverLong) -> list[tuple[int, int]]:
         return []
     if policy == "truncate":
         return [(0, limit)]
-    return [(start, min(start + limit, length)) for start in range(0, length - 1, limit - 1)]
+    step = (limit - 1) // multiple * multiple
+    return [(start, min(start + step + 1, length)) for start in range(0, length - 1, step)]
 
 
 def labels_between(roles: Sequence[int], lengths: Sequence[int], start: int, stop: int) -> int:

@@ -47,6 +47,12 @@ def test_what_is_given_stays(project: Path) -> None:
         resolve(project, "--data.tokenizer", "x.model")
 
 
+def test_pieces_begin_at_chunks(project: Path) -> None:
+    assert resolve(project).split_multiple == RetroDbConfig().chunk_length == 64
+    assert resolve(project, "--data.split_multiple", "128").split_multiple == 128
+    assert resolve(project, "--data.split_multiple", "96").split_multiple == 64
+
+
 def test_a_directory_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no config.json; give the --project-dir"):
         resolve(tmp_path / "nowhere")

@@ -15,6 +15,8 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role, RowKind, num_labels
 from megatron_grit.data.kinds import embedding
+from megatron_grit.data.kinds.generative import GenerativeStream
+from megatron_grit.data.order.sources import OpenFiles
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.errors import ConfigError, DataError
@@ -210,6 +212,14 @@ def test_long_records(tmp_path: Path) -> None:
     config.data.over_long = "split"
     assert labels_trained(config, 1)[0] == labels
     assert labels_trained(config, 3)[0] == {name: 3 * count for name, count in labels.items()}
+    config.data.split_multiple = 24
+    assert labels_trained(config, 3)[0] == {name: 3 * count for name, count in labels.items()}
+    stream = GenerativeStream(config, TOKENIZER, OpenFiles())
+    cut = [segment for segment in stream.segments(0) if segment.name in special]
+    assert len(cut) > 6 and all(segment.start % 24 == 0 for segment in cut)
+    config.data.split_multiple = 64
+    with pytest.raises(ConfigError, match="data.split_multiple 64 needs rows of 65 tokens at least"):
+        labels_trained(config, 1)
 
 
 def test_long_records_in_full_rows(tmp_path: Path) -> None:

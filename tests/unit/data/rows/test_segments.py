@@ -15,11 +15,13 @@ def per_token(roles: list[int], lengths: list[int]) -> list[int]:
     return [role for role, length in zip(roles, lengths, strict=True) for _ in range(length)]
 
 
-@given(spans=SPANS, limit=st.integers(2, 20))
-def test_split_pieces_train_every_label_once(spans: list[tuple[int, int]], limit: int) -> None:
+@given(spans=SPANS, limit=st.integers(2, 20), data=st.data())
+def test_split_pieces_train_every_label_once(spans: list[tuple[int, int]], limit: int, data: st.DataObject) -> None:
+    multiple = data.draw(st.integers(1, limit - 1))
     roles, lengths = [role for role, _ in spans], [length for _, length in spans]
     tokens = per_token(roles, lengths)
-    pieces = ranges(len(tokens), limit, "split")
+    pieces = ranges(len(tokens), limit, "split", multiple)
+    assert all(start % multiple == 0 for start, _ in pieces)
     trained: list[int] = []
     for start, stop in pieces:
         assert 0 < stop - start <= limit
@@ -49,3 +51,5 @@ def test_policies() -> None:
     assert ranges(11, 10, "truncate") == [(0, 10)]
     assert ranges(11, 10, "split") == [(0, 10), (9, 11)]
     assert ranges(28, 10, "split") == [(0, 10), (9, 19), (18, 28)]
+    assert ranges(28, 10, "split", 4) == [(0, 9), (8, 17), (16, 25), (24, 28)]
+    assert ranges(25, 9, "split", 8) == [(0, 9), (8, 17), (16, 25)]
