@@ -27,7 +27,7 @@ from megatron_grit.convert.hf_in.reader import DTYPES, SafetensorsFolder, Weight
 from megatron_grit.convert.raw_safetensors import RawTensor, write_header
 from megatron_grit.errors import CheckpointError
 from megatron_grit.store.digest import HashingFile, digest_of_rows, sha256_of_file
-from megatron_grit.store.files import write_json
+from megatron_grit.store.files import check_room, write_json
 from megatron_grit.store.folder import OutputFolder
 from megatron_grit.store.progress import Progress
 
@@ -296,6 +296,8 @@ def _fill(
 ) -> None:
     """Write a file of bits for each weight file and copy the others; what an earlier run finished is kept."""
     files = {file.name: file for file in weights.files} | dict(others)
+    there = _total_bytes(path for path in folder.path.rglob("*") if path.is_file())
+    check_room(folder.target, _total_bytes(files.values()) - there)
     with Progress(_total_bytes(files.values()), "writing", "B") as progress:
         for name, path in files.items():
             if folder.find(name) is not None:

@@ -10,7 +10,7 @@ from megatron_grit.evaluation.bootstrap import Interval
 from megatron_grit.evaluation.tasks import generative as generative_task
 from megatron_grit.evaluation.tasks import retrieval as retrieval_task
 from megatron_grit.evaluation.tasks.task import Lengths
-from megatron_grit.store.files import write_json
+from megatron_grit.store.files import check_output, write_json
 
 TASKS: dict[str, Any] = {"retrieval": retrieval_task, "generative": generative_task}
 """Each task by the option that gives its data."""
@@ -40,11 +40,13 @@ def evaluate_checkpoint(
         The contents of the file.
 
     Raises:
-        GritError: nothing to evaluate, or input that cannot be used.
+        GritError: nothing to evaluate, input that cannot be used, or an output that is input or cannot be written.
     """
     paths = {"retrieval": retrieval, "generative": generative}
     if not any(path is not None for path in paths.values()):
         raise ConfigError("nothing to evaluate; give --retrieval, --generative or both")
+    reads = [retrieval, *map(Path, (f"{generative}.bin", f"{generative}.idx", f"{generative}.json"))]
+    check_output(output, [path for path in reads if path is not None])
     read = {name: TASKS[name].read(path) for name, path in paths.items() if path is not None}
     from megatron_grit.inference.model import GritModel
     from megatron_grit.training.checkpoint import read_state, resolve_checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_grit.config.kinds import kind_names, loss_name, loss_words
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.evaluation.bootstrap import Interval
-from megatron_grit.store.files import replacing, write_json
+from megatron_grit.store.files import check_output, replacing, write_json
 
 FIGURES = ("recall_at_1", "recall_at_10", "ndcg_at_10", "lm_loss")
 """Figures that are compared before and after training."""
@@ -112,8 +112,12 @@ def write_report(
 
     Raises:
         DataError: an input that is missing or malformed.
+        ConfigError: a file of the report would take the place of an input.
+        OutputError: the folder cannot be written.
     """
     output_dir = Path(output_dir)
+    for name in ("report.md", "report.json", "loss.png"):
+        check_output(output_dir / name, [path for path in (before, after, metrics, timings, samples) if path])
     first, last = read_evaluation(before), read_evaluation(after)
     lines, stages = read_metrics(metrics), read_timings(timings)
     setup = stages.pop("setup", 0.0)

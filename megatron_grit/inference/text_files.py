@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_grit.errors import DataError
-from megatron_grit.store.files import replacing
+from megatron_grit.store.files import check_output, replacing
 
 
 def read_texts(path: str) -> list[str]:
@@ -64,6 +64,7 @@ def encode_file(
     Raises:
         GritError: input, instruction or checkpoint that cannot be used.
     """
+    check_output(output_path, [] if input_path == "-" else [input_path])
     texts = read_texts(input_path)  # before the model: a bad line is found at once
     from megatron_grit.inference.model import GritModel
 

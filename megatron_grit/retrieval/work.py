@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from megatron_grit.errors import DataError, OutputError
+from megatron_grit.errors import DataError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder, shares
-from megatron_grit.store.lock import locked
+from megatron_grit.store.lock import locked_folder
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import Progress
 
@@ -140,11 +140,7 @@ def alone_in(folder: Path, worker: Worker) -> Iterator[None]:
     if not worker.is_first:
         yield
         return
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder / ".lock", folder))
-        except OSError as error:
-            raise OutputError(f"cannot be written ({error.strerror})", path=folder) from None
+    with locked_folder(folder):
         yield
 
 

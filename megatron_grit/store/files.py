@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import io
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_grit.errors import ConfigError
+from megatron_grit.errors import ConfigError, OutputError
 
 
 @contextmanager
@@ -32,6 +35,72 @@ def replacing_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(path: str | os.PathLike[str], reads: Iterable[str | os.PathLike[str]] = ()) -> None:
+    """Refuse a file that cannot be written, or that is read, before there is something to write.
+
+    Args:
+        path: the file to write.
+        reads: files, folders and glob patterns that are read; links and relative paths to ``path`` are found.
+
+    Raises:
+        ConfigError: it names a folder, something else than a file, or what is read.
+        OutputError: it cannot be written.
+    """
+    text, path = os.fspath(path), Path(path)
+    if not text or text.endswith(os.sep) or path.is_dir():
+        raise ConfigError(f"{text!r} is a folder; give the name of a file to write")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no regular file; give the name of a file to write")
+    for given in reads:
+        for other in [given] if os.path.exists(given) else glob.glob(os.fspath(given), recursive=True):
+            if path.exists() and path.samefile(other):
+                raise ConfigError(f"{path} would take the place of {other}, which is read; give another output")
+    folder = existing_folder(path)
+    try:
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror}: {folder})", path=path) from None
+
+
+def check_prefix(prefix: str | os.PathLike[str]) -> None:
+    """Refuse a prefix of file names that is a folder: the names would begin with a dot, or lie beside the folder.
+
+    Raises:
+        ConfigError: it ends in a slash.
+    """
+    text = os.fspath(prefix)
+    if os.path.basename(text) in ("", ".", ".."):
+        raise ConfigError(
+            f"{text!r} is a folder, and file names begin with the prefix; give one such as {os.path.join(text, 'data')}"
+        )
+
+
+def check_room(path: str | os.PathLike[str], num_bytes: int) -> None:
+    """Refuse to begin what does not fit.
+
+    Args:
+        path: a file or folder, which may not be there yet, on the disk in question.
+        num_bytes: that are still to be written.
+
+    Raises:
+        OutputError: says how many bytes are missing.
+    """
+    free = shutil.disk_usage(existing_folder(Path(path))).free
+    if free < num_bytes:
+        raise OutputError(
+            f"needs {num_bytes:,} more bytes and {free:,} are free, so {num_bytes - free:,} are missing; make room, or "
+            "write to another disk",
+            path=Path(path),
+        )
+
+
+def existing_folder(path: Path) -> Path:
+    """The innermost folder around a path, or itself, that is there."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def check_text_path(path: str | os.PathLike[str]) -> None:

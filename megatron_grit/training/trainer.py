@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from megatron_grit.config.checks.run import check, mesh_summary
@@ -19,6 +20,7 @@ from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.parallel.watch import JobWatch, is_broken_connection
 from megatron_grit.store.files import write_json
+from megatron_grit.store.lock import locked_folder
 from megatron_grit.store.logs import configure_logging, get_logger
 from megatron_grit.training.audit.run import audit
 from megatron_grit.training.base_weights import (
@@ -84,19 +86,9 @@ def train(
     minutes = config.parallel.timeout_minutes
     with parallel_job(config.parallel, config.training.seed) as context, JobWatch(context, minutes):
         check(config, context.world_size)
-        Trainer(config, context, initial_weights, initial_adapters).run()
-
-
-def make_output_directory(path: str) -> None:
-    """Create ``output_dir``.
-
-    Raises:
-        ConfigError: it cannot be created.
-    """
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir {path} cannot be created: {error.strerror}") from error
+        # A second run would remove what the first one is writing. The other ranks hear of it from the first.
+        with locked_folder(Path(config.output_dir)) if context.rank == 0 else nullcontext():
+            Trainer(config, context, initial_weights, initial_adapters).run()
 
 
 class Trainer:
@@ -137,8 +129,6 @@ class Trainer:
     def run(self) -> None:
         """Train from where the run stands to the last step."""
         config = self.config
-        if self.context.rank == 0:
-            make_output_directory(config.output_dir)
         clear_leftovers(config.output_dir, self.context)
         positions.enter("restoring")
         start = self._restore()

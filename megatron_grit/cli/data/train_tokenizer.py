@@ -35,7 +35,10 @@ def run(options: TrainTokenizerOptions) -> None:
     """Train."""
     from megatron_grit.data.builders.grit_builder import read_texts
     from megatron_grit.data.text.tokenizer import train_sentencepiece
+    from megatron_grit.store.files import check_output, check_prefix
 
+    check_prefix(options.output_prefix)
+    check_output(f"{options.output_prefix}.model", options.input)
     texts = read_texts(options.input)
     path = train_sentencepiece(texts, options.output_prefix, options.vocab_size, model_type=options.model_type)
     print(f"{path}: {options.vocab_size} pieces")

@@ -12,6 +12,7 @@ gives the same files as one that was never interrupted.
 from __future__ import annotations
 
 import dataclasses
+import errno
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,9 @@ from megatron_grit.convert.skeleton import build_without_storage
 from megatron_grit.data.text.tokenizer import Tokenizer, copy_tokenizer
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
-from megatron_grit.store.files import write_json
+from megatron_grit.store.files import check_room, write_json
 from megatron_grit.store.folder import OutputFolder
+from megatron_grit.store.lock import locked_folder
 from megatron_grit.store.progress import Progress
 from megatron_grit.training.checkpoint import checkpoint_path, model_state
 from megatron_grit.training.checkpoint_save import describe_checkpoint
@@ -62,6 +64,7 @@ def write_checkpoint(
     partial = final.with_name(final.name + ".partial")
     with (
         parallel_job(config.parallel, config.training.seed) as context,
+        locked_folder(Path(config.output_dir)),
         OutputFolder(final, _identity(config, weights, tokenizer), partial=partial) as folder,
         folder.naming(partial),
     ):
@@ -98,6 +101,7 @@ def _write_weights(
     compat.set_planned_files(request, len(files))
     results: dict[int, list[Any]] = {}
     total = sum(file.num_bytes for file in files)
+    check_room(folder.target, total - sum(file.stat().st_size for file in place.glob("*.distcp")))
     with Progress(total, "converting", "B") as bar:
         for number, file in enumerate(files):
             path = place / f"__0_{number}.distcp"
@@ -105,7 +109,10 @@ def _write_weights(
             found = folder.find(name)
             if found is None or len(found["parts"]) != len(file.items):
                 bucket = (str(path), path.name, (file.small, maker.tensors(file.large, bar)))
-                written = compat.write_sharded_file(request, bucket, number)
+                try:
+                    written = compat.write_sharded_file(request, bucket, number)
+                except RuntimeError as error:  # what torch raises where a disk fills up
+                    raise OSError(errno.EIO, str(error).splitlines()[0], str(path)) from error
                 folder.add(name, parts=[compat.written_part(result) for result in written])
                 results[number] = written
             else:

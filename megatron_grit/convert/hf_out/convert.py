@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,10 @@ from megatron_grit.convert.hf_out.reader import CheckpointReader
 from megatron_grit.convert.param_map import Family, Kind
 from megatron_grit.convert.peft.merge import Into, Reader, has_adapters, open_merged
 from megatron_grit.convert.raw_safetensors import RawTensor, write_header
-from megatron_grit.errors import CheckpointError, ConfigError, OutputError
+from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.store.digest import HashingFile, sha256_of_file
+from megatron_grit.store.files import check_room
 from megatron_grit.store.folder import OutputFolder
 from megatron_grit.store.progress import Progress
 from megatron_grit.training.checkpoint import resolve_checkpoint
@@ -112,7 +112,8 @@ def export_checkpoint(
             reader = open_merged(path, context, into=adapters, base=base)
         wanted = DTYPES.get(dtype, reader.dtype)
         shards = list(_plan_shards(family, read.model, reader, limit, wanted))
-        _check_room(folder.path, sum(entry.num_bytes for shard in shards for entry in shard))
+        written = sum(file.stat().st_size for file in folder.path.glob("*.safetensors"))
+        check_room(target, sum(entry.num_bytes for shard in shards for entry in shard) - written)
         names = _shard_names(len(shards))
         with Progress(sum(map(len, shards)), "exporting", "tensor") as bar:
             for name, shard in zip(names, shards, strict=True):
@@ -211,17 +212,6 @@ def _shard_names(count: int) -> list[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def _check_room(folder: Path, num_bytes: int) -> None:
-    there = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes - there:
-        raise OutputError(
-            f"the weights need {num_bytes - there} more bytes and {free} are free; make room, or give a directory on "
-            "another disk",
-            path=folder,
-        )
 
 
 def _write_shard(

@@ -28,6 +28,7 @@ from megatron_grit.errors import CheckpointError
 from megatron_grit.models.adapters.quantization import round_trip
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
+from megatron_grit.store.folder import OutputFolder
 from megatron_grit.store.logs import get_logger
 from megatron_grit.training.base_weights import base_fingerprint, check_base
 from megatron_grit.training.checkpoint import (
@@ -219,10 +220,16 @@ def export_adapter(source: str | Path, target: str | Path) -> Path:
         target: directory to write; not there yet.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or has no adapters, the target is there, or PEFT has no form for it.
+        CheckpointError: the checkpoint is damaged or has no adapters, or PEFT has no form for it.
+        OutputError: the target is not empty, another process is writing it, or there is no room.
     """
-    target = Path(target)
-    if target.exists() and any(target.iterdir()):
-        raise CheckpointError(f"{target}: is not empty; give another directory")
-    with parallel_job(ParallelConfig(device="cpu"), seed=0) as context:
-        return AdapterRun(resolve_checkpoint(source), context).save_peft(target)
+    path = resolve_checkpoint(source)
+    with (
+        OutputFolder(Path(target), ["adapter", str(path.resolve())]) as folder,
+        parallel_job(ParallelConfig(device="cpu"), seed=0) as context,
+    ):
+        run = AdapterRun(path, context)
+        with folder.naming(folder.path):
+            run.save_peft(folder.path)
+        folder.publish()
+    return Path(target)

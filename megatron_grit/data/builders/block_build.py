@@ -37,7 +37,7 @@ from megatron_grit.data.builders.build_folder import (
     remove_folder,
 )
 from megatron_grit.data.builders.work_pool import map_ordered
-from megatron_grit.data.indexed.reader import IndexedMeta
+from megatron_grit.data.indexed.reader import IndexedMeta, file_paths
 from megatron_grit.data.indexed.writer import IndexedFacts, refuse_existing
 from megatron_grit.data.text.line_blocks import (
     BLOCK_BYTES,
@@ -50,6 +50,7 @@ from megatron_grit.data.text.line_blocks import (
     partition_files,
 )
 from megatron_grit.errors import ConfigError, DataError, GritError
+from megatron_grit.store.files import check_output
 from megatron_grit.store.lock import locked
 from megatron_grit.store.progress import Progress
 
@@ -90,6 +91,10 @@ class BuildSpec:
     """Keep the first of the documents with equal fingerprints. Needs exactly one output."""
     stop_on: Collection[str] = ()
     """Reasons of rejection that stop the build."""
+    reads: Collection[str | os.PathLike[str]] = ()
+    """Further files that are read, such as the tokenizer: no output may take their place."""
+    reports: Collection[str] = ()
+    """Further files that the caller writes: what follows the ``work_prefix``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +165,7 @@ def build_blocks(inputs: Sequence[str | os.PathLike[str]], spec: BuildSpec, run:
         DataError: an input that cannot be read, a line that stops the build, nothing kept, outputs that exist, or a
             worker that died.
         OutputError: another process builds this output.
-        ConfigError: numbers that make no sense.
+        ConfigError: numbers that make no sense, or an output that is read.
     """
     if run.workers < 1 or run.partitions < 1:
         raise ConfigError(f"workers ({run.workers}) and partitions ({run.partitions}) must be at least 1")
@@ -172,6 +177,7 @@ def build_blocks(inputs: Sequence[str | os.PathLike[str]], spec: BuildSpec, run:
     build = _Build(files, partition_files(files, run.partitions), spec, run)
     chosen = range(run.partitions) if run.partition is None else [run.partition]
     size = sum(build.disk_bytes(index) for index in chosen)
+    build.check_outputs()
     if not build.work.exists():
         build.refuse_existing()  # and leave no folder behind
     with (
@@ -252,6 +258,14 @@ class _Build:
             return
         os.replace(self.work, self.trash)
         shutil.rmtree(self.trash)
+
+    def check_outputs(self) -> None:
+        """Raise where an output cannot be written, or would take the place of what is read."""
+        reads = [*(file.path for file in self.files), *self.spec.reads]
+        outputs = [path for output in self.spec.outputs.values() for path in file_paths(output.prefix)]
+        names = (".rejected.jsonl", *self.spec.reports)
+        for path in [*outputs, *(Path(f"{self.spec.work_prefix}{name}") for name in names)]:
+            check_output(path, reads)
 
     def refuse_existing(self) -> None:
         """Raise where an output exists that may not be replaced."""

@@ -207,6 +207,7 @@ def preprocess(
         signature=signature,
         work_prefix=Path(f"{os.fspath(output_prefix)}_{level}"),
         stop_on={BAD_LINE} if on_error == "stop" else set(),
+        reads=[path for path in (tokenizer.path, options.punkt_model) if path is not None],
     )
     return build_blocks(inputs, spec, how)
 

@@ -23,6 +23,7 @@ from megatron_grit.data.text.records import BadLine, read_records
 from megatron_grit.data.text.templates import EMBEDDING_TEMPLATE, render
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.store.digest import sha256_of_file
+from megatron_grit.store.files import check_prefix
 
 __all__ = ["BuildReport", "Limits", "build_grit", "build_records", "read_texts"]
 
@@ -100,6 +101,7 @@ def build_grit(
             prefix has been written then.
         ConfigError: options that make no sense.
     """
+    check_prefix(output_prefix)
     names = {field.name for field in fields(BuildRun)} & options.keys()
     run = BuildRun(**{"description": "build_grit"} | {name: options.pop(name) for name in names})
     kind: RowKind | None = options.pop("kind", None)
@@ -119,6 +121,8 @@ def build_grit(
         signature=_signature(encoder, facts),
         work_prefix=Path(output_prefix),
         deduplicate=encoder.deduplicate,
+        reads=[encoder.tokenizer, f"{encoder.tokenizer}/tokenizer.*", *encoder.held_out, encoder.template],
+        reports=[".report.json", ".report.png"],
         stop_on=[BAD_LINE] * (on_error == "stop") + [*UNFIT] * (on_filtered == "stop"),
     )
     totals = build_blocks(list(inputs), spec, run)

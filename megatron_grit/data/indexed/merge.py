@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 from megatron_grit.data.indexed.reader import IndexedFile, IndexedMeta, file_paths, read_meta
 from megatron_grit.data.indexed.writer import IndexedFacts, IndexedStream, refuse_existing
 from megatron_grit.errors import DataError
+from megatron_grit.store.files import check_output, check_prefix, check_room
+from megatron_grit.store.lock import locked
 
 
 def merge_indexed(
@@ -27,9 +28,15 @@ def merge_indexed(
 
     Raises:
         DataError: no sources, sources that do not fit together, or damaged ones.
+        ConfigError: the output is one of the sources, or no prefix.
+        OutputError: it cannot be written, there is no room, or another process is writing it.
     """
     if not prefixes:
         raise DataError("nothing to join")
+    check_prefix(output_prefix)
+    sources = [path for prefix in prefixes for path in file_paths(prefix)]
+    for path in file_paths(output_prefix):
+        check_output(path, sources)
     refuse_existing(output_prefix, overwrite)
     facts = [_facts_of(prefix) for prefix in prefixes]
     for prefix, found in zip(prefixes, facts, strict=True):
@@ -37,18 +44,21 @@ def merge_indexed(
             what = "has no .json" if found is None else f"is described by {found}"
             raise DataError(f"{what}, unlike {prefixes[0]}; only files built alike can be joined", path=prefix)
     output = Path(output_prefix)
-    folder = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    first = IndexedFile(prefixes[0])
-    stream = IndexedStream(folder, "merged", first.dtype, with_modes=first.modes is not None)
-    try:
-        for prefix in prefixes:
-            stream.extend(IndexedFile(prefix))
-        known = facts[0]
-        return stream.finalize(output, None if known is None else lambda: known, overwrite=overwrite)
-    finally:
-        stream.discard()
-        shutil.rmtree(folder, ignore_errors=True)
+    known, first = facts[0], IndexedFile(prefixes[0])
+    check_room(output, sum(path.stat().st_size for path in sources if path.suffix != ".json"))
+    folder = output.with_name(f".{output.name}.merge")
+    with locked(folder / "lock", output):
+        for path in folder.iterdir():  # of a run that was killed
+            if path.name != "lock":
+                path.unlink()
+        stream = IndexedStream(folder, "merged", first.dtype, with_modes=first.modes is not None)
+        try:
+            for prefix in prefixes:
+                stream.extend(IndexedFile(prefix))
+            return stream.finalize(output, None if known is None else lambda: known, overwrite=overwrite)
+        finally:
+            stream.discard()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _facts_of(prefix: str | Path) -> IndexedFacts | None:

@@ -10,7 +10,7 @@ from typing import Literal
 from megatron_grit.config.knob import check_ranges, knob
 from megatron_grit.data.text.line_blocks import find_inputs
 from megatron_grit.errors import ConfigError
-from megatron_grit.store.files import check_text_path
+from megatron_grit.store.files import check_output, check_text_path
 
 
 def read_ranks(text: str) -> tuple[int, int]:
@@ -100,6 +100,7 @@ def check_options(options: MineOptions) -> None:
     Raises:
         ConfigError: one of them; names it.
         DataError: an input that is not there.
+        OutputError: the output cannot be written.
     """
     first, last = options.ranks
     check_ranges(options)
@@ -108,21 +109,12 @@ def check_options(options: MineOptions) -> None:
     if options.min_negatives > most_negatives(options):
         raise ConfigError(f"min_negatives cannot be {options.min_negatives}: {most_negatives(options)} are the most")
     check_text_path(options.output)
+    reads = [*options.input, *options.corpus, *([options.cross_encoder] if options.cross_encoder is not None else [])]
     for path in (options.output, report_path(options.output)):
-        _check_not_read(path, options)
+        check_output(path, reads)
+    for path in (*options.input, *options.corpus):
+        find_inputs([path])
     if (options.project_dir is None) == (options.embedder is None):
         raise ConfigError("give an embedder, or a project_dir, whose embedder it then is")
     if options.project_dir is not None and (options.corpus or options.query_instruction):
         raise ConfigError("with project_dir passages and query_instruction are those of the database")
-
-
-def _check_not_read(path: Path, options: MineOptions) -> None:
-    """A file that is to be written must not be one that is read."""
-    if path.is_dir():
-        raise ConfigError(f"output {path} is a folder; give the name of a file")
-    read = [file.path for given in (*options.input, *options.corpus) for file in find_inputs([given])]
-    if options.cross_encoder is not None:
-        read.append(options.cross_encoder)
-    for other in read:
-        if path.exists() and other.exists() and path.samefile(other):
-            raise ConfigError(f"output {path} would take the place of {other}, which is read; give another output")

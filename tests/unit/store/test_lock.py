@@ -30,13 +30,17 @@ def test_another_process_is_named_and_its_death_frees_the_lock(tmp_path: Path) -
     path = tmp_path / "work" / ".lock"
     with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
-        with pytest.raises(OutputError, match="^out: another process is writing it; wait for it or end it$"):
+        with pytest.raises(
+            OutputError,
+            match=rf"^out: another process is writing it \(process {process.pid} on \S+\); wait for it or end it$",
+        ):
             locked(path, Path("out")).__enter__()
         with pytest.raises(OutputError), locked(path, Path("out"), shared=True):
             pass
         process.send_signal(signal.SIGKILL)
     with locked(path, Path("out")):
         pass
+    assert path.read_bytes() == b""  # neither the killed one nor the last one
 
 
 def test_shared_holders_exclude_others_only(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -15,14 +16,15 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_grit import compat
-from megatron_grit.errors import CheckpointError
+from megatron_grit.errors import CheckpointError, OutputError
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
+from megatron_grit.store.lock import locked_folder
 from megatron_grit.training import checkpoint_save
 from megatron_grit.training.checkpoint import list_checkpoints
 from megatron_grit.training.checkpoint_save import clear_leftovers
 from megatron_grit.training.sharded_write import ShardedWrite
-from megatron_grit.training.trainer import Trainer
+from megatron_grit.training.trainer import Trainer, train
 from tests.corpus import tiny_run
 
 STEPS = 4
@@ -42,6 +44,21 @@ def make_trainer(corpus: Path, output: Path, context: ParallelContext, **checkpo
     for name, value in ({"save_interval": 1, "keep": 0} | checkpoint).items():
         setattr(config.checkpoint, name, value)
     return Trainer(config, context)
+
+
+def test_a_second_run_in_its_output_dir_is_refused(corpus: Path, tmp_path: Path) -> None:
+    """It would remove what the first one is writing, and its metrics."""
+    written = tmp_path / "run" / "checkpoints" / "step_00000001.partial" / "state.json"
+    written.parent.mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    written.touch()
+    config = tiny_run(corpus)
+    config.output_dir = str(tmp_path / "sub" / ".." / "run")
+    (tmp_path / "sub").mkdir()
+    holder = rf"another process is writing it \(process {os.getpid()} on \S+\); wait for it or end it"
+    with locked_folder(tmp_path / "run"), pytest.raises(OutputError, match=holder):
+        train(config)
+    assert written.exists() and (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 class Gate:

@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_files
 from megatron_grit.errors import DataError
-from megatron_grit.store.files import replacing
+from megatron_grit.store.files import check_output, replacing
 from megatron_grit.store.progress import Progress
 
 COLUMNS = ("split", "sentence1", "sentence2", "label")
@@ -50,8 +50,11 @@ def convert_allnli(
 
     Raises:
         DataError: a line that is not as described, or no record at all.
+        ConfigError: the output is the input.
+        OutputError: it cannot be written.
     """
     path = Path(input_path)
+    check_output(output_path, [path])
     is_table = ".tsv" in path.suffixes
     with Progress(None, "convert_allnli", "line", enabled=progress) as bar, replacing(output_path) as output:
         lines = numbered_lines(path, bar)

@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_grit.data.builders.sources.allnli import numbered_lines, write_record
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.store.files import replacing
+from megatron_grit.store.files import check_output, replacing
 from megatron_grit.store.progress import Progress
 
 
@@ -144,10 +144,13 @@ def convert_msmarco(
 
     Raises:
         DataError: a file that is not as described, a passage that is not in the corpus, or one without a score.
-        ConfigError: options that make no sense.
+        ConfigError: options that make no sense, or the output is one of the inputs.
+        OutputError: it cannot be written.
     """
     if per_system < 1:
         raise ConfigError(f"{per_system} negatives of each system; take at least 1")
+    given = (queries_path, corpus_path, negatives_path, scores_path, qrels_path)
+    check_output(output_path, [path for path in given if path is not None])
     queries = {}
     for number, line in numbered_lines(Path(queries_path)):
         qid, tab, text = line.partition("\t")

@@ -236,8 +236,8 @@ def test_files_of_another_export_are_not_kept(run: Path, tmp_path: Path, monkeyp
 
 
 def test_too_little_room_is_told_at_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore[attr-defined]
-    with pytest.raises(OutputError, match=r"the weights need \d+ more bytes and 1000 are free; make room"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(OutputError, match=r"out: needs [\d,]+ more bytes and 1,000 are free, so [\d,]+ are"):
         export_checkpoint(run, tmp_path / "out")
 
 

@@ -1,0 +1,49 @@
+"""Outputs are checked before there is something to write: what is read, what is no file, where there is no room."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from megatron_grit.errors import ConfigError, OutputError
+from megatron_grit.store.files import check_output, check_prefix, check_room
+
+
+def test_what_is_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, folder = tmp_path / "read.jsonl", tmp_path / "folder"
+    folder.mkdir()
+    read.write_text("text")
+    (tmp_path / "link.jsonl").symlink_to(read)
+    os.link(read, tmp_path / "hard.jsonl")
+    monkeypatch.chdir(folder)
+    for output in (read, "../read.jsonl", tmp_path / "link.jsonl", tmp_path / "hard.jsonl", folder / ".." / read.name):
+        for given in (read, tmp_path / "re*.jsonl"):
+            with pytest.raises(ConfigError, match=r"would take the place of \S+read.jsonl, which is read"):
+                check_output(output, [tmp_path / "missing", given])
+    check_output(folder / "new" / "out.jsonl", [read])
+    assert not list(folder.iterdir()), "nothing is left behind"
+
+
+def test_what_is_no_file_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output in ("", tmp_path, f"{tmp_path}/missing/", "/dev/null"):
+        with pytest.raises(ConfigError, match="give the name of a file"):
+            check_output(output)
+    with pytest.raises(OutputError, match="file/out: cannot be written"):
+        check_output("/proc/file/out")
+    for prefix in ("", "data/", ".", "data/..", "./"):
+        with pytest.raises(ConfigError, match="is a folder, and file names begin with the prefix; give one such as"):
+            check_prefix(prefix)
+    check_prefix("data")
+
+
+def test_missing_bytes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 1000 if folder == tmp_path else 0))
+    check_room(tmp_path / "not" / "there", 1000)
+    with pytest.raises(OutputError, match="out: needs 3,500 more bytes and 1,000 are free, so 2,500 are missing"):
+        check_room(tmp_path / "out", 3500)
