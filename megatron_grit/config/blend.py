@@ -88,7 +88,9 @@ def _check(entries: Sequence[tuple[str, BlendEntry]], key: str) -> None:
     weighted = next((pair for pair in entries if pair[1].weight is not None), None)
     for where, entry in entries:
         if entry.path in seen:
-            raise ConfigError(f"{where}: {key} names {entry.path} twice; give it epochs: 2 instead")
+            raise ConfigError(
+                f"{where}: {key} names {entry.path} more than once; a run goes through it twice with epochs: 2"
+            )
         seen.add(entry.path)
         if weighted is not None and entry.weight is None:
             what = "has epochs" if entry.epochs is not None else "has no weight"

@@ -180,7 +180,11 @@ def suggestion(word: str, candidates: Iterable[str]) -> str:
 
 
 def read_options(
-    argv: Sequence[str], options: Mapping[str, Option], rest: list[str] | None = None, others: Iterable[str] = ()
+    argv: Sequence[str],
+    options: Mapping[str, Option],
+    rest: list[str] | None = None,
+    others: Iterable[str] = (),
+    foreign: Mapping[str, str] | None = None,
 ) -> list[Given]:
     """Split a command line into options and their texts.
 
@@ -189,6 +193,7 @@ def read_options(
         options: those that there are.
         rest: gets what is not known, to be read by another piece. None: that is an error.
         others: further options that may have been meant.
+        foreign: options of another program, with underscores: the one that means the same here, or what to do instead.
 
     Raises:
         ConfigError: an option that is not known, lacks its value, or a value of no option.
@@ -212,7 +217,10 @@ def read_options(
                 raise ConfigError(f"{word + equals + text!r} belongs to no option")
             continue
         name = word[2:].replace("-", "_")
-        option = flags.get(name.removesuffix("+"))
+        said = (foreign or {}).get(name, name)
+        option = flags.get(said.removesuffix("+"))
+        if option is None and said != name:
+            raise ConfigError(f"{word} is no option here: {said}")
         if option is None and (no := flags.get(name.removeprefix("no_"))) and no.hint is bool and not equals:
             given.append(Given(option=no, texts=["false"]))
             continue
@@ -276,7 +284,14 @@ def build(cls: type[Options], values: Mapping[str, Any], prefix: str | None = No
     return cls(**arguments)
 
 
-def parse_command(cls: type[Options], argv: Sequence[str] | None, *, prog: str, description: str) -> Options:
+def parse_command(
+    cls: type[Options],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    foreign: Mapping[str, str] | None = None,
+) -> Options:
     """The options of a verb or tool.
 
     Args:
@@ -284,6 +299,7 @@ def parse_command(cls: type[Options], argv: Sequence[str] | None, *, prog: str, 
         argv: the command line without the program. None: that of the process.
         prog: name of the command.
         description: what it does, with an example.
+        foreign: as of :func:`read_options`.
 
     Raises:
         ConfigError: an option that is unknown, missing, of the wrong type or out of range; names it.
@@ -296,7 +312,7 @@ def parse_command(cls: type[Options], argv: Sequence[str] | None, *, prog: str, 
         raise SystemExit(0)
     rest = [field.name for field in dataclasses.fields(typing.cast(Any, cls)) if field.metadata.get("rest")]
     unknown: list[str] | None = [] if rest else None
-    values = values_of(read_options(argv, options, unknown))
+    values = values_of(read_options(argv, options, unknown, foreign=foreign))
     missing = [option.shown for option in options.values() if option.required and option.key not in values]
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be given; {prog} --help explains")

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_grit.cli.main import command
+from megatron_grit.config.database.megatron_names import MEGATRON_NAMES
 from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.config.knob import knob
 
@@ -70,7 +71,7 @@ def run(options: BuildDbOptions) -> None:
 
 def main(argv: list[str] | None = None, prog: str = "megatron-grit build-db") -> int:
     """Parse the command line and build. Returns the exit status."""
-    return command(BuildDbOptions, run, argv, prog=prog, about=__doc__, resumes=True)
+    return command(BuildDbOptions, run, argv, prog=prog, about=__doc__, resumes=True, foreign=MEGATRON_NAMES)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_grit.config.commands import options_of, suggestion
+from megatron_grit.config.database.megatron_names import MEGATRON_NAMES
 from megatron_grit.config.knob import knob, range_problem
 from megatron_grit.config.values import convert, describe_type, takes_null
 from megatron_grit.errors import ConfigError
@@ -190,6 +191,8 @@ def load_project_config(project: Path) -> RetroDbConfig | None:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no settings of a database ({{...}}); put it back from a copy")
     settings = options_of(RetroDbConfig)
+    if any(key.startswith("retro_") for key in values):
+        raise ConfigError(f"{path}: is a project of Megatron-LM's Retro tools; {_as_options(values)}")
     for key, value in values.items():
         if key not in settings:
             hint = suggestion(key, settings) or "; perhaps it is of another version: remove it"
@@ -204,3 +207,13 @@ def load_project_config(project: Path) -> RetroDbConfig | None:
     if problem is not None:
         raise ConfigError(f"{path}: {problem}")
     return config
+
+
+def _as_options(values: Mapping[str, Any]) -> str:
+    """How to build a database with the settings of Megatron's tools."""
+    same = [
+        f"--{MEGATRON_NAMES[key].replace('_', '-')} {json.dumps(value) if isinstance(value, list) else value}"
+        for key, value in values.items()
+        if MEGATRON_NAMES.get(key) in options_of(RetroDbConfig) and value is not None
+    ]
+    return f"its files are not read, a database is built in another directory with: {' '.join(same)}"

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_grit.config.blend import read_blend
 from megatron_grit.config.database.schema import CONFIG_FILE, RetroDbConfig, config_problems, load_project_config
 from megatron_grit.config.database.settings import same_value
 from megatron_grit.data.chunks.project import Project
@@ -67,7 +68,7 @@ class Preparation:
         self.old = load_project_config(folder)
         self._check_folder()
         self.version = read_version(folder) if version_numbers(folder) else None
-        self.wanted = replace(self.old or RetroDbConfig(), **given)
+        self.wanted = replace(self.old or RetroDbConfig(), **given | _paths_of_blends(given))
         problem = next(config_problems(self.wanted), None)
         if problem is not None:
             raise ConfigError(problem)
@@ -291,3 +292,21 @@ class Preparation:
                 state = "to do"
             lines.append(f"task {name}: {state}")
         return lines
+
+
+def _paths_of_blends(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Prefixes of what ``data.generative`` of a run may say. A database holds every document once.
+
+    Raises:
+        ConfigError: no blend, or one with a cap.
+    """
+    found = {}
+    for key in ("data_paths", "query_paths"):
+        entries = read_blend(given.get(key) or [], key)
+        if any(entry.cap is not None for entry in entries):
+            raise ConfigError(f"{key}: a database has no cap of a source; write another indexed file for it")
+        if any(entry.weight is not None or entry.epochs is not None for entry in entries):
+            log.info(f"{key}: weights and epochs are left aside, as a database holds each document once")
+        if entries:
+            found[key] = [entry.path for entry in entries]
+    return found

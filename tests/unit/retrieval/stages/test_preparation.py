@@ -53,6 +53,22 @@ def content_of(project: Path) -> dict[str, bytes]:
     return {str(p.relative_to(project)): p.read_bytes() for p in sorted(project.rglob("*")) if p.is_file()}
 
 
+def test_documents_are_given_as_a_run_takes_them(
+    tmp_path: Path, given: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    other = write_documents(tmp_path / "b", make_texts(5, seed=3), tokenizer_of(tmp_path))
+    blend = tmp_path / "blend.yaml"
+    blend.write_text(f"- {given['data_paths'][0]}\n- {{path: {other}, epochs: 2}}\n")
+    wanted = [*given["data_paths"], other]
+    for said in ([f"0.7 {wanted[0]} 0.3 {other}"], ["0.7", wanted[0], "0.3", other], [str(blend)]):
+        caplog.clear()
+        assert Preparation(tmp_path / "db", "build", given | {"data_paths": said}).wanted.data_paths == wanted
+        assert "weights and epochs are left aside" in caplog.text
+    blend.write_text(f"- {{path: {other}, cap: 2}}\n")
+    with pytest.raises(ConfigError, match="query_paths: a database has no cap of a source"):
+        Preparation(tmp_path / "db", "build", given | {"query_paths": [str(blend)]})
+
+
 def append(given: dict[str, Any], tmp_path: Path) -> None:
     write_documents(Path(given["data_paths"][0]), TEXTS + make_texts(9, seed=1), tokenizer_of(tmp_path))
 
