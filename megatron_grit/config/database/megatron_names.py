@@ -1,11 +1,11 @@
-"""Options of Megatron-LM's Retro tools (tools/retro/preprocess_data.py, and main.py before it), for those who know them:
-the setting that means the same, or what to do in its place."""
+"""Options of Megatron-LM's Retro tools (tools/retro/preprocess_data.py, before it main.py): the setting that means the
+same, or what to do instead."""
 
 from __future__ import annotations
 
 _OF_TRAINING = (
-    "leave it out: a table has the neighbors of every chunk of query_paths, whatever the seed, the batch, the length or "
-    "the number of samples of a run"
+    "leave it out: a table has the neighbors of every chunk of query_paths, whatever the seed, the batch, the length "
+    "or the number of samples of a run"
 )
 _EMBEDDER = "an embedder brings its own tokenizer and shape; give its directory with --embedder"
 
@@ -40,7 +40,7 @@ MEGATRON_NAMES = {
     "retro_gpt_eval_iters": _OF_TRAINING,
     "retro_gpt_seq_length": _OF_TRAINING,
     "retro_gpt_global_batch_size": _OF_TRAINING,
-    "retro_gpt_tokenizer_type": "leave it out: --tokenizer takes a SentencePiece model, a tokenizer.json or their folder",
+    "retro_gpt_tokenizer_type": "leave it out: --tokenizer takes a .model, a tokenizer.json or their folder",
     "retro_gpt_vocab_file": "give --tokenizer, a tokenizer.json, which holds vocabulary and merges",
     "retro_gpt_merge_file": "give --tokenizer, a tokenizer.json, which holds vocabulary and merges",
     "retro_bert_tokenizer_type": _EMBEDDER,

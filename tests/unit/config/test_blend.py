@@ -76,7 +76,7 @@ def test_wrong_lists(items: list[str], message: str) -> None:
         ("- path: a\n  path: b\n", 2, "path is given twice"),
         ("- path: a\n  weight: 1\n- path: b\n  epochs: 1\n", 3, "b has epochs, but a has a weight"),
         ("- a\n- [b]\n", 2, "expected a prefix, or a mapping"),
-        ("- path: a\n- path: a\n", 2, "names a twice"),
+        ("- path: a\n- path: a\n", 2, "names a more than once"),
         ("- path: [a\n", 2, "not valid YAML"),
     ],
 )

@@ -97,7 +97,7 @@ CONTRADICTIONS = [
     (["training.steps=3", "optimizer.warmup_steps=4"], "is above training.steps 3"),
     (["data.embedding=[]"], "needs data.embedding"),
     (["data.generative=[]"], "needs data.generative"),
-    (["data.embedding=[a, b, a]"], "names a twice"),
+    (["data.embedding=[a, b, a]"], "names a more than once"),
     (["data.embedding=['0.5 a 0.5']"], "no prefix follows the weight 0.5"),
     (["data.generative=[nowhere.yaml]"], "nowhere.yaml: cannot read this blend file"),
     (["data.embedding_temperature=0"], "data.embedding_temperature must be above 0"),

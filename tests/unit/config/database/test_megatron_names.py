@@ -13,8 +13,9 @@ from megatron_grit.config.database.megatron_names import MEGATRON_NAMES
 from megatron_grit.config.database.schema import load_project_config
 from megatron_grit.errors import ConfigError
 
-THEIRS = """--retro-project-dir db --retro-tasks index-build --retro-block-size 10 --retro-gpt-data-path a b
---retro-gpt-chunk-length 32 --retro-index-str IVF8,Flat --retro-index-no-delete-added-codes --retro-query-nprobe 4""".split()
+THEIRS = """--retro-project-dir db --retro-tasks index-build --retro-block-size 10
+--retro-gpt-data-path a b --retro-gpt-chunk-length 32 --retro-index-str IVF8,Flat
+--retro-index-no-delete-added-codes --retro-query-nprobe 4""".split()
 OURS = """--project-dir db --tasks index-build --block-size 10 --data-paths a b --chunk-length 32 --index IVF8,Flat
 --keep-embeddings --nprobe 4""".split()
 

@@ -60,6 +60,7 @@ def test_documents_are_given_as_a_run_takes_them(
     blend = tmp_path / "blend.yaml"
     blend.write_text(f"- {given['data_paths'][0]}\n- {{path: {other}, epochs: 2}}\n")
     wanted = [*given["data_paths"], other]
+    caplog.set_level("INFO")
     for said in ([f"0.7 {wanted[0]} 0.3 {other}"], ["0.7", wanted[0], "0.3", other], [str(blend)]):
         caplog.clear()
         assert Preparation(tmp_path / "db", "build", given | {"data_paths": said}).wanted.data_paths == wanted
