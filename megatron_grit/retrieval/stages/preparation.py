@@ -68,7 +68,7 @@ class Preparation:
         self.old = load_project_config(folder)
         self._check_folder()
         self.version = read_version(folder) if version_numbers(folder) else None
-        self.wanted = replace(self.old or RetroDbConfig(), **given | _paths_of_blends(given))
+        self.wanted = replace(self.old or RetroDbConfig(), **{**given, **_paths_of_blends(given)})
         problem = next(config_problems(self.wanted), None)
         if problem is not None:
             raise ConfigError(problem)
