@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,9 @@ def command(
     prog: str,
     about: str,
     resumes: bool = False,
-    foreign: Mapping[str, str] | None = None,
 ) -> int:
     """Read a command line into a dataclass and run a function on it. Returns the exit status."""
-    return guarded(
-        lambda: run(parse_command(options, argv, prog=prog, description=about, foreign=foreign)), prog, resumes
-    )
+    return guarded(lambda: run(parse_command(options, argv, prog=prog, description=about)), prog, resumes)
 
 
 def guarded(step: Callable[[], object], prog: str = "megatron-grit", resumes: bool = False) -> int:

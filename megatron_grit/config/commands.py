@@ -284,22 +284,15 @@ def build(cls: type[Options], values: Mapping[str, Any], prefix: str | None = No
     return cls(**arguments)
 
 
-def parse_command(
-    cls: type[Options],
-    argv: Sequence[str] | None,
-    *,
-    prog: str,
-    description: str,
-    foreign: Mapping[str, str] | None = None,
-) -> Options:
+def parse_command(cls: type[Options], argv: Sequence[str] | None, *, prog: str, description: str) -> Options:
     """The options of a verb or tool.
 
     Args:
-        cls: dataclass whose fields are the flags.
+        cls: dataclass whose fields are the flags. Its attribute ``FOREIGN``, if it has one, is as of
+            :func:`read_options`.
         argv: the command line without the program. None: that of the process.
         prog: name of the command.
         description: what it does, with an example.
-        foreign: as of :func:`read_options`.
 
     Raises:
         ConfigError: an option that is unknown, missing, of the wrong type or out of range; names it.
@@ -312,7 +305,7 @@ def parse_command(
         raise SystemExit(0)
     rest = [field.name for field in dataclasses.fields(typing.cast(Any, cls)) if field.metadata.get("rest")]
     unknown: list[str] | None = [] if rest else None
-    values = values_of(read_options(argv, options, unknown, foreign=foreign))
+    values = values_of(read_options(argv, options, unknown, foreign=getattr(cls, "FOREIGN", None)))
     missing = [option.shown for option in options.values() if option.required and option.key not in values]
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be given; {prog} --help explains")

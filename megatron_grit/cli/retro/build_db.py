@@ -39,6 +39,7 @@ from megatron_grit.config.knob import knob
 class BuildDbOptions:
     """What is done to a database."""
 
+    FOREIGN = MEGATRON_NAMES
     project_dir: Path = knob()
     """Directory of the database."""
     tasks: str = "build"
@@ -71,7 +72,7 @@ def run(options: BuildDbOptions) -> None:
 
 def main(argv: list[str] | None = None, prog: str = "megatron-grit build-db") -> int:
     """Parse the command line and build. Returns the exit status."""
-    return command(BuildDbOptions, run, argv, prog=prog, about=__doc__, resumes=True, foreign=MEGATRON_NAMES)
+    return command(BuildDbOptions, run, argv, prog=prog, about=__doc__, resumes=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ OURS = """--project-dir db --tasks index-build --block-size 10 --data-paths a b 
 
 
 def parse(words: list[str]) -> BuildDbOptions:
-    return parse_command(BuildDbOptions, words, prog="build-db", description="", foreign=MEGATRON_NAMES)
+    return parse_command(BuildDbOptions, words, prog="build-db", description="")
 
 
 def test_their_options_are_ours() -> None:
