@@ -321,9 +321,15 @@ def plain_jsonl(folder: Path) -> Content:
     return [(number, _plain_value(line, number)) for number, line in enumerate(lines, 1) if line.strip()]
 
 
+def _plain_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key is given twice")
+    return dict(pairs)
+
+
 def _plain_value(line: bytes, number: int) -> Content:
     try:
-        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_plain_object)
         json.dumps(value, ensure_ascii=False).encode()
     except ValueError:
         return None

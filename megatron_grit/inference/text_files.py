@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_grit.data.text.lines import Line, read_lines
 from megatron_grit.errors import DataError
 from megatron_grit.store.files import check_output, replacing
 
@@ -18,20 +22,23 @@ def read_texts(path: str) -> list[str]:
     Raises:
         DataError: a file that cannot be read, an empty line, or no lines.
     """
-    name = "<stdin>" if path == "-" else path
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        lines = data.decode("utf-8").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", path=name) from error
-    except UnicodeDecodeError as error:
-        raise DataError("is not UTF-8; convert it first", path=name, byte=error.start) from error
-    if lines == [""]:
-        raise DataError("holds no text; give one text a line", path=name)
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise DataError("an empty line has no embedding; remove it", path=name, line=number)
-    return [line.removesuffix("\r") for line in lines]
+    if path == "-":
+        with tempfile.NamedTemporaryFile() as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+            file.flush()
+            return _texts(line._replace(path=Path("<stdin>")) for line in read_lines(file.name))
+    return _texts(read_lines(path))
+
+
+def _texts(lines: Iterable[Line]) -> list[str]:
+    texts = []
+    for line in lines:
+        texts.append(line.text())
+        if not texts[-1].strip():
+            raise line.error("an empty line has no embedding; remove it")
+    if not texts:
+        raise DataError("the input holds no text; give one text a line")
+    return texts
 
 
 def save_embeddings(embeddings: np.ndarray, path: str | Path) -> None:

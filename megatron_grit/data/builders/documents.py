@@ -7,7 +7,6 @@ each document, or sentence, tokenised alone.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
 from megatron_grit.data.builders.sentences import SentenceSplitter, find_language, load_punkt, train_punkt
 from megatron_grit.data.indexed.reader import DOCUMENTS, token_dtype
 from megatron_grit.data.indexed.writer import IndexedFacts, TokenBlock
-from megatron_grit.data.text.line_blocks import LineBlock, find_inputs, iterate_blocks, partition_files
+from megatron_grit.data.text.line_blocks import LineBlock, find_inputs
+from megatron_grit.data.text.lines import filled_lines, parse_json
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.files import replacing
@@ -119,14 +119,7 @@ def parse_document(line: bytes, keys: Sequence[str]) -> list[list[str]]:
     Raises:
         DataError: no JSON object, a key that is missing, or something else than text under it. It names no place.
     """
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8: {error.reason} at byte {error.start} of the line") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise DataError(f"not JSON that can be read: {error}") from error
+    value = parse_json(line)
     if not isinstance(value, dict):
         raise DataError(f"expected a JSON object, found {type(value).__name__}")
     return [_texts_of(value, key) for key in keys]
@@ -139,12 +132,6 @@ def _texts_of(value: dict[str, Any], key: str) -> list[str]:
     texts = [found] if isinstance(found, str) else found
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(f'"{key}" must be a string or a list of strings, found {type(found).__name__}')
-    for text in texts:
-        if not text.isascii():  # JSON can spell half of a surrogate pair, which is no character
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise DataError(f'"{key}" holds half of a surrogate pair at character {error.start}') from error
     return texts
 
 
@@ -266,21 +253,19 @@ def _train_on_corpus(
 
 def _corpus_texts(inputs: Sequence[str | os.PathLike[str]], keys: Sequence[str], progress: bool) -> Iterator[str]:
     """The first texts of the corpus. Lines that are no documents are skipped; the build reports them."""
-    files = find_inputs(inputs)
     room = PUNKT_TRAINING_BYTES
     with Progress(room, "training the sentence splitter", "B", enabled=progress) as bar:
-        for ref in iterate_blocks(files, partition_files(files, 1)[0]):
-            for line in ref.read().lines():
-                try:
-                    documents = parse_document(line, keys) if line.strip() else []
-                except DataError:
-                    continue
-                for text in (text for document in documents for text in document):
-                    if room <= 0:
-                        return
-                    yield text
-                    room -= len(text.encode())
-                    bar.update(len(text.encode()))
+        for line in (line for given in inputs for line in filled_lines(given)):
+            try:
+                documents = parse_document(line.content, keys)
+            except DataError:
+                continue
+            for text in (text for document in documents for text in document):
+                if room <= 0:
+                    return
+                yield text
+                room -= len(text.encode())
+                bar.update(len(text.encode()))
 
 
 def _digest(model: str | None) -> str | None:

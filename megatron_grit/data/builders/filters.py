@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_files
-from megatron_grit.data.text.records import Record, parse_line
+from megatron_grit.data.text.lines import Line, filled_lines
+from megatron_grit.data.text.records import Record, parse_record
 from megatron_grit.errors import ConfigError, DataError
 
 FINGERPRINT_BYTES = 16
@@ -112,33 +111,20 @@ class HeldOut:
 
 
 def _read_texts(path: str | Path) -> Iterator[list[str]]:
-    inputs = find_inputs([path])
-    line = 0
-    for reference in iterate_blocks(inputs, partition_files(inputs, 1)[0]):
-        block = reference.read()
-        suffixes = [suffix for suffix in block.path.suffixes if suffix not in _COMPRESSED]
+    for line in filled_lines(path):
+        suffixes = [suffix for suffix in line.path.suffixes if suffix not in _COMPRESSED]
         plain = bool(suffixes) and suffixes[-1] in _TEXT_SUFFIXES
-        for content in block.lines():
-            line += 1
-            if not content.strip():
-                continue
-            try:
-                yield [content.decode()] if plain else _texts_of(content)
-            except (DataError, UnicodeDecodeError) as error:
-                raise DataError(str(error), path=block.path, line=line) from error
+        yield [line.text()] if plain else _texts_of(line)
 
 
-def _texts_of(content: bytes) -> list[str]:
+def _texts_of(line: Line) -> list[str]:
     """Texts of a record, or all strings of an object of another format."""
+    value = line.value()
     try:
-        return contents(parse_line(content))
-    except DataError:
-        try:
-            value = json.loads(content)
-        except (ValueError, RecursionError):
-            value = None
+        return contents(parse_record(value))
+    except DataError as error:
         if not isinstance(value, dict):
-            raise
+            raise line.error(str(error)) from error
         return list(_strings(value))
 
 

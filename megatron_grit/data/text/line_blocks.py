@@ -20,7 +20,11 @@ from megatron_grit.errors import ConfigError, DataError
 BLOCK_BYTES = 1 << 20
 """Size of a block. The last line of a block is never cut, so a long line makes a longer block."""
 
+LONGEST_LINE = 1 << 28
+"""Bytes. A longer line, as of a file without newlines, is not read, and is refused as a line."""
+
 _BOM = b"\xef\xbb\xbf"
+_OTHER_BOMS = {"UTF-16": (b"\xff\xfe", b"\xfe\xff"), "UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff")}
 _SEARCH_BYTES = 1 << 16  # read at a time when looking for the end of a line
 _COMPRESSED_BYTES = 1 << 14  # fed to a decompressor at a time: bounds what comes out at a time
 
@@ -53,18 +57,28 @@ class InputFile:
             raise DataError("changed while it was being read; start again when it is complete", path=self.path)
 
 
+class TooLong(bytes):
+    """Stands for a line that is longer than :data:`LONGEST_LINE`."""
+
+
 @dataclass(frozen=True)
 class LineBlock:
     """Whole lines of a file."""
 
     path: Path
     data: bytes
+    cut: bool = False
+    """Whether the last line is longer than :data:`LONGEST_LINE`, and not all there."""
 
     def lines(self) -> list[bytes]:
         """The lines without their newlines. Blank ones are included; ``\\r`` before the newline stays."""
         lines = self.data.split(b"\n")
-        if not lines[-1]:
+        if self.cut:
+            lines[-1] = TooLong(b"...")
+        elif not lines[-1]:
             lines.pop()
+        if len(self.data) > LONGEST_LINE:
+            lines = [TooLong(b"...") if len(line) > LONGEST_LINE else line for line in lines]
         return lines
 
 
@@ -82,17 +96,22 @@ class BlockRef:
     """Bytes of the file on disk that were passed: progress."""
     data: bytes | None = None
     """The bytes of a compressed file."""
+    cut: bool = False
+    """Whether ``data`` lacks the end of its last line."""
 
     def read(self) -> LineBlock:
         """The block's lines, without a byte-order mark at the begin of the file.
 
         Raises:
-            DataError: the file became shorter.
+            DataError: the file became shorter, or is no UTF-8 text with lines.
         """
-        data = self.data
+        data, cut = self.data, self.cut
         if data is None:
-            data = _read_exactly(self.path, self.start, self.stop - self.start)
-        return LineBlock(self.path, data.removeprefix(_BOM) if self.start == 0 else data)
+            size = self.stop - self.start
+            # All but the last line of a block are shorter than a block.
+            cut = size > LONGEST_LINE + BLOCK_BYTES
+            data = _read_exactly(self.path, self.start, LONGEST_LINE + BLOCK_BYTES if cut else size)
+        return LineBlock(self.path, data if self.start else without_mark(data, self.path), cut)
 
 
 @dataclass(frozen=True)
@@ -103,6 +122,20 @@ class FilePart:
     start: int
     stop: int | None
     """None: to the end of a compressed file."""
+
+
+def without_mark(data: bytes, path: Path) -> bytes:
+    """The begin of a file without its byte-order mark.
+
+    Raises:
+        DataError: the mark is of another encoding, or lines end with ``\\r`` alone.
+    """
+    for encoding in reversed(_OTHER_BOMS):
+        if data.startswith(_OTHER_BOMS[encoding]):
+            raise DataError(f"is {encoding}; convert it: iconv -f {encoding} -t UTF-8", path=path)
+    if b"\r" in data and b"\n" not in data and b"\r" in data.rstrip():
+        raise DataError("its lines end with \\r alone; convert it: tr '\\r' '\\n'", path=path)
+    return data.removeprefix(_BOM)
 
 
 def find_inputs(patterns: Sequence[str | os.PathLike[str]]) -> list[InputFile]:
@@ -219,7 +252,8 @@ def _plain_blocks(file: InputFile, number: int, start: int, stop: int, block_byt
 def _compressed_blocks(file: InputFile, number: int, skip: int, block_bytes: int) -> Iterator[BlockRef]:
     """Blocks from the offset ``skip`` of the decompressed text on. What comes before is decompressed and dropped."""
     pending: list[bytes] = []
-    offset = size = 0  # of ``pending`` in the text; of its bytes
+    offset = size = 0  # of ``pending`` in the text; of the text from there on
+    held = 0  # bytes of ``pending``: fewer than ``size`` where a line is too long
     reported = 0
     with file.path.open("rb") as raw:
         for piece in _OPENERS[file.path.suffix](raw, file.path):
@@ -229,24 +263,29 @@ def _compressed_blocks(file: InputFile, number: int, skip: int, block_bytes: int
                 piece = piece[dropped:]
                 if not piece:
                     continue
-            # The newline is looked for in the new piece only: a long line does not cost its square.
-            end = piece.rfind(b"\n") + 1 if size + len(piece) >= block_bytes else 0
-            if end:
-                data = b"".join([*pending, piece[:end]])
-                position = raw.tell()
-                yield BlockRef(number, file.path, offset, offset + len(data), position - reported, data)
-                reported = position
-                offset += len(data)
-                pending, size = [], 0
-                piece = piece[end:]
-            if piece:
-                pending.append(piece)
-                size += len(piece)
+            while piece:
+                # The newline is looked for in the new piece only: a long line does not cost its square. Of one that is
+                # too long, only its end is looked for.
+                too_long = held < size
+                end = 0
+                if too_long or size + len(piece) >= block_bytes:
+                    end = (piece.find(b"\n") if too_long else piece.rfind(b"\n")) + 1
+                if not end:
+                    if size + len(piece) <= LONGEST_LINE + block_bytes:
+                        pending.append(piece)
+                        held += len(piece)
+                    size += len(piece)
+                    break
+                position, stop = raw.tell(), offset + size + end
+                data = b"".join(pending if too_long else [*pending, piece[:end]])
+                yield BlockRef(number, file.path, offset, stop, position - reported, data, too_long)
+                pending, size, held = [], 0, 0
+                reported, offset, piece = position, stop, piece[end:]
     if offset < skip:
         raise DataError(f"holds {offset} bytes of text, {skip} were read from it before", path=file.path)
     if size:
         data = b"".join(pending)
-        yield BlockRef(number, file.path, offset, offset + size, file.size - reported, data)
+        yield BlockRef(number, file.path, offset, offset + size, file.size - reported, data, held < size)
 
 
 def _next_line_start(file: InputFile, offset: int) -> int:

@@ -16,14 +16,13 @@ record, not for each file, in this order of the keys.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_grit.data.indexed.roles import RowKind
-from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_files
+from megatron_grit.data.text.lines import Line, filled_lines, parse_json
 from megatron_grit.errors import DataError
 
 
@@ -165,19 +164,7 @@ def parse_line(content: bytes) -> Record:
     Raises:
         DataError: the line is not a record. It names no place: the caller knows it.
     """
-    try:
-        value = json.loads(content.rstrip(b"\r\n").decode())
-        if b"\\ud" in content or b"\\uD" in content:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except UnicodeEncodeError:
-        raise DataError("half of a surrogate pair (\\ud...) stands alone in a string") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8: byte {error.start} of the line") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"malformed JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise DataError("malformed JSON: nested too deeply") from None
-    return parse_record(value)
+    return parse_record(parse_json(content))
 
 
 def read_records(path: str | Path, on_bytes: Callable[[int], None] | None = None) -> Iterator[Record | BadLine]:
@@ -190,24 +177,13 @@ def read_records(path: str | Path, on_bytes: Callable[[int], None] | None = None
     Raises:
         DataError: no such file, or it cannot be read to its end.
     """
-    inputs = find_inputs([path])
-    line, current = 0, -1
-    for reference in iterate_blocks(inputs, partition_files(inputs, 1)[0]):
-        line = line if reference.file == current else 0
-        current = reference.file
-        block = reference.read()
-        for content in block.lines():
-            line += 1
-            if content.strip():
-                yield _located(content, block.path, line)
-        if on_bytes is not None:
-            on_bytes(reference.num_disk_bytes)
+    yield from map(_located, filled_lines(path, None if on_bytes is None else lambda num_bytes, _: on_bytes(num_bytes)))
 
 
-def _located(content: bytes, path: Path, line: int) -> Record | BadLine:
+def _located(line: Line) -> Record | BadLine:
     try:
-        record = parse_line(content)
+        record = parse_line(line.content)
     except DataError as error:
-        return BadLine(DataError(str(error), path=path, line=line))
-    record.path, record.line = path, line
+        return BadLine(line.error(str(error)))
+    record.path, record.line = line.path, line.number
     return record

@@ -21,6 +21,7 @@ from megatron_grit.data.chunks.project import Project, fingerprint
 from megatron_grit.data.chunks.versions import shares_documents, source_of
 from megatron_grit.data.indexed.reader import IndexedFile
 from megatron_grit.data.order.permutation import derive_keys, permute
+from megatron_grit.data.text.lines import read_lines
 from megatron_grit.errors import DataError
 from megatron_grit.retrieval.database.vectors import ChunkVectors, find_chunks
 from megatron_grit.retrieval.work import Worker, compute_blocks
@@ -175,12 +176,7 @@ class RecallQueries:
         return ids.tolist(), db.texts(ids)
 
     def _draw_lines(self, path: Path) -> tuple[list[int], list[str]]:
-        try:
-            with path.open(encoding="utf-8") as file:
-                lines = [line.strip() for line in file]
-        except UnicodeDecodeError as error:
-            raise DataError(f"is not UTF-8 text ({error})", path=path) from None
-        lines = list(dict.fromkeys(filter(None, lines)))
+        lines = list(dict.fromkeys(filter(None, (line.text().strip() for line in read_lines(path)))))
         texts = [lines[place] for place in _some(len(lines), self._config.seed)]
         return [-1] * len(texts), texts
 

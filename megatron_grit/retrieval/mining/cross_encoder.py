@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from megatron_grit.data.text.lines import filled_lines
 from megatron_grit.errors import ConfigError, DataError, NumericsError
+from megatron_grit.store.digest import sha256_of_file
 
 
 class PairScorer(Protocol):
@@ -42,17 +43,14 @@ class ScoreFile:
     """Scores that were made elsewhere: one ``{"query": ..., "passage": ..., "score": ...}`` a line."""
 
     def __init__(self, path: Path) -> None:
-        content = path.read_bytes()
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.fingerprint = sha256_of_file(path)
         self._scores: dict[tuple[str, str], float] = {}
-        for number, line in enumerate(content.splitlines(), 1):
+        for line in filled_lines(path):
+            value = line.value()
             try:
-                value = json.loads(line)
                 self._scores[str(value["query"]), str(value["passage"])] = float(value["score"])
             except (ValueError, TypeError, KeyError) as error:
-                raise DataError(
-                    f'needs "query", "passage" and "score" in each line ({error!r})', path=path, line=number
-                ) from None
+                raise line.error(f'needs "query", "passage" and "score" in each line ({error!r})') from None
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         return np.array([self._scores.get(pair, np.nan) for pair in pairs], dtype=np.float64)

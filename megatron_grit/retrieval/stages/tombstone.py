@@ -28,6 +28,7 @@ from megatron_grit.data.chunks.versions import (
     version_numbers,
     version_path,
 )
+from megatron_grit.data.text.lines import read_lines
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.database.cuts import is_validation
 from megatron_grit.retrieval.database.vectors import find_chunks
@@ -121,8 +122,8 @@ def parse_documents(text: str, datasets: Sequence[tuple[str, int]], what: str = 
     names = text.split(",")
     if ":" not in text or os.path.isfile(text):  # which takes a list that is too long for a path
         try:
-            names = Path(text).read_text(encoding="utf-8").split("\n")
-        except (OSError, ValueError) as error:
+            names = [line.text() for line in read_lines(text)]
+        except DataError as error:
             raise ConfigError(
                 f"{what} {text!r}: neither DATASET:DOCUMENT nor a file that can be read ({error})"
             ) from None

@@ -27,7 +27,11 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "texts.txt: holds no text"), (b"a\n \nb\n", "texts.txt:2: an empty line"), (b"ab\xff", "(byte 2): is not")],
+    [
+        (b"", "holds no text"),
+        (b"a\n \nb\n", "texts.txt:2: an empty line"),
+        (b"ab\xff", "texts.txt:1: not UTF-8: byte 2"),
+    ],
 )
 def test_unusable_input(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "texts.txt"
@@ -38,7 +42,7 @@ def test_unusable_input(tmp_path: Path, content: bytes, message: str) -> None:
 
 
 def test_missing_input(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="missing.txt: cannot be read"):
+    with pytest.raises(DataError, match="missing.txt: no such input file"):
         read_texts(str(tmp_path / "missing.txt"))
 
 

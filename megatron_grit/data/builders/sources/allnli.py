@@ -15,7 +15,7 @@ from typing import IO
 
 import numpy as np
 
-from megatron_grit.data.text.line_blocks import find_inputs, iterate_blocks, partition_files
+from megatron_grit.data.text.lines import Line, filled_lines
 from megatron_grit.errors import DataError
 from megatron_grit.store.files import check_output, replacing
 from megatron_grit.store.progress import Progress
@@ -57,31 +57,11 @@ def convert_allnli(
     check_output(output_path, [path])
     is_table = ".tsv" in path.suffixes
     with Progress(None, "convert_allnli", "line", enabled=progress) as bar, replacing(output_path) as output:
-        lines = numbered_lines(path, bar)
-        count = _table(path, lines, output, split, seed) if is_table else _triplets(path, lines, output)
+        lines = filled_lines(path, lambda _, num_lines: bar.update(num_lines))
+        count = _table(lines, output, split, seed) if is_table else _triplets(lines, output)
         if not count:
             raise DataError(f"gives no record{f' of the split {split}' if is_table else ''}", path=path)
     return count
-
-
-def numbered_lines(path: Path, bar: Progress | None = None) -> Iterator[tuple[int, str]]:
-    """Lines of a text file, plain or compressed, that are not blank, and their numbers from 1.
-
-    Raises:
-        DataError: the file is missing, damaged or not UTF-8.
-    """
-    inputs, number = find_inputs([path]), 0
-    for reference in iterate_blocks(inputs, partition_files(inputs, 1)[0]):
-        lines = reference.read().lines()
-        for content in lines:
-            number += 1
-            if content.strip():
-                try:
-                    yield number, content.decode().removesuffix("\r")
-                except UnicodeDecodeError as error:
-                    raise DataError(f"not UTF-8: byte {error.start} of the line", path=path, line=number) from None
-        if bar is not None:
-            bar.update(len(lines))
 
 
 def write_record(output: IO[str], query: str, positives: list[str], negatives: list[str]) -> None:
@@ -89,36 +69,33 @@ def write_record(output: IO[str], query: str, positives: list[str], negatives: l
     output.write(json.dumps({"query": query, "pos": positives, "neg": negatives}, ensure_ascii=False) + "\n")
 
 
-def _triplets(path: Path, lines: Iterator[tuple[int, str]], output: IO[str]) -> int:
+def _triplets(lines: Iterator[Line], output: IO[str]) -> int:
     count = 0
-    for number, line in lines:
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"malformed JSON: {error.msg}", path=path, line=number) from None
+    for line in lines:
+        value = line.value()
         given = [value.get(key) for key in TRIPLET_KEYS] if isinstance(value, dict) else []
         texts = [text.strip() for text in given if isinstance(text, str)]
         if len(texts) != len(TRIPLET_KEYS) or not all(texts):
-            raise DataError(f"expected an object with the texts {', '.join(TRIPLET_KEYS)}", path=path, line=number)
+            raise line.error(f"expected an object with the texts {', '.join(TRIPLET_KEYS)}")
         write_record(output, texts[0], [texts[1]], [texts[2]])
         count += 1
     return count
 
 
-def _table(path: Path, lines: Iterator[tuple[int, str]], output: IO[str], split: str, seed: int) -> int:
+def _table(lines: Iterator[Line], output: IO[str], split: str, seed: int) -> int:
     premises: dict[str, _Premise] = {}
     places: list[int] = []
     width = 0
-    for number, line in lines:
-        cells = line.split("\t")
+    for line in lines:
+        cells = line.text().split("\t")
         if not places:
             missing = [name for name in COLUMNS if name not in cells]
             if missing:
-                raise DataError(f"its header has no column {missing[0]}", path=path, line=number)
+                raise line.error(f"its header has no column {missing[0]}")
             places, width = [cells.index(name) for name in COLUMNS], len(cells)
             continue
         if len(cells) != width:
-            raise DataError(f"{len(cells)} cells in a table of {width} columns", path=path, line=number)
+            raise line.error(f"{len(cells)} cells in a table of {width} columns")
         row_split, first, second, label = (cells[place].strip() for place in places)
         if row_split == split and first and second:
             for premise, other in ((first, second), (second, first)):

@@ -9,14 +9,15 @@ its file of hard negatives.
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_grit.data.builders.sources.allnli import numbered_lines, write_record
+from megatron_grit.data.builders.sources.allnli import write_record
+from megatron_grit.data.text.line_blocks import without_mark
+from megatron_grit.data.text.lines import Line, decode, filled_lines, parse_json
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.files import check_output, replacing
 from megatron_grit.store.progress import Progress
@@ -66,24 +67,26 @@ class KeyedLines:
         except (OSError, ValueError) as error:
             raise DataError(f"cannot be read: {error}", path=path) from error
         self._key, self._starts = key, {}
-        number = start = 0
+        head = self._data[: self._data.find(b"\n") + 1 or None]
+        start = len(head) - len(without_mark(head, self.path))
+        self._data.seek(start)
         with Progress(len(self._data), self.path.name, "B", enabled=progress) as bar:
             for number, line in enumerate(iter(self._data.readline, b""), 1):
                 if line.strip():
-                    self._starts[self._key_of(line, number)] = start
+                    self._starts[self._key_of(Line(self.path, number, line.removesuffix(b"\n")))] = start
                 start += len(line)
                 bar.update(len(line))
 
-    def _key_of(self, line: bytes, number: int) -> bytes:
+    def _key_of(self, line: Line) -> bytes:
         if self._key is None:
-            found, tab, _ = line.partition(b"\t")
+            found, tab, _ = line.content.partition(b"\t")
             if not tab:
-                raise DataError("expected an id, a tab and a text", path=self.path, line=number)
+                raise line.error("expected an id, a tab and a text")
             return found
-        try:
-            return str(json.loads(line)[self._key]).encode()
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f'expected a JSON object with "{self._key}"', path=self.path, line=number) from None
+        value = line.value()
+        if not isinstance(value, dict) or self._key not in value:
+            raise line.error(f'expected a JSON object with "{self._key}"')
+        return str(value[self._key]).encode()
 
     def __contains__(self, key: str) -> bool:
         return key.encode() in self._starts
@@ -107,9 +110,9 @@ class KeyedLines:
             DataError: there is no such line, or it is not UTF-8.
         """
         try:
-            return self.line(key).partition(b"\t")[2].decode().strip()
-        except UnicodeDecodeError:
-            raise DataError(f"the text of {key} is not UTF-8", path=self.path) from None
+            return decode(self.line(key).partition(b"\t")[2]).strip()
+        except DataError as error:
+            raise DataError(f"the text of {key}: {error}", path=self.path) from None
 
 
 # many: the six files of MS MARCO, and how its negatives are chosen
@@ -152,25 +155,25 @@ def convert_msmarco(
     given = (queries_path, corpus_path, negatives_path, scores_path, qrels_path)
     check_output(output_path, [path for path in given if path is not None])
     queries = {}
-    for number, line in numbered_lines(Path(queries_path)):
-        qid, tab, text = line.partition("\t")
+    for line in filled_lines(queries_path):
+        qid, tab, text = line.text().partition("\t")
         if not tab:
-            raise DataError("expected an id, a tab and a text", path=queries_path, line=number)
+            raise line.error("expected an id, a tab and a text")
         queries[qid] = text.strip()
     relevant = _read_qrels(Path(qrels_path)) if qrels_path is not None else {}
     corpus = KeyedLines(corpus_path, progress=progress)
     scores = None if scores_path is None else KeyedLines(scores_path, "qid", progress=progress)
     counts = MsMarcoCounts()
     with Progress(None, "convert_msmarco", "query", enabled=progress) as bar, replacing(output_path) as output:
-        for number, line in numbered_lines(Path(negatives_path), bar):
+        for line in filled_lines(negatives_path, lambda _, num_lines: bar.update(num_lines)):
             try:
-                mined = _Mined(line, scores, relevant, need_scores=margin is not None)
+                mined = _Mined(line.content, scores, relevant, need_scores=margin is not None)
                 query = queries.get(mined.qid)
                 if query is None:
                     raise DataError(f"query {mined.qid} is not in {queries_path}")
                 chosen = mined.choose(margin, per_system, systems, counts)
             except DataError as error:
-                raise error if error.path else DataError(str(error), path=negatives_path, line=number) from None
+                raise error if error.path else line.error(str(error)) from None
             if chosen and mined.positives:
                 write_record(output, query, *([corpus.text(pid) for pid in pids] for pids in (mined.positives, chosen)))
                 counts.kept += 1
@@ -182,10 +185,10 @@ def convert_msmarco(
 
 def _read_qrels(path: Path) -> dict[str, list[str]]:
     relevant: dict[str, list[str]] = {}
-    for number, line in numbered_lines(path):
-        fields = line.split()
+    for line in filled_lines(path):
+        fields = line.text().split()
         if len(fields) != 4 or not fields[3].lstrip("-").isdigit():
-            raise DataError("expected four fields: qid 0 pid relevance", path=path, line=number)
+            raise line.error("expected four fields: qid 0 pid relevance")
         if int(fields[3]) > 0:
             relevant.setdefault(fields[0], []).append(fields[2])
     return relevant
@@ -195,10 +198,10 @@ class _Mined:
     """A line of hard negatives."""
 
     def __init__(
-        self, line: str, scores: KeyedLines | None, relevant: dict[str, list[str]], *, need_scores: bool
+        self, line: bytes, scores: KeyedLines | None, relevant: dict[str, list[str]], *, need_scores: bool
     ) -> None:
+        value = parse_json(line)
         try:
-            value = json.loads(line)
             self.qid = str(value["qid"])
             own: dict[str, float] = {}
             positives = [_passage(entry, own) for entry in value["pos"]]
@@ -208,7 +211,7 @@ class _Mined:
         self.positives = list(dict.fromkeys([*positives, *relevant.get(self.qid, [])]))
         self._scores: dict[str, float] = {}
         if need_scores and scores is not None and self.qid in scores:
-            table: Any = json.loads(scores.line(self.qid)).get("scores")
+            table: Any = parse_json(scores.line(self.qid)).get("scores")
             if not isinstance(table, dict):
                 raise DataError(f'the line of query {self.qid} has no object "scores"', path=scores.path)
             self._scores = {str(pid): float(score) for pid, score in table.items()}

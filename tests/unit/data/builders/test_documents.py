@@ -152,16 +152,16 @@ def test_training_reads_no_more_than_it_may(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "malformed JSON"),
         ("[1]", "expected a JSON object, found list"),
         ('{"title": "x"}', 'no "text" in this document, only title'),
         ("{}", 'no "text" in this document, only an empty object'),
         ('{"text": null}', "must be a string or a list of strings, found NoneType"),
         ('{"text": ["a", 1]}', "must be a string or a list of strings"),
-        ('{"text": "\\ud800"}', "half of a surrogate pair at character 0"),
-        ("[" * 100_000, "not JSON that can be read"),
-        ('{"text": ' + "1" * 5000 + "}", "not JSON that can be read"),
-        (b'{"text": "\xff"}', "not UTF-8: invalid start byte at byte 10"),
+        ('{"text": "\\ud800"}', "half of a surrogate pair"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"text": ' + "1" * 5000 + "}", "more than 4,300 digits"),
+        (b'{"text": "\xff"}', "not UTF-8: byte 10 of the line"),
     ],
 )
 @pytest.mark.parametrize("partitions", [1, 3])

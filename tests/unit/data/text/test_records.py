@@ -139,7 +139,7 @@ def test_bad_lines_are_named(write_jsonl: Callable[..., Path], line: str, expect
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "input.jsonl"
     path.write_bytes(b'{"text": "\xff"}\n')
-    assert str(only(path).error) == f"{path}:1: not UTF-8: byte 10 of the line"
+    assert str(only(path).error) == f"{path}:1: not UTF-8: byte 10 of the line; convert the file"
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -317,7 +317,7 @@ def test_recall_is_measured_on_given_texts(project: Project, tmp_path: Path) -> 
     assert sorted(files.queries.drawn.texts) == ["what is a file", "who wrote it"]
     assert files.queries.drawn.ids == [-1, -1]
     assert read_search(files.search).num_queries == 1
-    for content, words in ((b"\n  \n", "has no text"), (b"\xff\xfe", "not UTF-8")):
+    for content, words in ((b"\n  \n", "has no text"), (b"\xff", "not UTF-8")):
         path.write_bytes(content)
         with pytest.raises(DataError, match=words):
             built(project, recall_queries=str(path), index="IVF2,Flat")
