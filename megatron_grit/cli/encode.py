@@ -2,6 +2,9 @@
 
 Example:
     megatron-grit encode --checkpoint runs/grit --input queries.txt --output queries.npy --instruction "Find the answer"
+
+Texts are read and vectors written a block at a time, so memory does not grow with their number. A killed run resumes
+when the same command is given again.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ class EncodeOptions(BatchSize, TextLength, ModelOptions):
     """What is embedded."""
 
     input: str = knob()
-    """UTF-8 file with one text a line; - reads standard input."""
+    """UTF-8 file with one text a line, plain, .gz or .zst; - reads standard input."""
     output: str = knob()
     """.npy file: float32 [lines, embedding size]."""
     instruction: str = ""
@@ -41,7 +44,7 @@ def run(options: EncodeOptions) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, embed and save. Returns the exit status."""
-    return command(EncodeOptions, run, argv, prog="megatron-grit encode", about=__doc__)
+    return command(EncodeOptions, run, argv, prog="megatron-grit encode", about=__doc__, resumes=True)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,11 @@ class HashingFile:
         self.num_bytes += written
         return written
 
+    def into(self, file: IO[bytes]) -> HashingFile:
+        """The same digest so far, for what is now appended to another file."""
+        self._file = file
+        return self
+
     def digest(self) -> bytes:
         """SHA-256 of what was written so far."""
         return self._digest.digest()

@@ -20,7 +20,7 @@ from megatron_grit.data.text import line_blocks
 from megatron_grit.data.text.lines import Line, parse_json, read_lines
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.evaluation.tasks import retrieval
-from megatron_grit.inference.text_files import read_texts as lines_to_embed
+from megatron_grit.inference.text_files import TextFile
 from megatron_grit.retrieval.mining.cross_encoder import ScoreFile
 from megatron_grit.retrieval.mining.mine import read_embedding_records
 from megatron_grit.retrieval.stages.tombstone import parse_documents
@@ -104,7 +104,7 @@ def test_every_reader_of_texts_reads_the_same(tmp_path: Path, end: str, name: st
     content = mark + end.join(TEXTS).encode()
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert [line.text() for line in read_lines(path)] == TEXTS
-    assert lines_to_embed(str(path)) == TEXTS
+    assert [line.text() for line in TextFile(path, path).lines()] == TEXTS
     held_out = HeldOut([path], ngram=5)
     assert all(held_out.overlap([text]) for text in TEXTS)
     table = tmp_path / f"table{name.removeprefix('in')}"
@@ -132,7 +132,7 @@ def test_files_that_are_refused_as_a_whole(tmp_path: Path, tokenizer: Path, cont
     path = tmp_path / "in.jsonl"
     path.write_bytes(content)
     every = readers(tmp_path, tokenizer) | {
-        "encode": lambda path: lines_to_embed(str(path)),
+        "encode": lambda path: TextFile(path, path).survey(),
         "queries of convert-msmarco": lambda path: convert_msmarco(path, path, path, tmp_path / "out"),
         "corpus of convert-msmarco": lambda path: convert_msmarco(
             tmp_path / "pair.tsv", path, tmp_path / "known.jsonl", tmp_path / "out"

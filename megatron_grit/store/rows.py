@@ -1,0 +1,154 @@
+"""A .npy file that is written row by row; a killed run resumes from the rows that are there.
+
+Until it is whole there is ``.NAME.partial`` beside its place, with the rows, a lock, and a journal: how many rows are
+on disk, their SHA-256, and the identity of all that they follow from. Memory does not depend on the number of rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron_grit.errors import OutputError
+from megatron_grit.store.digest import HashingFile, digest_of_settings
+from megatron_grit.store.files import sync_folder, write_json
+from megatron_grit.store.lock import locked
+from megatron_grit.store.logs import get_logger
+
+log = get_logger(__name__)
+
+_BYTES = 1 << 24
+
+
+class RowFile:
+    """A context in which one process writes the rows of ``target``; :meth:`publish` ends it.
+
+    Args:
+        target: the file. One that is there stays until it is replaced.
+
+    Attributes:
+        folder: for further files of the run, until the target is whole.
+        num_rows: rows on disk, now or from an earlier run; 0 before :meth:`resume`.
+
+    Raises:
+        OutputError: another process is writing it, or it cannot be written.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.folder = target.with_name(f".{target.name}.partial")
+        self.num_rows = 0
+        self._identity, self._total, self._offset = "", 0, 0
+        self._file: BinaryIO | None = None
+        self._hashing = HashingFile(None)
+        self._stack = ExitStack()
+
+    @property
+    def _rows(self) -> Path:
+        return self.folder / "rows.npy"
+
+    @property
+    def _journal(self) -> Path:
+        return self.folder / "journal.json"
+
+    def __enter__(self) -> RowFile:
+        with self._naming(), ExitStack() as stack:
+            stack.enter_context(locked(self.folder / "lock", self.target))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        if not self._journal.exists():  # nothing to resume from
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._stack.close()
+
+    def resume(self, identity: object, num_rows: int) -> None:
+        """Find the rows that an earlier run of the same identity wrote.
+
+        Args:
+            identity: what the rows follow from, of what JSON can hold.
+            num_rows: of the whole file.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        self._identity, self._total = digest_of_settings([identity, num_rows]), num_rows
+        with self._naming():
+            self._file = self._rows.open("r+b") if self._rows.exists() else self._rows.open("w+b")
+            if not self._take_over():
+                self._file.seek(0)
+                self._file.truncate()
+                self._hashing = HashingFile(self._file)
+                self._journal.unlink(missing_ok=True)
+
+    def _take_over(self) -> bool:
+        """Go to the end of the rows that the journal tells of; False where there are none, or other ones."""
+        assert self._file is not None
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            journal = json.loads(self._journal.read_bytes())
+            if journal["identity"] != self._identity:
+                return False
+            hashing, left = HashingFile(None), int(journal["bytes"])
+            while left and (piece := self._file.read(min(left, _BYTES))):
+                hashing.write(piece)
+                left -= len(piece)
+            if left or hashing.digest().hex() != journal["sha256"]:
+                log.warning(f"{self._rows}: is damaged, so it is written again")
+                return False
+            self._file.truncate()
+            self._hashing, self.num_rows = hashing.into(self._file), int(journal["rows"])
+            return True
+        return False
+
+    def append(self, rows: np.ndarray) -> None:
+        """Write rows, and flush them to disk.
+
+        Args:
+            rows: [any number, row size], of the same type and size each time.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        assert self._file is not None
+        with self._naming():
+            if not self.num_rows:
+                header = {"descr": rows.dtype.str, "fortran_order": False, "shape": (self._total, *rows.shape[1:])}
+                np.lib.format.write_array_header_1_0(self._hashing, header)  # type: ignore[arg-type]
+            self._hashing.write(np.ascontiguousarray(rows).data.cast("B"))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.num_rows += len(rows)
+            entry = {"identity": self._identity, "rows": self.num_rows}
+            write_json(self._journal, entry | self._hashing.entry())
+
+    def publish(self) -> None:
+        """Give the file its name. All rows are there."""
+        assert self._file is not None and self.num_rows == self._total
+        with self._naming():
+            self._file.close()
+            os.replace(self._rows, self.target)
+            sync_folder(self.target.parent)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"cannot be written ({error.strerror or error}); the same command resumes with the rows in "
+                f"{self.folder}",
+                path=self.target,
+            ) from error
