@@ -175,7 +175,12 @@ def qwen3_moe_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def _hf_dense(model: ModelConfig, architecture: str, model_type: str) -> dict[str, Any]:
-    return write_shape(model, architecture, model_type) | _windows(model) | {"max_window_layers": model.num_layers}
+    windows = _windows(model)
+    full = [kind == "full_attention" for kind in windows["layer_types"]]
+    # Readers that do not know layer_types go by this. vLLM, which gives every layer the window, refuses a mixture where
+    # this is below num_layers.
+    leading = [*full, False].index(False)
+    return write_shape(model, architecture, model_type) | windows | {"max_window_layers": leading}
 
 
 def qwen2_hf(model: ModelConfig) -> dict[str, Any]:

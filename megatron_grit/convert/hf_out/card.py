@@ -9,8 +9,7 @@ from typing import Any
 from megatron_grit import __version__
 from megatron_grit.config.embedding_shape import head_widths
 from megatron_grit.config.kinds import kind_names, kind_options, kind_sources, trained_kinds
-from megatron_grit.config.schema import RunConfig
-from megatron_grit.convert.hf_out.embedding import is_affine
+from megatron_grit.convert.hf_out.downstream import other_readers, vllm_paragraphs
 from megatron_grit.convert.hf_out.exported import Exported
 from megatron_grit.data.text.templates import EMBED_PREFIX, USER_PREFIX, embedding_prefix
 
@@ -23,15 +22,17 @@ _POOLING = {
     "cls": "the first state",
     "lasttoken": "the last state",
 }
-VLLM_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Whose own code in vLLM asks ``is_causal``; read in its source."""
+_EXAMPLE_PROMPT = embedding_prefix("Find the passage that answers the question")
 
 
-def model_card(exported: Exported, overrides: dict[str, Any], missing: str | None, remarks: list[str]) -> str:
+def model_card(
+    exported: Exported, hf_config: dict[str, Any], overrides: dict[str, Any], missing: str | None, remarks: list[str]
+) -> str:
     """README.md.
 
     Args:
         exported: the model.
+        hf_config: config.json.
         overrides: keys of config.json that have other values for embedding.
         missing: why sentence-transformers cannot embed with the model. None: it can.
         remarks: sentences about the tokenizer.
@@ -42,6 +43,8 @@ def model_card(exported: Exported, overrides: dict[str, Any], missing: str | Non
         _introduction(exported),
         *_embed(exported, overrides, missing),
         *_generate(exported),
+        *([] if missing else vllm_paragraphs(exported, overrides, hf_config, _EXAMPLE_PROMPT)),
+        *([] if missing else other_readers(exported, overrides)),
         *_training(exported),
         "\n".join(f"- {remark}" for remark in remarks),
     ]
@@ -102,67 +105,27 @@ def _embed(exported: Exported, overrides: dict[str, Any], missing: str | None) -
         "    from sentence_transformers import SentenceTransformer",
         "",
         "    model = SentenceTransformer(PATH)",
-        f"    prompt = {template.replace('{instruction}', 'Find the passage that answers the question')!r}",
+        f"    prompt = {_EXAMPLE_PROMPT!r}",
         '    queries = model.encode(["which function parses JSON?"], prompt=prompt)',
         '    passages = model.encode(["json.loads reads a string."])',
         "    print(model.similarity(queries, passages))",
     ]
-    notes = []
+    notes = [
+        "It needs sentence-transformers 5.4 or newer. Older ones cannot import the modules; they would pool a token of "
+        "the prompt."
+    ]
     if overrides:
         keys = " and ".join(f"`{key}`" for key in overrides)
         notes.append(
-            f"sentence_bert_config.json sets {keys} for embedding, which needs transformers 5.2 or newer: older ones "
-            "do not look at `is_causal` and would embed causally, without a word. config.json stays that of the causal "
-            "decoder. Without sentence-transformers, give these keys to AutoConfig.from_pretrained."
+            f"sentence_bert_config.json sets {keys} for embedding, which needs transformers 5.2 or newer. transformers "
+            "4 stops at `experts_implementation`, which is there for that; 5.0 and 5.1 do not look at `is_causal` and "
+            "embed causally, without a word. config.json stays that of the causal decoder. Without "
+            "sentence-transformers, give these keys to AutoConfig.from_pretrained."
         )
     notes.append(
         f"Texts above {exported.source.model.max_position_embeddings} tokens are cut; set model.max_seq_length."
     )
-    return ["## Embed", text, "\n".join(code), " ".join(notes), *_vllm(exported, overrides)]
-
-
-def _vllm(exported: Exported, overrides: dict[str, Any]) -> list[str]:
-    """How vLLM embeds, as its source says (0.33)."""
-    architecture = exported.family.architecture
-    if overrides and architecture not in VLLM_ARCHITECTURES:
-        return [f"vLLM's {architecture} attends causally whatever it is told; do not embed with it."]
-    settings = vllm_settings(exported.source.config, overrides)
-    if settings is None:
-        return ["vLLM has no pooling like this model's; do not embed with it."]
-    code = [
-        "    import json, vllm",
-        "",
-        '    settings = json.load(open(f"{PATH}/vllm_embed.json"))',
-        '    settings["pooler_config"] = vllm.config.PoolerConfig(**settings["pooler_config"])',
-        "    model = vllm.LLM(model=PATH, **settings)",
-    ]
-    note = "With vLLM (0.33; written from its source and not run for this export):"
-    if settings["pooler_config"]["task"] == "embed":
-        return [note, "\n".join([*code, "    embedding = model.embed([prompt + text])[0].outputs.embedding"])]
-    reduce = "amax" if exported.source.config.embedding.pooling == "max" else "mean"
-    code += [
-        '    states = model.encode([prompt + text], pooling_task="token_embed")[0].outputs.data.float()',
-        "    skipped = len(model.get_tokenizer()(prompt).input_ids)",
-        f"    embedding = states[skipped:].{reduce}(0)",
-    ]
-    if exported.source.config.embedding.normalize:
-        code.append("    embedding /= embedding.norm()")
-    return [
-        f"{note} its own pooler takes in the instruction, so the states of the text are pooled here.",
-        "\n".join(code),
-    ]
-
-
-def vllm_settings(config: RunConfig, overrides: dict[str, Any]) -> dict[str, Any] | None:
-    """Arguments of vllm.LLM for embeddings. None: it has no such pooling."""
-    embedding = config.embedding
-    by_token = embedding.pooling in ("mean", "max")
-    if embedding.pooling not in ("cls", "lasttoken") and not by_token:
-        return None
-    if head_widths(config) and not is_affine(embedding):
-        return None
-    pooler = {"task": "token_embed" if by_token else "embed", "use_activation": embedding.normalize and not by_token}
-    return {"runner": "pooling", "convert": "embed", "hf_overrides": overrides, "pooler_config": pooler}
+    return ["## Embed", text, "\n".join(code), " ".join(notes)]
 
 
 def _shown(text: str) -> str:

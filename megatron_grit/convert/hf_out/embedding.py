@@ -40,11 +40,20 @@ _ACTIVATIONS = {
     "tanh": "torch.nn.modules.activation.Tanh",
 }
 _MODULES = {
-    "Transformer": "sentence_transformers.models.Transformer",
-    "Pooling": "sentence_transformers.models.Pooling",
+    "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
+    "Pooling": "sentence_transformers.models.Pooling.Pooling",
     "Dense": "sentence_transformers.models.Dense",
     "Normalize": "sentence_transformers.models.Normalize",
 }
+"""Class of each module.
+
+Transformer has its name since 5.4. sentence-transformers before that strips the newline of a prompt when it counts the
+prompt's tokens, and would pool one of them. Pooling has a longer name than usual, which is imported as well: by the
+usual ones vLLM takes the model for one that only embeds, causally and over the whole prompt.
+"""
+_FOLDERS = {"Pooling": "TextPooling"}
+"""Folders that are not named as their module is: text-embeddings-inference reads 1_Pooling, whatever modules.json says,
+and would pool the whole prompt of a causal pass."""
 _STARTS = ("what", "A", "7", "(a)", "{", " two", "\u00e9t\u00e9", "\u6f22\u5b57", "- x", '"x"', "<a>", "_b")
 """Texts that begin in different ways."""
 ALWAYS_CAUSAL = {"GPTNeoForCausalLM"}
@@ -127,7 +136,7 @@ def write_modules(folder: Path, config: RunConfig, hf_config: dict[str, Any], he
     modules = []
     layer = 0
     for number, (kind, settings) in enumerate(chain):
-        path = f"{number}_{kind}" if number else ""
+        path = f"{number}_{_FOLDERS.get(kind, kind)}" if number else ""
         modules.append({"idx": number, "name": str(number), "path": path, "type": _MODULES[kind]})
         if settings:
             write_json(folder / path / "config.json", settings)
@@ -136,14 +145,15 @@ def write_modules(folder: Path, config: RunConfig, hf_config: dict[str, Any], he
             layer += 1
         (folder / path).mkdir(exist_ok=True)
     write_json(folder / "modules.json", modules)
-    write_json(
-        folder / "sentence_bert_config.json",
-        {
-            "max_seq_length": config.model.max_position_embeddings,
-            "do_lower_case": False,
-            "config_args": {} if embedding.causal else bidirectional_settings(hf_config),
-        },
-    )
+    settings = {
+        "max_seq_length": config.model.max_position_embeddings,
+        "do_lower_case": False,
+        "config_args": {} if embedding.causal else bidirectional_settings(hf_config),
+    }
+    if not embedding.causal:
+        # The default of transformers 5. transformers 4, which would leave the mask causal, raises at this name.
+        settings["model_args"] = {"experts_implementation": None}
+    write_json(folder / "sentence_bert_config.json", settings)
     write_json(
         folder / "config_sentence_transformers.json",
         {

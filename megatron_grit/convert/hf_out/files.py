@@ -10,8 +10,9 @@ import torch
 
 from megatron_grit.config.blend import read_blend
 from megatron_grit.config.kinds import kind_names, kind_options, kind_sources
-from megatron_grit.convert.hf_out.card import VLLM_ARCHITECTURES, model_card, vllm_settings
+from megatron_grit.convert.hf_out.card import model_card
 from megatron_grit.convert.hf_out.chat import chat_template
+from megatron_grit.convert.hf_out.downstream import vllm_settings
 from megatron_grit.convert.hf_out.embedding import (
     bidirectional_settings,
     why_not_sentence_transformers,
@@ -54,13 +55,13 @@ def write_files(folder: Path, exported: Exported) -> None:
     overrides = {} if config.embedding.causal else bidirectional_settings(settings)
     if missing is None:
         write_modules(folder, config, settings, exported.head)
-        vllm = vllm_settings(config, overrides)
-        if vllm is not None and (not overrides or family.architecture in VLLM_ARCHITECTURES):
+        vllm = vllm_settings(config, family.architecture, overrides)
+        if vllm is not None:
             write_json(folder / "vllm_embed.json", vllm)
     else:
         log.warning(f"no modules for sentence-transformers are written: {missing}")
     with replacing(folder / "README.md") as file:
-        file.write(model_card(exported, overrides, missing, remarks))
+        file.write(model_card(exported, settings, overrides, missing, remarks))
 
 
 def hf_config(exported: Exported) -> dict[str, Any]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megatron_grit.config.schema import EmbeddingConfig, RunConfig
-from megatron_grit.convert.hf_out.card import vllm_settings
 from megatron_grit.convert.hf_out.chat import jinja_of
 from megatron_grit.convert.hf_out.convert import export_checkpoint
 from megatron_grit.convert.hf_out.embedding import bidirectional_settings
@@ -82,21 +79,3 @@ def test_what_changes_for_both_sides_to_be_seen() -> None:
         "use_sliding_window": False,
         "layer_types": ["full_attention", "full_attention"],
     }
-
-
-@pytest.mark.parametrize(
-    ("embedding", "task"),
-    [
-        ({"pooling": "mean"}, "token_embed"),
-        ({"pooling": "lasttoken"}, "embed"),
-        ({"pooling": "cls", "projection_dim": 8}, "embed"),
-        ({"pooling": "weightedmean_sgpt"}, None),
-        ({"pooling": "mean", "projection_dim": 8, "linear_activation": "tanh"}, None),
-    ],
-)
-def test_arguments_for_vllm(embedding: dict[str, Any], task: str | None) -> None:
-    """Its pooler takes in the instruction, so averages are taken of the states; what it lacks is not offered."""
-    settings = vllm_settings(RunConfig(embedding=EmbeddingConfig(**embedding)), {"is_causal": False})
-    assert (None if settings is None else settings["pooler_config"]["task"]) == task
-    if settings is not None:
-        assert settings["runner"] == "pooling" and settings["hf_overrides"] == {"is_causal": False}
