@@ -67,7 +67,7 @@ class Case:
     looks: tuple[str, ...] = ("generates", "card")
 
 
-EXPERTS = {"num_experts": 4, "moe_top_k": 2, "moe_ffn_hidden_size": 48}
+EXPERTS = {"num_experts": 4, "moe_top_k": 2}
 WINDOW = {"sliding_window": 16}
 CASES = {
     "llama": Case("LlamaForCausalLM", looks=("generates", "card", "pooling", "usual")),
@@ -128,9 +128,21 @@ say("embedding", list(map(float, model.embed([job["text"]])[0].outputs.embedding
 }
 
 
+def make_tokenizer(folder: Path, architecture: str) -> Path:
+    """A file for a few hundred tokens; of a Qwen2 model transformers reads every one as Qwen2's own."""
+    texts = [*PROMPTS, INSTRUCTION, TEXT, *(str(number) for number in range(400))]
+    if not architecture.startswith("Qwen2"):
+        return train_sentencepiece(texts, folder / "tokenizer", 331)
+    import transformers
+
+    trained = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 331, new_special_tokens=["<s>", "</s>"])
+    trained.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
 def make_export(folder: Path, case: Case) -> tuple[Path, np.ndarray]:
     """The directory of a random model, and our embedding of the card's text."""
-    tokenizer = train_sentencepiece([*PROMPTS, INSTRUCTION, TEXT, *(str(n) for n in range(400))], folder / "spm", 331)
+    tokenizer = make_tokenizer(folder, case.architecture)
     config = RunConfig(model=ModelConfig(**(SHAPE | {"architecture": case.architecture} | case.model)))
     for key, value in case.embedding.items():
         setattr(config.embedding, key, value)
@@ -195,10 +207,9 @@ def ask(python: Path, folder: Path, path: Path, code: str, length: int) -> dict[
         done = subprocess.run([python, script, job], env=environment, stdout=log, stderr=log, cwd=folder, timeout=900)
     found: dict[str, Any] = json.loads(answer.read_text())
     if done.returncode:
-        errors = [
-            line for line in (folder / "log").read_text().splitlines() if re.match(r"\w*(Error|Exception)\b", line)
-        ]
-        found["error"] = errors[-1] if errors else f"status {done.returncode}"
+        lines = (folder / "log").read_text().splitlines()
+        errors = [line for line in lines if re.search(r"\w(Error|Exception): ", line)]
+        found["error"] = errors[-1].removeprefix("[rank0]: ") if errors else f"status {done.returncode}"
     return found
 
 
@@ -224,7 +235,8 @@ def look_at(case: Case, folder: Path, python: Path, length: int) -> tuple[dict[s
         if look == "generates":
             equal = answer.get("ids") == greedy(out, length)
             found[look] = "equal" if equal else answer.get("error", "other ids")
-            found["embed"] = "refused" if answer.get("refusal") else answer.get("error", "not refused")
+            if "ids" in answer:
+                found["embed"] = "refused" if answer.get("refusal") else "not refused"
             met &= equal and found["embed"] == "refused" if case.generates else "ids" not in answer
         elif "embedding" in answer:
             found[look] = cosine(answer["embedding"], wanted)
