@@ -22,9 +22,9 @@ from megatron_grit.config.options import BatchSize, ModelOptions, TextLength
 class EncodeOptions(BatchSize, TextLength, ModelOptions):
     """What is embedded."""
 
-    input: str = knob()
+    input: str = knob(path=True)
     """UTF-8 file with one text a line, plain, .gz or .zst; - reads standard input."""
-    output: str = knob()
+    output: str = knob(path=True)
     """.npy file: float32 [lines, embedding size]."""
     instruction: str = ""
     """Attended before each text, not pooled."""

@@ -18,11 +18,11 @@ from megatron_grit.config.options import BatchSize, ModelOptions, TextLength
 class EvaluateOptions(BatchSize, TextLength, ModelOptions):
     """What is measured."""
 
-    retrieval: str | None = None
+    retrieval: str | None = knob(None, path=True)
     """JSONL of query and pos records; recall@1, recall@10, nDCG@10."""
-    generative: str | None = None
+    generative: str | None = knob(None, path=True)
     """Prefix of a generative indexed file; next-token loss."""
-    output: str = knob()
+    output: str = knob(path=True)
     """JSON file for the figures and their 95% intervals."""
 
 

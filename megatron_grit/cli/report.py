@@ -18,17 +18,17 @@ from megatron_grit.config.knob import knob
 class ReportOptions:
     """What is told of a run."""
 
-    before: str = knob()
+    before: str = knob(path=True)
     """megatron-grit evaluate of the untrained model."""
-    after: str = knob()
+    after: str = knob(path=True)
     """megatron-grit evaluate of the trained model."""
-    metrics: str = knob()
+    metrics: str = knob(path=True)
     """metrics.jsonl of the run."""
-    timings: str = knob()
+    timings: str = knob(path=True)
     """Lines of stage, tab, seconds; the stage setup is kept apart."""
-    samples: str | None = None
+    samples: str | None = knob(None, path=True)
     """Text to show at the end of report.md."""
-    output_dir: str = knob()
+    output_dir: str = knob(path=True)
     """Folder of the report."""
 
 

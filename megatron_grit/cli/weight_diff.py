@@ -29,11 +29,11 @@ class WeightDiffOptions:
     action: Literal["make", "recover", "verify"] = knob(positional=True)
     """make: write --diff, the difference of --tuned from --base. recover: write --tuned again from --base and --diff.
     verify: check that --base and --diff give the tuned model; nothing is written."""
-    base: str = knob()
+    base: str = knob(path=True)
     """Directory of the public model."""
-    tuned: str | None = None
+    tuned: str | None = knob(None, path=True)
     """Directory of the tuned model. verify needs none, and compares it where it is given."""
-    diff: str = knob()
+    diff: str = knob(path=True)
     """Directory of the difference."""
 
 

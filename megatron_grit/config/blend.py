@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from megatron_grit.config.knob import expand_path
+from megatron_grit.config.locate import Loader
 from megatron_grit.errors import ConfigError
 
 _SUFFIXES = (".yaml", ".yml")
@@ -51,12 +53,12 @@ def read_blend(items: Sequence[str], key: str) -> list[BlendEntry]:
             elif word.endswith(_SUFFIXES):
                 if weight is not None:
                     raise ConfigError(f"{key}: {weight[0]} stands before the blend file {word}; weights go into it")
-                entries += _read_file(word)
+                entries += _read_file(_expanded(word, key))
             else:
                 if number is not None:
                     raise ConfigError(f"{key}: {word} follows {weight[0] if weight else ''}; a prefix has to")
                 given = None if weight is None else _positive(weight[1], f"{key}: weight {weight[0]}")
-                entries.append((key, BlendEntry(path=word, weight=given)))
+                entries.append((key, BlendEntry(path=_expanded(word, key), weight=given)))
                 weight = None
     if weight is not None:
         raise ConfigError(f"{key}: no prefix follows the weight {weight[0]}")
@@ -68,6 +70,13 @@ def _words(item: str) -> list[str]:
     """The numbers and prefixes of "0.3 a 0.7 b"; any other string is one prefix, spaces included."""
     words = item.split()
     return words if len(words) > 1 and _number(words[0]) is not None else [item]
+
+
+def _expanded(path: str, where: str) -> str:
+    try:
+        return expand_path(path)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _number(word: str) -> float | None:
@@ -108,7 +117,7 @@ def _read_file(path: str) -> Iterator[tuple[str, BlendEntry]]:
         raise ConfigError(f"{path}: cannot read this blend file ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
-    loader = yaml.SafeLoader(text)
+    loader = Loader(text)
     try:
         root = loader.get_single_node()
         if not isinstance(root, yaml.SequenceNode) or not root.value:
@@ -124,9 +133,9 @@ def _read_file(path: str) -> Iterator[tuple[str, BlendEntry]]:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _entry(node: yaml.Node, path: str, where: str, loader: yaml.SafeLoader) -> BlendEntry:
+def _entry(node: yaml.Node, path: str, where: str, loader: Loader) -> BlendEntry:
     if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str":
-        return BlendEntry(path=node.value)
+        return BlendEntry(path=_expanded(node.value, where))
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(
             f"{where}: expected a prefix, or a mapping with path and, where wanted, {', '.join(_KEYS[1:])}"
@@ -142,6 +151,8 @@ def _entry(node: yaml.Node, path: str, where: str, loader: yaml.SafeLoader) -> B
         value = loader.construct_document(value_node)
         if name == "path" and not (isinstance(value, str) and value):
             raise ConfigError(f"{at}: path is not a prefix: {value!r}")
+        if name == "path":
+            value = _expanded(value, f"{at}: path")
         if name in ("weight", "epochs"):
             value = _positive(value, f"{at}: {name} {value!r}")
         if name == "cap" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

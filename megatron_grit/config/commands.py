@@ -14,6 +14,7 @@ What the metadata of a field (:func:`~megatron_grit.config.knob.knob`) may say o
 - ``null``: the word for None, in place of null;
 - ``read``: a function from the text to the value, which raises ValueError with what it expects;
 - ``settings``: a dataclass; the field is a dictionary of those of its fields that were given;
+- ``path=True``: ``~`` and ``$NAME`` are replaced, and it must not be empty;
 - ``rest=True``: the field is a list of the options that are not known.
 """
 
@@ -29,7 +30,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from megatron_grit.config.knob import range_problem, range_text
+from megatron_grit.config.knob import expanded, range_problem, range_text
 from megatron_grit.config.values import BOOLEANS, convert, describe_type, documents, item_type, takes_null, takes_word
 from megatron_grit.errors import ConfigError
 
@@ -85,6 +86,8 @@ class Option:
         text = texts[-1] if texts else ""
         if not texts:
             return facts.get("alone", True)
+        if facts.get("path") and "" in texts:
+            raise ConfigError(f"{self.shown} must not be empty; give a path, or leave it out")
         if "read" in facts:
             try:
                 return facts["read"](text)
@@ -106,7 +109,10 @@ class Option:
             told = "null" if is_null else repr(text if item is None or len(texts) == 1 else texts)
             limits = f", {range_text(self.field)}" if range_text(self.field) else ""
             raise ConfigError(f"{self.shown} must be {describe_type(self.hint)}{limits}, not {told}") from None
-        return value
+        try:
+            return expanded(self.field, value)
+        except ConfigError as error:
+            raise ConfigError(f"{self.shown} {error}") from None
 
     def check(self, value: Any) -> None:
         """Refuse a number out of range and an empty text where the default is none.
@@ -133,8 +139,10 @@ def _listed(texts: list[str], is_yaml: bool) -> Any:
         return texts
     import yaml
 
+    from megatron_grit.config.locate import load_yaml
+
     try:
-        return yaml.safe_load(texts[0])
+        return load_yaml(texts[0])
     except yaml.YAMLError:
         return texts[0]  # which is no list
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 from megatron_grit.errors import ConfigError
 
 _BOUNDS = ("at_least", "above", "at_most", "below")
+_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 _LARGEST = (1 << 63) - 1
 """Integers beyond it fit into no array and no tensor."""
 
@@ -20,6 +24,7 @@ def knob(default: Any = dataclasses.MISSING, **facts: Any) -> Any:
     Args:
         default: its default; lists are copied for each instance. Left out: the field has to be given.
         facts: ``at_least``, ``above``, ``at_most`` and ``below`` bound a number, or each number of a list. Of a model:
+            ``path=True``: of a text, or a list of them, that it is a path, in which ``~`` and ``$NAME`` are replaced.
             ``in_files=False``, where Hugging Face's config.json does not hold it; ``in_weights=False``, where trained
             weights do not depend on it. ``may_change``: whether a resumed run may have another value. For command
             lines, see :mod:`megatron_grit.config.commands`.
@@ -71,3 +76,37 @@ def range_problem(field: dataclasses.Field, value: Any) -> str | None:
         if isinstance(number, int) and not -_LARGEST <= number <= _LARGEST:
             return f"must be at most {_LARGEST} in size, not {number}"
     return None
+
+
+def expanded(field: dataclasses.Field, value: Any) -> Any:
+    """A value with ``~`` and ``$NAME`` replaced where the field is a path or a list of paths.
+
+    Raises:
+        ConfigError: an empty path, a variable that is not set, a user that is not known. It does not name the field.
+    """
+    if not field.metadata.get("path") or not isinstance(value, str | Path | list | tuple):
+        return value
+    if isinstance(value, list | tuple):
+        return type(value)(expanded(field, item) for item in value)
+    return type(value)(expand_path(os.fspath(value)))
+
+
+def expand_path(text: str) -> str:
+    """A path with ``~``, ``~user``, ``$NAME`` and ``${NAME}`` replaced, as a shell would.
+
+    Raises:
+        ConfigError: it is empty, a variable is not set, a user is not known.
+    """
+    if not text:
+        raise ConfigError("must not be empty; give a path, or leave it out")
+    path = os.path.expanduser(text)
+    if text.startswith("~") and path == text:
+        raise ConfigError(f"{text!r} begins with a user that is not known; for a file of this name write ./{text}")
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise ConfigError(f"{text!r} holds ${name}, which is not set; set it, or write the path out")
+        return os.environ[name]
+
+    return _VARIABLE.sub(value, path)

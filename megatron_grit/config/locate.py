@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,64 @@ from typing import Any
 import yaml
 
 from megatron_grit.errors import ConfigError
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2's core schema: ``010`` is ten, ``1e-5`` a number; ``1:30``, ``yes``, ``on`` and ``2024-01-01`` are text.
+
+    PyYAML reads YAML 1.1, which has octal numbers, numbers to the base of 60, dates and eleven words for true.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """As the parent, but a key that is given twice is an error."""
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for number, (key, _) in enumerate(node.value) if keys[number] in keys[:number]), node)
+            raise yaml.constructor.ConstructorError(None, None, "a key is given twice", twice.start_mark)
+        return found
+
+    def construct_number(self, node: Any) -> int | float:
+        """A whole number, decimal, 0o or 0x; or any other."""
+        text = str(self.construct_scalar(node))
+        try:
+            if node.tag.endswith("float"):
+                return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+            return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+        except ValueError:
+            raise yaml.constructor.ConstructorError(None, None, f"no number: {text[:40]}", node.start_mark) from None
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes what both YAML 1.1 and 1.2 read alike."""
+
+
+_CORE = {
+    "null": (r"~|null|Null|NULL|", "~nN\0"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+for _name, (_pattern, _first) in _CORE.items():
+    _begins = ["" if letter == "\0" else letter for letter in _first]
+    for _class in (Loader, Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _begins)
+for _name in ("int", "float"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{_name}", Loader.construct_number)
+
+
+def load_yaml(text: str | bytes) -> Any:
+    """The one document of a text, as YAML 1.2 reads it.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or gives a key twice.
+    """
+    return Loader(text).get_single_data()
 
 
 @dataclass
@@ -55,7 +114,7 @@ def read_yaml(path: str | Path, prefix: str = "") -> Located:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
     try:
-        loader = yaml.SafeLoader(text)
+        loader = Loader(text)
         root = loader.get_single_node()
         located = Located()
         if root is None or _is_null(root):

@@ -12,7 +12,7 @@ from megatron_grit.config.knob import knob
 class ModelOptions:
     """A trained model and where it runs."""
 
-    checkpoint: str = knob()
+    checkpoint: str = knob(path=True)
     """Checkpoint directory, or a run's output directory for its newest one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs. auto: a GPU if there is one."""

@@ -29,8 +29,8 @@ from megatron_grit.config.commands import (
     values_of,
 )
 from megatron_grit.config.kinds import objective_problem
-from megatron_grit.config.knob import knob
-from megatron_grit.config.locate import Located, read_yaml
+from megatron_grit.config.knob import expand_path, expanded, knob
+from megatron_grit.config.locate import Dumper, Located, read_yaml
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.values import convert, describe_type, takes_null
 from megatron_grit.errors import ConfigError
@@ -53,7 +53,7 @@ Values come from the defaults, each --config FILE in turn, the preset of --model
 class TrainSwitches:
     """Of the command line alone."""
 
-    config: list[str] = knob([], repeat=True)
+    config: list[str] = knob([], repeat=True, path=True)
     """YAML file of section.key values; may be given several times, later files win."""
     model: str | None = None
     """Preset of the model's shape by its name, such as mistral_7b (docs/configuration.md), or a YAML file."""
@@ -161,7 +161,7 @@ def load_config(path: str | Path) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML with every key."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return yaml.dump(dataclasses.asdict(config), Dumper=Dumper, sort_keys=False)
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
@@ -185,7 +185,10 @@ def _preset_path(name: Any, where: str) -> Path:
     if str(name) in names:
         return PRESETS / f"{name}.yaml"
     if str(name).endswith((".yaml", ".yml")):
-        return Path(name)
+        try:
+            return Path(expand_path(str(name)))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: model {error}") from None
     raise ConfigError(f"{where}: no model preset {name!r}{suggestion(str(name), names)}; there are {', '.join(names)}")
 
 
@@ -214,7 +217,7 @@ def _read_config_file(path: str | Path, located: Located) -> None:
 
 
 def _restore_switches(located: Located) -> None:
-    """YAML reads a bare on or off as a boolean; a key that takes these words gets the word."""
+    """A key that takes the words on and off may be given true or false."""
     keys = known_keys()
     for key, value in located.values.items():
         if isinstance(value, bool) and {"on", "off"} <= set(typing.get_args(keys[key])):
@@ -243,8 +246,10 @@ def _typed(located: Located) -> dict[str, Any]:
     for key, hint in known_keys().items():
         if key in located.values:
             try:
-                values[key] = convert(hint, located.values[key])
+                values[key] = expanded(run_options()[key].field, convert(hint, located.values[key]))
             except ValueError:
                 told = f"{key} must be {describe_type(hint)}, not {located.values[key]!r}"
                 raise ConfigError(f"{located.origins[key]}: {told}") from None
+            except ConfigError as error:
+                raise ConfigError(f"{located.origins[key]}: {key} {error}") from None
     return values

@@ -26,6 +26,9 @@ preset of `--model NAME`, options such as `--optimizer.lr 1e-5`. Presets of a mo
 `model: NAME`, or give `preset: NAME` among the keys of `model` and change some of them. `--data.embedding+ PREFIX` adds
 to a list.
 
+Files are YAML 1.2: `010` is ten, `1e-5` a number; `1:30`, `no` and `2024-01-01` are texts. In paths `~`, `$NAME` and
+`${{NAME}}` are replaced; a variable that is not set is refused.
+
 - `--print_config` checks everything but files, prints the resolved configuration, and ends.
 - `--dry-run` checks files as well.
 

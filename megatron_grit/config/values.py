@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-"""As YAML reads them."""
+"""As YAML 1.1 had them; YAML 1.2 has true and false."""
 
 
 def convert(hint: Any, value: Any) -> Any:
     """A value from YAML, JSON or a command line as the type of its field.
 
-    Numbers and booleans may be text: YAML reads ``1e-4`` as text, and a command line has nothing else.
+    Numbers and booleans may be text: a command line has nothing else. They are read as YAML 1.2 has them: 010 is ten,
+    0o10 eight.
 
     Raises:
         ValueError: it is no such value.
@@ -36,7 +37,7 @@ def convert(hint: Any, value: Any) -> Any:
     if hint is bool and isinstance(value, bool | str):
         return value if isinstance(value, bool) else _word(value)
     if hint is int and isinstance(value, int | str) and not isinstance(value, bool):
-        return int(value)
+        return int(value, 0) if isinstance(value, str) and value[:2] in ("0o", "0x") else int(value)
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         return float(value)
     if hint in (str, Path) and isinstance(value, str | Path):

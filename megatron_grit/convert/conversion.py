@@ -16,11 +16,11 @@ from megatron_grit.errors import ConfigError
 class ConvertOptions:
     """What is converted, and how."""
 
-    source: str = knob(flag="from")
+    source: str = knob(flag="from", path=True)
     """Hugging Face model, checkpoint or run directory."""
-    target: str = knob(flag="to")
+    target: str = knob(flag="to", path=True)
     """Directory to write."""
-    tokenizer: str | None = None
+    tokenizer: str | None = knob(None, path=True)
     """File or directory of the tokenizer. null: the one of --from."""
     revision: str | None = knob(None, only="import")
     """Import: branch, tag or commit on the hub."""
@@ -37,7 +37,7 @@ class ConvertOptions:
     beside, or original: in the base as it was read."""
     adapter_only: bool = knob(False, only="export")
     """Export of adapters: as PEFT loads them."""
-    base: str | None = knob(None, only="export")
+    base: str | None = knob(None, only="export", path=True)
     """With --merge: where the base is now, if not where the run read it."""
 
 

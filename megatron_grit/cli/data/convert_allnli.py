@@ -17,9 +17,9 @@ from megatron_grit.config.knob import knob
 class AllNliOptions:
     """AllNLI to JSONL."""
 
-    input: str = knob()
+    input: str = knob(path=True)
     """AllNLI.tsv with its header, or .jsonl of anchor, positive, negative; or .gz."""
-    output: str = knob()
+    output: str = knob(path=True)
     """JSONL file to write."""
     split: str = "train"
     """Rows of the table that are taken."""

@@ -21,17 +21,17 @@ from megatron_grit.config.knob import knob
 class MsMarcoOptions:
     """MS MARCO to JSONL."""
 
-    queries: str = knob()
+    queries: str = knob(path=True)
     """qid<tab>text lines, plain or .gz."""
-    corpus: str = knob()
+    corpus: str = knob(path=True)
     """pid<tab>text lines, plain."""
-    negatives: str = knob()
+    negatives: str = knob(path=True)
     """JSONL of "qid", "pos" and "neg", plain or .gz."""
-    scores: str | None = None
+    scores: str | None = knob(None, path=True)
     """JSONL of "qid" and "scores", plain."""
-    qrels: str | None = None
+    qrels: str | None = knob(None, path=True)
     """Further positives: qid 0 pid relevance."""
-    output: str = knob()
+    output: str = knob(path=True)
     """JSONL file to write."""
     margin: float | None = knob(3.0, null="off")
     """By how much a negative's score must be below that of the worst positive; off: not compared."""

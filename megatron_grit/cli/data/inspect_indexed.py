@@ -21,9 +21,9 @@ from megatron_grit.config.knob import knob
 class InspectOptions:
     """Which file and how much of it."""
 
-    prefix: str = knob()
+    prefix: str = knob(path=True)
     """The file without its extension."""
-    tokenizer: str | None = None
+    tokenizer: str | None = knob(None, path=True)
     """Shows text. null: token ids are shown."""
     show: int = knob(3, at_least=0)
     """Number of records."""

@@ -20,9 +20,9 @@ from megatron_grit.config.knob import knob
 class MergeOptions:
     """What is joined."""
 
-    input: list[str] = knob()
+    input: list[str] = knob(path=True)
     """Prefixes, joined in this order."""
-    output_prefix: str = knob()
+    output_prefix: str = knob(path=True)
     """PREFIX.bin and .idx are written; .json where the inputs have one."""
     overwrite: bool = False
     """Replace the files of an earlier run."""

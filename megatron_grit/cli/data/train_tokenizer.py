@@ -21,9 +21,9 @@ from megatron_grit.config.knob import knob
 class TrainTokenizerOptions:
     """What a tokenizer is trained on."""
 
-    input: list[str] = knob()
+    input: list[str] = knob(path=True)
     """JSONL files, plain or .gz."""
-    output_prefix: str = knob()
+    output_prefix: str = knob(path=True)
     """PREFIX.model is written."""
     vocab_size: int = knob(at_least=1)
     """Pieces, 260 bytes and special tokens included."""

@@ -40,7 +40,7 @@ class BuildDbOptions:
     """What is done to a database."""
 
     FOREIGN = MEGATRON_NAMES
-    project_dir: Path = knob()
+    project_dir: Path = knob(path=True)
     """Directory of the database."""
     tasks: str = "build"
     """Comma list of tasks."""

@@ -22,7 +22,7 @@ from megatron_grit.config.knob import knob
 class InspectDbOptions:
     """What is shown of a database."""
 
-    project_dir: Path = knob()
+    project_dir: Path = knob(path=True)
     """Directory of the database."""
     version: int | None = None
     """Which state of it. null: that of config.json, or the newest."""

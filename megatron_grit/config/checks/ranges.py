@@ -11,13 +11,18 @@ from megatron_grit.config.schema import RunConfig
 
 
 def range_problems(config: RunConfig) -> Iterator[Problem]:
-    """Numbers outside the range that their field declares."""
+    """Numbers outside the range that their field declares, and paths that are empty."""
+    if not config.output_dir:
+        yield Problem("output_dir", "output_dir must not be empty; give a directory, such as runs/NAME")
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
         for field in dataclasses.fields(values) if dataclasses.is_dataclass(values) else ():
             key = f"{section.name}.{field.name}"
             if (problem := range_problem(field, getattr(values, field.name))) is not None:
                 yield Problem(key, f"{key} {problem}")
+            value = getattr(values, field.name)
+            if field.metadata.get("path") and "" in (value if isinstance(value, list) else [value]):
+                yield Problem(key, f"{key} must not be empty; give a path, or leave it out")
     optimizer, steps = config.optimizer, config.training.steps
     if optimizer.min_lr > optimizer.lr:
         yield Problem("optimizer.min_lr", f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}")

@@ -25,10 +25,10 @@ MOST_ON_GPU = 2048
 class RetroDbConfig:
     """A retrieval database: which documents, how they are cut, embedded, indexed and searched."""
 
-    data_paths: list[str] = knob([])
+    data_paths: list[str] = knob([], path=True)
     """Prefixes of indexed files, the documents of the database; one is enough. A relative one counts from the project
     directory, or from where the command is run. Later ones may be added with the task add."""
-    tokenizer: str | None = None
+    tokenizer: str | None = knob(None, path=True)
     """SentencePiece .model, tokenizer.json or their folder, with which the documents were made."""
     chunk_length: int = knob(64, at_least=1, below=2**31)
     """Tokens of a chunk."""
@@ -48,7 +48,7 @@ class RetroDbConfig:
     """Documents of a block of chunks."""
     block_size: int = knob(100_000, at_least=1)
     """Chunks of a block of embeddings, codes and neighbors."""
-    embedder: str | None = None
+    embedder: str | None = knob(None, path=True)
     """What embeds chunks: directory of a Hugging Face encoder or of a sentence-transformers model, or one of our
     checkpoints or runs."""
     embedder_pooling: Literal["auto", "mean", "mean_text", "cls"] = "auto"
@@ -91,7 +91,7 @@ class RetroDbConfig:
     """With index auto: memory for the index while it is searched."""
     recall: float = knob(0.95, above=0, at_most=1)
     """With index auto, and where nprobe and ef_search are null: wanted recall of the nearest neighbors."""
-    recall_queries: str | None = None
+    recall_queries: str | None = knob(None, path=True)
     """A text file, a query in each line, that chooses how the index is searched and measures its recall. null: chunks
     of query_paths, or of the database where that is empty or part of it."""
     num_shards: int = knob(1, at_least=1)
@@ -107,7 +107,7 @@ class RetroDbConfig:
     index_on_gpu: bool = False
     """Search on GPUs what a process holds in memory: that of its local rank under torchrun, else all. Needs the GPU
     build of faiss."""
-    query_paths: list[str] = knob([])
+    query_paths: list[str] = knob([], path=True)
     """Prefixes of indexed files whose chunks get neighbors. Empty: those of data_paths."""
     num_neighbors_query: int = knob(200, at_least=1)
     """Neighbors that are searched. Where filters leave fewer than num_neighbors_save, up to 16 times as many are."""

@@ -29,5 +29,5 @@ class AdapterConfig:
     """Hold the adapted layers' frozen weights in 4 bits (QLoRA, arXiv 2305.14314)."""
     double_quantize: bool = True
     """With quantize, hold the scales of blocks in 8 bits."""
-    load: str | None = knob(None, may_change=True)
+    load: str | None = knob(None, may_change=True, path=True)
     """Adapters to start from: a checkpoint of a run with adapters, or its output_dir. null: fresh ones."""

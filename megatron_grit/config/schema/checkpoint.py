@@ -11,7 +11,7 @@ from megatron_grit.config.knob import knob
 class CheckpointConfig:
     """Saving and loading."""
 
-    load: str | None = None
+    load: str | None = knob(None, path=True)
     """Checkpoint to start from: weights only, optimizer and step start afresh. One of ours, the output_dir of a run, or
     what Megatron-LM wrote with --ckpt-format torch_dist."""
     resume: bool = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_grit.config.knob import knob
@@ -12,16 +12,16 @@ from megatron_grit.config.knob import knob
 class DataConfig:
     """What is read and how it is packed."""
 
-    tokenizer: str | None = None
+    tokenizer: str | None = knob(None, path=True)
     """SentencePiece .model file, tokenizer.json, or a directory that holds one."""
-    embedding: list[str] = field(default_factory=list)
+    embedding: list[str] = knob([], path=True)
     """Sources of queries and passages, indexed files of tools/preprocess/build_grit.py: a list of prefixes; or weights
     and prefixes in turn, "0.7 a 0.3 b"; or a .yaml file with a list of path, weight or epochs, and cap
     (docs/data_formats.md). Each batch comes from one source. Without weights, sources are drawn in proportion to their
     size."""
-    generative: list[str] = field(default_factory=list)
+    generative: list[str] = knob([], path=True)
     """Sources of texts or conversations, in the same notation. Each batch mixes all sources."""
-    retro_project: str | None = None
+    retro_project: str | None = knob(None, path=True)
     """Directory of a retrieval database (tools/retro/build_db.py): the run trains on the documents that get neighbors
     there, with their tokenizer. generative, where it is given, takes the place of these documents."""
     embedding_temperature: float = knob(1.0, above=0)
@@ -45,7 +45,7 @@ class DataConfig:
     their neighbors."""
     over_long_texts: Literal["stop", "truncate"] = "stop"
     """Queries and passages above tokens_per_row or max_position_embeddings: end the run, or cut off their end."""
-    cache_dir: str | None = None
+    cache_dir: str | None = knob(None, path=True)
     """Folder for what is computed once from the data: rows of packing window, shared texts of large sources. null:
     output_dir/cache."""
     checksum: bool = False

@@ -15,7 +15,7 @@ class ModelConfig:
     architecture: str | None = knob(None, in_weights=False, may_change=True)
     """Architecture of transformers that exports are written as, such as LlamaForCausalLM. Converting sets it. null:
     the first that has such a shape."""
-    pretrained: str | None = knob(None, in_files=False, in_weights=False, may_change=True)
+    pretrained: str | None = knob(None, in_files=False, in_weights=False, may_change=True, path=True)
     """Directory of a Hugging Face model to start from, or its name on the hub, organisation/name or
     organisation/name@revision. Its config.json fills the keys of this section, data.tokenizer is its own where none is
     given, and each rank reads its part of the weights. A larger vocab_size adds tokens. null: random weights, or those

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_grit.config.knob import knob
 from megatron_grit.config.schema.adapter import AdapterConfig
 from megatron_grit.config.schema.checkpoint import CheckpointConfig
 from megatron_grit.config.schema.data import DataConfig
@@ -20,7 +21,7 @@ from megatron_grit.config.schema.training import TrainingConfig
 class RunConfig:
     """A training run."""
 
-    output_dir: str = "runs/grit"
+    output_dir: str = knob("runs/grit", path=True)
     """Checkpoints, metrics.jsonl and the resolved config.yaml are written here."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the decoder."""

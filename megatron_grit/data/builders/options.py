@@ -37,13 +37,13 @@ class BuildOptions:
 class RecordOptions(BuildOptions):
     """Records to one indexed file."""
 
-    input: list[str] = knob()
+    input: list[str] = knob(path=True)
     """JSONL files or patterns, plain, .gz or .zst, read in this order."""
-    output_prefix: str = knob()
+    output_prefix: str = knob(path=True)
     """PREFIX.bin, .idx, .json, .report.json and .report.png are written."""
-    tokenizer: str = knob()
+    tokenizer: str = knob(path=True)
     """SentencePiece .model, tokenizer.json, or their folder."""
-    template: str = "tulu"
+    template: str = knob("tulu", path=True)
     """Of conversations: chatml, gritlm, llama2, tulu, zephyr, tokenizer for the tokenizer's own, or a .yaml file."""
     generative_max_len: int = knob(2048, at_least=2)
     """Longest text or conversation in tokens."""
@@ -55,7 +55,7 @@ class RecordOptions(BuildOptions):
     """Drop records with a text of more tokens before any cut."""
     deduplicate: bool = False
     """Keep the first of records that say the same but for white space."""
-    decontaminate: list[str] = knob([])
+    decontaminate: list[str] = knob([], path=True)
     """Drop records that share an n-gram with these files."""
     ngram: int = knob(13, at_least=1)
     """Words of an n-gram."""
@@ -67,7 +67,7 @@ class RecordOptions(BuildOptions):
 class GritOptions(RecordOptions):
     """Embedding or generative records to one indexed file."""
 
-    template: str = "gritlm"
+    template: str = knob("gritlm", path=True)
     query_max_len: int = knob(256, at_least=2)
     """Longest query in tokens, template included."""
     passage_max_len: int = knob(2048, at_least=2)
@@ -78,15 +78,15 @@ class GritOptions(RecordOptions):
 class DocumentFileOptions(BuildOptions):
     """Documents to indexed files of Megatron."""
 
-    input: list[str] = knob()
+    input: list[str] = knob(path=True)
     """JSONL files or glob patterns: plain, .gz or .zst."""
     json_keys: list[str] = knob(["text"])
     """Keys to take, each into a file of its own."""
-    output_prefix: str = knob()
+    output_prefix: str = knob(path=True)
     """Path of the output without _KEY_document.bin."""
     tokenizer_type: Literal["auto", "SentencePieceTokenizer", "HuggingFaceTokenizer"] = "auto"
     """Kind of tokenizer. auto: found from the file."""
-    tokenizer_model: str = knob()
+    tokenizer_model: str = knob(path=True)
     """SentencePiece .model, tokenizer.json, or their folder."""
     append_eod: bool = False
     """Put the end of sequence behind each document."""
@@ -94,7 +94,7 @@ class DocumentFileOptions(BuildOptions):
     """Make each sentence a sequence of its own (NLTK's Punkt)."""
     keep_newlines: bool = False
     """Keep white space after a sentence with it."""
-    punkt_model: str | None = None
+    punkt_model: str | None = knob(None, path=True)
     """JSON of an earlier run, or a punkt_tab folder. null: trained on the corpus."""
     lang: str | None = None
     """Take NLTK's own Punkt parameters of this language, from NLTK_DATA."""

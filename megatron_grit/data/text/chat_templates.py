@@ -154,9 +154,11 @@ def load_chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
 def _read_template(path: Path) -> ChatTemplate:
     import yaml
 
+    from megatron_grit.config.locate import load_yaml
+
     try:
         content = path.read_bytes()
-        values: Any = yaml.safe_load(content)
+        values: Any = load_yaml(content)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:

@@ -25,15 +25,15 @@ def read_ranks(text: str) -> tuple[int, int]:
 class MineOptions:
     """What is mined and how."""
 
-    input: list[Path] = knob()
+    input: list[Path] = knob(path=True)
     """JSONL of embedding records, or patterns of files."""
-    output: Path = knob()
+    output: Path = knob(path=True)
     """JSONL to write; compressed where it ends in .gz."""
-    embedder: str | None = None
+    embedder: str | None = knob(None, path=True)
     """The student: directory of a Hugging Face encoder or of one of our checkpoints."""
-    corpus: list[Path] = knob([])
+    corpus: list[Path] = knob([], path=True)
     """JSONL with passages: plain texts ({"text": ...}) or embedding records. Empty: the passages of the input."""
-    project_dir: Path | None = None
+    project_dir: Path | None = knob(None, path=True)
     """A retrieval database, whose chunks are the passages and whose embedder is the student, in place of both."""
     version: int | None = None
     """Of the database. None: the configured one, or the newest."""
@@ -47,11 +47,11 @@ class MineOptions:
     """A negative's score is at least so much below that of the worst positive."""
     max_fraction: float | None = knob(None, above=0, at_most=1)
     """A negative's score is at most this share of the worst positive's (0.95 in NV-Retriever)."""
-    teacher: str | None = None
+    teacher: str | None = knob(None, path=True)
     """Directory of a better embedder."""
     teacher_gap: float = 0.05
     """A negative's score by the teacher is at least so much below that of the worst positive."""
-    cross_encoder: Path | None = None
+    cross_encoder: Path | None = knob(None, path=True)
     """Directory of a Hugging Face cross-encoder, or a JSONL of "query", "passage" and "score"."""
     cross_margin: float = 3.0
     """A negative's score by the cross-encoder is at least so much below that of the worst positive."""

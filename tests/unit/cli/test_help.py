@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import runpy
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from megatron_grit.cli import main as cli
-from megatron_grit.config.commands import options_of, read_options
+from megatron_grit.config.commands import Option, options_of, read_options
 from megatron_grit.config.parse import TrainSwitches, run_options
+from megatron_grit.config.values import documents
 from megatron_grit.data.text.chat_format import TOKENIZER
 from megatron_grit.data.text.chat_templates import TEMPLATES
+from megatron_grit.errors import ConfigError
 from tests.repo import laws
 
 VERBS = {verb: path for verb, path in cli.verbs().items() if verb != "train"}
@@ -193,3 +196,37 @@ def test_help_starts_light(repository: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("usage: ") == len(cli.verbs())
+
+
+_OF_PATHS = re.compile(r"director|folder|\bfiles?\b|prefix|jsonl|\.npy|checkpoint|evaluate of", re.IGNORECASE)
+NO_PATHS = {
+    *("name", "host", "lang", "revision", "max_shard_size", "tasks", "split", "json_keys", "tombstone", "overwrite"),
+    *("document", "neighbors", "index", "wandb_project", "architecture", "query_instruction", "model"),
+}
+"""Options whose explanation speaks of files. A tombstone and a model may be a word."""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_path_takes_home_and_variables(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _takes_home_and_variables(options_of(options_class(verb, monkeypatch)), monkeypatch)
+
+
+def test_every_path_of_a_run_takes_home_and_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    _takes_home_and_variables(options_of(TrainSwitches) | run_options(), monkeypatch)
+
+
+def _takes_home_and_variables(options: dict[str, Option], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    for option in options.values():
+        parts = {option.hint, *typing.get_args(option.hint)}
+        parts |= {part for hint in parts for part in typing.get_args(hint)}
+        name, is_path = option.field.name, bool(option.field.metadata.get("path"))
+        if not parts & {str, Path} or "read" in option.field.metadata:
+            continue
+        if _OF_PATHS.search(documents(option.group)[name]) and name not in NO_PATHS:
+            assert is_path, f"{option.shown} is a path: knob(path=True)"
+        if is_path:
+            value = option.read(["$SCRATCH/a"])
+            assert str(value[0] if isinstance(value, list) else value) == "/scratch/a"
+            with pytest.raises(ConfigError, match=f"{option.shown} must not be empty"):
+                option.check(option.read([""]))

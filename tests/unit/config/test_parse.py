@@ -165,7 +165,7 @@ BAD_COMMAND_LINES = [
     (["--model.tie_embeddings", "1"], "--model.tie_embeddings must be true or false, not '1'"),
     (["--training.objective", "null"], "--training.objective must be one of unified, embedding, generative"),
     (["--training.objective", "[generative, generative]"], "not ['generative', 'generative']"),
-    (["--data.embedding="], "--data.embedding must be a list such as [a, b], not ''"),
+    (["--data.embedding="], "--data.embedding must not be empty; give a path, or leave it out"),
     (["--data.embedding=[a"], "--data.embedding must be a list such as [a, b], not '[a'"),
 ]
 
