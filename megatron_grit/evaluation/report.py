@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from megatron_grit.config.kinds import kind_names, loss_name, loss_words
+from megatron_grit.data.text.lines import filled_lines, parse_json, read_lines
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.evaluation.bootstrap import Interval
 from megatron_grit.store.files import check_output, replacing, write_json
@@ -29,19 +29,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         DataError: a missing file, a malformed line, or no lines.
     """
-    path = Path(path)
     by_step: dict[int, dict[str, Any]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", path=path) from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-                by_step[int(record["step"])] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"not a line of metrics: {error!r}", path=path, line=number) from error
+    for line in filled_lines(path):
+        record = line.value()
+        try:
+            by_step[int(record["step"])] = record
+        except (ValueError, KeyError, TypeError) as error:
+            raise line.error(f"not a line of metrics: {error!r}") from error
     if not by_step:
         raise DataError("holds no metrics; did the run train a step?", path=path)
     return [by_step[step] for step in sorted(by_step)]
@@ -54,10 +48,11 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
         DataError: it cannot be read, or lacks a figure of the report.
     """
     try:
-        figures = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        figures = parse_json(Path(path).read_bytes())
+        intervals = figures["intervals"]
+        missing = [name for name in FIGURES if name not in intervals]
+    except (OSError, DataError, KeyError, TypeError) as error:
         raise DataError(f"cannot be read: {error}; run megatron-grit evaluate again", path=path) from error
-    missing = [name for name in FIGURES if name not in figures.get("intervals", {})]
     if missing:
         raise DataError(f"has no {', '.join(missing)}; evaluate with --retrieval and --generative", path=path)
     return figures
@@ -70,16 +65,12 @@ def read_timings(path: str | Path) -> dict[str, float]:
         DataError: it cannot be read, or a malformed line.
     """
     timings: dict[str, float] = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", path=path) from error
-    for number, line in enumerate(lines, 1):
-        name, _, seconds = line.rpartition("\t")
+    for line in filled_lines(path):
+        name, _, seconds = line.text().rpartition("\t")
         try:
             timings[name] = timings.get(name, 0.0) + float(seconds)
         except ValueError as error:
-            raise DataError("expected a stage, a tab and its seconds", path=path, line=number) from error
+            raise line.error("expected a stage, a tab and its seconds") from error
     return timings
 
 
@@ -138,7 +129,7 @@ def write_report(
         "num_passages": last["num_passages"],
     }
     table = format_table(report)
-    sample_text = None if samples is None else Path(samples).read_text(encoding="utf-8")
+    sample_text = None if samples is None else "".join(f"{line.text()}\n" for line in read_lines(samples))
     output_dir.mkdir(parents=True, exist_ok=True)
     plot_losses(lines, output_dir / "loss.png")
     with replacing(output_dir / "report.md") as file:

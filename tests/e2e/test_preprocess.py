@@ -134,4 +134,4 @@ def test_files_are_merged(corpus, tmp_path):
     assert "300 documents, 300 sequences" in result.stdout
     assert output(tmp_path / "out") == output(tmp_path / "whole")
     refused = run([sys.executable, MERGE, "--input", *parts, "--output-prefix", parts[0]], status=2)
-    assert "exists already" in refused.stderr
+    assert "would take the place of" in refused.stderr

@@ -92,7 +92,7 @@ def test_bad_metrics_line_is_named(tmp_path: Path, line: str) -> None:
 
 def test_empty_or_missing_metrics(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no such input file"):
         read_metrics(path)
     path.write_text("")
     with pytest.raises(DataError, match="holds no metrics"):

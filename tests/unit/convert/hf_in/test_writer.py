@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiec
 from megatron_grit.errors import CheckpointError, OutputError
 from megatron_grit.models.decoder import build_model
 from megatron_grit.parallel.launch import parallel_job
+from megatron_grit.store.lock import locked_folder
 from megatron_grit.training.checkpoint import load_weights, read_config, read_state
 from megatron_grit.training.checkpoint_save import save_checkpoint
 from tests.unit.convert.hf_in.test_reader import stack_experts, write_shards
@@ -192,6 +194,30 @@ def test_added_tokens_start_at_the_mean(tmp_path: Path, tokenizer: Path) -> None
         assert not rows[300:].any()
     exported = dict(family.to_hf(weights, read_config(checkpoint).model))
     assert len(exported["lm_head.weight"]) == 300
+
+
+def test_what_keeps_a_conversion_from_writing_is_one_line(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source(tmp_path / "hf", *MODELS["gptj"])
+    with (
+        locked_folder(tmp_path / "out"),
+        pytest.raises(OutputError, match="out: another process is writing it"),
+    ):
+        convert_checkpoint(source, tmp_path / "out", tokenizer)
+
+    def full(request: Any, bucket: Any, number: int) -> list[Any]:
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 320 vs 214\nframe #0")
+
+    with monkeypatch.context() as patch:  # what torch says of a full disk
+        patch.setattr(writer.compat, "write_sharded_file", full)
+        with pytest.raises(OutputError, match=r"__0_0\.distcp: cannot be written \(\[enforce fail .* vs 214\)"):
+            convert_checkpoint(source, tmp_path / "out", tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+        with pytest.raises(OutputError, match="step_00000000: needs [0-9,]+ more bytes and 1,000 are free"):
+            convert_checkpoint(source, tmp_path / "out", tokenizer)
+    assert convert_checkpoint(source, tmp_path / "out", tokenizer).is_dir()
 
 
 def test_full_disk_is_told_and_the_next_start_goes_on(

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from megatron_grit.data.indexed.reader import IndexedFile, file_paths
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.writer import IndexedFacts, IndexedStream, IndexedWriter, TokenBlock
-from megatron_grit.errors import DataError
+from megatron_grit.errors import DataError, OutputError
+from megatron_grit.store.lock import locked
+from tests.unit.data import indexed_files
 
 FACTS = IndexedFacts(kind="documents", tokenizer_fingerprint="f" * 64, vocab_size=100)
 Document = list[tuple[list[int], int]]
@@ -224,3 +227,25 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
     assert file.read(1, 2).tolist() == [7, 8, 0] and file.read(3, 4).tolist() == [9, 10]
     theirs = IndexedDataset(str(tmp_path / "large"))
     assert theirs[3].tolist() == [9, 10]
+
+
+def test_a_merge_is_alone_clears_leftovers_and_needs_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        indexed_files.write_chats(tmp_path / name, [(3, 4), (2, 5)])
+    parts, output, work = [tmp_path / "a", tmp_path / "b"], tmp_path / "joined", tmp_path / ".joined.merge"
+    merge_indexed(parts, tmp_path / "expected")
+    with (
+        locked(work / "lock", output),
+        pytest.raises(OutputError, match="joined: another process is writing it"),
+    ):
+        merge_indexed(parts, output)
+    for name in ("merged.ready.json", "merged.bin", "merged.staged.idx"):  # of a run that was killed
+        (work / name).write_bytes(b"{}")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+        with pytest.raises(OutputError, match="joined: needs [0-9,]+ more bytes and 10 are free"):
+            merge_indexed(parts, output)
+    merge_indexed(parts, output)
+    for suffix in (".bin", ".idx", ".json"):
+        assert output.with_suffix(suffix).read_bytes() == (tmp_path / "expected").with_suffix(suffix).read_bytes()
+    assert not work.exists()
