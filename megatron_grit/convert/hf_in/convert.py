@@ -41,6 +41,8 @@ def convert_checkpoint(
         CheckpointError: the source cannot be converted, or the target has a checkpoint already.
     """
     folder, target = local_folder(source, revision, allow_pickle=allow_pickle), Path(target)
+    if target.exists() and target.samefile(folder):
+        raise CheckpointError(f"{target}: is the model that is read; give another directory to write")
     shape = load_hf_config(folder)
     model_config = replace(shape, vocab_size=grown_vocabulary(shape, vocab_size, folder))
     with open_weights(folder, allow_pickle=allow_pickle) as weights:

@@ -200,6 +200,9 @@ def test_what_keeps_a_conversion_from_writing_is_one_line(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_source(tmp_path / "hf", *MODELS["gptj"])
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(CheckpointError, match="link: is the model that is read; give another directory to write"):
+        convert_checkpoint(source, tmp_path / "link", tokenizer)
     with (
         locked_folder(tmp_path / "out"),
         pytest.raises(OutputError, match="out: another process is writing it"),
