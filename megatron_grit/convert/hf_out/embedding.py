@@ -78,9 +78,9 @@ def why_not_sentence_transformers(embedding: EmbeddingConfig, family: Family, to
 def _keeps_prompts_apart(tokenizer: Tokenizer) -> bool:
     """Whether an instruction has as many tokens alone as in front of a text: sentence-transformers skips that many."""
     for instruction in ("", "Find the answer"):
-        alone = len(tokenizer.encode(embedding_prefix(instruction)))
+        alone = len(encode_embedding(tokenizer, "", instruction)[0])
         for text in _STARTS:
-            if len(encode_embedding(tokenizer, text, instruction)[0]) != 1 + alone:
+            if len(encode_embedding(tokenizer, text, instruction)[0]) != alone:
                 return False
     return True
 

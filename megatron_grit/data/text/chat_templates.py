@@ -20,7 +20,6 @@ space around answers is not kept, though zephyr and chatml keep it there: nobody
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -31,6 +30,7 @@ from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.chat_format import TOKENIZER, ChatFormat, Piece, join_completion
 from megatron_grit.data.text.jinja_template import JinjaChatFormat
 from megatron_grit.data.text.records import Message
+from megatron_grit.data.text.special import SpecialTokens
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError
 
@@ -41,6 +41,7 @@ class _Slot(Enum):
 
 
 _Part = tuple[Role, str | int | _Slot]
+_CONTENT, _SYSTEM = -1, -2  # no ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +187,8 @@ class BoundTemplate:
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self.name = template.name
-        self._ids = {name: tokenizer.special_tokens.get(name) for name in template.special_tokens}
-        self._ids |= {"{eos}": tokenizer.eos_id, "{bos}": tokenizer.bos_id}
+        slots = {"{content}": _CONTENT, "{system}": _SYSTEM, "{eos}": tokenizer.eos_id, "{bos}": tokenizer.bos_id}
+        self._special = SpecialTokens(tokenizer, slots)
         self._bos: list[Piece] = [(Role.TEMPLATE, tokenizer.bos_id)] if template.bos else []
         self._eos_id = tokenizer.eos_id
         self._strip = frozenset(template.strip)
@@ -200,16 +201,14 @@ class BoundTemplate:
         self._user_with_system = None if joint is None else self._parts(joint, Role.USER)
 
     def _parts(self, text: str, content: Role = Role.TEMPLATE, literal: Role = Role.TEMPLATE) -> list[_Part]:
-        names = [re.escape(name) for name in (*self._ids, "{content}", "{system}")]
         parts: list[_Part] = []
-        for part in re.split(f"({'|'.join(names)})", text):
-            index = self._ids.get(part)
-            if part == "{content}":
+        for part in self._special.split(text):
+            if part == _CONTENT:
                 parts.append((content, _Slot.CONTENT))
-            elif part == "{system}":
+            elif part == _SYSTEM:
                 parts.append((Role.SYSTEM, _Slot.SYSTEM))
-            elif part:
-                parts.append((literal, part if index is None else index))
+            else:
+                parts.append((literal, part))
         return parts
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:

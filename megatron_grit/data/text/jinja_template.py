@@ -21,6 +21,7 @@ from typing import Any
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.chat_format import TOKENIZER, Piece, join_completion
 from megatron_grit.data.text.records import Message
+from megatron_grit.data.text.special import SpecialTokens
 from megatron_grit.data.text.tokenizer import Tokenizer, read_settings, token_name
 from megatron_grit.errors import ConfigError, DataError
 
@@ -54,12 +55,8 @@ class JinjaChatFormat:
         self._names.setdefault("bos_token", tokenizer.id_to_token(tokenizer.bos_id))
         self._names.setdefault("eos_token", tokenizer.id_to_token(tokenizer.eos_id))
         self._template = _compile(source, tokenizer.path)
-        self._ids = tokenizer.special_tokens | {
-            self._names["bos_token"]: tokenizer.bos_id,
-            self._names["eos_token"]: tokenizer.eos_id,
-        }
-        longest_first = sorted(filter(None, self._ids), key=len, reverse=True)
-        self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        ends = {self._names["bos_token"]: tokenizer.bos_id, self._names["eos_token"]: tokenizer.eos_id}
+        self._special = SpecialTokens(tokenizer, ends)
         probe = [Message("user", "a"), Message("assistant", "b")]
         self._lead = self._find_lead(probe)
         self._has_bos = any(part == tokenizer.bos_id for _, part in self.pieces(probe))
@@ -108,30 +105,29 @@ class JinjaChatFormat:
         open_answer = False
         for (start, stop), message in zip(places, messages, strict=True):
             lead = self._lead if message.role == "assistant" and text[position:start].endswith(self._lead) else ""
-            self._add_template(pieces, text[position : start - len(lead)], open_answer)
+            self._add_template(pieces, self._special.split(text, position, start - len(lead)), open_answer)
             if lead:
                 pieces.append((Role.ANSWER, lead))
             if start < stop:
                 pieces.append((_ROLE[message.role], text[start:stop]))
             position, open_answer = stop, message.role == "assistant"
-        self._add_template(pieces, text[position:], open_answer)
+        self._add_template(pieces, self._special.split(text, position), open_answer)
         return pieces
 
-    def _add_template(self, pieces: list[Piece], text: str, open_answer: bool) -> None:
+    def _add_template(self, pieces: list[Piece], parts: list[str | int], open_answer: bool) -> None:
         """Append what the template wrote. Where an answer stands before it, up to its end token it is the answer's."""
-        parts = [part for part in self._special.split(text) if part]
         if open_answer:
-            blank = 1 if parts and not parts[0].strip() and parts[0] not in self._ids else 0
-            index = self._ids.get(parts[blank]) if len(parts) > blank else None
-            if index is None or index == self._tokenizer.bos_id != self._tokenizer.eos_id:
+            blank = 1 if parts and isinstance(parts[0], str) and not parts[0].strip() else 0
+            index = parts[blank] if len(parts) > blank else ""
+            if isinstance(index, str) or index == self._tokenizer.bos_id != self._tokenizer.eos_id:
+                written = "".join(p if isinstance(p, str) else self._tokenizer.id_to_token(p) for p in parts)[:20]
                 raise DataError(
-                    f"the tokenizer's chat template writes {text[:20]!r} after an answer and not a special token, so "
+                    f"the tokenizer's chat template writes {written!r} after an answer and not a special token, so "
                     "that no answer would have an end; choose another template"
                 )
         else:
             blank = -1
-        for place, part in enumerate(parts):
-            value: str | int = self._ids.get(part, part)
+        for place, value in enumerate(parts):
             repeated = value == self._tokenizer.bos_id and any(seen == value for _, seen in pieces)
             if repeated and place > blank and self._tokenizer.bos_id != self._tokenizer.eos_id:
                 continue  # never more than one BOS

@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.chat_format import Piece
+from megatron_grit.data.text.special import without_stripped
 from megatron_grit.data.text.token_offsets import EncodedTexts
 from megatron_grit.data.text.tokenizer import Tokenizer
 
@@ -98,8 +99,8 @@ class SpanTable:
 
 def encode_units(tokenizer: Tokenizer, units: Sequence[Sequence[Piece]]) -> SpanTable:
     """Tokens and roles of units, each a sequence of pieces. Neighbouring pieces of one role make one span."""
-    layout = _Layout(units)
-    encoded = tokenizer.encode_batch_with_offsets(layout.texts)
+    layout = _Layout([without_stripped(tokenizer, unit) for unit in units])
+    encoded = _encode_stretches(tokenizer, layout)
     cuts = layout.cuts(encoded)
     problems = _check_answers(tokenizer, layout, encoded, cuts)
     num_tokens = np.ones(len(layout.roles), dtype=np.int64)  # of each piece; special tokens have one
@@ -122,6 +123,26 @@ def encode_units(tokenizer: Tokenizer, units: Sequence[Sequence[Piece]]) -> Span
     return SpanTable(tokens, lengths, roles[begins], counts, problems)
 
 
+def _encode_stretches(tokenizer: Tokenizer, layout: _Layout) -> EncodedTexts:
+    if tokenizer.after_special is tokenizer:
+        return tokenizer.encode_batch_with_offsets(layout.texts)
+    groups = [np.flatnonzero(~layout.follows), np.flatnonzero(layout.follows)]
+    parts = [
+        which.encode_batch_with_offsets([layout.texts[index] for index in group.tolist()])
+        for which, group in zip((tokenizer, tokenizer.after_special), groups, strict=True)
+    ]
+    by_text = np.argsort(np.concatenate(groups))
+    owners = [np.repeat(group, part.lengths) for group, part in zip(groups, parts, strict=True)]
+    by_token = np.argsort(np.concatenate(owners), kind="stable")
+    return EncodedTexts(
+        ids=np.concatenate([part.ids for part in parts])[by_token],
+        lengths=np.concatenate([part.lengths for part in parts])[by_text],
+        begins=np.concatenate([part.begins for part in parts])[by_token],
+        ends=np.concatenate([part.ends for part in parts])[by_token],
+        covered=np.concatenate([part.covered for part in parts])[by_text],
+    )
+
+
 class _Layout:
     """Where each piece lies in the stretches of text between special tokens."""
 
@@ -140,6 +161,8 @@ class _Layout:
         self.stretches = np.cumsum(~joined) - 1
         """Stretch of each piece of text."""
         heads = self.text_pieces[~joined]
+        self.follows = (heads > 0) & (self.units[heads] == self.units[np.maximum(heads - 1, 0)])
+        """Whether a special token stands before each stretch."""
         last = np.flatnonzero(np.append(~joined[1:], True))  # last piece of text of each stretch
         tails = self.text_pieces[last] + 1 if len(heads) else heads
         self.texts: list[str] = ["".join(values[a:b]) for a, b in zip(heads.tolist(), tails.tolist(), strict=True)]  # type: ignore[arg-type]

@@ -8,14 +8,16 @@ generation, conversation            one of :mod:`megatron_grit.data.text.chat_te
 generation, plain string            ``{text}``, no BOS, no EOS
 ==================================  ==========================================================================
 
-``<|user|>``, ``<|embed|>`` and ``<|assistant|>`` are ordinary text. BOS and EOS are ids. The reference measured each
-fragment's length alone, and so lost the EOS of all but the last turn; see :mod:`megatron_grit.data.text.spans`.
+``<|user|>``, ``<|embed|>`` and ``<|assistant|>`` are text, or ids where the tokenizer has them as special tokens. BOS
+and EOS are ids. The reference measured each fragment's length alone, and so lost the EOS of all but the last turn; see
+:mod:`megatron_grit.data.text.spans`.
 
 Source: Muennighoff et al., Generative Representational Instruction Tuning (arXiv 2402.09906), and its repository.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +28,7 @@ from megatron_grit.data.text.chat_templates import load_chat_format
 from megatron_grit.data.text.markers import NO_MARKERS, TextMarkers
 from megatron_grit.data.text.records import Message, Record, TextPair, alternate
 from megatron_grit.data.text.spans import Span, encode_units
+from megatron_grit.data.text.special import SpecialTokens
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import DataError
 
@@ -36,6 +39,7 @@ USER_PREFIX = "<|user|>\n"
 EMBED_PREFIX = "\n<|embed|>\n"
 ASSISTANT_PREFIX = "\n<|assistant|>\n"
 _INSTRUCTION_STRIP = "\t\n :"
+_INSTRUCTION = "{instruction}"
 
 
 def embedding_prefix(instruction: str) -> str:
@@ -69,8 +73,19 @@ def embedding_pieces(tokenizer: Tokenizer, pair: TextPair, instruction_role: Rol
     """Pieces of a query or passage."""
     if pair.instruction is None:
         return [(role, pair.text)]
-    prefix = embedding_prefix(pair.instruction)
-    return [(instruction_role, tokenizer.bos_id), (instruction_role, prefix), (role, pair.text)]
+    # What the instruction says is text, hence it is put in after the template is split.
+    instruction = pair.instruction.strip(_INSTRUCTION_STRIP)
+    head: list[str | int] = [tokenizer.bos_id]
+    head += [instruction if part == _INSTRUCTION else part for part in _prefix_parts(tokenizer, bool(instruction))]
+    return [*((instruction_role, value) for value in head), (role, pair.text)]
+
+
+@functools.lru_cache(maxsize=8)
+def _prefix_parts(tokenizer: Tokenizer, with_instruction: bool) -> list[str | int]:
+    special = SpecialTokens(tokenizer)
+    prefix = embedding_prefix(_INSTRUCTION if with_instruction else "")
+    before, slot, after = prefix.partition(_INSTRUCTION)
+    return [*special.split(before), *([slot] if slot else []), *special.split(after)]
 
 
 def encode_embedding(

@@ -6,6 +6,7 @@ added as ids by :mod:`megatron_grit.data.text.templates`.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import io
@@ -52,6 +53,9 @@ class Tokenizer(ABC):
         eos_id: end of sequence.
         pad_id: padding; the end of sequence where the tokenizer has none.
         special_tokens: ids of the tokens that no text is ever read as, by name.
+        lstrip: ids of those that take the white space before them.
+        rstrip: ids of those that take the white space behind them.
+        single_word: ids of those that are text where a letter, digit or underscore stands beside them.
     """
 
     path: Path
@@ -61,6 +65,15 @@ class Tokenizer(ABC):
     eos_id: int
     pad_id: int
     special_tokens: dict[str, int]
+    lstrip: frozenset[int] = frozenset()
+    rstrip: frozenset[int] = frozenset()
+    single_word: frozenset[int] = frozenset()
+
+    @property
+    def after_special(self) -> Tokenizer:
+        """The tokenizer of text that follows a special token: without the space that is put before a string's
+        first word alone."""
+        return self
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -176,7 +189,33 @@ class JsonTokenizer(Tokenizer):
         pad_id = None if pad is None else self._tokenizer.token_to_id(pad)
         self.pad_id = self.eos_id if pad_id is None else pad_id
         added = self._tokenizer.get_added_tokens_decoder()
-        self.special_tokens = {token.content: index for index, token in added.items() if token.special}
+        special = {index: token for index, token in added.items() if token.special}
+        self.special_tokens = {token.content: index for index, token in special.items()}
+        self.lstrip = frozenset(index for index, token in special.items() if token.lstrip)
+        self.rstrip = frozenset(index for index, token in special.items() if token.rstrip)
+        self.single_word = frozenset(index for index, token in special.items() if token.single_word)
+
+    @functools.cached_property
+    def after_special(self) -> Tokenizer:
+        import tokenizers
+
+        state = json.loads(self._tokenizer.to_str())
+        splitters = state["pre_tokenizer"] or {}
+        first = [
+            part
+            for part in (splitters, *(splitters.get("pretokenizers") or ()))
+            if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first"
+        ]
+        if not first:
+            return self
+        for part in first:
+            part["prepend_scheme"] = "never"
+        other = copy.copy(self)
+        for cached in ("_piece_widths", "_words"):
+            other.__dict__.pop(cached, None)
+        other._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
+        other._tokenizer.encode_special_tokens = True
+        return other
 
     @functools.cached_property
     def _piece_widths(self) -> PieceWidths | None:

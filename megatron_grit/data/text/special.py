@@ -1,0 +1,67 @@
+"""Special tokens as the tokenizers library finds them: the longest at each place, alone or within a word, and the white
+space beside them that ``lstrip`` and ``rstrip`` make theirs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+
+from megatron_grit.data.text.chat_format import Piece
+from megatron_grit.data.text.tokenizer import Tokenizer
+
+_WHITE = "".join(filter(str.isspace, map(chr, range(sys.maxunicode + 1)))).translate(dict.fromkeys(range(0x1C, 0x20)))
+"""Unicode's White_Space, which the library strips; ``str.strip`` takes four control characters more."""
+_WORD = re.compile(r"\w")
+
+
+class SpecialTokens:
+    """Splits what a template wrote at the tokenizer's special tokens.
+
+    Args:
+        tokenizer: the tokenizer.
+        others: more names that are ids, by name.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, others: Mapping[str, int] | None = None) -> None:
+        self.ids = {name: index for name, index in {**tokenizer.special_tokens, **(others or {})}.items() if name}
+        self._single_words = tokenizer.single_word
+        longest_first = sorted(self.ids, key=len, reverse=True)
+        self._names = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def split(self, text: str, start: int = 0, stop: int | None = None) -> list[str | int]:
+        """Special tokens' ids, and the text between them, of ``text[start:stop]``. What stands around that range is
+        looked at where a token has to be a word of its own."""
+        stop = len(text) if stop is None else stop
+        parts: list[str | int] = []
+        for match in self._names.finditer(text, start, stop):
+            begin, end = match.span()
+            beside = text[begin - 1 : begin] + text[end : end + 1] if begin else text[end : end + 1]
+            if self.ids[match.group()] in self._single_words and _WORD.search(beside):
+                continue
+            parts += [text[start:begin], self.ids[match.group()]]
+            start = end
+        return [part for part in (*parts, text[start:stop]) if part != ""]
+
+
+def without_stripped(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Sequence[Piece]:
+    """Pieces without the white space that special tokens take beside them, whoever wrote it."""
+    if not tokenizer.lstrip and not tokenizer.rstrip:
+        return pieces
+    kept: list[Piece] = []
+    taken = False  # white space that comes now is the special token's before it
+    for role, value in pieces:
+        if isinstance(value, str):
+            value = value.lstrip(_WHITE) if taken else value
+            if value:
+                kept.append((role, value))
+                taken = False
+            continue
+        while value in tokenizer.lstrip and kept and isinstance(text := kept[-1][1], str):
+            before, _ = kept.pop()
+            if text := text.rstrip(_WHITE):
+                kept.append((before, text))
+                break
+        kept.append((role, value))
+        taken = value in tokenizer.rstrip
+    return kept

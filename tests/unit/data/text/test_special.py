@@ -1,0 +1,116 @@
+"""Properties of special tokens: the ids of a rendering are those that the tokenizers library gives the whole string."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_grit.data.indexed.roles import Role
+from megatron_grit.data.text.chat_templates import TEMPLATES, load_chat_format
+from megatron_grit.data.text.records import Message, TextPair
+from megatron_grit.data.text.spans import encode_units
+from megatron_grit.data.text.templates import embedding_pieces
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
+from tests.unit.data.json_tokenizers import chat_json
+from tests.unit.data.samples import TEXT
+
+tokenizers = pytest.importorskip("tokenizers")
+
+NAMES = ("<s>", "</s>", "<|user|>", "<|assistant|>", "<|user|>\nx", "<|embed|>", "<|im_start|>", "<|im_end|>", "end")
+PHI = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+FLAGS = st.fixed_dictionaries({key: st.booleans() for key in ("lstrip", "rstrip", "single_word")})
+WORDS = st.text(" \n\t\x1cab.é\u00a0", max_size=6)
+COUNT = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = chat_json(tmp_path_factory.mktemp("base"), [TEXT], special_tokens=NAMES, vocab_size=290)
+    return json.loads(path.read_text())
+
+
+def variant(state: dict[str, Any], folder: Path, flags: dict[str, dict[str, bool]], metaspace: bool = False) -> Any:
+    """The tokenizer with flags, in our hands and the library's."""
+    state = json.loads(json.dumps(state))
+    for token in state["added_tokens"]:
+        token.update(flags.get(token["content"], {}))
+    if metaspace:
+        parts = [{"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": True}]
+        parts.append(state["pre_tokenizer"])  # bytes of the mark have ids
+        state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+    folder = folder / str(next(COUNT))
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": PHI}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return load_tokenizer(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def check(ours: Tokenizer, theirs: Any, pieces: list[Any]) -> None:
+    text = "".join(value if isinstance(value, str) else ours.id_to_token(value) for _, value in pieces)
+    ids = encode_units(ours, [pieces]).tokens.tolist()
+    assert ids == theirs.encode(text, add_special_tokens=False).ids, text
+
+
+def test_phi(state: dict[str, Any], tmp_path: Path) -> None:
+    strips = {name: {"rstrip": True} for name in ("<|user|>", "<|assistant|>", "</s>")}
+    ours, theirs = variant(state, tmp_path, strips)
+    chat = load_chat_format("tokenizer", ours)
+    turns = [Message("user", " a\n"), Message("assistant", "b"), Message("user", "a"), Message("assistant", "b ")]
+    pieces = chat.pieces(turns)
+    check(ours, theirs, pieces)
+    answers = [ids for role, ids in encode_units(ours, [pieces]).spans(0) if role == Role.ANSWER]
+    assert answers == [[*ours.encode("b"), ours.eos_id], [*ours.encode("b "), ours.eos_id]]
+
+
+def test_only_unicode_white_space_is_taken(state: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = variant(state, tmp_path, {"<s>": {"rstrip": True}, "</s>": {"lstrip": True}})
+    pieces = [
+        (Role.TEMPLATE, ours.bos_id),
+        (Role.USER, "\u2003\x85\x1c"),
+        (Role.ANSWER, " "),
+        (Role.ANSWER, ours.eos_id),
+    ]
+    check(ours, theirs, pieces)
+    spans = encode_units(ours, [pieces]).spans(0)
+    assert [role for role, _ in spans] == [Role.TEMPLATE, Role.USER, Role.ANSWER]
+
+
+def test_single_word(state: dict[str, Any], tmp_path: Path) -> None:
+    """A token that has to be a word is text beside a letter, though the letter is a message's."""
+    ours, theirs = variant(state, tmp_path, {"end": {"single_word": True}})
+    path = ours.path.with_name("chat_template.jinja")
+    path.write_text("{% for m in messages %}{{ 'end' + m['content'] + '</s>end' }}{% endfor %}")
+    chat = load_chat_format("tokenizer", ours)
+    for content in ("a", " a", "_", "\u00e9", "."):
+        messages = [Message("user", content), Message("assistant", content)]
+        text = chat.render(messages)  # type: ignore[attr-defined]
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        assert encode_units(ours, [chat.pieces(messages)]).tokens.tolist() == expected
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_ids_are_those_of_the_whole_string(
+    state: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    flags = {name: data.draw(FLAGS, label=name) for name in NAMES}
+    for name in NAMES[:-1]:
+        flags[name]["single_word"] = False  # the templates' tokens: a word beside them changes what a turn is
+    ours, theirs = variant(state, tmp_path_factory.getbasetemp(), flags, data.draw(st.booleans(), label="metaspace"))
+    contents = data.draw(st.lists(WORDS, min_size=4, max_size=4), label="contents")
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [Message(role, content) for role, content in zip(roles, contents, strict=True)]
+    for name in (*TEMPLATES, "tokenizer"):
+        check(ours, theirs, load_chat_format(name, ours).pieces(messages))
+    for instruction in ("", contents[0]):
+        check(ours, theirs, embedding_pieces(ours, TextPair(instruction, contents[1]), Role.USER, Role.QUERY))
