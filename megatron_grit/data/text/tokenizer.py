@@ -166,7 +166,8 @@ class SentencePieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """A ``tokenizer.json`` of the tokenizers library.
 
-    BOS, EOS and padding come from ``tokenizer_config.json`` beside it, else from the names in common use.
+    BOS, EOS and padding come from ``tokenizer_config.json`` beside it, else from the names in common use. Tokens of its
+    ``added_tokens_decoder`` are added, and their properties hold where tokenizer.json has others, as in transformers.
     """
 
     def __init__(self, path: Path) -> None:
@@ -181,8 +182,9 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True  # a special token's name in a text is text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         settings = read_settings(self.path)
+        self._tokenizer.add_tokens(_named_tokens(settings, self.path))
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = self._find("bos_token", settings, _BOS_NAMES)
         self.eos_id = self._find("eos_token", settings, _EOS_NAMES)
         pad = token_name(settings.get("pad_token"))
@@ -288,6 +290,22 @@ def read_settings(tokenizer_path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise DataError("expected a JSON object", path=path)
     return settings
+
+
+def _named_tokens(settings: dict[str, Any], path: Path) -> list[Any]:
+    """``added_tokens_decoder`` of tokenizer_config.json, by id."""
+    import tokenizers
+
+    named = {token_name(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    try:
+        entries = sorted((int(index), dict(entry)) for index, entry in settings.get("added_tokens_decoder", {}).items())
+        for _, entry in entries:
+            entry.pop("__type", None)
+            entry["special"] = entry.get("special", False) or entry["content"] in named
+        return [tokenizers.AddedToken(**entry) for _, entry in entries]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        where = path.with_name("tokenizer_config.json")
+        raise DataError(f"added_tokens_decoder holds no tokens by id: {error}", path=where) from error
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

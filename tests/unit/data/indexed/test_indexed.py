@@ -325,3 +325,12 @@ def test_metadata_is_plain_json(tmp_path: Path) -> None:
     values = json.loads((tmp_path / "gen.json").read_text())
     assert (values["format"], values["version"], values["kind"]) == ("megatron_grit.indexed", 2, "generative")
     assert values["bin_sha256"] == hashlib.sha256((tmp_path / "gen.bin").read_bytes()).hexdigest()
+
+
+def test_files_of_another_program_are_named_as_such(tmp_path: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"foreign{suffix}").write_bytes(b"")
+    with pytest.raises(DataError, match="another program wrote them"):
+        read_meta(tmp_path / "foreign")
+    with pytest.raises(DataError, match="give the prefix"):
+        read_meta(tmp_path / "nothing")

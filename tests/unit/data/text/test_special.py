@@ -17,6 +17,7 @@ from megatron_grit.data.text.records import Message, TextPair
 from megatron_grit.data.text.spans import encode_units
 from megatron_grit.data.text.templates import embedding_pieces
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_grit.errors import DataError
 from tests.unit.data.json_tokenizers import chat_json
 from tests.unit.data.samples import TEXT
 
@@ -83,6 +84,29 @@ def test_only_unicode_white_space_is_taken(state: dict[str, Any], tmp_path: Path
     check(ours, theirs, pieces)
     spans = encode_units(ours, [pieces]).spans(0)
     assert [role for role, _ in spans] == [Role.TEMPLATE, Role.USER, Role.ANSWER]
+
+
+def test_tokenizer_config_has_the_last_word(state: dict[str, Any], tmp_path: Path) -> None:
+    """added_tokens_decoder: properties replace those of tokenizer.json, and tokens that are only there are added."""
+    transformers = pytest.importorskip("transformers")
+    ours, _ = variant(state, tmp_path, {})
+    path = ours.path.with_name("tokenizer_config.json")
+    plain = {"lstrip": False, "normalized": False, "single_word": False, "special": True}
+    added = {
+        "290": {"content": "<new>", "rstrip": False, **plain},
+        "2": {"content": "<|user|>", "rstrip": True, **plain},
+    }
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | kind | {"added_tokens_decoder": added}))
+    ours, theirs = load_tokenizer(ours.path), transformers.AutoTokenizer.from_pretrained(str(path.parent))
+    user, new = ours.special_tokens["<|user|>"], ours.special_tokens["<new>"]
+    pieces = [(Role.TEMPLATE, user), (Role.USER, "\n a"), (Role.TEMPLATE, new)]
+    assert ours.vocab_size == 291
+    expected = theirs("<|user|>\n a<new>", add_special_tokens=False).input_ids
+    assert encode_units(ours, [pieces]).tokens.tolist() == expected == [user, *ours.encode("a"), new]
+    path.write_text(json.dumps({"added_tokens_decoder": {"x": 1}}))
+    with pytest.raises(DataError, match="added_tokens_decoder"):
+        load_tokenizer(ours.path)
 
 
 def test_single_word(state: dict[str, Any], tmp_path: Path) -> None:
