@@ -37,7 +37,8 @@ def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: a kind that is not supported, or a key that is missing or that nothing here understands.
     """
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    # Where both are there transformers takes rope_scaling, and nothing of rope_parameters.
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _KEYS:
         raise CheckpointError(f"RoPE of type {kind} is not supported, only {', '.join(_KEYS)}")

@@ -36,6 +36,7 @@ def drop_biases(decoder: torch.nn.Module, model: ModelConfig) -> None:
         "linear_proj": has_attention_output_bias(model),
         "linear_fc1": has_mlp_bias(model),
         "linear_fc2": has_mlp_bias(model),
+        "router": False,  # no family has one
     }
     for name, module in decoder.named_modules():
         if not wanted.get(name.rpartition(".")[2], True):

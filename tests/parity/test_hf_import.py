@@ -53,6 +53,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3", {}),
     "qwen3_moe": ("Qwen3Moe", EXPERTS | {"norm_topk_prob": True, "decoder_sparse_step": 2}),
+    "qwen3_moe_biases": ("Qwen3Moe", EXPERTS | {"norm_topk_prob": True, "attention_bias": True}),
     "gpt_neox": ("GPTNeoX", {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 500.0}}),
     "gpt_neox_serial": ("GPTNeoX", {"use_parallel_residual": False, "hidden_act": "gelu_new", "attention_bias": False}),
     "gptj": ("GPTJ", {"rotary_dim": 4, "n_inner": 80}),

@@ -76,7 +76,8 @@ def _layers(model: ModelConfig) -> Iterator[Problem]:
         yield Problem(
             "model.parallel_residual", "model.parallel_residual does not go with model.num_experts; set it to none"
         )
-    if model.moe_shared_ffn_hidden_size and (model.add_bias_linear or model.add_mlp_bias):
-        yield Problem(
-            "model.moe_shared_ffn_hidden_size", "a shared expert does not go with biases in feed-forward layers"
-        )
+    for name in ("add_bias_linear", "add_mlp_bias"):
+        if getattr(model, name):
+            yield Problem(
+                f"model.{name}", f"model.{name} gives experts biases, which they cannot have; set it to false"
+            )

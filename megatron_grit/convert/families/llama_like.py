@@ -116,7 +116,15 @@ def read_shape(hf: dict[str, Any], architecture: str) -> ModelConfig:
         attention_dropout=hf.get("attention_dropout", 0.0),
         init_std=hf.get("initializer_range", 0.02),
     )
-    return replace(shape, **read_rope(hf))
+    rope = read_rope(hf)
+    if rope["rope_type"] == "default":
+        rope["rotary_percent"] = 1.0  # transformers' code of these families turns whole heads, whatever the file says
+    elif rope["rotary_percent"] != 1:
+        raise CheckpointError(
+            f"partial_rotary_factor is {rope['rotary_percent']} with RoPE of type {rope['rope_type']}, which "
+            f"transformers does not compute for {architecture}"
+        )
+    return replace(shape, **rope)
 
 
 def write_shape(model: ModelConfig, architecture: str, model_type: str) -> dict[str, Any]:

@@ -44,7 +44,19 @@ DTYPES = {
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
-_SMALL_FILES = ["config.json", *_TOKENIZERS]
+_SMALL_FILES = [
+    "config.json",
+    "generation_config.json",
+    *_TOKENIZERS,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+]
+"""All that says something about a model beside its weights: a name on the hub means what its directory does."""
 _SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
 _OTHER_FILES = ["*/*", "consolidated*"]
 """Also matched by the patterns, and not wanted: folders, and the same weights in Mistral's own layout."""
@@ -56,7 +68,8 @@ def local_folder(
 ) -> Path:
     """A model's local directory; a model named by its id is downloaded from the Hugging Face hub.
 
-    Only config.json, the tokenizer's file and the weights are downloaded, into huggingface_hub's cache.
+    Only the configuration, the tokenizer's files, the chat template and the weights are downloaded, into
+    huggingface_hub's cache.
 
     Args:
         source: a directory, or ``organisation/name`` where there is no such directory.

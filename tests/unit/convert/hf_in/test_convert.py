@@ -116,8 +116,29 @@ def test_rope_parameters_of_transformers_5(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {"rope_theta": 77.0}, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_parameters": {"rope_theta": 77.0}, "rope_scaling": None},
+        {"partial_rotary_factor": 0.5},
+    ],
+)
+def test_rope_is_what_transformers_computes(tmp_path: Path, change: dict[str, Any]) -> None:
+    """rope_scaling beside rope_parameters, and a partial_rotary_factor that the code of the family does not read."""
+    transformers = pytest.importorskip("transformers", reason="the reference is transformers")
+    from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+
+    config = transformers.MistralConfig(**json.loads(json.dumps(MISTRAL_7B | change)))
+    model = load_hf_config(write_config(tmp_path, MISTRAL_7B | change))
+    assert model.rotary_base == config.rope_parameters["rope_theta"]
+    assert model.rope_type == config.rope_parameters["rope_type"]
+    assert model.rotary_percent * 128 / 2 == len(MistralRotaryEmbedding(config).inv_freq)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 8.0}}, "partial_rotary_factor"),
         (
             {"architectures": ["FalconForCausalLM"]},
             "FalconForCausalLM.*supported: MistralForCausalLM, MixtralForCausalLM",

@@ -340,7 +340,9 @@ def test_model_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert local_folder("org/name", "v2") == tmp_path
     assert local_folder("org/name", weights=False, allow_pickle=True) == tmp_path
     assert local_folder("org/name", allow_pickle=True) == tmp_path
-    small = {"config.json", "tokenizer.model", "tokenizer.json"}
+    small = {"config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
+    small |= {"special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"}
+    small |= {"vocab.json", "merges.txt"}
     assert [(name, options["revision"]) for name, options in asked] == [("org/name", r) for r in ("v2", None, None)]
     patterns = [set(options["allow_patterns"]) for _, options in asked]
     assert patterns[0] == small | {"*.safetensors", "*.safetensors.index.json"}
