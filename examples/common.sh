@@ -194,10 +194,17 @@ run_job() {
     if ((nodes == 1)); then
         command+=(--standalone)
     elif [[ -n "${SLURM_JOB_ID:-}" ]]; then
-        head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
+        if [[ -z "${RDZV_ENDPOINT:-}" ]]; then
+            command -v scontrol >/dev/null || die "scontrol is not found, as in a container; set RDZV_ENDPOINT=HOST:PORT"
+            head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
+        fi
+        # From SLURM 22.05 on srun does not take --cpus-per-task over from sbatch, and gives each task one core.
+        if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then
+            export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}"
+        fi
         command=(
             srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit 1 "${command[@]}"
-            --nnodes "$nodes" --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:29400"
+            --nnodes "$nodes" --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:-${head:-}:29400}"
         )
     elif [[ -n "${RDZV_ENDPOINT:-}" || "${DRY_RUN:-0}" == 1 ]]; then
         command+=(--nnodes "$nodes" --rdzv-id "${RDZV_ID:-megatron_grit}" --rdzv-backend c10d)

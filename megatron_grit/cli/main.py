@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ from megatron_grit import __version__
 from megatron_grit.config.commands import parse_command, suggestion
 from megatron_grit.errors import EXIT_STATUS
 from megatron_grit.parallel.failures import tell
-from megatron_grit.store.logs import configure_logging
+from megatron_grit.store.environment import leave_job
+from megatron_grit.store.logs import configure_logging, get_logger
+from megatron_grit.store.streams import drop_closed_output, prepare_streams
 
 _HERE = Path(__file__).parent
 
@@ -29,16 +32,21 @@ def summary(path: Path) -> str:
     return str(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))).partition("\n")[0]
 
 
+def _print_verbs() -> None:
+    known = verbs()
+    print("usage: megatron-grit VERB [OPTION ...]     (megatron-grit VERB --help explains one)")
+    for folder in dict.fromkeys(path.parent for path in known.values()):
+        print(f"\n{summary(folder / '__init__.py')}")
+        print("\n".join(f"  {verb:16s} {summary(path)}" for verb, path in known.items() if path.parent == folder))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     known = verbs()
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: megatron-grit VERB [OPTION ...]     (megatron-grit VERB --help explains one)")
-        for folder in dict.fromkeys(path.parent for path in known.values()):
-            print(f"\n{summary(folder / '__init__.py')}")
-            print("\n".join(f"  {verb:16s} {summary(path)}" for verb, path in known.items() if path.parent == folder))
-        return 0 if argv else EXIT_STATUS
+        status = guarded(_print_verbs, joins_job=True)
+        return status if argv else EXIT_STATUS
     if argv[0] == "--version":
         print(f"megatron-grit {__version__}")
         return 0
@@ -58,20 +66,39 @@ def command(
     prog: str,
     about: str,
     resumes: bool = False,
-) -> int:
+    joins_job: bool = False,
+) -> int:  # many: what a verb says of itself
     """Read a command line into a dataclass and run a function on it. Returns the exit status."""
-    return guarded(lambda: run(parse_command(options, argv, prog=prog, description=about)), prog, resumes)
+    return guarded(lambda: run(parse_command(options, argv, prog=prog, description=about)), prog, resumes, joins_job)
 
 
-def guarded(step: Callable[[], object], prog: str = "megatron-grit", resumes: bool = False) -> int:
-    """Run ``step`` and turn an error of the user's into one line. Returns the exit status."""
+def guarded(
+    step: Callable[[], object], prog: str = "megatron-grit", resumes: bool = False, joins_job: bool = False
+) -> int:
+    """Run ``step`` and turn an error of the user's into one line. Returns the exit status.
+
+    Args:
+        step: what the command does.
+        prog: its name.
+        resumes: the same command resumes after an interrupt.
+        joins_job: it takes part in a launcher's job, and checks the launcher's variables itself. Other commands run
+            alone where the variables are left over from something else.
+    """
+    prepare_streams()
     configure_logging()
+    if not joins_job and (problem := leave_job()) is not None:
+        get_logger(__name__).info(f"runs alone: {problem}")
     try:
-        step()
+        try:
+            step()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{prog}: interrupted{'; the same command resumes' * resumes}", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and drop_closed_output():
+            return 128 + signal.SIGPIPE
         return tell(error, prog)
     return 0
 

@@ -6,7 +6,6 @@ Example:
 
 from __future__ import annotations
 
-import os
 import sys
 
 from megatron_grit.cli.main import guarded
@@ -14,6 +13,10 @@ from megatron_grit.config.checks.run import check, mesh_summary
 from megatron_grit.config.database.run import resolve_retro_project
 from megatron_grit.config.parse import TrainArguments, dump_config, parse_train_arguments
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.store.environment import check_job, planned_size
+from megatron_grit.store.logs import get_logger
+
+log = get_logger(__name__)
 
 
 def resolved(arguments: TrainArguments, *, files: bool) -> RunConfig:
@@ -29,12 +32,16 @@ def resolved(arguments: TrainArguments, *, files: bool) -> RunConfig:
 
 def _run(argv: list[str] | None) -> None:
     arguments = parse_train_arguments(argv)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    is_dry = arguments.dry_run or arguments.print_config
+    if not is_dry:
+        check_job()
+    world_size = planned_size()
     config = resolved(arguments, files=not arguments.print_config)
     check(config, world_size, files=not arguments.print_config, origins=arguments.origins)
-    if arguments.dry_run or arguments.print_config:
+    if is_dry:
         print(f"# {mesh_summary(config, world_size)}\n{dump_config(config)}", end="")
         return
+    log.info("loading torch and megatron-core")
     from megatron_grit.convert.hf_in.pretrained import pretrained_weights
     from megatron_grit.convert.peft.runtime import peft_adapters
     from megatron_grit.training.trainer import train
@@ -44,7 +51,7 @@ def _run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, check and train, or only print the configuration. Returns the exit status."""
-    return guarded(lambda: _run(argv))
+    return guarded(lambda: _run(argv), joins_job=True)
 
 
 # Saving a checkpoint starts processes that import this file again.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from megatron_grit.inference.model_group import join_model_group
 from megatron_grit.inference.score import score_tokens
 from megatron_grit.models.decoder import GritDecoder, build_model
 from megatron_grit.parallel.launch import initialize
+from megatron_grit.store.environment import job_size
 from megatron_grit.training.checkpoint import read_config, read_state, resolve_checkpoint, tokenizer_path
 
 Messages = Sequence[dict[str, str]]
@@ -255,7 +255,7 @@ def _fit_mesh(config: RunConfig) -> None:
         parallel.sequence_parallel = True
     if parallel.context > 1 and model.attention_backend == "te":
         model.attention_backend = "auto"
-    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = dist.get_world_size() if dist.is_initialized() else job_size()
     for problem in find_problems(config, world_size, files=False):
         if problem.key.startswith("parallel."):
             raise problem.error(problem.message)

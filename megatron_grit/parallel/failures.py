@@ -10,6 +10,7 @@ import time
 import traceback
 
 from megatron_grit.errors import EXIT_STATUS, GritError, JobError
+from megatron_grit.store.environment import job_rank, job_size
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SECONDS_FOR_THE_FIRST = 5.0
@@ -23,8 +24,8 @@ def tell(error: Exception, prog: str) -> int:
     is known, else rank 0. The others wait; the launcher ends them meanwhile. Ranks that end because of another one say
     so in a line, and give the launcher time to see that one's end first.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    mark = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    rank = job_rank()
+    mark = f"[rank {rank}] " if job_size() > 1 else ""
     if isinstance(error, JobError):
         print(f"{prog}: {mark}ends: {error}", file=sys.stderr, flush=True)
         time.sleep(_SECONDS_FOR_LAUNCHER)

@@ -14,6 +14,7 @@ from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.errors import ConfigError, MeshError
 from megatron_grit.parallel.context import ParallelContext, build_mesh, destroy_mesh, mesh_is_built, read_context
 from megatron_grit.parallel.rendezvous import join_job
+from megatron_grit.store.environment import check_job, job_size, local_rank
 
 _MINUTES_TO_START = 10.0
 
@@ -25,7 +26,7 @@ def initialize(config: ParallelConfig, seed: int) -> ParallelContext:
     without them this process is the whole job. A process group that exists already is used as it is.
 
     Raises:
-        ConfigError: ``parallel.device`` is cuda and there is no GPU.
+        ConfigError: ``parallel.device`` is cuda and there is no GPU, or these variables are not those of a job.
         MeshError: the number of processes does not divide into the mesh.
     """
     device = select_device(config.device)
@@ -63,7 +64,12 @@ def select_device(wanted: str) -> torch.device:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if local_rank() >= torch.cuda.device_count():
+            raise ConfigError(
+                f"LOCAL_RANK is {local_rank()}, but torch finds {torch.cuda.device_count()} GPUs; start as many "
+                "processes on a node, or look at CUDA_VISIBLE_DEVICES"
+            )
+        device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
         return device
     if wanted == "cuda":
@@ -74,7 +80,8 @@ def select_device(wanted: str) -> torch.device:
 def _init_process_group(device: torch.device, timeout_minutes: float) -> None:
     store: dist.Store = dist.HashStore()
     rank, world_size = 0, 1
-    if "RANK" in os.environ:
+    check_job()
+    if job_size() > 1:
         store, rank, world_size = join_job(timedelta(minutes=max(timeout_minutes, _MINUTES_TO_START)))
     dist.init_process_group(
         backend="gloo" if device.type == "cpu" else "nccl",

@@ -7,6 +7,8 @@ of the restart count would not do, for the launchers of several nodes count diff
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 import uuid
 from datetime import timedelta
@@ -14,8 +16,11 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_grit.errors import JobError
+from megatron_grit.errors import ConfigError, JobError
+from megatron_grit.store.progress import still_at_work
 
+_SECONDS_FOR_A_NAME = 10.0
+_SECONDS_OF_SILENCE = 10.0
 _SECONDS_BETWEEN_LOOKS = 0.02
 
 
@@ -30,10 +35,33 @@ def join_job(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
     Raises:
         JobError: not all processes came.
+        ConfigError: the address is none, or its port is taken.
     """
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    _check_address(address)
+    others = f"{os.environ['WORLD_SIZE']} processes of the job, at MASTER_ADDR {address}, MASTER_PORT {port}"
+    try:
+        with still_at_work(f"waiting for the {others}", first=_SECONDS_OF_SILENCE):
+            store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(f"MASTER_PORT {port} is taken on this node; choose another one") from None
+        raise JobError(f"did not meet the {others}: {str(error).strip().partition(chr(10))[0]}") from None
     name = agree_on_name(store, rank, world_size, timeout.total_seconds())
     return dist.PrefixStore(name, store), rank, world_size
+
+
+def _check_address(address: str) -> None:
+    """Where processes start together with the network's names, a name may take some seconds to appear."""
+    deadline = time.monotonic() + _SECONDS_FOR_A_NAME
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(f"MASTER_ADDR {address!r} is no address that this node knows ({error})") from None
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def agree_on_name(store: dist.Store, rank: int, world_size: int, seconds: float) -> str:

@@ -65,7 +65,8 @@ class JobWatch:
         self._old_handler: Any = None
 
     def __enter__(self) -> JobWatch:
-        faulthandler.enable()
+        with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # stderr without a descriptor
+            faulthandler.enable()
         if self.world_size == 1:
             return self
         global _num_watches  # every rank enters as often, so all of them come to the same name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import numpy as np
 from megatron_grit.errors import DataError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder, shares
+from megatron_grit.store.environment import check_job, job_size, local_rank
 from megatron_grit.store.lock import locked_folder
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import Progress
@@ -87,7 +87,8 @@ def worker() -> Iterator[Worker]:
     Raises:
         JobError: another process failed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    check_job()
+    if job_size() == 1:
         yield Worker()
         return
     from datetime import timedelta
@@ -103,7 +104,7 @@ def worker() -> Iterator[Worker]:
     if owns_process_group:
         has_gpu = torch.cuda.is_available()
         if has_gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(local_rank())
         store, rank, world_size = join_job(timedelta(minutes=10))
         # Processes wait for each other on the CPU: they would keep a GPU busy with waiting.
         dist.init_process_group(

@@ -6,8 +6,24 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from megatron_grit.store.environment import job_rank
 
 _NOISY = ("megatron", "torch.distributed", "torch.utils.cpp_extension", "nv_one_logger")
+
+
+class LineHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes a message on a line of its own, above a progress bar that is drawn."""
+
+    above_bars: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Holds bars back while a line is written; set by what draws them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message."""
+        with type(self).above_bars():
+            super().emit(record)
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -17,8 +33,8 @@ def get_logger(name: str) -> logging.Logger:
 
 def configure_logging(level: int = logging.INFO) -> None:
     """One line a message on standard error. ``MEGATRON_GRIT_DEBUG=1`` keeps the engine's own messages and warnings."""
-    rank = int(os.environ.get("RANK", "0"))
-    handler = logging.StreamHandler(sys.stderr)
+    rank = job_rank()
+    handler = LineHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     root = logging.getLogger("megatron_grit")

@@ -13,13 +13,22 @@ from typing import Self
 
 from tqdm import tqdm
 
-from megatron_grit.store.logs import get_logger
+from megatron_grit.store.logs import LineHandler, get_logger
 
+LineHandler.above_bars = staticmethod(lambda: tqdm.external_write_mode(sys.stderr))  # type: ignore[assignment]
 log = get_logger(__name__)
 
 LOG_EVERY = 30.0
 """Seconds between two lines of a log, at least."""
 _LONGEST_WAIT = 600.0
+
+
+def is_terminal(stream: object) -> bool:
+    """Whether a stream is a terminal. A closed one and the stand-ins of notebooks are none."""
+    try:
+        return bool(stream.isatty())  # type: ignore[attr-defined]
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 class Progress:
@@ -47,7 +56,7 @@ class Progress:
         also: str = "",
         log_each: int | None = None,
     ) -> None:
-        terminal = sys.stderr.isatty()
+        terminal = is_terminal(sys.stderr)
         self._bar = tqdm(
             total=total,
             unit=unit,

@@ -106,6 +106,7 @@ class Trainer:
         self.config, self.context = config, context
         self.initial_weights, self.initial_adapters = initial_weights, initial_adapters
         self.tokenizer = load_tokenizer(config.data.tokenizer)
+        log.info("reading the data")
         positions.enter("opening data")
         self.loader = GritDataLoader(
             config,
@@ -117,6 +118,7 @@ class Trainer:
         )
         vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
         self.report = EstimateReport(config, context, vocab_size, MemoryMeter(context.device))
+        log.info("building the model")
         positions.enter("building the model")
         self.chunks = build_chunks(config, vocab_size, context)
         self.wrapped = wrap_chunks(self.chunks, config.parallel.overlap)
@@ -130,6 +132,7 @@ class Trainer:
         """Train from where the run stands to the last step."""
         config = self.config
         clear_leftovers(config.output_dir, self.context)
+        log.info("loading weights")
         positions.enter("restoring")
         start = self._restore()
         if self.context.rank == 0:
@@ -223,6 +226,7 @@ class Trainer:
             audit(config, self.context, self.wrapped, self.tokenizer, first)
         if start < last:
             self._check_restored(start)
+        log.info("the first step takes longer, because kernels are compiled")
         positions.enter("loading data", start + 1)
         for batch in self.loader.iterate(start, last):
             began = time.perf_counter()

@@ -72,7 +72,7 @@ def run(options: BuildDbOptions) -> None:
 
 def main(argv: list[str] | None = None, prog: str = "megatron-grit build-db") -> int:
     """Parse the command line and build. Returns the exit status."""
-    return command(BuildDbOptions, run, argv, prog=prog, about=__doc__, resumes=True)
+    return command(BuildDbOptions, run, argv, prog=prog, about=__doc__, resumes=True, joins_job=True)
 
 
 if __name__ == "__main__":

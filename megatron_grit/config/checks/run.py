@@ -5,7 +5,9 @@ Nothing here imports torch, so a launcher can run every check on a login node be
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_grit.config.blend import read_blend
@@ -274,3 +276,17 @@ def _files(config: RunConfig) -> Iterator[Problem]:
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         yield Problem("output_dir", f"output_dir: {output} is a file, not a directory")
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        yield Problem("output_dir", f"output_dir: {there} is not writable; give another output_dir")
+    yield from _loggers(config)
+
+
+def _loggers(config: RunConfig) -> Iterator[Problem]:
+    """What writes the metrics has to be installed."""
+    for key, package, wanted in (
+        ("logging.tensorboard", "tensorboard", config.logging.tensorboard),
+        ("logging.wandb_project", "wandb", config.logging.wandb_project is not None),
+    ):
+        if wanted and find_spec(package) is None:
+            yield Problem(key, f"{key} needs the {package} package: pip install {package}")

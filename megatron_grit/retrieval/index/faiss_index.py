@@ -12,7 +12,6 @@ makes sense.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from megatron_grit.retrieval.index.factory import MIN_POINTS_PER_LIST, lists_of
 from megatron_grit.retrieval.index.manifest import IndexManifest, is_whole, read_manifest, remedy_of
 from megatron_grit.store.blocks import cannot_write
 from megatron_grit.store.digest import sha256_of_file
+from megatron_grit.store.environment import job_size, local_rank
 from megatron_grit.store.files import replacing_path, write_json
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import still_at_work
@@ -83,8 +83,8 @@ def gpus_of_process() -> Gpus:
 
 def _devices() -> list[int]:
     count = _faiss().get_num_gpus()
-    if count and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return [int(os.environ.get("LOCAL_RANK", "0")) % count]
+    if count and job_size() > 1:
+        return [local_rank() % count]
     return list(range(count))
 
 

@@ -19,6 +19,7 @@ from megatron_grit.retrieval.stages.task import Job, Task
 from megatron_grit.retrieval.stages.tasks import TASKS
 from megatron_grit.retrieval.work import Worker, alone_in, worker
 from megatron_grit.store.blocks import shares
+from megatron_grit.store.environment import planned_size
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import Progress
 
@@ -75,12 +76,12 @@ def dry_run(prepared: Preparation) -> list[str]:
 @contextmanager
 def _one_process() -> Iterator[int]:
     """Be the only process, whatever a launcher's environment says; how many it says there will be."""
-    before = os.environ.pop("WORLD_SIZE", None)
+    size = planned_size()
+    before = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
     try:
-        yield int(before or "1")
+        yield size
     finally:
-        if before is not None:
-            os.environ["WORLD_SIZE"] = before
+        os.environ.update(before)
 
 
 def _run_task(task: Task, prepared: Preparation, worker: Worker, embedder: Embedder | None) -> None:

@@ -55,7 +55,7 @@ def test_errors_are_one_line(rank: str, speaker: str, repository: Path) -> None:
     began = time.monotonic()
     result = subprocess.run(
         [sys.executable, "-m", "megatron_grit.cli.train", *GOOD, "--parallel.tensor", "2"],
-        env=os.environ | {"RANK": rank, "WORLD_SIZE": "3"},
+        env=os.environ | {"RANK": rank, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
         cwd=repository,
         capture_output=True,
         text=True,

@@ -1,0 +1,84 @@
+"""What a launcher's variables say of this process and its job: the one reader of RANK, WORLD_SIZE and their like."""
+
+from __future__ import annotations
+
+import os
+
+from megatron_grit.errors import ConfigError
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_UNSET = "start the processes with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK to run one alone"
+
+
+def job_rank() -> int:
+    """Rank of this process; 0 where the variables are no job's."""
+    return 0 if job_problem() else int(os.environ.get("RANK") or 0)
+
+
+def job_size() -> int:
+    """Number of processes of the job; 1 where the variables are no job's."""
+    return 1 if job_problem() or not os.environ.get("RANK") else int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def local_rank() -> int:
+    """Rank of this process on its node; 0 where the variables are no job's."""
+    return 0 if job_problem() else int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def planned_size() -> int:
+    """Number of processes that a command is checked for, WORLD_SIZE; RANK need not be set.
+
+    Raises:
+        ConfigError: it is no count.
+    """
+    problem = _number_problem("WORLD_SIZE", 1)
+    if problem is not None:
+        raise ConfigError(problem)
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def check_job() -> None:
+    """Refuse variables that are not those of a job, which a process would wait for in vain.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if (problem := job_problem()) is not None:
+        raise ConfigError(f"{problem}; {_UNSET}")
+
+
+def leave_job() -> str | None:
+    """Drop variables that are not those of a job; what was wrong with them."""
+    problem = job_problem()
+    if problem is not None:
+        for name in _VARIABLES:
+            os.environ.pop(name, None)
+    return problem
+
+
+def job_problem() -> str | None:
+    """Why the variables are not those of a job. None: they are, or there are none."""
+    given = os.environ
+    for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
+        if (problem := _number_problem(name, least)) is not None:
+            return problem
+    rank, size = int(given.get("RANK") or 0), int(given.get("WORLD_SIZE") or 1)
+    if not given.get("RANK") and size > 1:
+        return f"WORLD_SIZE is {size}, but RANK is not set"
+    if rank >= size:
+        return f"RANK is {rank}, but WORLD_SIZE is {size if given.get('WORLD_SIZE') else 'not set'}"
+    if given.get("LOCAL_WORLD_SIZE") and int(given.get("LOCAL_RANK") or 0) >= int(given["LOCAL_WORLD_SIZE"]):
+        return f"LOCAL_RANK is {given['LOCAL_RANK']}, but LOCAL_WORLD_SIZE is {given['LOCAL_WORLD_SIZE']}"
+    if size == 1:
+        return None
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not given.get(name):
+            return f"RANK is {rank} and WORLD_SIZE {size}, but {name} is not set"
+    return _number_problem("MASTER_PORT", 1, 65535)
+
+
+def _number_problem(name: str, least: int, most: int | None = None) -> str | None:
+    text = os.environ.get(name) or str(least)
+    if text.isdecimal() and text.isascii() and len(text) < 10 and least <= int(text) <= (most or int(text)):
+        return None
+    return f"{name} must be an integer {f'from {least} to {most}' if most else f'of at least {least}'}, not {text!r}"
