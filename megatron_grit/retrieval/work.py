@@ -87,7 +87,7 @@ def worker() -> Iterator[Worker]:
     Raises:
         JobError: another process failed.
     """
-    check_job()
+    check_job(meets=False)
     if job_size() == 1:
         yield Worker()
         return
@@ -102,6 +102,7 @@ def worker() -> Iterator[Worker]:
 
     owns_process_group = not dist.is_initialized()
     if owns_process_group:
+        check_job()
         has_gpu = torch.cuda.is_available()
         if has_gpu:
             torch.cuda.set_device(local_rank())

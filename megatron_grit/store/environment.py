@@ -12,17 +12,17 @@ _UNSET = "start the processes with torchrun, or unset RANK, WORLD_SIZE and LOCAL
 
 def job_rank() -> int:
     """Rank of this process; 0 where the variables are no job's."""
-    return 0 if job_problem() else int(os.environ.get("RANK") or 0)
+    return 0 if job_problem(meets=False) else int(os.environ.get("RANK") or 0)
 
 
 def job_size() -> int:
     """Number of processes of the job; 1 where the variables are no job's."""
-    return 1 if job_problem() or not os.environ.get("RANK") else int(os.environ.get("WORLD_SIZE") or 1)
+    return 1 if job_problem(meets=False) or not os.environ.get("RANK") else int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def local_rank() -> int:
     """Rank of this process on its node; 0 where the variables are no job's."""
-    return 0 if job_problem() else int(os.environ.get("LOCAL_RANK") or 0)
+    return 0 if job_problem(meets=False) else int(os.environ.get("LOCAL_RANK") or 0)
 
 
 def planned_size() -> int:
@@ -37,13 +37,13 @@ def planned_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def check_job() -> None:
+def check_job(*, meets: bool = True) -> None:
     """Refuse variables that are not those of a job, which a process would wait for in vain.
 
     Raises:
         ConfigError: says which.
     """
-    if (problem := job_problem()) is not None:
+    if (problem := job_problem(meets=meets)) is not None:
         raise ConfigError(f"{problem}; {_UNSET}")
 
 
@@ -56,8 +56,11 @@ def leave_job() -> str | None:
     return problem
 
 
-def job_problem() -> str | None:
-    """Why the variables are not those of a job. None: they are, or there are none."""
+def job_problem(*, meets: bool = True) -> str | None:
+    """Why the variables are not those of a job. None: they are, or there are none.
+
+    ``meets``: the process has yet to meet the others, at MASTER_ADDR.
+    """
     given = os.environ
     for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
         if (problem := _number_problem(name, least)) is not None:
@@ -69,7 +72,7 @@ def job_problem() -> str | None:
         return f"RANK is {rank}, but WORLD_SIZE is {size if given.get('WORLD_SIZE') else 'not set'}"
     if given.get("LOCAL_WORLD_SIZE") and int(given.get("LOCAL_RANK") or 0) >= int(given["LOCAL_WORLD_SIZE"]):
         return f"LOCAL_RANK is {given['LOCAL_RANK']}, but LOCAL_WORLD_SIZE is {given['LOCAL_WORLD_SIZE']}"
-    if size == 1:
+    if size == 1 or not meets:
         return None
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not given.get(name):
