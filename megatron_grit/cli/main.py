@@ -85,8 +85,9 @@ def guarded(
             alone where the variables are left over from something else.
     """
     prepare_streams()
+    problem = None if joins_job else leave_job()
     configure_logging()
-    if not joins_job and (problem := leave_job()) is not None:
+    if problem is not None:
         get_logger(__name__).info(f"runs alone: {problem}")
     try:
         try:
