@@ -30,9 +30,9 @@ BROKEN = [
     (JOB | {"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE must be an integer of at least 1"),
     (JOB | {"LOCAL_RANK": "gpu0"}, "LOCAL_RANK must be an integer of at least 0, not 'gpu0'"),
     (JOB | {"LOCAL_RANK": "4", "LOCAL_WORLD_SIZE": "4"}, "LOCAL_RANK is 4, but LOCAL_WORLD_SIZE is 4"),
-    (JOB | {"MASTER_ADDR": ""}, "RANK is 1 and WORLD_SIZE 2, but MASTER_ADDR is not set"),
-    (JOB | {"MASTER_PORT": ""}, "RANK is 1 and WORLD_SIZE 2, but MASTER_PORT is not set"),
-    (JOB | {"MASTER_PORT": "70000"}, "MASTER_PORT must be an integer from 1 to 65535, not '70000'"),
+    (JOB | {"RANK": "0", "MASTER_ADDR": ""}, "RANK is 0 and WORLD_SIZE 2, but MASTER_ADDR is not set"),
+    (JOB | {"RANK": "0", "MASTER_PORT": ""}, "RANK is 0 and WORLD_SIZE 2, but MASTER_PORT is not set"),
+    (JOB | {"RANK": "0", "MASTER_PORT": "70000"}, "MASTER_PORT must be an integer from 1 to 65535, not '70000'"),
 ]
 
 
