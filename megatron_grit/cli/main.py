@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,7 @@ from typing import Any
 from megatron_grit import __version__
 from megatron_grit.config.commands import parse_command, suggestion
 from megatron_grit.errors import EXIT_STATUS
-from megatron_grit.parallel.failures import tell
-from megatron_grit.store.environment import leave_job
-from megatron_grit.store.logs import configure_logging, get_logger
-from megatron_grit.store.streams import drop_closed_output, prepare_streams
+from megatron_grit.parallel.failures import guarded
 
 _HERE = Path(__file__).parent
 
@@ -70,38 +66,6 @@ def command(
 ) -> int:  # many: what a verb says of itself
     """Read a command line into a dataclass and run a function on it. Returns the exit status."""
     return guarded(lambda: run(parse_command(options, argv, prog=prog, description=about)), prog, resumes, joins_job)
-
-
-def guarded(
-    step: Callable[[], object], prog: str = "megatron-grit", resumes: bool = False, joins_job: bool = False
-) -> int:
-    """Run ``step`` and turn an error of the user's into one line. Returns the exit status.
-
-    Args:
-        step: what the command does.
-        prog: its name.
-        resumes: the same command resumes after an interrupt.
-        joins_job: it takes part in a launcher's job, and checks the launcher's variables itself. Other commands run
-            alone where the variables are left over from something else.
-    """
-    prepare_streams()
-    problem = None if joins_job else leave_job()
-    configure_logging()
-    if problem is not None:
-        get_logger(__name__).info(f"runs alone: {problem}")
-    try:
-        try:
-            step()
-        finally:
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted{'; the same command resumes' * resumes}", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and drop_closed_output():
-            return 128 + signal.SIGPIPE
-        return tell(error, prog)
-    return 0
 
 
 if __name__ == "__main__":

@@ -5,16 +5,52 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
 from megatron_grit.errors import EXIT_STATUS, GritError, JobError
-from megatron_grit.store.environment import job_rank, job_size
+from megatron_grit.store.environment import job_rank, job_size, leave_job
+from megatron_grit.store.logs import configure_logging, get_logger
+from megatron_grit.store.streams import drop_closed_output, prepare_streams
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SECONDS_FOR_THE_FIRST = 5.0
 _SECONDS_FOR_LAUNCHER = 2.0
+
+
+def guarded(
+    step: Callable[[], object], prog: str = "megatron-grit", resumes: bool = False, joins_job: bool = False
+) -> int:
+    """Run ``step`` and turn an error of the user's into one line. Returns the exit status.
+
+    Args:
+        step: what the command does.
+        prog: its name.
+        resumes: the same command resumes after an interrupt.
+        joins_job: it takes part in a launcher's job, and checks the launcher's variables itself. Other commands run
+            alone where the variables are left over from something else.
+    """
+    prepare_streams()
+    problem = None if joins_job else leave_job()
+    configure_logging()
+    if problem is not None:
+        get_logger(__name__).info(f"runs alone: {problem}")
+    try:
+        try:
+            step()
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted{'; the same command resumes' * resumes}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and drop_closed_output():
+            return 128 + signal.SIGPIPE
+        return tell(error, prog)
+    return 0
 
 
 def tell(error: Exception, prog: str) -> int:
