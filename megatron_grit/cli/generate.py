@@ -20,6 +20,11 @@ class GenerateOptions(ModelOptions):
 
     prompt: str = knob()
     """What the user says."""
+    system: str | None = None
+    """A system message before it, for the template to place."""
+    chat_template: str | None = knob(None, path=True)
+    """In which the prompt is written: tulu, gritlm, zephyr, llama2, chatml, tokenizer or your own .yaml file. null: the
+    checkpoint's."""
     max_new_tokens: int = knob(64, at_least=1)
     """Longest answer in tokens."""
     temperature: float = knob(0.0, at_least=0)
@@ -33,8 +38,12 @@ def run(options: GenerateOptions) -> None:
     from megatron_grit.inference.model import GritModel
 
     settings = vars(options).copy()
-    model = GritModel.load(settings.pop("checkpoint"), device=settings.pop("device"))
-    print(model.generate(settings.pop("prompt"), **settings))
+    messages = [{"role": "user", "content": settings.pop("prompt")}]
+    if (system := settings.pop("system")) is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    load = {name: settings.pop(name) for name in ("device", "chat_template")}
+    model = GritModel.load(settings.pop("checkpoint"), **load)
+    print(model.generate(messages, **settings))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,6 +26,9 @@ class ServeOptions(TextLength, ModelOptions):
     """Of the model in responses. null: the name of the checkpoint's directory."""
     max_new_tokens: int = knob(512, at_least=1)
     """Longest answer in tokens."""
+    chat_template: str | None = knob(None, path=True)
+    """In which conversations are written: tulu, gritlm, zephyr, llama2, chatml, tokenizer or your own .yaml file. null:
+    the checkpoint's."""
 
 
 def run(options: ServeOptions) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    stop_id: int,
+    stop_ids: Collection[int],
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -29,7 +29,7 @@ def generate_tokens(
         model: one process's whole model (no pipeline parallelism).
         prompts: token ids, none empty.
         max_new_tokens: at most this many are added to each.
-        stop_id: a sequence ends with this token, which is not returned.
+        stop_ids: a sequence ends with such a token, which is not returned.
         temperature: divides the logits before sampling. 0: the most likely token.
         top_p: sample from the smallest set of tokens that holds this probability.
 
@@ -50,9 +50,9 @@ def generate_tokens(
         for sequence, token in zip(cache.active, chosen, strict=True):
             lengths[sequence] += len(pending[sequence])
             pending[sequence] = [token]
-            if token != stop_id:
+            if token not in stop_ids:
                 outputs[sequence].append(token)
-        running = [sequence for sequence in cache.active if pending[sequence][0] != stop_id]
+        running = [sequence for sequence in cache.active if pending[sequence][0] not in stop_ids]
         if not running:
             break
         if len(running) < len(cache.active):

@@ -16,7 +16,10 @@ from megatron_grit.config.schema import ParallelConfig, RunConfig
 from megatron_grit.convert.peft.checkpoint import load_checkpoint
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import RowKind, supervised
+from megatron_grit.data.text.chat import Chat, default_chat, named_chat
 from megatron_grit.data.text.markers import Side, load_markers
+from megatron_grit.data.text.records import Message, read_messages
+from megatron_grit.data.text.run_chat import checkpoint_chat
 from megatron_grit.data.text.templates import encode_embedding, encode_prompt
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError, DataError, MeshError
@@ -48,8 +51,11 @@ class GritModel:
     Use :meth:`load`. The constructor takes a model that is already built, on all processes of the job.
     """
 
-    def __init__(self, config: RunConfig, model: GritDecoder, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: RunConfig, model: GritDecoder, tokenizer: Tokenizer, chat: Chat | None = None) -> None:
         self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.chat = chat or default_chat(tokenizer)
+        """Its chat template, and what ends its answers."""
+        self._chat_format = self.chat.bind(tokenizer)
         self.markers = load_markers(config.embedding, config.model.vocab_size, tokenizer)
         self.model_group = join_model_group(model, config.parallel.timeout_minutes)
 
@@ -60,6 +66,7 @@ class GritModel:
         precision: str | None = None,
         base: str | Path | None = None,
         parallel: ParallelConfig | None = None,
+        chat_template: str | None = None,
     ) -> GritModel:
         """Load a checkpoint of any layout, whole into each process of the job or sharded over all of them.
 
@@ -71,6 +78,7 @@ class GritModel:
             parallel: the mesh over the processes of the job, all of which call this; its ``device`` is ignored.
                 Sequence parallelism is switched on for a mixture of experts with tensor parallelism, which needs it.
                 None: each process holds the whole model.
+            chat_template: another one than the checkpoint's: its name, "tokenizer", or a YAML file.
 
         Raises:
             CheckpointError: there is no checkpoint, it is damaged, or its adapters belong to another base.
@@ -81,6 +89,11 @@ class GritModel:
         tokenizer_file = tokenizer_path(path)
         if tokenizer_file is None:
             raise CheckpointError(f"{path}: holds no tokenizer.model or tokenizer.json")
+        tokenizer = load_tokenizer(tokenizer_file)
+        if chat_template is None:
+            chat = checkpoint_chat(path, config, tokenizer)
+        else:
+            chat = named_chat(chat_template, tokenizer, "chat_template")
         config.parallel = replace(parallel or ParallelConfig(), device=device)  # type: ignore[arg-type]
         if parallel is not None:
             _fit_mesh(config)
@@ -90,7 +103,7 @@ class GritModel:
         )
         model = build_model(config, int(state["vocab_size"]), context)
         load_checkpoint(path, config, [model], context, base)
-        return GritModel(config, model.eval(), load_tokenizer(tokenizer_file))
+        return GritModel(config, model.eval(), tokenizer, chat)
 
     def encode(
         self,
@@ -194,18 +207,26 @@ class GritModel:
         """
         self._refuse_sharded("generate")
         conversations, single = _conversations(messages)
-        prompts = [encode_prompt(self.tokenizer, conversation) for conversation in conversations]
+        prompts = [self.prompt_tokens(conversation) for conversation in conversations]
         outputs = generate_tokens(
             self.model,
             prompts,
             max_new_tokens=max_new_tokens,
-            stop_id=self.tokenizer.eos_id,
+            stop_ids=self.chat.end_ids,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
         )
         answers = [self.tokenizer.decode(output) for output in outputs]
         return answers[0] if single else answers
+
+    def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation, in the model's chat template, up to where its answer begins.
+
+        Raises:
+            DataError: it does not end with the user, or the template refuses it.
+        """
+        return encode_prompt(self.tokenizer, messages, self._chat_format)
 
     def token_losses(self, prefix: str, *, batch_tokens: int = 8192) -> tuple[np.ndarray, np.ndarray]:
         """Next-token losses over an indexed generative file.
@@ -261,32 +282,11 @@ def _fit_mesh(config: RunConfig) -> None:
             raise problem.error(problem.message)
 
 
-def _conversations(messages: str | Sequence[Any]) -> tuple[list[list[str]], bool]:
-    """Turns of each conversation, and whether a single conversation was given."""
+def _conversations(messages: str | Sequence[Any]) -> tuple[list[list[Message]], bool]:
+    """Messages of each conversation, and whether a single conversation was given."""
     if isinstance(messages, str):
-        return [[messages]], True
+        return [[Message("user", messages)]], True
     several: list[Any] = list(messages)
     if several and isinstance(several[0], dict):
-        return [prompt_turns(several)], True
-    return [[given] if isinstance(given, str) else prompt_turns(given) for given in several], False
-
-
-def prompt_turns(messages: Messages) -> list[str]:
-    """User and assistant turns of a conversation to continue; a system message is put before the next user turn.
-
-    Raises:
-        DataError: roles do not alternate, or the last message is not the user's.
-    """
-    turns: list[str] = []
-    system = ""
-    for number, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role == "system" and isinstance(content, str):
-            system += content + "\n"
-            continue
-        expected = "assistant" if len(turns) % 2 else "user"
-        if role != expected or not isinstance(content, str):
-            raise DataError(f"message {number} must be of role {expected} and hold a string; its role is {role}")
-        turns.append(system + content if role == "user" else content)
-        system = "" if role == "user" else system
-    return turns
+        return [read_messages(several)], True
+    return [[Message("user", given)] if isinstance(given, str) else read_messages(given) for given in several], False

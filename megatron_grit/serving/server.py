@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_grit.data.text.templates import encode_prompt
+from megatron_grit.data.text.records import read_messages
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.generate import generate_tokens
-from megatron_grit.inference.model import GritModel, prompt_turns
+from megatron_grit.inference.model import GritModel
 from megatron_grit.store.logs import get_logger
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Service:
             raise DataError('messages must be a list of {"role": ..., "content": ...}')
         for number, message in enumerate(messages):
             _check_text(message.get("content"), f"content of message {number} must be a string")
-        turns = prompt_turns(messages)
+        turns = read_messages(messages)
         # max_completion_tokens is OpenAI's newer name and takes precedence.
         length = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
         asked = _number(body, length, None, 1, self.max_new_tokens, int)
@@ -113,7 +113,7 @@ class Service:
 
         def job() -> Json:
             tokenizer, context = self.model.tokenizer, self.model.config.model.max_position_embeddings
-            prompt = encode_prompt(tokenizer, turns)
+            prompt = self.model.prompt_tokens(turns)
             room = context - len(prompt)
             if room < (asked or 1):
                 raise DataError(
@@ -126,7 +126,7 @@ class Service:
                 self.model.model,
                 [prompt],
                 max_new_tokens=num_new,
-                stop_id=tokenizer.eos_id,
+                stop_ids=self.model.chat.end_ids,
                 temperature=temperature,
                 top_p=top_p,
                 seed=seed,
@@ -206,7 +206,7 @@ def create_app(service: Service) -> Starlette:
     )
 
 
-def serve(
+def serve(  # many: the options of a verb
     checkpoint: str | Path,
     *,
     host: str = "127.0.0.1",
@@ -215,6 +215,7 @@ def serve(
     name: str | None = None,
     max_length: int = 512,
     max_new_tokens: int = 512,
+    chat_template: str | None = None,
 ) -> None:
     """Load a model and answer requests until SIGINT or SIGTERM.
 
@@ -225,6 +226,7 @@ def serve(
         name: of the model in responses. None: the name of the checkpoint's directory.
         max_length: longest text to embed in tokens, template included; the rest is cut.
         max_new_tokens: longest answer in tokens.
+        chat_template: as of :meth:`GritModel.load`.
 
     Raises:
         ConfigError: starlette or uvicorn is missing, or the address cannot be used.
@@ -243,7 +245,7 @@ def serve(
             listener.bind((host, port))
         except (OSError, OverflowError) as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
-        model = GritModel.load(checkpoint, device=device)
+        model = GritModel.load(checkpoint, device=device, chat_template=chat_template)
         name = name or Path(checkpoint).resolve().name
         service = Service(model, name, max_length=max_length, max_new_tokens=max_new_tokens)
         config = uvicorn.Config(

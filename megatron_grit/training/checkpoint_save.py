@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_grit import compat
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.text.chat import Chat, write_chat
+from megatron_grit.data.text.run_chat import run_chat
 from megatron_grit.data.text.tokenizer import Tokenizer, copy_tokenizer
 from megatron_grit.errors import CheckpointError, GritError
 from megatron_grit.parallel.collectives import all_ranks_arrive, any_rank, gather_json
@@ -40,6 +42,7 @@ from megatron_grit.training.checkpoint import (
     optimizer_state,
     random_file,
     saved_state,
+    started_from,
 )
 from megatron_grit.training.manifest import write_manifest, write_part
 from megatron_grit.training.restore_checks import optimizer_parts, optimizer_step
@@ -78,6 +81,7 @@ class CheckpointSaver:
         context: this process's place in the mesh.
         tokenizer: copied beside the weights.
         fingerprint: of the records of a step, for state.json; called on rank 0, in the thread that writes.
+        chat: how the model converses. None: as a run of this configuration learns it.
         on_saved: told the step and directory of a checkpoint, on every rank, as soon as it is whole.
     """
 
@@ -88,9 +92,11 @@ class CheckpointSaver:
         tokenizer: Tokenizer,
         fingerprint: Callable[[int], str] | None = None,
         on_saved: Callable[[int, Path], None] | None = None,
+        chat: Chat | None = None,
     ) -> None:
         self._config, self._context, self._tokenizer = config, context, tokenizer
         self._fingerprint, self._on_saved = fingerprint, on_saved
+        self._chat = chat or run_chat(config, tokenizer, started_from(config))
         self._pending: _Pending | None = None
         self.base: dict[str, Any] | None = None
         """The base of a run with adapters, for state.json."""
@@ -189,6 +195,7 @@ class CheckpointSaver:
                     (folder / name).mkdir(parents=True)
                 save_config(self._config, folder / "config.yaml")
                 copy_tokenizer(self._tokenizer, folder)
+                write_chat(self._chat, folder)
             except OSError as error:
                 problem = write_error(Path(error.filename or folder), error)
         self._agree(problem, folder)

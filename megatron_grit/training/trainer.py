@@ -11,6 +11,7 @@ from megatron_grit.config.checks.run import check, mesh_summary
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.text.run_chat import run_chat
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError
 from megatron_grit.models.adapters import count_trainable
@@ -40,6 +41,7 @@ from megatron_grit.training.checkpoint import (
     load_weights,
     read_state,
     resolve_checkpoint,
+    started_from,
 )
 from megatron_grit.training.checkpoint_save import CheckpointSaver, clear_leftovers
 from megatron_grit.training.estimate_report import EstimateReport, MemoryMeter
@@ -118,6 +120,7 @@ class Trainer:
         )
         vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
         self.report = EstimateReport(config, context, vocab_size, MemoryMeter(context.device))
+        self.chat = run_chat(config, self.tokenizer, started_from(config))
         log.info("building the model")
         positions.enter("building the model")
         self.chunks = build_chunks(config, vocab_size, context)
@@ -125,7 +128,7 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.wrapped)
         self.schedule = build_schedule(config, self.optimizer)
         self.step = TrainStep(config, context, self.wrapped, self.optimizer)
-        self.saver = CheckpointSaver(config, context, self.tokenizer, self.loader.fingerprint, self._saved)
+        self.saver = CheckpointSaver(config, context, self.tokenizer, self.loader.fingerprint, self._saved, self.chat)
         self.restored: Restored | None = None
 
     def run(self) -> None:

@@ -21,6 +21,10 @@ class DataConfig:
     size."""
     generative: list[str] = knob([], path=True)
     """Sources of texts or conversations, in the same notation. Each batch mixes all sources."""
+    chat_template: str | None = knob(None, path=True)
+    """How the model converses when it generates: tulu, gritlm, zephyr, llama2, chatml, tokenizer for the one that comes
+    with the tokenizer, or your own .yaml file. null: that of the conversations in generative, else of the base, else of
+    the tokenizer, else gritlm. Kept in every checkpoint."""
     retro_project: str | None = knob(None, path=True)
     """Directory of a retrieval database (tools/retro/build_db.py): the run trains on the documents that get neighbors
     there, with their tokenizer. generative, where it is given, takes the place of these documents."""

@@ -19,7 +19,7 @@ from megatron_grit.convert.hf_in.convert import check_tokenizer, grown_vocabular
 from megatron_grit.convert.hf_in.reader import WeightFolder, check_weights, local_folder, open_weights
 from megatron_grit.convert.param_map import Conversion
 from megatron_grit.convert.shards import shard_of
-from megatron_grit.data.text.tokenizer import load_tokenizer
+from megatron_grit.data.text.tokenizer import BESIDE_TOKENIZER, load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.models.adapters import global_name
 from megatron_grit.models.decoder import GritDecoder
@@ -200,9 +200,9 @@ def _keep_tokenizer(checkpoint: Path, output_dir: str) -> Path | None:
     found = tokenizer_path(checkpoint)
     if found is None:
         return None
-    kept = Path(output_dir) / found.name
-    content = found.read_bytes()
-    if not kept.exists() or kept.read_bytes() != content:
-        with replacing(kept, "wb") as file:
-            file.write(content)
-    return kept
+    for name in (found.name, *BESIDE_TOKENIZER):
+        source, kept = checkpoint / name, Path(output_dir) / name
+        if source.is_file() and (not kept.exists() or kept.read_bytes() != source.read_bytes()):
+            with replacing(kept, "wb") as file:
+                file.write(source.read_bytes())
+    return Path(output_dir) / found.name

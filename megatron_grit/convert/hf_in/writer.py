@@ -30,6 +30,8 @@ from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.convert.hf_in.reader import WeightFolder
 from megatron_grit.convert.param_map import Conversion
 from megatron_grit.convert.skeleton import build_without_storage
+from megatron_grit.data.text.chat import write_chat
+from megatron_grit.data.text.run_chat import run_chat
 from megatron_grit.data.text.tokenizer import Tokenizer, copy_tokenizer
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
@@ -61,6 +63,7 @@ def write_checkpoint(
         OutputError: a file cannot be written, or another process writes this checkpoint.
     """
     final = checkpoint_path(config.output_dir, 0)
+    chat = run_chat(config, tokenizer)
     partial = final.with_name(final.name + ".partial")
     with (
         parallel_job(config.parallel, config.training.seed) as context,
@@ -74,6 +77,7 @@ def write_checkpoint(
             raise OSError(str(error).splitlines()[0]) from error
         save_config(config, folder.path / "config.yaml")
         copy_tokenizer(tokenizer, folder.path)
+        write_chat(chat, folder.path)
         write_json(folder.path / "state.json", describe_checkpoint(config, context, tokenizer, step=0))
         write_part(folder.path, [], context.rank)
         write_manifest(folder.path, context.world_size)

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import re
 
-from megatron_grit.data.text.chat_format import TOKENIZER
-from megatron_grit.data.text.chat_templates import TEMPLATES, ChatTemplate
-from megatron_grit.data.text.jinja_template import template_source
-from megatron_grit.data.text.tokenizer import Tokenizer
+from megatron_grit.data.text.chat import Chat, template_of
+from megatron_grit.data.text.chat_templates import ChatTemplate
 
 _NAMES = {"{eos}": "eos_token", "{bos}": "bos_token", "{content}": "content", "{system}": "ns.waiting | join('\\n')"}
 _PARTS = re.compile("({eos}|{bos}|{content}|{system})")
 
 
-def chat_template(name: str, tokenizer: Tokenizer) -> str | None:
-    """The Jinja source of a template by the name that indexed files carry. None: it is not known any more."""
-    if name in TEMPLATES:
-        return jinja_of(TEMPLATES[name])
-    if name.partition(":")[0] != TOKENIZER:
-        return None  # a YAML file of the user's
-    return template_source(tokenizer)
+def chat_template(chat: Chat) -> str:
+    """The Jinja source of a model's template."""
+    return chat.source if isinstance(chat.source, str) else jinja_of(template_of(chat.template, chat.source))
 
 
 def jinja_of(template: ChatTemplate) -> str:

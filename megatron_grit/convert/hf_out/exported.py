@@ -12,6 +12,8 @@ from torch import Tensor
 
 from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.convert.param_map import Family
+from megatron_grit.data.text.chat import Chat
+from megatron_grit.data.text.run_chat import checkpoint_chat
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import CheckpointError, GritError
 from megatron_grit.training.checkpoint import read_config, read_state, tokenizer_path
@@ -28,6 +30,7 @@ class Checkpoint:
     model: ModelConfig
     """Its shape, with the size of the vocabulary."""
     tokenizer: Tokenizer
+    chat: Chat
 
     @property
     def vocab_size(self) -> int:
@@ -68,9 +71,9 @@ def read_checkpoint(path: Path, tokenizer: str | Path | None) -> Checkpoint:
     """
     state, config = read_state(path), read_config(path)
     model = replace(config.model, vocab_size=int(state["vocab_size"]))
-    return Checkpoint(
-        path=path, state=state, config=config, model=model, tokenizer=_tokenizer(path, state, config, tokenizer)
-    )
+    found = _tokenizer(path, state, config, tokenizer)
+    chat = checkpoint_chat(path, config, found)
+    return Checkpoint(path=path, state=state, config=config, model=model, tokenizer=found, chat=chat)
 
 
 def _tokenizer(path: Path, state: dict[str, Any], config: RunConfig, given: str | Path | None) -> Tokenizer:

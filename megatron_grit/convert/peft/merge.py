@@ -20,7 +20,9 @@ from torch import Tensor
 from megatron_grit.config.schema import ModelConfig, ParallelConfig
 from megatron_grit.convert.families.registry import family_of_model, load_hf_config
 from megatron_grit.convert.hf_in.reader import WeightFolder, check_weights, open_weights
+from megatron_grit.convert.hf_out.exported import read_checkpoint
 from megatron_grit.convert.hf_out.reader import CheckpointReader
+from megatron_grit.convert.hf_out.words import write_words
 from megatron_grit.convert.peft.base import locate_base
 from megatron_grit.convert.peft.sites import Site, WholeAdapter, adapter_sites
 from megatron_grit.convert.peft.writer import write_peft
@@ -213,7 +215,8 @@ def open_merged(
 
 
 def export_adapter(source: str | Path, target: str | Path) -> Path:
-    """Write the adapters of a run as a directory that PEFT loads onto the exported base.
+    """Write the adapters of a run as a directory that PEFT loads onto the exported base, with the tokenizer and the
+    chat template.
 
     Args:
         source: a checkpoint of a run with adapters, or the run's output directory.
@@ -231,5 +234,7 @@ def export_adapter(source: str | Path, target: str | Path) -> Path:
         run = AdapterRun(path, context)
         with folder.naming(folder.path):
             run.save_peft(folder.path)
+        # As trainers do: whoever loads the adapters asks in the words that they were trained in.
+        write_words(folder.path, read_checkpoint(path, None))
         folder.publish()
     return Path(target)

@@ -17,7 +17,8 @@ from megatron_grit.data.builders.record_encoder import BAD_LINE, OUTPUT, UNFIT, 
 from megatron_grit.data.indexed.reader import token_dtype
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.indexed.writer import IndexedFacts
-from megatron_grit.data.text.chat_templates import load_chat_format
+from megatron_grit.data.text.chat import source_of
+from megatron_grit.data.text.chat_templates import TEMPLATES
 from megatron_grit.data.text.line_blocks import find_inputs
 from megatron_grit.data.text.records import BadLine, read_records
 from megatron_grit.data.text.templates import EMBEDDING_TEMPLATE, render
@@ -114,7 +115,7 @@ def build_grit(
     encoder = replace(encoder, kind=kind or _find_kind(files, skip_bad=on_error == "skip"))
     facts = replace(facts, kind=encoder.kind.value)
     if encoder.kind is RowKind.EMBEDDING:
-        facts = replace(facts, template=EMBEDDING_TEMPLATE)
+        facts = replace(facts, template=EMBEDDING_TEMPLATE, template_source=None)
     spec = BuildSpec(
         outputs={OUTPUT: OutputSpec(prefix=Path(output_prefix), dtype=dtype, with_modes=True, facts=facts)},
         factory=partial(RecordEncoder, encoder),
@@ -144,15 +145,16 @@ def _account(prefix: str, facts: IndexedFacts, totals: BuildTotals) -> BuildRepo
 def _facts(options: EncoderOptions) -> tuple[IndexedFacts, Any]:
     """What the ``.json`` says, and the type of the tokens. Loads all that the workers will, to find errors here."""
     tokenizer = load_tokenizer(options.tokenizer)
-    chat_format = load_chat_format(options.template, tokenizer)
+    template, source = source_of(options.template, tokenizer)
     if options.held_out:
         HeldOut(options.held_out, options.ngram)
     facts = IndexedFacts(
         kind=options.kind.value,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
-        template=chat_format.name,
+        template=template,
         limits=asdict(options.limits),
+        template_source=None if template in TEMPLATES else source,
     )
     return facts, token_dtype(tokenizer.vocab_size)
 

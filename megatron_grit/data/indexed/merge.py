@@ -71,4 +71,5 @@ def _facts_of(prefix: str | Path) -> IndexedFacts | None:
         vocab_size=meta.vocab_size,
         template=meta.template,
         limits=meta.limits,
+        template_source=meta.template_source,
     )

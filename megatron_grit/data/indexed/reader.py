@@ -71,12 +71,16 @@ class IndexedMeta:
     idx_sha256: str
     bin_crc32: list[int] = field(default_factory=list)
     """Of each CHECKED_BLOCK_BYTES of the ``.bin``: tells where it is damaged."""
+    template_source: str | dict[str, Any] | None = None
+    """What ``template`` is, where its name does not say it: Jinja, or the fields of a template of the user's."""
     format: str = FORMAT_NAME
     version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
         """Text of the ``.json``: the fields, and the SHA-256 of what they say."""
         values = asdict(self)
+        if self.template_source is None:
+            del values["template_source"]
         return json.dumps({**values, "sha256": digest_of_settings(values)}, indent=2) + "\n"
 
 

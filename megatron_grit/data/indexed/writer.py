@@ -87,6 +87,7 @@ class IndexedFacts:
     vocab_size: int
     template: str = ""
     limits: dict[str, int] = field(default_factory=dict)
+    template_source: str | dict[str, Any] | None = None
 
 
 class IndexedStream:
@@ -275,6 +276,7 @@ class IndexedStream:
             bin_sha256=bin_sha256,
             idx_sha256=checksums(idx_path)[0] if checksum else "",
             bin_crc32=bin_crc32,
+            template_source=facts.template_source,
         )
 
     def _blocks(self) -> Iterator[TokenBlock]:

@@ -141,12 +141,19 @@ def load_chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
         ConfigError: no such template, or a YAML file that is not one.
         DataError: the tokenizer has no template of its own.
     """
-    if name == TOKENIZER:
-        return JinjaChatFormat(tokenizer)
+    return JinjaChatFormat(tokenizer) if name == TOKENIZER else BoundTemplate(find_template(name), tokenizer)
+
+
+def find_template(name: str) -> ChatTemplate:
+    """A template by its name, or of a YAML file.
+
+    Raises:
+        ConfigError: no such template, or a YAML file that is not one.
+    """
     if name in TEMPLATES:
-        return BoundTemplate(TEMPLATES[name], tokenizer)
+        return TEMPLATES[name]
     if name.endswith((".yaml", ".yml")):
-        return BoundTemplate(_read_template(Path(name)), tokenizer)
+        return _read_template(Path(name))
     raise ConfigError(
         f"no chat template {name}; there are {', '.join(TEMPLATES)}, {TOKENIZER}, and your own .yaml file"
     )

@@ -36,20 +36,22 @@ class JinjaChatFormat:
 
     Args:
         tokenizer: ``chat_template.jinja`` or ``tokenizer_config.json`` lies beside its file.
+        source: another template, with the tokenizer's tokens.
 
     Raises:
         ConfigError: jinja2 is not installed.
         DataError: there is no template, or it is not Jinja.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        settings, source = read_settings(tokenizer.path), template_source(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, source: str | None = None) -> None:
+        settings = read_settings(tokenizer.path)
+        source = template_source(tokenizer) if source is None else source
         if source is None:
             raise DataError(
                 "no chat_template here and no chat_template.jinja beside it; choose a template by name",
                 path=tokenizer.path.with_name("tokenizer_config.json"),
             )
-        self.name = f"{TOKENIZER}:{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+        self.name, self.source = self.name_of(source), source
         self._tokenizer = tokenizer
         self._names = {key: name for key in _TOKEN_KEYS if (name := token_name(settings.get(key))) is not None}
         self._names.setdefault("bos_token", tokenizer.id_to_token(tokenizer.bos_id))
@@ -60,6 +62,11 @@ class JinjaChatFormat:
         probe = [Message("user", "a"), Message("assistant", "b")]
         self._lead = self._find_lead(probe)
         self._has_bos = any(part == tokenizer.bos_id for _, part in self.pieces(probe))
+
+    @staticmethod
+    def name_of(source: str) -> str:
+        """The name of a template in indexed files."""
+        return f"{TOKENIZER}:{hashlib.sha256(source.encode()).hexdigest()[:12]}"
 
     def _find_lead(self, messages: Sequence[Message]) -> str:
         """White space that the template writes between the generation prompt and an answer."""

@@ -131,11 +131,15 @@ def _text_pairs(value: dict[str, object], key: str) -> list[TextPair]:
     return [_text_pair(passage, key) for passage in passages]
 
 
-def _messages(value: object) -> list[Message]:
+def read_messages(value: object) -> list[Message]:
+    """The turns of a conversation: user and assistant in turn, the user first, system messages before a user's.
+
+    Raises:
+        DataError: anything else; names the message.
+    """
     if not isinstance(value, list):
         raise DataError(f'"messages" must be a list, found {_type_name(value)}')
     messages: list[Message] = []
-    answered = 0
     expected = "user"
     for number, item in enumerate(value):
         role, content = (item.get("role"), item.get("content")) if isinstance(item, dict) else (None, None)
@@ -144,10 +148,14 @@ def _messages(value: object) -> list[Message]:
         if role != expected and not (role == "system" and expected == "user"):
             raise DataError(f"message {number} is of role {role} where {expected} was expected")
         messages.append(Message(role, content))
-        if role == "user":
-            expected = "assistant"
-        elif role == "assistant":
-            expected, answered = "user", len(messages)
+        if role != "system":
+            expected = "assistant" if role == "user" else "user"
+    return messages
+
+
+def _messages(value: object) -> list[Message]:
+    messages = read_messages(value)
+    answered = max((place for place, message in enumerate(messages, 1) if message.role == "assistant"), default=0)
     if not answered:
         raise DataError("no user turn with an answer in this conversation")
     return messages[:answered]

@@ -153,7 +153,7 @@ def encode_chat(
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, turns: Sequence[str] | Sequence[Message], template: str | ChatFormat = "gritlm"
+    tokenizer: Tokenizer, turns: Sequence[str] | Sequence[Message], template: str | ChatFormat
 ) -> list[int]:
     """Ids that a model continues with its answer.
 

@@ -32,6 +32,10 @@ from megatron_grit.data.text.word_cache import WordCache, cuts_at_spaces
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.files import replacing
 
+CHAT_FILE = "chat.json"
+"""How the model of a checkpoint converses; see :mod:`megatron_grit.data.text.chat`."""
+BESIDE_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja", CHAT_FILE)
+"""Files that go with a tokenizer's file: which of its tokens are special, and how conversations are written."""
 _MODEL_NAMES = ("tokenizer.model", "tokenizer.json")
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]", "<|endoftext|>")
 _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "[EOS]", "[SEP]")
@@ -316,7 +320,7 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         OSError: a file cannot be read or written.
     """
     shutil.copyfile(tokenizer.path, folder / f"tokenizer{tokenizer.path.suffix}")
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
+    for name in BESIDE_TOKENIZER:
         beside = tokenizer.path.with_name(name)
         if beside.is_file():
             shutil.copyfile(beside, folder / name)

@@ -34,14 +34,14 @@ def reread(model: GritDecoder, prompt: list[int], count: int) -> list[int]:
 
 
 def test_cache_equals_reading_again(model: GritDecoder) -> None:
-    outputs = generate_tokens(model, PROMPTS, max_new_tokens=12, stop_id=NEVER)
+    outputs = generate_tokens(model, PROMPTS, max_new_tokens=12, stop_ids=(NEVER,))
     assert outputs == [reread(model, prompt, 12) for prompt in PROMPTS]
 
 
 def test_a_sequence_that_stops_leaves_the_others_alone(model: GritDecoder) -> None:
-    free = generate_tokens(model, PROMPTS, max_new_tokens=12, stop_id=NEVER)
+    free = generate_tokens(model, PROMPTS, max_new_tokens=12, stop_ids=(NEVER,))
     stop = free[1][2]
-    stopped = generate_tokens(model, PROMPTS, max_new_tokens=12, stop_id=stop)
+    stopped = generate_tokens(model, PROMPTS, max_new_tokens=12, stop_ids=(stop,))
     for ours, whole in zip(stopped, free, strict=True):
         assert ours == (whole[: whole.index(stop)] if stop in whole else whole)
     assert len(stopped[1]) < 12
@@ -56,7 +56,7 @@ def test_the_cache_is_used(model: GritDecoder, monkeypatch: pytest.MonkeyPatch) 
         return forward(self, row, *rest)
 
     monkeypatch.setattr(GritDecoder, "forward", noting)
-    generate_tokens(model, PROMPTS, max_new_tokens=4, stop_id=NEVER)
+    generate_tokens(model, PROMPTS, max_new_tokens=4, stop_ids=(NEVER,))
     assert lengths == [11, 3, 3, 3]
 
 

@@ -12,7 +12,7 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import CheckpointError, DataError
-from megatron_grit.inference.model import GritModel, prompt_turns
+from megatron_grit.inference.model import GritModel
 from megatron_grit.models.decoder import Output
 from megatron_grit.training.trainer import train
 from tests.corpus import sentences, tiny_run
@@ -90,18 +90,6 @@ def test_generate(model: GritModel) -> None:
     ]
     answers = model.generate(conversations, max_new_tokens=8)
     assert isinstance(answers, list) and answers[0] == answer
-
-
-def test_prompt_turns() -> None:
-    messages = [
-        {"role": "system", "content": "S"},
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-    ]
-    assert prompt_turns(messages) == ["S\na", "b", "c"]
-    with pytest.raises(DataError, match="message 1 must be of role assistant"):
-        prompt_turns([messages[1], messages[1]])
 
 
 def test_errors(model: GritModel, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,9 @@ def test_an_answer_ends_at_its_stop(client: TestClient, model: GritModel, monkey
     assert answer["usage"]["completion_tokens"] == 32
     prompt = [model.tokenizer.bos_id, *model.tokenizer.encode(f"<|user|>\n{QUESTION['content']}\n<|assistant|>\n")]
     assert answer["usage"]["prompt_tokens"] == len(prompt)
-    tokens = server.generate_tokens(model.model, [prompt], max_new_tokens=32, stop_id=-1)[0]
+    tokens = server.generate_tokens(model.model, [prompt], max_new_tokens=32, stop_ids=())[0]
     stop = tokens[-1]
-    monkeypatch.setattr(model.tokenizer, "eos_id", stop)
+    monkeypatch.setattr(model, "chat", replace(model.chat, end_ids=(stop,)))
     answer = client.post(CHAT, json={"messages": [QUESTION]}).json()
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] == tokens.index(stop)
@@ -141,7 +142,7 @@ def test_an_answer_ends_at_its_stop(client: TestClient, model: GritModel, monkey
         (CHAT, {"messages": "hello"}, "messages must be a list"),
         (CHAT, {"messages": ["hello"]}, "messages must be a list"),
         (CHAT, {"messages": []}, "last turn has to be the user's"),
-        (CHAT, {"messages": [QUESTION, QUESTION]}, "message 1 must be of role assistant"),
+        (CHAT, {"messages": [QUESTION, QUESTION]}, "message 1 is of role user where assistant was expected"),
         (CHAT, {"messages": CONVERSATION[:3]}, "last turn has to be the user's"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content of message 0"),
         (CHAT, {"messages": [{"role": "user", "content": "long " * 600}]}, "more than the 512"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from megatron_grit.convert.hf_out.chat import jinja_of
 from megatron_grit.convert.hf_out.convert import export_checkpoint
 from megatron_grit.convert.hf_out.embedding import bidirectional_settings
+from megatron_grit.data.indexed.reader import read_meta
 from megatron_grit.data.text.chat_templates import TEMPLATES
 from tests.unit.convert.hf_out.test_convert import make_checkpoint
 
@@ -51,22 +53,21 @@ def test_a_model_that_was_not_trained_here(tmp_path: Path) -> None:
     assert "| started from | mistralai/Mistral-7B-v0.1@main |" in card
 
 
-def test_the_chat_template_is_that_of_the_data(run: Path, tmp_path: Path) -> None:
-    """As the indexed file's .json names it; one of a file of the user's is not made up."""
-    meta = run.parent / "gen.json"
-    original = meta.read_text()
-    try:
-        for name, expected in (("zephyr", jinja_of(TEMPLATES["zephyr"])), ("mine:0123", None)):
-            meta.write_text(json.dumps(json.loads(original) | {"template": name}))
-            card = card_of(run, tmp_path / name.partition(":")[0])
-            file = tmp_path / name.partition(":")[0] / "chat_template.jinja"
-            assert (file.read_text() if file.exists() else None) == expected
-            assert ("Its chat template mine:0123 is not written" in card) is (expected is None)
-        meta.unlink()
-        export_checkpoint(run, tmp_path / "gone")
-        assert (tmp_path / "gone" / "chat_template.jinja").read_text() == jinja_of(TEMPLATES["gritlm"])
-    finally:
-        meta.write_text(original)
+def test_a_checkpoint_of_an_earlier_version(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It holds no chat.json: the template is that of the data where it is still there, and said in any case."""
+    run, _ = make_checkpoint(tmp_path / "run")
+    (path,) = run.glob("checkpoints/*/chat.json")
+    assert json.loads(path.read_text())["template"] == "gritlm"
+    path.unlink()
+    meta = read_meta(run.parent / "gen")
+    (run.parent / "gen.json").write_text(dataclasses.replace(meta, template="zephyr").to_json())
+    export_checkpoint(run, tmp_path / "there")
+    assert (tmp_path / "there" / "chat_template.jinja").read_text() == jinja_of(TEMPLATES["zephyr"])
+    assert "did not keep its chat template; zephyr is taken, from training data" in caplog.text
+    (run.parent / "gen.json").unlink()
+    export_checkpoint(run, tmp_path / "gone")
+    assert (tmp_path / "gone" / "chat_template.jinja").read_text() == jinja_of(TEMPLATES["gritlm"])
+    assert "did not keep its chat template; gritlm is taken, from default" in caplog.text
 
 
 def test_what_changes_for_both_sides_to_be_seen() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_grit.convert.hf_out.chat import chat_template, jinja_of
+from megatron_grit.convert.hf_out.chat import jinja_of
 from megatron_grit.convert.hf_out.tokenizer import write_tokenizer
 from megatron_grit.data.text.chat_templates import TEMPLATES
 from megatron_grit.data.text.records import Message
@@ -86,7 +86,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     ours = load_tokenizer(make_tokenizer(request.param, folder))
     out = folder / "out"
     out.mkdir()
-    write_tokenizer(out, ours, 512, chat_template("gritlm", ours))
+    write_tokenizer(out, ours, 512, jinja_of(TEMPLATES["gritlm"]))
     return request.param, ours, transformers.AutoTokenizer.from_pretrained(out)
 
 
@@ -159,12 +159,8 @@ def test_a_role_that_is_none_is_refused(pair: tuple[str, Tokenizer, Any]) -> Non
         theirs.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
-def test_a_templates_jinja_comes_along(tmp_path: Path) -> None:
-    """The tokenizer's own, from beside it; one of a file of the user's is not known."""
-    ours = load_tokenizer(make_tokenizer("chatml", tmp_path))
-    assert chat_template("tokenizer:0123", ours) == CHATML
-    assert chat_template("mine:0123", ours) is None
-    write_tokenizer(tmp_path, ours, 64, None)
+def test_no_template_is_written_where_there_is_none(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, load_tokenizer(make_tokenizer("chatml", tmp_path)), 64, None)
     assert not (tmp_path / "chat_template.jinja").exists()
 
 

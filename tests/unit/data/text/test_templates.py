@@ -87,10 +87,10 @@ def test_golden_three_turns(mistral: Tokenizer) -> None:
 
 
 def test_golden_prompt(mistral: Tokenizer) -> None:
-    assert encode_prompt(mistral, TURNS[:1]) == FIRST_TURN
-    assert encode_prompt(mistral, TURNS[:3]) == FIRST_TURN + FIRST_ANSWER + SECOND_TURN
+    assert encode_prompt(mistral, TURNS[:1], "gritlm") == FIRST_TURN
+    assert encode_prompt(mistral, TURNS[:3], "gritlm") == FIRST_TURN + FIRST_ANSWER + SECOND_TURN
     with pytest.raises(DataError, match="last turn has to be the user's"):
-        encode_prompt(mistral, TURNS[:2])
+        encode_prompt(mistral, TURNS[:2], "gritlm")
 
 
 @given(turns=st.lists(st.tuples(WORD, ANSWER), min_size=1, max_size=5))

@@ -1,0 +1,211 @@
+"""How a model converses: its template, what of it is a system message's place, and the tokens that end its answers.
+
+A checkpoint holds these facts in ``chat.json``, whatever becomes of the data or the folder that they came from; what
+generates, serves or exports a checkpoint reads them there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_grit.data.indexed.roles import Role
+from megatron_grit.data.text.chat_format import TOKENIZER, ChatFormat
+from megatron_grit.data.text.chat_templates import TEMPLATES, BoundTemplate, ChatTemplate, find_template
+from megatron_grit.data.text.jinja_template import JinjaChatFormat, template_source
+from megatron_grit.data.text.records import Message
+from megatron_grit.data.text.tokenizer import CHAT_FILE, Tokenizer
+from megatron_grit.errors import DataError
+from megatron_grit.store.files import write_json
+from megatron_grit.store.logs import get_logger
+
+log = get_logger(__name__)
+
+DEFAULT_TEMPLATE = "gritlm"
+TemplateSource = str | dict[str, Any]
+"""Jinja, or the fields of a :class:`ChatTemplate`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """The facts of ``chat.json``."""
+
+    template: str
+    """Name, as indexed files carry it."""
+    source: TemplateSource
+    """What the template is, so that no other file is needed."""
+    end_ids: tuple[int, ...]
+    """Tokens that end an answer; the tokenizer's EOS is the first."""
+    origin: str
+    """Where the template was learned."""
+
+    def bind(self, tokenizer: Tokenizer) -> ChatFormat:
+        """The template with the ids of a tokenizer.
+
+        Raises:
+            ConfigError: jinja2 is not installed.
+            DataError: no valid Jinja.
+        """
+        return bind_template(self.template, self.source, tokenizer)
+
+
+def bind_template(name: str, source: TemplateSource, tokenizer: Tokenizer) -> ChatFormat:
+    """A template with the ids of a tokenizer; arguments as of :class:`Chat`."""
+    if isinstance(source, str):
+        return JinjaChatFormat(tokenizer, source)
+    return BoundTemplate(template_of(name, source), tokenizer)
+
+
+def template_of(name: str, fields: dict[str, Any]) -> ChatTemplate:
+    """A template by its fields, lists where JSON has no tuples."""
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return ChatTemplate(**values | {"name": name})
+
+
+def fields_of(template: ChatTemplate) -> dict[str, Any]:
+    """The fields of a template as JSON holds them."""
+    fields = dataclasses.asdict(template)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+
+def make_chat(
+    name: str, source: TemplateSource, tokenizer: Tokenizer, origin: str, end_ids: Sequence[int] = ()
+) -> Chat:
+    """The facts of a model with a template.
+
+    Args:
+        name: as indexed files carry it.
+        source: the template.
+        tokenizer: the model's.
+        origin: where it was learned.
+        end_ids: further tokens that end an answer.
+    """
+    ends = [tokenizer.eos_id, *end_ids]
+    pieces = bind_template(name, source, tokenizer).pieces([Message("user", "a"), Message("assistant", "b")])
+    of_answer = [value for role, value in pieces if role is Role.ANSWER]
+    found = [value for value in of_answer[of_answer.index("b") if "b" in of_answer else 0 :] if isinstance(value, int)]
+    if not found:
+        log.warning(
+            f"chat template {name}: what ends an answer, {str(of_answer[-1])!r}, is no special token of "
+            f"{tokenizer.path}, so generation does not stop there; add it to the tokenizer's special tokens"
+        )
+    return Chat(template=name, source=source, end_ids=tuple(dict.fromkeys(ends + found)), origin=origin)
+
+
+def named_chat(name: str, tokenizer: Tokenizer, origin: str) -> Chat:
+    """The facts of a model with a template that is asked for.
+
+    Args:
+        name: one of ``TEMPLATES``, "tokenizer" for the tokenizer's own, or a YAML file with the fields of
+            :class:`ChatTemplate`.
+        tokenizer: the model's.
+        origin: who asks.
+
+    Raises:
+        ConfigError: no such template.
+        DataError: the tokenizer has no template of its own.
+    """
+    return make_chat(*source_of(name, tokenizer), tokenizer, origin, _end_ids_beside(tokenizer, name))
+
+
+def source_of(name: str, tokenizer: Tokenizer) -> tuple[str, TemplateSource]:
+    """Name and source of a template that is asked for, as of :func:`named_chat`."""
+    if name == TOKENIZER:
+        chat_format = JinjaChatFormat(tokenizer)
+        return chat_format.name, chat_format.source
+    template = find_template(name)
+    return template.name, fields_of(template)
+
+
+def is_known(name: str, source: TemplateSource | None, tokenizer: Tokenizer) -> bool:
+    """Whether the template of an indexed file is known: by its name, by its source, or as the tokenizer's own."""
+    return source is not None or name in TEMPLATES or _is_own(name, tokenizer)
+
+
+def chat_of_file(name: str, source: TemplateSource | None, tokenizer: Tokenizer) -> Chat:
+    """The facts of a model that is trained on an indexed file with a template that :func:`is_known`."""
+    if source is None and name in TEMPLATES:
+        source = fields_of(TEMPLATES[name])
+    if source is None:
+        source = template_source(tokenizer)
+    assert source is not None
+    return make_chat(name, source, tokenizer, "training data", _end_ids_beside(tokenizer, name))
+
+
+def _is_own(name: str, tokenizer: Tokenizer) -> bool:
+    source = template_source(tokenizer)
+    return source is not None and name == JinjaChatFormat.name_of(source)
+
+
+def chat_beside(tokenizer: Tokenizer) -> Chat | None:
+    """The facts that lie beside a tokenizer's file, in a checkpoint of ours or a Hugging Face folder: ``chat.json``, or
+    the chat template and the ends that ``generation_config.json`` names. None: there are none.
+
+    Raises:
+        DataError: a file that cannot be read.
+    """
+    folder = tokenizer.path.parent
+    found = read_chat(folder)
+    source = template_source(tokenizer)
+    if found is not None or source is None:
+        return found
+    return make_chat(
+        JinjaChatFormat.name_of(source), source, tokenizer, f"{folder.name}'s chat template", _stated_ends(folder)
+    )
+
+
+def _end_ids_beside(tokenizer: Tokenizer, name: str) -> Sequence[int]:
+    """Further ends of the tokenizer's own template; another template has its own alone."""
+    own = name.partition(":")[0] == TOKENIZER
+    return _stated_ends(tokenizer.path.parent) if own else ()
+
+
+def _stated_ends(folder: Path) -> list[int]:
+    """``eos_token_id`` of generation_config.json, as transformers reads it: a number or a list."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return []
+    try:
+        given = json.loads(path.read_bytes()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"cannot be read ({error})", path=path) from None
+    ends = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in ends):
+        raise DataError(f"eos_token_id is {given!r}; it must be a token id or a list of them", path=path)
+    return ends
+
+
+def default_chat(tokenizer: Tokenizer) -> Chat:
+    """GritLM's template, of a model that nothing else is known of."""
+    return named_chat(DEFAULT_TEMPLATE, tokenizer, "default")
+
+
+def write_chat(chat: Chat, folder: Path) -> None:
+    """Write ``chat.json``.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_json(folder / CHAT_FILE, dataclasses.asdict(chat))
+
+
+def read_chat(folder: Path) -> Chat | None:
+    """What ``chat.json`` in a folder says. None: there is none, as in checkpoints of earlier versions.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = folder / CHAT_FILE
+    if not path.is_file():
+        return None
+    try:
+        chat = Chat(**json.loads(path.read_bytes()))
+        if not isinstance(chat.source, str | dict) or not all(isinstance(end, int) for end in chat.end_ids):
+            raise ValueError("source or end_ids is none")
+        return replace(chat, end_ids=tuple(chat.end_ids))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"cannot be read ({error}); put it back from a copy", path=path) from None

@@ -1,0 +1,97 @@
+"""How a run's model converses: learned at its start, kept in its checkpoints, found in those of earlier versions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_grit.config.blend import read_blend
+from megatron_grit.config.kinds import kind_options, kind_sources, trained_kinds
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.indexed.reader import IndexedFile, read_meta
+from megatron_grit.data.indexed.roles import Role
+from megatron_grit.data.text.chat import Chat, chat_beside, chat_of_file, default_chat, is_known, named_chat, read_chat
+from megatron_grit.data.text.tokenizer import Tokenizer
+from megatron_grit.errors import ConfigError, GritError
+from megatron_grit.store.logs import get_logger
+
+log = get_logger(__name__)
+
+
+def run_chat(config: RunConfig, tokenizer: Tokenizer, checkpoints: Sequence[Path] = ()) -> Chat:
+    """The facts of a run's model: of ``data.chat_template``, else of the conversations that it is trained on, else of
+    the run's own or its base's checkpoint, else of the Hugging Face folder that the tokenizer lies in, else GritLM's.
+
+    Args:
+        config: the run.
+        tokenizer: its tokenizer.
+        checkpoints: from which it goes on or starts; the first that holds the facts counts.
+
+    Raises:
+        ConfigError: conversations of several templates, and no ``data.chat_template``; or one that there is not.
+        DataError: a file that cannot be read.
+    """
+    if config.data.chat_template is not None:
+        return named_chat(config.data.chat_template, tokenizer, "data.chat_template")
+    of_checkpoint = (read_chat(path) for path in checkpoints)
+    return (
+        _of_data(config, tokenizer)
+        or next(filter(None, of_checkpoint), None)
+        or chat_beside(tokenizer)
+        or default_chat(tokenizer)
+    )
+
+
+def checkpoint_chat(path: Path, config: RunConfig, tokenizer: Tokenizer) -> Chat:
+    """The facts that a checkpoint holds. For one of an earlier version, which holds none, they are learned as a run
+    learns them, and a warning says what was found.
+
+    Args:
+        path: the checkpoint.
+        config: with which it was trained.
+        tokenizer: its tokenizer.
+
+    Raises:
+        DataError: a file that cannot be read.
+    """
+    found = read_chat(path)
+    if found is not None:
+        return found
+    try:
+        found = run_chat(config, tokenizer)
+    except GritError as error:
+        log.warning(f"{path}: {error}")
+        found = default_chat(tokenizer)
+    log.warning(
+        f"{path} is of a version that did not keep its chat template; {found.template} is taken, from "
+        f"{found.origin}; say otherwise with --chat-template"
+    )
+    return found
+
+
+def _of_data(config: RunConfig, tokenizer: Tokenizer) -> Chat | None:
+    found: dict[str, tuple[str, Chat]] = {}
+    for kind in [kind for kind in trained_kinds(config) if not kind_options(kind).EMBEDS]:
+        for entry in read_blend(kind_sources(config, kind), kind_options(kind).DATA):
+            try:
+                meta = read_meta(entry.path)
+            except GritError:
+                continue  # the loader says what is wrong with it, where it is needed
+            if meta.template not in found and is_known(meta.template, meta.template_source, tokenizer):
+                found[meta.template] = entry.path, chat_of_file(meta.template, meta.template_source, tokenizer)
+    if len(found) > 1:  # every file of build-grit names a template, whether it holds conversations or not
+        found = {name: pair for name, pair in found.items() if _holds_conversations(pair[0])} or found
+    if len(found) > 1:
+        told = ", ".join(f"{path} with {name}" for name, (path, _) in found.items())
+        raise ConfigError(
+            f"the model is trained on conversations of several templates ({told}), and can answer in one; give "
+            "data.chat_template"
+        )
+    return next((chat for _, chat in found.values()), None)
+
+
+def _holds_conversations(prefix: str) -> bool:
+    modes = IndexedFile(prefix).modes
+    return modes is not None and bool(np.isin(modes, (Role.USER, Role.SYSTEM)).any())
