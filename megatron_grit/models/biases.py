@@ -40,4 +40,4 @@ def drop_biases(decoder: torch.nn.Module, model: ModelConfig) -> None:
     }
     for name, module in decoder.named_modules():
         if not wanted.get(name.rpartition(".")[2], True):
-            module.register_parameter("bias", None)
+            module.bias = None  # registered or not
