@@ -14,12 +14,12 @@ from megatron_grit.config.checks.run import find_problems
 from megatron_grit.config.embedding_shape import tells_sides_apart
 from megatron_grit.config.schema import ParallelConfig, RunConfig
 from megatron_grit.convert.peft.checkpoint import load_checkpoint
+from megatron_grit.data.chat.chat import Chat, default_chat, named_chat
+from megatron_grit.data.chat.run_chat import checkpoint_chat
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import RowKind, supervised
-from megatron_grit.data.text.chat import Chat, default_chat, named_chat
 from megatron_grit.data.text.markers import Side, load_markers
 from megatron_grit.data.text.records import Message, read_messages
-from megatron_grit.data.text.run_chat import checkpoint_chat
 from megatron_grit.data.text.templates import encode_embedding, encode_prompt
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError, DataError, MeshError

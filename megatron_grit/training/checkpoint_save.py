@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_grit import compat
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.text.chat import Chat, write_chat
-from megatron_grit.data.text.run_chat import run_chat
+from megatron_grit.data.chat.chat import Chat, write_chat
+from megatron_grit.data.chat.run_chat import run_chat
 from megatron_grit.data.text.tokenizer import Tokenizer, copy_tokenizer
 from megatron_grit.errors import CheckpointError, GritError
 from megatron_grit.parallel.collectives import all_ranks_arrive, any_rank, gather_json

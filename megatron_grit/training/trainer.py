@@ -10,8 +10,8 @@ from pathlib import Path
 from megatron_grit.config.checks.run import check, mesh_summary
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.chat.run_chat import run_chat
 from megatron_grit.data.rows.loader import GritDataLoader
-from megatron_grit.data.text.run_chat import run_chat
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError
 from megatron_grit.models.adapters import count_trainable

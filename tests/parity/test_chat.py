@@ -20,10 +20,10 @@ from megatron_grit.convert.hf_in.convert import convert_checkpoint
 from megatron_grit.convert.hf_out.convert import export_checkpoint
 from megatron_grit.convert.peft.merge import export_adapter
 from megatron_grit.data.builders.grit_builder import build_grit
-from megatron_grit.data.text.chat import named_chat, write_chat
-from megatron_grit.data.text.chat_templates import TEMPLATES
+from megatron_grit.data.chat.chat import named_chat, write_chat
+from megatron_grit.data.chat.chat_templates import TEMPLATES
+from megatron_grit.data.chat.run_chat import run_chat
 from megatron_grit.data.text.records import read_messages
-from megatron_grit.data.text.run_chat import run_chat
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.generate import generate_tokens

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from megatron_grit.data.chat.jinja_template import JinjaChatFormat
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.text.jinja_template import JinjaChatFormat
 from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.spans import encode_units
 from megatron_grit.data.text.templates import encode_prompt

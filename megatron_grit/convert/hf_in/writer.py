@@ -30,8 +30,8 @@ from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.convert.hf_in.reader import WeightFolder
 from megatron_grit.convert.param_map import Conversion
 from megatron_grit.convert.skeleton import build_without_storage
-from megatron_grit.data.text.chat import write_chat
-from megatron_grit.data.text.run_chat import run_chat
+from megatron_grit.data.chat.chat import write_chat
+from megatron_grit.data.chat.run_chat import run_chat
 from megatron_grit.data.text.tokenizer import Tokenizer, copy_tokenizer
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job

@@ -1,11 +1,11 @@
-"""Chat templates as Jinja: what :mod:`megatron_grit.data.text.chat_templates` writes as ids and text, as text."""
+"""Chat templates as Jinja: what :mod:`megatron_grit.data.chat.chat_templates` writes as ids and text, as text."""
 
 from __future__ import annotations
 
 import re
 
-from megatron_grit.data.text.chat import Chat, template_of
-from megatron_grit.data.text.chat_templates import ChatTemplate
+from megatron_grit.data.chat.chat import Chat, template_of
+from megatron_grit.data.chat.chat_templates import ChatTemplate
 
 _NAMES = {"{eos}": "eos_token", "{bos}": "bos_token", "{content}": "content", "{system}": "ns.waiting | join('\\n')"}
 _PARTS = re.compile("({eos}|{bos}|{content}|{system})")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.convert.param_map import Family
-from megatron_grit.data.text.chat import Chat
-from megatron_grit.data.text.run_chat import checkpoint_chat
+from megatron_grit.data.chat.chat import Chat
+from megatron_grit.data.chat.run_chat import checkpoint_chat
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import CheckpointError, GritError
 from megatron_grit.training.checkpoint import read_config, read_state, tokenizer_path

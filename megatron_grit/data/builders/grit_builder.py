@@ -14,11 +14,11 @@ from megatron_grit.data.builders.build_report import BuildReport, make_report, w
 from megatron_grit.data.builders.filters import HeldOut
 from megatron_grit.data.builders.options import GritOptions, RecordOptions
 from megatron_grit.data.builders.record_encoder import BAD_LINE, OUTPUT, UNFIT, EncoderOptions, Limits, RecordEncoder
+from megatron_grit.data.chat.chat import source_of
+from megatron_grit.data.chat.chat_templates import TEMPLATES
 from megatron_grit.data.indexed.reader import token_dtype
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.indexed.writer import IndexedFacts
-from megatron_grit.data.text.chat import source_of
-from megatron_grit.data.text.chat_templates import TEMPLATES
 from megatron_grit.data.text.line_blocks import find_inputs
 from megatron_grit.data.text.records import BadLine, read_records
 from megatron_grit.data.text.templates import EMBEDDING_TEMPLATE, render

@@ -12,11 +12,11 @@ import numpy as np
 
 from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
 from megatron_grit.data.builders.filters import FINGERPRINT_BYTES, HeldOut, contents, fingerprint
+from megatron_grit.data.chat.chat_format import Piece
+from megatron_grit.data.chat.chat_templates import load_chat_format
 from megatron_grit.data.indexed.reader import token_dtype
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.writer import TokenBlock
-from megatron_grit.data.text.chat_format import Piece
-from megatron_grit.data.text.chat_templates import load_chat_format
 from megatron_grit.data.text.line_blocks import LineBlock
 from megatron_grit.data.text.records import Message, Record, TextPair, parse_line
 from megatron_grit.data.text.spans import Span, SpanTable, encode_units
@@ -67,7 +67,7 @@ class EncoderOptions:
     tokenizer: str
     """Path, see :func:`~megatron_grit.data.text.tokenizer.load_tokenizer`."""
     template: str = "gritlm"
-    """Of conversations, see :func:`~megatron_grit.data.text.chat_templates.load_chat_format`."""
+    """Of conversations, see :func:`~megatron_grit.data.chat.chat_templates.load_chat_format`."""
     limits: Limits = field(default_factory=Limits)
     over_long: Literal["drop", "truncate", "split"] = "truncate"
     """What to do with a generative record that is longer than its limit. split: into several, conversations between

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from megatron_grit.data.chat.chat_format import Piece
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.text.chat_format import Piece
 from megatron_grit.data.text.special import without_stripped
 from megatron_grit.data.text.token_offsets import EncodedTexts
 from megatron_grit.data.text.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 
-from megatron_grit.data.text.chat_format import Piece
+from megatron_grit.data.chat.chat_format import Piece
 from megatron_grit.data.text.tokenizer import Tokenizer
 
 _WHITE = "".join(filter(str.isspace, map(chr, range(sys.maxunicode + 1)))).translate(dict.fromkeys(range(0x1C, 0x20)))

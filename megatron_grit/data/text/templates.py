@@ -4,7 +4,7 @@ r"""GRIT's templates: token ids with roles for texts to embed, and for conversat
 embedding, with an instruction      ``<s><|user|>\n{instruction}\n<|embed|>\n{text}``
 embedding, empty instruction        ``<s><|embed|>\n{text}``
 embedding, plain string             ``{text}``, no BOS
-generation, conversation            one of :mod:`megatron_grit.data.text.chat_templates`, GritLM's own by default
+generation, conversation            one of :mod:`megatron_grit.data.chat.chat_templates`, GritLM's own by default
 generation, plain string            ``{text}``, no BOS, no EOS
 ==================================  ==========================================================================
 
@@ -22,9 +22,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_grit.data.chat.chat_format import ChatFormat, Piece
+from megatron_grit.data.chat.chat_templates import load_chat_format
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.text.chat_format import ChatFormat, Piece
-from megatron_grit.data.text.chat_templates import load_chat_format
 from megatron_grit.data.text.markers import NO_MARKERS, TextMarkers
 from megatron_grit.data.text.records import Message, Record, TextPair, alternate
 from megatron_grit.data.text.spans import Span, encode_units

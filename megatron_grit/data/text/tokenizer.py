@@ -33,7 +33,7 @@ from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.files import replacing
 
 CHAT_FILE = "chat.json"
-"""How the model of a checkpoint converses; see :mod:`megatron_grit.data.text.chat`."""
+"""How the model of a checkpoint converses; see :mod:`megatron_grit.data.chat.chat`."""
 BESIDE_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja", CHAT_FILE)
 """Files that go with a tokenizer's file: which of its tokens are special, and how conversations are written."""
 _MODEL_NAMES = ("tokenizer.model", "tokenizer.json")

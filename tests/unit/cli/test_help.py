@@ -17,8 +17,8 @@ from megatron_grit.cli import main as cli
 from megatron_grit.config.commands import Option, options_of, read_options
 from megatron_grit.config.parse import TrainSwitches, run_options
 from megatron_grit.config.values import documents
-from megatron_grit.data.text.chat_format import TOKENIZER
-from megatron_grit.data.text.chat_templates import TEMPLATES
+from megatron_grit.data.chat.chat_format import TOKENIZER
+from megatron_grit.data.chat.chat_templates import TEMPLATES
 from megatron_grit.errors import ConfigError
 from tests.repo import laws
 

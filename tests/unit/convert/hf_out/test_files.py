@@ -12,8 +12,8 @@ import pytest
 from megatron_grit.convert.hf_out.chat import jinja_of
 from megatron_grit.convert.hf_out.convert import export_checkpoint
 from megatron_grit.convert.hf_out.embedding import bidirectional_settings
+from megatron_grit.data.chat.chat_templates import TEMPLATES
 from megatron_grit.data.indexed.reader import read_meta
-from megatron_grit.data.text.chat_templates import TEMPLATES
 from tests.unit.convert.hf_out.test_convert import make_checkpoint
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_grit.convert.hf_out.chat import jinja_of
 from megatron_grit.convert.hf_out.tokenizer import write_tokenizer
-from megatron_grit.data.text.chat_templates import TEMPLATES
+from megatron_grit.data.chat.chat_templates import TEMPLATES
 from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.templates import embedding_prefix, encode_chat, encode_embedding, encode_prompt
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_grit.data.chat.chat_format import Piece
+from megatron_grit.data.chat.chat_templates import TEMPLATES, BoundTemplate, ChatTemplate, load_chat_format
 from megatron_grit.data.indexed.roles import Role, RowKind, check_grammar
-from megatron_grit.data.text.chat_format import Piece
-from megatron_grit.data.text.chat_templates import TEMPLATES, BoundTemplate, ChatTemplate, load_chat_format
 from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.spans import encode_units
 from megatron_grit.data.text.templates import encode_chat, encode_prompt

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_grit.data.chat.chat_templates import TEMPLATES, load_chat_format
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.text.chat_templates import TEMPLATES, load_chat_format
 from megatron_grit.data.text.records import Message, TextPair
 from megatron_grit.data.text.spans import encode_units
 from megatron_grit.data.text.templates import embedding_pieces

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_grit.data.chat.chat_format import TOKENIZER, Piece, join_completion
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.text.chat_format import TOKENIZER, Piece, join_completion
 from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.special import SpecialTokens
 from megatron_grit.data.text.tokenizer import Tokenizer, read_settings, token_name
@@ -32,7 +32,7 @@ _TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", 
 
 
 class JinjaChatFormat:
-    """The template of a tokenizer. See :class:`~megatron_grit.data.text.chat_format.ChatFormat`.
+    """The template of a tokenizer. See :class:`~megatron_grit.data.chat.chat_format.ChatFormat`.
 
     Args:
         tokenizer: ``chat_template.jinja`` or ``tokenizer_config.json`` lies beside its file.

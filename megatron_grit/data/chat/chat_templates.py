@@ -6,7 +6,7 @@ gritlm     the same; a system message goes in front of the next user's
 zephyr     as tulu, with ``</s>`` after the system message and the user's turn as well
 llama2     ``[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST] {answer} </s>[INST] {user} [/INST] {answer} </s>``
 chatml     ``<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>``, a newline, the next turn
-tokenizer  the Jinja template that comes with the tokenizer (:mod:`megatron_grit.data.text.jinja_template`)
+tokenizer  the Jinja template that comes with the tokenizer (:mod:`megatron_grit.data.chat.jinja_template`)
 =========  =========================================================================================================
 
 All but chatml begin with BOS. There is never more than one: Llama 2 puts one before each of its turns, here only the
@@ -26,9 +26,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from megatron_grit.data.chat.chat_format import TOKENIZER, ChatFormat, Piece, join_completion
+from megatron_grit.data.chat.jinja_template import JinjaChatFormat
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.text.chat_format import TOKENIZER, ChatFormat, Piece, join_completion
-from megatron_grit.data.text.jinja_template import JinjaChatFormat
 from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.special import SpecialTokens
 from megatron_grit.data.text.tokenizer import Tokenizer

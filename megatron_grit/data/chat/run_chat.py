@@ -10,9 +10,9 @@ import numpy as np
 from megatron_grit.config.blend import read_blend
 from megatron_grit.config.kinds import kind_options, kind_sources, trained_kinds
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.chat.chat import Chat, chat_beside, chat_of_file, default_chat, is_known, named_chat, read_chat
 from megatron_grit.data.indexed.reader import IndexedFile, read_meta
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.text.chat import Chat, chat_beside, chat_of_file, default_chat, is_known, named_chat, read_chat
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, GritError
 from megatron_grit.store.logs import get_logger

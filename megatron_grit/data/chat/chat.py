@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_grit.data.chat.chat_format import TOKENIZER, ChatFormat
+from megatron_grit.data.chat.chat_templates import TEMPLATES, BoundTemplate, ChatTemplate, find_template
+from megatron_grit.data.chat.jinja_template import JinjaChatFormat, template_source
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.text.chat_format import TOKENIZER, ChatFormat
-from megatron_grit.data.text.chat_templates import TEMPLATES, BoundTemplate, ChatTemplate, find_template
-from megatron_grit.data.text.jinja_template import JinjaChatFormat, template_source
 from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.tokenizer import CHAT_FILE, Tokenizer
 from megatron_grit.errors import DataError
