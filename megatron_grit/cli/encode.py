@@ -11,25 +11,20 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_grit.cli.main import command
 from megatron_grit.config.knob import knob
-from megatron_grit.config.options import BatchSize, ModelOptions, TextLength
+from megatron_grit.config.options import EmbeddingOptions, ModelOptions
 
 
 @dataclass(kw_only=True)
-class EncodeOptions(BatchSize, TextLength, ModelOptions):
+class EncodeOptions(EmbeddingOptions, ModelOptions):
     """What is embedded."""
 
     input: str = knob(path=True)
     """UTF-8 file with one text a line, plain, .gz or .zst; - reads standard input."""
     output: str = knob(path=True)
     """.npy file: float32 [lines, embedding size]."""
-    instruction: str = ""
-    """Attended before each text, not pooled."""
-    side: Literal["query", "passage"] | None = None
-    """What the texts are, for a model that tells queries from passages."""
 
 
 def run(options: EncodeOptions) -> None:

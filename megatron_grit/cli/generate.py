@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from megatron_grit.cli.main import command
 from megatron_grit.config.knob import knob
-from megatron_grit.config.options import ModelOptions
+from megatron_grit.config.options import ModelOptions, SamplingOptions
 
 
 @dataclass(kw_only=True)
-class GenerateOptions(ModelOptions):
+class GenerateOptions(SamplingOptions, ModelOptions):
     """What is answered, and how."""
 
     prompt: str = knob()
@@ -25,25 +25,20 @@ class GenerateOptions(ModelOptions):
     chat_template: str | None = knob(None, path=True)
     """In which the prompt is written: tulu, gritlm, zephyr, llama2, chatml, tokenizer or your own .yaml file. null: the
     checkpoint's."""
-    max_new_tokens: int = knob(64, at_least=1)
-    """Longest answer in tokens."""
-    temperature: float = knob(0.0, at_least=0)
-    """0: the likeliest token each time. Above: sampled, the more freely the higher it is."""
-    seed: int = knob(0, at_least=0)
-    """Seed of the sampling."""
 
 
 def run(options: GenerateOptions) -> None:
     """Generate and print."""
+    from megatron_grit.inference.messages import read_conversations
     from megatron_grit.inference.model import GritModel
 
-    settings = vars(options).copy()
-    messages = [{"role": "user", "content": settings.pop("prompt")}]
-    if (system := settings.pop("system")) is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    load = {name: settings.pop(name) for name in ("device", "chat_template")}
-    model = GritModel.load(settings.pop("checkpoint"), **load)
-    print(model.generate(messages, **settings))
+    messages = [{"role": "user", "content": options.prompt}]
+    if options.system is not None:
+        messages.insert(0, {"role": "system", "content": options.system})
+    conversations, _ = read_conversations(messages)  # before the model: what cannot be answered is found at once
+    model = GritModel.load(options.checkpoint, device=options.device, chat_template=options.chat_template)
+    (answer,) = model.answer(conversations, options)
+    print(answer.text)
 
 
 def main(argv: list[str] | None = None) -> int:

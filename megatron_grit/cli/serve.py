@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from megatron_grit.cli.main import command
 from megatron_grit.config.knob import knob
-from megatron_grit.config.options import ModelOptions, TextLength
+from megatron_grit.config.options import ModelOptions, ServingLimits
 
 
 @dataclass(kw_only=True)
-class ServeOptions(TextLength, ModelOptions):
-    """Where requests are answered, and how long answers may be."""
+class ServeOptions(ServingLimits, ModelOptions):
+    """Where requests are answered."""
 
     host: str = "127.0.0.1"
     """Address to listen on."""
@@ -24,11 +24,11 @@ class ServeOptions(TextLength, ModelOptions):
     """Port to listen on; 0 for a free one."""
     name: str | None = None
     """Of the model in responses. null: the name of the checkpoint's directory."""
-    max_new_tokens: int = knob(512, at_least=1)
-    """Longest answer in tokens."""
     chat_template: str | None = knob(None, path=True)
     """In which conversations are written: tulu, gritlm, zephyr, llama2, chatml, tokenizer or your own .yaml file. null:
     the checkpoint's."""
+    log_json: bool = False
+    """Write a JSON object for each request, in place of a line of text."""
 
 
 def run(options: ServeOptions) -> None:

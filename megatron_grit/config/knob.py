@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
+import numbers
 import os
 import re
+import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_grit.config.values import describe_type, is_of, shortened
 from megatron_grit.errors import ConfigError
 
 _BOUNDS = ("at_least", "above", "at_most", "below")
@@ -26,8 +31,9 @@ def knob(default: Any = dataclasses.MISSING, **facts: Any) -> Any:
         facts: ``at_least``, ``above``, ``at_most`` and ``below`` bound a number, or each number of a list. Of a model:
             ``path=True``: of a text, or a list of them, that it is a path, in which ``~`` and ``$NAME`` are replaced.
             ``in_files=False``, where Hugging Face's config.json does not hold it; ``in_weights=False``, where trained
-            weights do not depend on it. ``may_change``: whether a resumed run may have another value. For command
-            lines, see :mod:`megatron_grit.config.commands`.
+            weights do not depend on it. ``may_change``: whether a resumed run may have another value. ``text``: it is
+            for a tokenizer, which takes valid Unicode only. For command lines, see
+            :mod:`megatron_grit.config.commands`.
     """
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=facts)
@@ -45,21 +51,56 @@ def range_text(field: dataclasses.Field) -> str:
     return " and ".join(f"{words} {bound}" for words, bound in bounds)
 
 
-def check_ranges(options: Any) -> None:
-    """Refuse numbers of a dataclass that are out of their range.
+def check_values(options: Any) -> None:
+    """Refuse values of a dataclass that are of another type than their field says, or out of its range.
 
     Raises:
         ConfigError: the first of them; names it.
     """
     for field in dataclasses.fields(options):
-        if (problem := range_problem(field, getattr(options, field.name))) is not None:
+        if (problem := value_problem(type(options), field.name, getattr(options, field.name))) is not None:
             raise ConfigError(f"{field.name} {problem}")
+
+
+class Checked:
+    """Base of a dataclass whose values are right wherever it is made."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def value_problem(cls: type, name: str, value: Any) -> str | None:
+    """What is wrong with a value for a field of a dataclass: "must be int, at least 1, not 'a'". None: nothing."""
+    hint, field = _hints(cls)[name], cls.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    if not is_of(hint, value):
+        limits = f", {range_text(field)}" if range_text(field) else ""
+        return f"must be {describe_type(hint)}{limits}, not {shortened(value)}"
+    for text in [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []:
+        if isinstance(text, str) and field.metadata.get("text") and (problem := text_problem(text)):
+            return problem
+        if text == "" and field.default != "":
+            return "must not be empty"
+    return range_problem(field, value)
+
+
+def text_problem(text: str) -> str | None:
+    """Why no tokenizer takes a text: "holds half of a surrogate pair ...". None: it is valid Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"holds half of a surrogate pair, or a byte that is no UTF-8, at character {error.start}"
+    return None
 
 
 def range_problem(field: dataclasses.Field, value: Any) -> str | None:
     """What is wrong with a number or a list of them: "must be at least 1, not 0". None: nothing."""
-    for number in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(number, bool) or not isinstance(number, int | float):
+    for number in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
+        if isinstance(number, bool) or not isinstance(number, numbers.Real):
             continue
         facts = field.metadata
         # Written so that not-a-number fails.
@@ -70,11 +111,12 @@ def range_problem(field: dataclasses.Field, value: Any) -> str | None:
             and ("below" not in facts or number < facts["below"])
         )
         if not inside:
-            return f"must be {range_text(field) or 'a number'}, not {number}"
-        if math.isinf(number):
+            return f"must be {range_text(field) or 'a number'}, not {shortened(number)}"
+        if isinstance(number, numbers.Integral):
+            if abs(int(number)) > _LARGEST:
+                return f"must be at most {_LARGEST} in size, not {shortened(number)}"
+        elif math.isinf(number):
             return f"must be a finite number, not {number}"
-        if isinstance(number, int) and not -_LARGEST <= number <= _LARGEST:
-            return f"must be at most {_LARGEST} in size, not {number}"
     return None
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_grit.config.knob import knob
+from megatron_grit.config.knob import Checked, knob
+from megatron_grit.errors import ConfigError
 
 
 @dataclass(kw_only=True)
@@ -19,16 +20,61 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
-class TextLength:
+class TextLength(Checked):
     """How much of a text is read."""
 
     max_length: int = knob(512, at_least=1)
-    """Longest text in tokens, template included; the rest is cut."""
+    """Longest text in tokens, template included; the rest is cut, and what is beyond the model's positions."""
 
 
 @dataclass(kw_only=True)
-class BatchSize:
+class BatchSize(Checked):
     """How much a forward pass takes."""
 
     batch_tokens: int = knob(8192, at_least=1)
     """Tokens of a forward pass, padding included."""
+
+
+@dataclass(kw_only=True)
+class EmbeddingOptions(BatchSize, TextLength):
+    """How texts are embedded."""
+
+    instruction: str | None = knob("", text=True)
+    """Attended before each text, not pooled. "": the template without instruction. null: the bare text."""
+    side: Literal["query", "passage"] | None = None
+    """What the texts are, for a model that tells queries from passages."""
+    dimensions: int | None = knob(None, at_least=1)
+    """Keep this many of an embedding's first numbers and normalise them again (Matryoshka). null: all."""
+
+
+MAX_STOPS = 4
+"""Stop texts of a request, as of OpenAI's API."""
+
+
+@dataclass(kw_only=True)
+class SamplingOptions(Checked):
+    """How an answer is drawn, and where it ends."""
+
+    max_new_tokens: int = knob(128, at_least=1)
+    """Longest answer in tokens; it ends at the model's last position at the latest."""
+    temperature: float = knob(0.0, at_least=0)
+    """0: the likeliest token each time. Above: sampled, the more freely the higher it is."""
+    top_p: float = knob(1.0, above=0, at_most=1)
+    """Sample from the smallest set of tokens that holds this probability."""
+    seed: int = knob(0, at_least=0)
+    """Seed of the sampling."""
+    stop: list[str] = knob([], verbatim=True, text=True)
+    """Texts, 4 at most, before the first of which an answer ends."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.stop) > MAX_STOPS:
+            raise ConfigError(f"stop must be at most {MAX_STOPS} texts, not {len(self.stop)}")
+
+
+@dataclass(kw_only=True)
+class ServingLimits(TextLength):
+    """Lengths that a server allows."""
+
+    max_new_tokens: int = knob(512, at_least=1)
+    """Longest answer in tokens, and the length where a request gives none."""

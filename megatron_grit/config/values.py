@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import numbers
+import os
 import textwrap
 import types
 import typing
@@ -43,6 +45,31 @@ def convert(hint: Any, value: Any) -> Any:
     if hint in (str, Path) and isinstance(value, str | Path):
         return hint(value)
     raise ValueError(value)
+
+
+def is_of(hint: Any, value: Any) -> bool:
+    """Whether a value of a program, not of a text, is one of a field. NumPy's numbers count; True is no number."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(is_of(part, value) for part in parts)
+    if origin is typing.Literal:
+        return isinstance(value, str) and value in parts
+    if origin in (list, tuple):
+        return isinstance(value, list | tuple) and all(is_of(parts[0], item) for item in value)
+    if hint in (int, float):
+        kind = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool)
+    if hint is Path:
+        return isinstance(value, str | os.PathLike)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def shortened(value: Any) -> str:
+    """A value as a message shows it, on one line; Python refuses to write integers of many digits."""
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return f"an integer of {int(value.bit_length() * 0.30103) + 1} digits"
+    told = str(value) if isinstance(value, numbers.Number) else repr(value[:100] if isinstance(value, str) else value)
+    return told if len(told) <= 80 else f"{told[:80]} ..."
 
 
 def _word(text: str) -> bool:

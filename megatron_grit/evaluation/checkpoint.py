@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_grit.config.options import BatchSize, TextLength
 from megatron_grit.errors import ConfigError
 from megatron_grit.evaluation.bootstrap import Interval
 from megatron_grit.evaluation.tasks import generative as generative_task
@@ -23,8 +24,8 @@ def evaluate_checkpoint(
     retrieval: str | Path | None = None,
     generative: str | None = None,
     device: str = "auto",
-    max_length: int = 512,
-    batch_tokens: int = 8192,
+    max_length: int = TextLength.max_length,
+    batch_tokens: int = BatchSize.batch_tokens,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint and write the figures, each with its 95 % bootstrap interval, to ``output``.
 
@@ -42,6 +43,7 @@ def evaluate_checkpoint(
     Raises:
         GritError: nothing to evaluate, input that cannot be used, or an output that is input or cannot be written.
     """
+    lengths = Lengths(max_length=max_length, batch_tokens=batch_tokens)
     paths = {"retrieval": retrieval, "generative": generative}
     if not any(path is not None for path in paths.values()):
         raise ConfigError("nothing to evaluate; give --retrieval, --generative or both")
@@ -57,7 +59,7 @@ def evaluate_checkpoint(
     figures: dict[str, Any] = {"checkpoint": str(checkpoint), "step": state["step"], "world_size": state["world_size"]}
     intervals: dict[str, Interval] = {}
     for name, data in read.items():
-        found = TASKS[name].run(model, data, Lengths(max_length=max_length, batch_tokens=batch_tokens))
+        found = TASKS[name].run(model, data, lengths)
         intervals |= found.intervals
         figures |= found.others
     figures |= {name: interval.value for name, interval in intervals.items()}

@@ -38,6 +38,7 @@ def encode_tokens(
     batch_tokens: int,
     progress: bool = True,
     is_query: bool | None = None,
+    before_pass: Callable[[], object] | None = None,
 ) -> np.ndarray:
     """Embed tokenised texts. All processes of a model-parallel group call it with the same texts; groups are
     independent of each other.
@@ -48,6 +49,7 @@ def encode_tokens(
         batch_tokens: token budget of one forward pass, on each replica; raised to the longest text.
         progress: show a bar from 256 texts on, in the process that leads the group.
         is_query: whether they are queries or passages, for a model whose linear layers differ between the two.
+        before_pass: called before each forward pass; what it raises ends the call.
 
     Returns:
         float32 [len(texts), D], on every process.
@@ -62,15 +64,21 @@ def encode_tokens(
             window = slice(start, min(start + _WINDOW, len(texts)))
             batches = share_out(lengths[window], budget, group.num_replicas)
             row_length = _row_length(model.context, [int(lengths[window][batch].sum()) for batch in batches])
-            row_of = partial(_row_of, texts[window], is_query, row_length)
+            row_of = partial(_row_of, texts[window], is_query, row_length, before_pass)
             vectors_ND = _encode_batches(model, group, batches, row_of, row_length, bar.update)
             embeddings[window] = vectors_ND.cpu().numpy()
     return embeddings
 
 
 def _row_of(
-    texts: Sequence[tuple[list[int], list[int]]], is_query: bool | None, row_length: int | None, members: np.ndarray
+    texts: Sequence[tuple[list[int], list[int]]],
+    is_query: bool | None,
+    row_length: int | None,
+    before_pass: Callable[[], object] | None,
+    members: np.ndarray,
 ) -> PackedRow:
+    if before_pass is not None:
+        before_pass()
     return embedding_row([texts[member] for member in members.tolist()], is_query, row_length)
 
 

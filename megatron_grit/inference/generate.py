@@ -2,62 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_grit.config.options import SamplingOptions
 from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.errors import DataError
 from megatron_grit.inference.kv_cache import SequenceCache
 from megatron_grit.models.decoder import GritDecoder, Output
+
+
+class Continuation(NamedTuple):
+    """What follows a prompt."""
+
+    tokens: list[int]
+    finish_reason: Literal["stop", "length"]
+    """stop: at a token or text that ends it. length: at the limit, or at the model's last position."""
 
 
 @torch.no_grad()
 def generate_tokens(
     model: GritDecoder,
     prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
     *,
-    max_new_tokens: int,
     stop_ids: Collection[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> list[list[int]]:
+    max_positions: int,
+    ends: Callable[[list[int]], bool] | None = None,
+    before_pass: Callable[[], object] | None = None,
+) -> list[Continuation]:
     """Continue each prompt.
 
     Args:
         model: one process's whole model (no pipeline parallelism).
         prompts: token ids, none empty.
-        max_new_tokens: at most this many are added to each.
+        options: how tokens are drawn, and how many at most. Stop texts are for the caller, by ``ends``.
         stop_ids: a sequence ends with such a token, which is not returned.
-        temperature: divides the logits before sampling. 0: the most likely token.
-        top_p: sample from the smallest set of tokens that holds this probability.
+        max_positions: tokens that the model takes, prompt and answer together.
+        ends: whether a sequence ends with these new tokens, which are returned.
+        before_pass: called before each forward pass; what it raises ends all of them.
 
-    Returns:
-        The new tokens of each prompt.
+    Raises:
+        DataError: a prompt leaves no room for an answer.
     """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    for prompt in prompts:
+        if len(prompt) >= max_positions:
+            raise DataError(f"the prompt has {len(prompt)} tokens, and the model takes {max_positions}; shorten it")
+    generator = torch.Generator(device="cpu").manual_seed(options.seed)
     model.eval()
     cache = SequenceCache(len(prompts))
     outputs: list[list[int]] = [[] for _ in prompts]
+    stopped = [False] * len(prompts)
+    limits = [min(options.max_new_tokens, max_positions - len(prompt)) for prompt in prompts]
     pending = [list(prompt) for prompt in prompts]
     lengths = [0] * len(prompts)
-    for _ in range(max_new_tokens):
+    while cache.active:
+        if before_pass is not None:
+            before_pass()
         row = continuation_row([pending[i] for i in cache.active], [lengths[i] for i in cache.active])
         logits_TV = model(row.to(model.context.device), Output.LOGITS, cache)
         last = row.cu_seqlens[1:].long() - 1
-        chosen = choose_tokens(logits_TV[last.to(logits_TV.device)].float().cpu(), temperature, top_p, generator)
+        logits_BV = logits_TV[last.to(logits_TV.device)].float().cpu()
+        chosen = choose_tokens(logits_BV, options.temperature, options.top_p, generator)
         for sequence, token in zip(cache.active, chosen, strict=True):
             lengths[sequence] += len(pending[sequence])
             pending[sequence] = [token]
             if token not in stop_ids:
                 outputs[sequence].append(token)
-        running = [sequence for sequence in cache.active if pending[sequence][0] not in stop_ids]
-        if not running:
-            break
+            stopped[sequence] = token in stop_ids or (ends is not None and ends(outputs[sequence]))
+        running = [i for i in cache.active if not stopped[i] and len(outputs[i]) < limits[i]]
         if len(running) < len(cache.active):
             cache.keep(running)
-    return outputs
+    return [Continuation(tokens, "stop" if ended else "length") for tokens, ended in zip(outputs, stopped, strict=True)]
 
 
 def continuation_row(tokens: Sequence[Sequence[int]], lengths: Sequence[int]) -> PackedRow:
@@ -91,7 +110,9 @@ def choose_tokens(logits_BV: Tensor, temperature: float, top_p: float, generator
     """
     if temperature == 0:
         return logits_BV.argmax(-1).tolist()
-    probabilities, order = (logits_BV / temperature).softmax(-1).sort(-1, descending=True)
+    # Below 0: no quotient overflows, however small the temperature.
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / max(temperature, 1e-30)
+    probabilities, order = logits_BV.softmax(-1).sort(-1, descending=True)
     outside = probabilities.cumsum(-1) - probabilities > top_p  # the first token is always inside
     picked = torch.multinomial(probabilities.masked_fill(outside, 0.0), 1, generator=generator)
     return order.gather(1, picked).squeeze(1).tolist()

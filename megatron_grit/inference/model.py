@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
 
 from megatron_grit.config.checks.run import find_problems
 from megatron_grit.config.embedding_shape import tells_sides_apart
+from megatron_grit.config.knob import value_problem
+from megatron_grit.config.options import BatchSize, EmbeddingOptions, SamplingOptions
 from megatron_grit.config.schema import ParallelConfig, RunConfig
 from megatron_grit.convert.peft.checkpoint import load_checkpoint
 from megatron_grit.data.chat.chat import Chat, default_chat, named_chat
@@ -23,8 +25,9 @@ from megatron_grit.data.text.records import Message, read_messages
 from megatron_grit.data.text.templates import encode_embedding, encode_prompt
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError, DataError, MeshError
-from megatron_grit.inference.encode import encode_tokens
+from megatron_grit.inference.encode import embedding_width, encode_tokens
 from megatron_grit.inference.generate import generate_tokens
+from megatron_grit.inference.messages import Conversation, read_conversations, read_texts
 from megatron_grit.inference.model_group import join_model_group
 from megatron_grit.inference.score import score_tokens
 from megatron_grit.models.decoder import GritDecoder, build_model
@@ -32,7 +35,23 @@ from megatron_grit.parallel.launch import initialize
 from megatron_grit.store.environment import job_size
 from megatron_grit.training.checkpoint import read_config, read_state, resolve_checkpoint, tokenizer_path
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Embeddings(NamedTuple):
+    """Vectors of texts, float32 [texts, dimensions], and how many tokens were read for them."""
+
+    vectors: np.ndarray
+    num_tokens: int
+
+
+class Answer(NamedTuple):
+    """An answer, why it ends, and the tokens of the prompt and of the answer."""
+
+    text: str
+    finish_reason: str
+    num_prompt_tokens: int
+    num_tokens: int
 
 
 class GritModel:
@@ -107,12 +126,13 @@ class GritModel:
 
     def encode(
         self,
-        texts: str | Sequence[str],
-        instruction: str | None = "",
+        texts: str | Sequence[str | Sequence[int]],
+        instruction: str | None = EmbeddingOptions.instruction,
         *,
-        side: Side | None = None,
-        max_length: int = 512,
-        batch_tokens: int = 8192,
+        side: Side | None = EmbeddingOptions.side,
+        dimensions: int | None = EmbeddingOptions.dimensions,
+        max_length: int = EmbeddingOptions.max_length,
+        batch_tokens: int = EmbeddingOptions.batch_tokens,
         progress: bool = True,
     ) -> np.ndarray:
         """Embed texts with the pooling that the model was trained with.
@@ -120,49 +140,81 @@ class GritModel:
         All processes of a model-parallel group call this with the same texts, and each gets all vectors.
 
         Args:
-            texts: one text or several; none empty.
+            texts: one text or several; none empty. A text may be given as the ids of its tokens, without template.
             instruction: what the embedding is for; attended and not pooled. "": the template without instruction.
                 None: the bare text, for models that were trained on plain records.
             side: query or passage, for a model that was trained to tell them apart (brackets, side tokens, separate
                 linear layers); other models ignore it.
-            max_length: tokens of a text with its instruction; the rest is cut off.
+            dimensions: keep this many of a vector's first numbers, and normalise them where the model normalises
+                (Matryoshka). Good for the sizes that the model was trained for, loss.matryoshka_dims. None: all.
+            max_length: tokens of a text with its instruction; the rest is cut off, as is what is beyond the model's
+                positions.
             batch_tokens: token budget of one forward pass, on each replica of a group (see :class:`ModelGroup`).
             progress: show a bar from 256 texts on.
 
         Returns:
-            float32 [len(texts), D], or [D] for one string.
+            float32 [len(texts), dimensions], or [dimensions] for one string.
 
         Raises:
-            DataError: a text is empty, the instruction alone fills ``max_length``, or the model needs a side and none
-                is given.
+            DataError: a text is empty or no text, the instruction alone fills ``max_length``, or the model needs a side
+                and none is given.
+            ConfigError: an option that is out of its range.
         """
-        several = [texts] if isinstance(texts, str) else list(texts)
-        if not several:
-            raise DataError("there is no text to encode")
-        empty = next((index for index, text in enumerate(several) if not text.strip()), None)
-        if empty is not None:
-            raise DataError(f"text {empty} is empty; there is nothing to pool")
-        is_query = self._is_query(side)
-        tokenised = self.embedding_tokens(several, instruction, side=side, max_length=max_length)
+        options = EmbeddingOptions(
+            instruction=instruction,
+            side=side,
+            dimensions=dimensions,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+        )
+        several, single = read_texts(texts, self.tokenizer.vocab_size)
+        embeddings = self.embed(several, options, progress=progress).vectors
+        return embeddings[0] if single else embeddings
+
+    def embed(
+        self,
+        texts: Sequence[str | list[int]],
+        options: EmbeddingOptions,
+        *,
+        progress: bool = True,
+        before_pass: Callable[[], object] | None = None,
+    ) -> Embeddings:
+        """As :meth:`encode`, for texts that were checked.
+
+        Args:
+            texts: of :func:`~megatron_grit.inference.messages.read_texts`.
+            options: how.
+            progress: as there.
+            before_pass: called before each forward pass; what it raises ends the call.
+        """
+        width = embedding_width(self.model)
+        if options.dimensions is not None and options.dimensions > width:
+            raise ConfigError(f"dimensions must be at most {width}, the model's, not {options.dimensions}")
+        tokenised = self.embedding_tokens(texts, options.instruction, side=options.side, max_length=options.max_length)
         if not all(tail for _, tail in tokenised):
-            raise DataError(f"the instruction fills max_length {max_length}; shorten it or raise max_length")
-        embeddings = encode_tokens(
+            raise DataError(f"the instruction fills max_length {options.max_length}; shorten it or raise max_length")
+        vectors = encode_tokens(
             self.model,
             tokenised,
             group=self.model_group,
-            batch_tokens=batch_tokens,
+            batch_tokens=options.batch_tokens,
             progress=progress,
-            is_query=is_query,
+            is_query=self._is_query(options.side),
+            before_pass=before_pass,
         )
-        return embeddings[0] if isinstance(texts, str) else embeddings
+        if options.dimensions is not None:
+            vectors = vectors[:, : options.dimensions]
+            if self.config.embedding.normalize:
+                vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return Embeddings(vectors, sum(len(head) + len(tail) for head, tail in tokenised))
 
     def embedding_tokens(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str | list[int]],
         instruction: str | None = "",
         *,
         side: Side | None = None,
-        max_length: int = 512,
+        max_length: int = EmbeddingOptions.max_length,
     ) -> list[tuple[list[int], list[int]]]:
         """Ids of each text's instruction and of the text with its markers, as :meth:`encode` embeds them.
 
@@ -170,11 +222,12 @@ class GritModel:
             DataError: the model has to know the side and is not told.
         """
         markers = self.markers.passage if self._is_query(side) is False else self.markers.query
-        return [encode_embedding(self.tokenizer, text, instruction, max_length, markers) for text in texts]
+        longest = min(max_length, self.config.model.max_position_embeddings)
+        return [encode_embedding(self.tokenizer, text, instruction, longest, markers) for text in texts]
 
     def _is_query(self, side: str | None) -> bool | None:
-        if side not in ("query", "passage", None):
-            raise DataError(f'side is "{side}"; it must be "query" or "passage"')
+        if (problem := value_problem(EmbeddingOptions, "side", side)) is not None:
+            raise ConfigError(f"side {problem}")
         if side is None and tells_sides_apart(self.config.embedding):
             raise DataError(
                 'this model embeds queries and passages in different ways; give side="query" or side="passage"'
@@ -185,40 +238,71 @@ class GritModel:
         self,
         messages: str | Messages | Sequence[str | Messages],
         *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        max_new_tokens: int = SamplingOptions.max_new_tokens,
+        temperature: float = SamplingOptions.temperature,
+        top_p: float = SamplingOptions.top_p,
+        seed: int = SamplingOptions.seed,
+        stop: str | Sequence[str] = (),
     ) -> str | list[str]:
         """Answer a prompt, a conversation, or several conversations at once.
 
         Args:
             messages: a user prompt, or messages with "role" and "content" that end with the user's.
-            max_new_tokens: at most this many tokens are generated.
+            max_new_tokens: at most this many tokens are generated, and no more than the model has positions.
             temperature: 0 for the most likely token at each position, else it divides the logits.
-            top_p: nucleus to sample from.
+            top_p: nucleus to sample from, above 0 and at most 1.
+            seed: of the sampling.
+            stop: texts, at most 4; an answer ends before the first of them.
 
         Returns:
             The answer; a list of them for several conversations.
 
         Raises:
-            DataError: a conversation that does not end with the user.
-            ConfigError: the model is sharded over several processes.
+            DataError: a conversation that does not end with the user, or leaves no room for an answer.
+            ConfigError: an option that is out of its range, or the model is sharded over several processes.
         """
-        self._refuse_sharded("generate")
-        conversations, single = _conversations(messages)
-        prompts = [self.prompt_tokens(conversation) for conversation in conversations]
-        outputs = generate_tokens(
-            self.model,
-            prompts,
+        conversations, single = read_conversations(messages)
+        options = SamplingOptions(
             max_new_tokens=max_new_tokens,
-            stop_ids=self.chat.end_ids,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            stop=[stop] if isinstance(stop, str) else stop,  # type: ignore[arg-type]
         )
-        answers = [self.tokenizer.decode(output) for output in outputs]
+        answers = [answer.text for answer in self.answer(conversations, options)]
         return answers[0] if single else answers
+
+    def answer(
+        self,
+        conversations: Sequence[Conversation],
+        options: SamplingOptions,
+        before_pass: Callable[[], object] | None = None,
+    ) -> list[Answer]:
+        """As :meth:`generate`, for conversations that were checked.
+
+        Args:
+            conversations: of :func:`~megatron_grit.inference.messages.read_conversations`.
+            options: how.
+            before_pass: called before each forward pass; what it raises ends the call.
+        """
+        self._refuse_sharded("generate")
+        prompts = [self.prompt_tokens(read_messages(conversation)) for conversation in conversations]
+        outputs = generate_tokens(
+            self.model,
+            prompts,
+            options,
+            stop_ids=self.chat.end_ids,
+            max_positions=self.config.model.max_position_embeddings,
+            ends=(lambda tokens: _stop_at(self.tokenizer.decode(tokens), options.stop) >= 0) if options.stop else None,
+            before_pass=before_pass,
+        )
+        answers = []
+        for prompt, output in zip(prompts, outputs, strict=True):
+            text = self.tokenizer.decode(output.tokens)
+            end = _stop_at(text, options.stop)
+            text = text if end < 0 else text[:end]
+            answers.append(Answer(text, output.finish_reason, len(prompt), len(output.tokens)))
+        return answers
 
     def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation, in the model's chat template, up to where its answer begins.
@@ -228,7 +312,7 @@ class GritModel:
         """
         return encode_prompt(self.tokenizer, messages, self._chat_format)
 
-    def token_losses(self, prefix: str, *, batch_tokens: int = 8192) -> tuple[np.ndarray, np.ndarray]:
+    def token_losses(self, prefix: str, *, batch_tokens: int = BatchSize.batch_tokens) -> tuple[np.ndarray, np.ndarray]:
         """Next-token losses over an indexed generative file.
 
         Args:
@@ -243,6 +327,7 @@ class GritModel:
             ConfigError: the model is sharded over several processes.
         """
         self._refuse_sharded("token_losses")
+        BatchSize(batch_tokens=batch_tokens)
         records = IndexedRecords(prefix)
         if records.kind is not RowKind.GENERATIVE:
             raise DataError(f"holds {records.meta.kind} records; next-token loss needs generative ones", path=prefix)
@@ -252,6 +337,12 @@ class GritModel:
         for index in range(len(records)):
             spans = records.get(index)
             tokens = np.concatenate([ids for _, ids in spans])
+            if len(tokens) > (longest := self.config.model.max_position_embeddings):
+                raise DataError(
+                    f"record {index} has {len(tokens)} tokens, and the model takes {longest}; build the file again "
+                    "with --max-length",
+                    path=prefix,
+                )
             texts.append((tokens, np.repeat([supervised(role) for role, _ in spans], [len(ids) for _, ids in spans])))
         return score_tokens(self.model, texts, batch_tokens=batch_tokens)
 
@@ -282,11 +373,6 @@ def _fit_mesh(config: RunConfig) -> None:
             raise problem.error(problem.message)
 
 
-def _conversations(messages: str | Sequence[Any]) -> tuple[list[list[Message]], bool]:
-    """Messages of each conversation, and whether a single conversation was given."""
-    if isinstance(messages, str):
-        return [[Message("user", messages)]], True
-    several: list[Any] = list(messages)
-    if several and isinstance(several[0], dict):
-        return [read_messages(several)], True
-    return [[Message("user", given)] if isinstance(given, str) else read_messages(given) for given in several], False
+def _stop_at(text: str, stops: Sequence[str]) -> int:
+    """Where the first of the stop texts begins; -1: there is none."""
+    return min((place for stop in stops if (place := text.find(stop)) >= 0), default=-1)

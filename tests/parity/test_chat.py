@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_grit.config.options import SamplingOptions
 from megatron_grit.config.schema import AdapterConfig, RunConfig
 from megatron_grit.convert.hf_in.convert import convert_checkpoint
 from megatron_grit.convert.hf_out.convert import export_checkpoint
@@ -86,7 +87,9 @@ def config_of(folder: Path, *prefixes: Path) -> RunConfig:
 def ending(model: GritModel, end: int) -> Iterator[None]:
     """The weights changed so that the answer to the first conversation ends with a token after a few others."""
     prompt = model.prompt_tokens(read_messages(CONVERSATIONS["one turn"]))
-    (tokens,) = generate_tokens(model.model, [prompt], max_new_tokens=LENGTH, stop_ids=())
+    options = SamplingOptions(max_new_tokens=LENGTH)
+    (answer,) = generate_tokens(model.model, [prompt], options, stop_ids=(), max_positions=512)
+    tokens = answer.tokens
     place = next(n for n in range(ENDS_AFTER, LENGTH) if tokens[n] not in tokens[:n])
     weight = model.model.output_layer.weight.data
     rows = [tokens[place], end]

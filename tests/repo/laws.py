@@ -127,7 +127,7 @@ NAMES_A_KIND = {
     "inference/encode.py": "makes rows by hand",
     "inference/model.py": "reads a file's kind of record",
     "retrieval/mining/mine.py": "reads a file's kind of record",
-    "serving/server.py": "a word of the protocol that it speaks",
+    "serving/service.py": "a word of the protocol that it speaks",
     "training/checkpoint.py": "the section of the configuration with the embedding's shape",
 }
 # Folders below, or of, the kinds.

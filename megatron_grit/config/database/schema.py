@@ -12,6 +12,7 @@ from typing import Any, Literal
 from megatron_grit.config.commands import options_of, suggestion
 from megatron_grit.config.database.megatron_names import MEGATRON_NAMES
 from megatron_grit.config.knob import knob, range_problem
+from megatron_grit.config.options import BatchSize
 from megatron_grit.config.values import convert, describe_type, takes_null
 from megatron_grit.errors import ConfigError
 from megatron_grit.store.files import write_json
@@ -61,7 +62,7 @@ class RetroDbConfig:
     of the prompt that its directory names."""
     embedder_precision: Literal["fp32", "bf16"] = "fp32"
     """Of the embedder's matrix products."""
-    batch_tokens: int = knob(8192, at_least=1)
+    batch_tokens: int = knob(BatchSize.batch_tokens, at_least=1)
     """Tokens of a forward pass of the embedder, padding included."""
     embedder_tensor: int = knob(1, at_least=1)
     """Of our own models: tensor parallel size. With this, embedder_pipeline, embedder_context and embedder_expert a

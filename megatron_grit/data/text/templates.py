@@ -90,7 +90,7 @@ def _prefix_parts(tokenizer: Tokenizer, with_instruction: bool) -> list[str | in
 
 def encode_embedding(
     tokenizer: Tokenizer,
-    text: str,
+    text: str | Sequence[int],
     instruction: str | None = None,
     max_length: int | None = None,
     markers: TextMarkers = NO_MARKERS,
@@ -99,7 +99,7 @@ def encode_embedding(
 
     Args:
         tokenizer: the tokenizer.
-        text: what is pooled.
+        text: what is pooled, or the ids of its tokens.
         instruction: None for a plain text without template; "" for the template without instruction.
         max_length: tokens of the text beyond it, markers counted, are cut off the end.
         markers: what stands around the text.
@@ -115,7 +115,12 @@ def encode_embedding(
     return head, [*markers.opening, *tail, *markers.closing] if tail else []
 
 
-def _instruction_and_text(tokenizer: Tokenizer, text: str, instruction: str | None) -> tuple[list[int], list[int]]:
+def _instruction_and_text(
+    tokenizer: Tokenizer, text: str | Sequence[int], instruction: str | None
+) -> tuple[list[int], list[int]]:
+    if not isinstance(text, str):
+        head = [] if instruction is None else [tokenizer.bos_id, *tokenizer.encode(embedding_prefix(instruction))]
+        return head, list(text)
     if instruction is None:
         return [], tokenizer.encode(text)
     pieces = embedding_pieces(tokenizer, TextPair(instruction, text), Role.QUERY_INSTRUCTION, Role.QUERY)

@@ -9,17 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_grit.config.options import BatchSize, TextLength
 from megatron_grit.evaluation.bootstrap import Interval
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lengths:
+@dataclass(kw_only=True)
+class Lengths(BatchSize, TextLength):
     """How texts are given to the model."""
-
-    max_length: int = 512
-    """Longest text in tokens."""
-    batch_tokens: int = 8192
-    """Token budget of a forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)

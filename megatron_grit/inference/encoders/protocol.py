@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from megatron_grit.config.knob import Checked, knob
+from megatron_grit.config.options import BatchSize
 from megatron_grit.data.text.markers import Side
 from megatron_grit.errors import NumericsError
 
@@ -16,18 +18,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedderOptions:
+class EmbedderOptions(Checked):
     """How texts are embedded."""
 
     pooling: str = "auto"
     """Of a Hugging Face encoder: mean, mean_text, cls, or auto for what its modules.json says."""
-    max_length: int = 256
+    max_length: int = knob(256, at_least=1)
     """Tokens to which a text is cut, special tokens and prompt included."""
-    batch_tokens: int = 8192
+    batch_tokens: int = knob(BatchSize.batch_tokens, at_least=1)
     """Tokens of a forward pass, padding included; raised to the longest text."""
     precision: str = "fp32"
     """fp32, or bf16 for the matrix products."""
-    query_instruction: str = ""
+    query_instruction: str = knob("", text=True)
     """What our own models embed queries for; with a Hugging Face encoder the text in front of queries, in place of the
     prompt that its directory names."""
     device: str = "auto"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_grit.config.knob import check_ranges, knob
+from megatron_grit.config.knob import check_values, knob
+from megatron_grit.config.options import BatchSize
 from megatron_grit.data.text.line_blocks import find_inputs
 from megatron_grit.errors import ConfigError
 from megatron_grit.store.files import check_output, check_text_path
@@ -67,7 +68,7 @@ class MineOptions:
     """Tokens of an embedder to which texts are cut."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the embedders' matrix products."""
-    batch_tokens: int = knob(8192, at_least=1)
+    batch_tokens: int = knob(BatchSize.batch_tokens, at_least=1)
     """Tokens of a forward pass."""
     index: str = "auto"
     """A faiss factory string. auto: chosen from the number of passages and index_memory_gb."""
@@ -103,7 +104,7 @@ def check_options(options: MineOptions) -> None:
         OutputError: the output cannot be written.
     """
     first, last = options.ranks
-    check_ranges(options)
+    check_values(options)
     if not 1 <= first <= last:
         raise ConfigError(f"ranks must be FIRST-LAST with 1 <= FIRST <= LAST, such as 10-100, not {first}-{last}")
     if options.min_negatives > most_negatives(options):

@@ -46,7 +46,8 @@ def test_padding_is_a_segment_that_is_not_pooled(row_length: int | None) -> None
 
 def test_settings_that_a_mesh_needs_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     mixture = tiny_config(experts=4)
     mixture.parallel = ParallelConfig(tensor=2, expert=2)
     _fit_mesh(mixture)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.text.tokenizer import load_tokenizer
-from megatron_grit.errors import CheckpointError, DataError
+from megatron_grit.errors import CheckpointError, ConfigError, DataError
 from megatron_grit.inference.model import GritModel
 from megatron_grit.models.decoder import Output
 from megatron_grit.training.trainer import train
@@ -90,6 +92,68 @@ def test_generate(model: GritModel) -> None:
     ]
     answers = model.generate(conversations, max_new_tokens=8)
     assert isinstance(answers, list) and answers[0] == answer
+
+
+def test_texts_are_cut_at_the_last_position(model: GritModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "The parser opens a file. " * 20
+    expected = model.encode(text, max_length=16)
+    monkeypatch.setattr(model.config.model, "max_position_embeddings", 16)
+    np.testing.assert_array_equal(model.encode(text, max_length=10**6), expected)
+
+
+def test_records_beyond_the_last_position(config: RunConfig, model: GritModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.config.model, "max_position_embeddings", 8)
+    with pytest.raises(DataError, match=r"record 0 has \d+ tokens, and the model takes 8"):
+        model.token_losses(config.data.generative[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "there is nothing to answer"),
+        (5, "there is nothing to answer"),
+        (None, "there is nothing to answer"),
+        ("", "prompt must not be empty"),
+        ("  \n", "prompt must not be empty"),
+        ("a\ud800", "prompt holds half of a surrogate pair, or a byte that is no UTF-8, at character 1"),
+        (["a", ""], "prompt must not be empty"),
+        (["a", 5], "messages must be a list of"),
+        ([[], "a"], "messages must be a list of"),
+        ([{"role": "user", "content": "a"}, "b"], "messages must be a list of"),
+        ([{"role": "bot", "content": "a"}], "role of message 0 must be one of system, developer, user, assistant, not"),
+        ([{"role": "user", "content": b"a"}], "content of message 0 must be a string, not b'a'"),
+        ([{"content": "a"}], "role of message 0 must be one of"),
+        ([{"role": "user", "content": "a", "images": ["b"]}], "message 0 holds images"),
+    ],
+)
+def test_conversations_that_cannot_be(model: GritModel, given: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        model.generate(given, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ([], {}, "there is no text to encode"),
+        (None, {}, "texts must be a string or a list of strings, not None"),
+        ({"a": 1}, {}, "texts must be a string or a list of strings"),
+        (["a", 5], {}, "text 1 must be a string, not 5"),
+        (["a", b"b"], {}, "text 1 must be a string"),
+        (["a\udcff"], {}, "text 0 holds half of a surrogate pair"),
+        ([[5, -1]], {}, "text 0 holds -1; ids of tokens are from 0 to 399"),
+        ("a", {"max_length": 0}, "max_length must be at least 1, not 0"),
+        ("a", {"max_length": 10**20}, "max_length must be at most"),
+        ("a", {"max_length": "9"}, "max_length must be int, at least 1, not '9'"),
+        ("a", {"batch_tokens": -5}, "batch_tokens must be at least 1, not -5"),
+        ("a", {"batch_tokens": math.nan}, "batch_tokens must be int, at least 1, not nan"),
+        ("a", {"dimensions": 65}, "dimensions must be at most 64, the model's, not 65"),
+        ("a", {"instruction": 5}, "instruction must be str or null, not 5"),
+        ("a", {"instruction": "\ud800"}, "instruction holds half of a surrogate pair"),
+    ],
+)
+def test_texts_that_cannot_be_embedded(model: GritModel, given: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((DataError, ConfigError), match=message):
+        model.encode(given, **options)
 
 
 def test_errors(model: GritModel, tmp_path: Path) -> None:

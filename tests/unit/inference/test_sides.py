@@ -13,7 +13,7 @@ import torch
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.text.tokenizer import load_tokenizer
-from megatron_grit.errors import DataError
+from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.evaluation.checkpoint import evaluate_checkpoint
 from megatron_grit.inference.model import GritModel
 from megatron_grit.inference.text_files import encode_file
@@ -101,7 +101,7 @@ def test_the_side_has_to_be_given(config: RunConfig, base: RunConfig) -> None:
     model = GritModel.load(config.output_dir, device="cpu")
     with pytest.raises(DataError, match='give side="query" or side="passage"'):
         model.encode("a text")
-    with pytest.raises(DataError, match='side is "document"'):
+    with pytest.raises(ConfigError, match="side must be one of query, passage or null, not 'document'"):
         model.encode("a text", side="document")  # type: ignore[arg-type]
     plain = GritModel.load(base.output_dir, device="cpu")
     assert np.array_equal(plain.encode("a text"), plain.encode("a text", side="query"))
@@ -133,7 +133,7 @@ def test_files_evaluation_and_server_pass_the_side_on(config: RunConfig, tmp_pat
         assert answer["usage"]["prompt_tokens"] == sum(len(head) + len(tail) for head, tail in tokens)
         assert all(tail[: len(model.markers.query.opening)] for _, tail in tokens)
     assert np.abs(files["query"] - files["passage"]).max() > 1e-3
-    with pytest.raises(DataError, match="side must be query or passage"):
+    with pytest.raises(DataError, match="side must be one of query, passage"):
         service.embeddings({"input": "text", "side": "document"})
     record = {"query": ["", "one text"], "pos": [["", "another text"]]}
     (tmp_path / "task.jsonl").write_text(json.dumps(record) + "\n")

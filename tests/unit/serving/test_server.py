@@ -5,31 +5,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
+import torch
 from starlette.testclient import TestClient
 
-from megatron_grit.config.schema import RunConfig
-from megatron_grit.errors import ConfigError
+from megatron_grit.config.options import SamplingOptions
+from megatron_grit.inference.generate import generate_tokens
 from megatron_grit.inference.model import GritModel
-from megatron_grit.serving import server
-from megatron_grit.training.trainer import train
-from tests.corpus import tiny_run
+from megatron_grit.serving import fields, server
 
 QUESTION = {"role": "user", "content": "what does the parser do when it opens?"}
 CONVERSATION = [
@@ -39,20 +29,6 @@ CONVERSATION = [
     {"role": "user", "content": "what does the queue do?"},
 ]
 EMBEDDINGS, CHAT = "/v1/embeddings", "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """An untrained model on disk."""
-    config = tiny_run(tmp_path_factory.mktemp("server"))
-    config.training.steps = 0
-    train(config)
-    return config
-
-
-@pytest.fixture(scope="module")
-def model(config: RunConfig) -> GritModel:
-    return GritModel.load(config.output_dir, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +66,7 @@ def test_embeddings_are_those_of_encode(client: TestClient, model: GritModel, in
 
 
 def test_one_text_and_its_tokens(client: TestClient, model: GritModel) -> None:
-    answer = client.post(EMBEDDINGS, json={"input": QUESTION["content"], "model": "another"}).json()
+    answer = client.post(EMBEDDINGS, json={"input": QUESTION["content"], "model": "tiny"}).json()
     (entry,) = answer["data"]
     np.testing.assert_array_equal(np.float32(entry["embedding"]), model.encode(QUESTION["content"]))
     assert answer["model"] == "tiny"
@@ -116,7 +92,8 @@ def test_an_answer_ends_at_its_stop(client: TestClient, model: GritModel, monkey
     assert answer["usage"]["completion_tokens"] == 32
     prompt = [model.tokenizer.bos_id, *model.tokenizer.encode(f"<|user|>\n{QUESTION['content']}\n<|assistant|>\n")]
     assert answer["usage"]["prompt_tokens"] == len(prompt)
-    tokens = server.generate_tokens(model.model, [prompt], max_new_tokens=32, stop_ids=())[0]
+    options = SamplingOptions(max_new_tokens=32)
+    tokens = generate_tokens(model.model, [prompt], options, stop_ids=(), max_positions=512)[0].tokens
     stop = tokens[-1]
     monkeypatch.setattr(model, "chat", replace(model.chat, end_ids=(stop,)))
     answer = client.post(CHAT, json={"messages": [QUESTION]}).json()
@@ -129,37 +106,163 @@ def test_an_answer_ends_at_its_stop(client: TestClient, model: GritModel, monkey
     [
         (EMBEDDINGS, {}, "input must be a string"),
         (EMBEDDINGS, {"input": 3}, "input must be a string"),
-        (EMBEDDINGS, {"input": [[1, 2]]}, "input must be a string"),
+        (EMBEDDINGS, {"input": [1, "a"]}, "text 0 holds 'a'; ids of tokens are from 0 to"),
+        (EMBEDDINGS, {"input": [[1, 2], [10**6]]}, "text 1 holds 1000000; ids of tokens"),
+        (EMBEDDINGS, {"input": [[]]}, "text 0 is empty"),
+        (EMBEDDINGS, {"input": [True]}, "text 0 holds True"),
+        (EMBEDDINGS, {"input": [None]}, "text 0 must be a string"),
+        (EMBEDDINGS, {"input": [{}]}, "text 0 must be a string"),
+        (EMBEDDINGS, {"input": "a", "dimensions": 0}, "dimensions must be at least 1, not 0"),
+        (EMBEDDINGS, {"input": "a", "dimensions": 65}, "dimensions must be at most 64"),
+        (EMBEDDINGS, {"input": "a", "dimensions": "9"}, "dimensions must be int or null, at least 1, not '9'"),
+        (EMBEDDINGS, {"input": "a", "side": "left"}, "side must be one of query, passage or null, not 'left'"),
+        (EMBEDDINGS, {"input": "a", "truncate": "END"}, "unknown field truncate"),
+        (EMBEDDINGS, {"input": "a", "instructions": "b"}, "unknown field instructions (did you mean instruction?)"),
         (EMBEDDINGS, {"input": []}, "no text to encode"),
         (EMBEDDINGS, {"input": ["a", " "]}, "text 1 is empty"),
         (EMBEDDINGS, {"input": "\ud800"}, "surrogate"),
         (EMBEDDINGS, {"input": ["a"] * 2049}, "at most 2048"),
-        (EMBEDDINGS, {"input": "a", "instruction": 1}, "instruction must be"),
+        (EMBEDDINGS, {"input": "a", "instruction": 1}, "instruction must be a string, not 1"),
         (EMBEDDINGS, {"input": "a", "instruction": "long " * 99}, "fills max_length 64"),
         (EMBEDDINGS, {"input": "a", "encoding_format": "int8"}, "encoding_format"),
-        (CHAT, {"messages": [QUESTION], "stream": True}, "stream is not supported"),
         (CHAT, {}, "messages must be a list"),
         (CHAT, {"messages": "hello"}, "messages must be a list"),
         (CHAT, {"messages": ["hello"]}, "messages must be a list"),
-        (CHAT, {"messages": []}, "last turn has to be the user's"),
+        (CHAT, {"messages": []}, "messages must be a list of"),
         (CHAT, {"messages": [QUESTION, QUESTION]}, "message 1 is of role user where assistant was expected"),
         (CHAT, {"messages": CONVERSATION[:3]}, "last turn has to be the user's"),
-        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content of message 0"),
-        (CHAT, {"messages": [{"role": "user", "content": "long " * 600}]}, "more than the 512"),
-        (CHAT, {"messages": [{"role": "user", "content": "long " * 100}], "max_tokens": 33}, "from 1 to 32"),
-        (CHAT, {"messages": [QUESTION], "max_tokens": 0}, "max_tokens must be an integer from 1"),
-        (CHAT, {"messages": [QUESTION], "max_tokens": 2.0}, "max_tokens must be an integer"),
-        (CHAT, {"messages": [QUESTION], "max_completion_tokens": "9"}, "max_completion_tokens must be"),
-        (CHAT, {"messages": [QUESTION], "temperature": -1}, "temperature must be a number from 0.0 to 2.0"),
-        (CHAT, {"messages": [QUESTION], "temperature": float("nan")}, "temperature must be"),
-        (CHAT, {"messages": [QUESTION], "temperature": True}, "temperature must be"),
-        (CHAT, {"messages": [QUESTION], "temperature": 1e-40}, "at least 0.01"),
-        (CHAT, {"messages": [QUESTION], "top_p": 1.1}, "top_p must be"),
-        (CHAT, {"messages": [QUESTION], "seed": 2**63}, "seed must be"),
+        (CHAT, {"messages": [{"role": "tool", "content": "4"}]}, "role of message 0 must be one of system, developer,"),
+        (CHAT, {"messages": [{"role": ["user"], "content": "4"}]}, "role of message 0 must be one of"),
+        (CHAT, {"messages": [{"role": "user", "content": " "}]}, "content of message 0 must not be empty"),
+        (CHAT, {"messages": [{"role": "user"}]}, "content of message 0 must be a string, not None"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a text in content of message 0"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content of message 0 must be a"),
+        (CHAT, {"messages": [QUESTION | {"tool_calls": [{}]}]}, "message 0 holds tool_calls"),
+        (CHAT, {"messages": [{"role": "user", "content": "long " * 600}]}, "tokens, and the model takes 512"),
+        (CHAT, {"messages": [QUESTION], "max_tokens": 33}, "max_tokens must be at least 1 and at most 32, not 33"),
+        (CHAT, {"messages": [QUESTION], "max_tokens": 0}, "max_tokens must be at least 1, not 0"),
+        (CHAT, {"messages": [QUESTION], "max_tokens": 2.0}, "max_tokens must be int, at least 1, not 2.0"),
+        (CHAT, {"messages": [QUESTION], "max_completion_tokens": "9"}, "max_completion_tokens must be int"),
+        (CHAT, {"messages": [QUESTION], "max_completion_tokens": 9, "max_tokens": 8}, "two names of one limit"),
+        (CHAT, {"messages": [QUESTION], "temperature": -1}, "temperature must be at least 0, not -1"),
+        (CHAT, {"messages": [QUESTION], "temperature": float("nan")}, "NaN is no JSON"),
+        (CHAT, {"messages": [QUESTION], "temperature": True}, "temperature must be float, at least 0, not True"),
+        (CHAT, {"messages": [QUESTION], "top_p": 0}, "top_p must be above 0 and at most 1, not 0"),
+        (CHAT, {"messages": [QUESTION], "top_p": 1.1}, "top_p must be above 0 and at most 1, not 1.1"),
+        (CHAT, {"messages": [QUESTION], "seed": 2**63}, "seed must be at most 9223372036854775807 in size"),
+        (CHAT, {"messages": [QUESTION], "seed": 10**4000}, "not an integer of 4001 digits"),
+        (CHAT, {"messages": [QUESTION], "stop": ["a"] * 5}, "stop must be at most 4 texts, not 5"),
+        (CHAT, {"messages": [QUESTION], "stop": [1]}, "stop must be a list"),
+        (CHAT, {"messages": [QUESTION], "stop": [""]}, "stop must not be empty"),
+        (CHAT, {"messages": [QUESTION], "top_k": 5}, "unknown field top_k"),
     ],
 )
 def test_a_body_that_cannot_be_used(client: TestClient, path: str, body: dict[str, Any], message: str) -> None:
-    assert message in error_of(client.post(path, content=json.dumps(body)))
+    answer = client.post(path, content=json.dumps(body))
+    assert message in error_of(answer)
+    named = [*body, "messages" if path == CHAT else "input", None]
+    assert answer.json()["error"]["param"] in named and answer.json()["error"]["code"] is None
+
+
+# What openai's client may send to /v1/chat/completions (openai/types/chat/completion_create_params.py of 3.57), each
+# with a value that asks for something which is not done.
+NOT_DONE: dict[str, Any] = {
+    "audio": {"voice": "alloy", "format": "wav"},
+    "frequency_penalty": 0.5,
+    "function_call": {"name": "f"},
+    "functions": [{"name": "f"}],
+    "logit_bias": {"5": 10},
+    "logprobs": True,
+    "modalities": ["text", "audio"],
+    "moderation": {"model": "omni"},
+    "n": 2,
+    "presence_penalty": -0.5,
+    "reasoning_effort": "high",
+    "response_format": {"type": "json_object"},
+    "store": True,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "tool_choice": "required",
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "top_logprobs": 2,
+    "verbosity": "low",
+    "web_search_options": {},
+}
+
+
+def test_what_changes_an_answer_is_done_or_refused(client: TestClient) -> None:
+    assert set(NOT_DONE) == set(fields.NEUTRAL)
+    for field, value in NOT_DONE.items():
+        answer = client.post(CHAT, json={"messages": [QUESTION], field: value})
+        assert f"{field} " in error_of(answer) and "is not supported; leave it out" in error_of(answer)
+        assert answer.json()["error"]["param"] == field
+    answer = client.post(CHAT, json={"messages": [QUESTION], "n": True})
+    assert "n True is not supported" in error_of(answer)
+
+
+def test_what_changes_nothing_is_accepted(client: TestClient) -> None:
+    body = {"messages": [QUESTION], "max_tokens": 4}
+    expected = client.post(CHAT, json=body).json()["choices"]
+    neutral = {field: values[0] for field, values in fields.NEUTRAL.items() if values}
+    for more in (neutral, dict.fromkeys(NOT_DONE), {field: "any" for field in fields.HARMLESS}):
+        assert client.post(CHAT, json=body | more).json()["choices"] == expected
+    with_name = {"messages": [QUESTION | {"name": "Ann", "refusal": None, "tool_calls": []}], "max_tokens": 4}
+    assert client.post(CHAT, json=with_name).json()["choices"] == expected
+
+
+def test_another_model_is_not_found(client: TestClient) -> None:
+    for path, body in ((CHAT, {"messages": [QUESTION]}), (EMBEDDINGS, {"input": "a"})):
+        answer = client.post(path, json=body | {"model": "gpt-4"})
+        assert "there is no model 'gpt-4' here, but 'tiny'" in error_of(answer, 404)
+        assert answer.json()["error"]["param"] == "model" and answer.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("instruction", ["Answer the question", None])
+def test_ids_of_tokens_are_the_text(client: TestClient, model: GritModel, instruction: str | None) -> None:
+    texts = ["The parser opens a file.", "a queue"]
+    ids = [tail for _, tail in model.embedding_tokens(texts, instruction)]
+    expected = client.post(EMBEDDINGS, json={"input": texts, "instruction": instruction}).json()
+    assert client.post(EMBEDDINGS, json={"input": ids, "instruction": instruction}).json() == expected
+    (one,) = client.post(EMBEDDINGS, json={"input": ids[1], "instruction": instruction}).json()["data"]
+    np.testing.assert_allclose(one["embedding"], model.encode(texts[1], instruction), atol=1e-6)
+
+
+def test_dimensions(client: TestClient, model: GritModel) -> None:
+    whole = model.encode(["a file", "a queue"])
+    answer = client.post(EMBEDDINGS, json={"input": ["a file", "a queue"], "dimensions": 16}).json()
+    cut = np.array([entry["embedding"] for entry in answer["data"]])
+    torch_cut = torch.nn.functional.normalize(torch.from_numpy(whole[:, :16]), dim=-1).numpy()
+    np.testing.assert_allclose(cut, torch_cut, atol=1e-7)
+    np.testing.assert_array_equal(cut.astype(np.float32), model.encode(["a file", "a queue"], dimensions=16))
+    packed = client.post(EMBEDDINGS, json={"input": "a file", "dimensions": 64, "encoding_format": "base64"}).json()
+    np.testing.assert_allclose(
+        np.frombuffer(base64.b64decode(packed["data"][0]["embedding"]), "<f4"), whole[0], atol=1e-6
+    )
+
+
+def test_text_parts_and_the_developer(client: TestClient, model: GritModel) -> None:
+    parts = [{"type": "text", "text": "what does the"}, {"type": "text", "text": "queue do?"}]
+    given = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
+    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "what does the\nqueue do?"}]
+    answer = client.post(CHAT, json={"messages": given, "max_tokens": 6}).json()
+    assert answer["choices"][0]["message"]["content"] == model.generate(plain, max_new_tokens=6)
+    assert answer["choices"][0]["message"]["content"] == model.generate(given, max_new_tokens=6)
+
+
+def test_stop_texts(client: TestClient, model: GritModel) -> None:
+    """An answer ends before the first of them, and no token is made after it."""
+    options = {"temperature": 2.0, "seed": 3}
+    body = {"messages": [QUESTION], "max_tokens": 30, **options}
+    whole = client.post(CHAT, json=body).json()["choices"][0]["message"]["content"]
+    for stop in (whole[9:14], [whole[20:22], whole[9:14], "never there"]):
+        expected = whole[: min(whole.find(one) for one in ([stop] if isinstance(stop, str) else stop) if one in whole)]
+        answer = client.post(CHAT, json=body | {"stop": stop}).json()
+        (choice,) = answer["choices"]
+        assert choice["message"]["content"] == expected and choice["finish_reason"] == "stop"
+        assert 0 < answer["usage"]["completion_tokens"] < 30
+        assert model.generate([QUESTION], max_new_tokens=30, stop=stop, **options) == expected
+    answer = client.post(CHAT, json=body | {"stop": "never there"}).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[1]", b"[" * 200_000, b'{"input": ' + b"9" * 5000 + b"}"])
@@ -181,11 +284,15 @@ def test_room_for_the_answer(client: TestClient, model: GritModel) -> None:
     answer = client.post(CHAT, json=body).json()
     usage = answer["usage"]
     assert usage["total_tokens"] == 512 and usage["completion_tokens"] < 32
-    assert "max_tokens is 32" in error_of(client.post(CHAT, json=body | {"max_tokens": 32}))
+    assert usage["completion_tokens"] > 1 and answer["choices"][0]["finish_reason"] == "length"
+    again = client.post(CHAT, json=body | {"max_tokens": 32}).json()
+    assert again["choices"] == answer["choices"] and again["usage"] == usage
+    (text,) = [choice["message"]["content"] for choice in answer["choices"]]
+    assert model.generate(body["messages"], max_new_tokens=10**9) == text
 
 
 def test_an_error_of_ours_is_500(client: TestClient, model: GritModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "encode", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(model, "embed", lambda *args, **options: 1 / 0)
     assert "internal error" in error_of(client.post(EMBEDDINGS, json={"input": "a"}), 500)
     monkeypatch.undo()
     assert client.post(EMBEDDINGS, json={"input": "a"}).status_code == 200
@@ -194,18 +301,18 @@ def test_an_error_of_ours_is_500(client: TestClient, model: GritModel, monkeypat
 def test_requests_wait_in_turn_and_health_does_not(
     client: TestClient, model: GritModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, entered, go_on, inside, most = model.encode, threading.Semaphore(0), threading.Event(), [0], [0]
+    embed, entered, go_on, inside, most = model.embed, threading.Semaphore(0), threading.Event(), [0], [0]
 
     def slow(*args: Any, **options: Any) -> Any:
         inside[0] += 1
         most[0] = max(most[0], inside[0])
         entered.release()
         assert go_on.wait(20), "nobody else was answered meanwhile"
-        result = encode(*args, **options)
+        result = embed(*args, **options)
         inside[0] -= 1
         return result
 
-    monkeypatch.setattr(model, "encode", slow)
+    monkeypatch.setattr(model, "embed", slow)
     with ThreadPoolExecutor() as pool:
         requests = [pool.submit(client.post, EMBEDDINGS, json={"input": text}) for text in ("a", "b")]
         assert entered.acquire(timeout=20)
@@ -215,8 +322,9 @@ def test_requests_wait_in_turn_and_health_does_not(
         go_on.set()
         answers = [request.result(timeout=20).json()["data"][0]["embedding"] for request in requests]
     assert most == [1]
+    monkeypatch.undo()
     for text, answer in zip(("a", "b"), answers, strict=True):
-        np.testing.assert_array_equal(np.float32(answer), encode(text))
+        np.testing.assert_array_equal(np.float32(answer), model.encode(text))
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -225,7 +333,7 @@ def test_nothing_is_computed_for_a_client_that_left(
 ) -> None:
     """It leaves while it waits for its turn, or in the middle of its body."""
     computed: list[Any] = []
-    monkeypatch.setattr(model, "encode", lambda *args, **options: computed.append(args))
+    monkeypatch.setattr(model, "embed", lambda *args, **options: computed.append(args))
     body = {"type": "http.request", "body": b'{"input": "a"}', "more_body": not whole}
     received, sent = iter([body, {"type": "http.disconnect"}]), []
 
@@ -239,62 +347,3 @@ def test_nothing_is_computed_for_a_client_that_left(
     scope = {"type": "http", "method": "POST", "path": EMBEDDINGS, "headers": [], "query_string": b""}
     asyncio.run(app(scope, receive, send))
     assert sent[0]["status"] == 499 and not computed
-
-
-@pytest.mark.parametrize("package", ["starlette", "uvicorn"])
-def test_a_missing_package_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=rf"needs {package}: pip install 'megatron-grit\[serve\]'"):
-        server.serve("nowhere")
-
-
-def test_an_address_that_cannot_be_used() -> None:
-    """It is found before the checkpoint is looked for."""
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="in use; choose another"):
-        server.serve("nowhere", port=taken.getsockname()[1])
-    for options in ({"port": 70_000}, {"host": "no.such.host.invalid"}):
-        with pytest.raises(ConfigError, match="cannot listen"):
-            server.serve("nowhere", **options)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
-def test_other_machines_are_warned_of(
-    host: str, warned: bool, model: GritModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    messages: list[str] = []
-    monkeypatch.setattr(GritModel, "load", lambda *args, **options: model)
-    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: messages.append("run"))
-    for level in ("info", "warning"):
-        monkeypatch.setattr(server.LOGGER, level, lambda text, *values: messages.append(text % values))
-    server.serve("runs/tiny", host=host, port=0)
-    assert ("no authentication" in messages[0]) == warned
-    assert messages[-2].startswith("serving tiny on http://") and messages[-1] == "run"
-
-
-@pytest.mark.slow
-def test_a_real_process(config: RunConfig, repository: Path) -> None:
-    command = [sys.executable, "-m", "megatron_grit.cli.serve", "--checkpoint", config.output_dir, "--device", "cpu"]
-    # Loading a model in this process has made it rank 0 of a job; the server is a job of its own.
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    process = subprocess.Popen(
-        [*command, "--port", "0"], cwd=repository, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    guard = threading.Timer(200, process.kill)
-    guard.start()
-    try:
-        line = process.stderr.readline()
-        found = re.search(r"serving run on (http://127\.0\.0\.1:\d+)\n", line)
-        assert found, line + process.stderr.read()
-        with urllib.request.urlopen(f"{found[1]}/health", timeout=60) as response:
-            assert json.load(response) == {"status": "ok"}
-        body = json.dumps({"messages": [QUESTION], "max_tokens": 4}).encode()
-        with urllib.request.urlopen(found[1] + CHAT, data=body, timeout=60) as response:
-            assert json.load(response)["usage"]["completion_tokens"] <= 4
-        process.send_signal(signal.SIGTERM)
-        _, messages = process.communicate(timeout=60)
-    finally:
-        guard.cancel()
-        process.kill()
-    assert process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM), messages
-    assert messages == ""

@@ -1,0 +1,113 @@
+"""What callers give to be answered or embedded, checked by one rule for the command line, programs and the server."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_grit.config.knob import text_problem
+from megatron_grit.config.values import shortened
+from megatron_grit.errors import DataError
+
+Conversation = list[dict[str, str]]
+"""Messages with "role" (system, user or assistant) and "content"."""
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""developer is the name that OpenAI's newer models have for system."""
+_EMPTY = {"refusal", "tool_calls", "function_call", "audio", "annotations", "reasoning_content"}
+"""Keys of messages that clients send back as they got them: of no meaning while nothing is in them."""
+
+
+def read_conversations(given: Any) -> tuple[list[Conversation], bool]:
+    """Conversations to answer, and whether a single one was given, rather than a list of them.
+
+    Args:
+        given: a prompt of the user's, a list of messages, or a list of prompts and lists of messages.
+
+    Raises:
+        DataError: there is none, or one is empty, of other types, or of roles or texts that there are not.
+    """
+    if isinstance(given, str):
+        return [read_messages(given)], True
+    if isinstance(given, Sequence) and given and isinstance(given[0], Mapping):
+        return [read_messages(given)], True
+    if not isinstance(given, Sequence) or not given:
+        raise DataError("there is nothing to answer; give a prompt, messages, or several of them")
+    return [read_messages(one) for one in given], False
+
+
+def read_messages(given: Any) -> Conversation:
+    """Messages of one conversation; a text is what the user says.
+
+    Raises:
+        DataError: as :func:`read_conversations`; names the message.
+    """
+    if isinstance(given, str):
+        return [{"role": "user", "content": _filled(given, "prompt")}]
+    if not isinstance(given, Sequence) or not given or not all(isinstance(message, Mapping) for message in given):
+        raise DataError('messages must be a list of {"role": ..., "content": ...}, not empty')
+    return [_read_message(message, number) for number, message in enumerate(given)]
+
+
+def _read_message(message: Mapping[str, Any], number: int) -> dict[str, str]:
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise DataError(f"the role of message {number} must be one of {', '.join(_ROLES)}, not {shortened(role)}")
+    for key, value in message.items():
+        if key not in ("role", "content", "name") and not (key in _EMPTY and not value):
+            raise DataError(f"message {number} holds {key}, which this model's template has no place for; leave it out")
+    name, content = f"content of message {number}", message.get("content")
+    if isinstance(content, list):
+        if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+            raise DataError(f'{name} must be a string, or a list of {{"type": "text", "text": ...}} alone')
+        content = "\n".join(check_text(part.get("text"), f"a text in {name}") for part in content)
+    content = _filled(content, name) if role == "user" else check_text(content, name)
+    return {"role": _ROLES[role], "content": content}
+
+
+def check_text(value: Any, name: str) -> str:
+    """The value, if it is a text that a tokenizer takes.
+
+    Raises:
+        DataError: it is no text or no valid Unicode; begins with ``name``.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{name} must be a string, not {shortened(value)}")
+    if (problem := text_problem(value)) is not None:
+        raise DataError(f"{name} {problem}")
+    return value
+
+
+def _filled(value: Any, name: str) -> str:
+    if not check_text(value, name).strip():
+        raise DataError(f"{name} must not be empty")
+    return value
+
+
+def read_texts(given: Any, vocab_size: int) -> tuple[list[str | list[int]], bool]:
+    """Texts to embed, each a string or the ids of its tokens, and whether a single string was given.
+
+    Raises:
+        DataError: there is none, or one is empty, of another type, or of ids outside the vocabulary; names it.
+    """
+    several = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else given
+    if not isinstance(several, list):
+        raise DataError(f"texts must be a string or a list of strings, not {shortened(given)}")
+    if not several:
+        raise DataError("there is no text to encode")
+    return [_read_text(text, f"text {number}", vocab_size) for number, text in enumerate(several)], several[0] is given
+
+
+def _read_text(text: Any, name: str, vocab_size: int) -> str | list[int]:
+    if isinstance(text, Sequence) and not isinstance(text, str | bytes):
+        for index in text:
+            is_id = isinstance(index, numbers.Integral) and not isinstance(index, bool)
+            if not is_id or not 0 <= index < vocab_size:
+                raise DataError(f"{name} holds {shortened(index)}; ids of tokens are from 0 to {vocab_size - 1}")
+        if not text:
+            raise DataError(f"{name} is empty; there is nothing to pool")
+        return [int(index) for index in text]
+    if not check_text(text, name).strip():
+        raise DataError(f"{name} is empty; there is nothing to pool")
+    return text
