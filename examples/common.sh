@@ -159,7 +159,7 @@ environment_key() { { requirements "$1" "$2" && cat "$(constraints_for "$1")"; }
 required() {
     [[ -n "${!1:-}" ]] && return
     [[ "${DRY_RUN:-0}" == 1 ]] || die "set $1 to $2"
-    printf -v "$1" '%s' "\$$1"
+    printf -v "$1" '%s' "$1"  # stands for the path in what is printed
 }
 
 # yaml_list WORD...: one argument for an option that takes a list.

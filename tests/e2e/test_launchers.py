@@ -60,12 +60,12 @@ def test_dry_run(name: str, environment: dict[str, str], repository: Path, tmp_p
     resolved = yaml.safe_load(result.stdout)
     assert resolved["training"]["seed"] == 7, "options of the command line do not reach the run"
     expected = {
-        "tokenizer": environment.get("TOKENIZER", "$TOKENIZER"),
-        "embedding": environment.get("EMBEDDING_DATA", "$EMBEDDING_DATA").split(),
-        "generative": environment.get("GENERATIVE_DATA", "$GENERATIVE_DATA").split(),
+        "tokenizer": environment.get("TOKENIZER", "TOKENIZER"),
+        "embedding": environment.get("EMBEDDING_DATA", "EMBEDDING_DATA").split(),
+        "generative": environment.get("GENERATIVE_DATA", "GENERATIVE_DATA").split(),
     }
     assert {key: resolved["data"][key] for key in expected} == expected
-    assert resolved["checkpoint"]["load"] == environment.get("CHECKPOINT", "$CHECKPOINT")
+    assert resolved["checkpoint"]["load"] == environment.get("CHECKPOINT", "CHECKPOINT")
     assert list(tmp_path.iterdir()) == [], "a dry run wrote something"
 
 
@@ -195,7 +195,7 @@ def test_dry_run_of_sgpt(name: str, environment: dict[str, str], repository: Pat
     resolved = yaml.safe_load(result.stdout)
     assert resolved["training"]["seed"] == 7
     assert (resolved["model"]["num_layers"], resolved["model"]["rotary_interleaved"]) == (28, True)
-    assert resolved["data"]["embedding"] == environment.get("EMBEDDING_DATA", "$EMBEDDING_DATA").split()
+    assert resolved["data"]["embedding"] == environment.get("EMBEDDING_DATA", "EMBEDDING_DATA").split()
     assert list(tmp_path.iterdir()) == []
 
 
