@@ -136,7 +136,8 @@ def test_what_is_called_before_a_pass_ends_it(model: GritDecoder) -> None:
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0"),
         ({"top_p": np.float32(1.5)}, "top_p must be above 0 and at most 1, not 1.5"),
         ({"seed": 2**63}, "seed must be at most 9223372036854775807 in size"),
-        ({"seed": None}, "seed must be int, not None"),
+        ({"seed": None}, "seed must be int, at least 0, not None"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
         ({"stop": ["a"] * 5}, "stop must be at most 4 texts, not 5"),
         ({"stop": "a"}, "stop must be a list"),
         ({"stop": ["\ud800"]}, "stop holds half of a surrogate pair"),
@@ -149,4 +150,4 @@ def test_sampling_that_cannot_be(options: dict[str, Any], message: str) -> None:
 
 
 def test_sampling_that_can_be() -> None:
-    SamplingOptions(max_new_tokens=np.int64(3), temperature=2, top_p=1, seed=-5, stop=("a", "b"))  # type: ignore[arg-type]
+    SamplingOptions(max_new_tokens=np.int64(3), temperature=2, top_p=1, seed=5, stop=("a", "b"))  # type: ignore[arg-type]
