@@ -43,6 +43,13 @@ def problems(config: RunConfig, multiple: int) -> Iterator[Problem]:
             f"{BATCH} {training.embedding_batch_size} cannot be cut into {config.loss.num_blocks} blocks of equal size "
             "(loss.num_blocks)",
         )
+    elif training.embedding_batch_size == config.loss.num_blocks and config.data.train_group_size < 2:
+        yield Problem(
+            BATCH,
+            f"{BATCH} {training.embedding_batch_size} with loss.num_blocks {config.loss.num_blocks} and "
+            f"data.train_group_size {config.data.train_group_size} leaves no negative for a query, so that its loss is "
+            "always 0; raise the batch or the group",
+        )
 
 
 def plan_rows(config: RunConfig, data_size: int, lengths: TextLengths) -> RowWorkload:

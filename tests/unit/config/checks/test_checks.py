@@ -92,6 +92,8 @@ CONTRADICTIONS = [
     (["model.attention_backend=te", "parallel.device=cpu"], "needs a GPU"),
     (["loss.grit_world_size=8"], "only with loss.emb_grad_scale grit"),
     (["loss.num_blocks=3", "training.embedding_batch_size=8"], "cannot be cut into 3 blocks of equal size"),
+    (["training.embedding_batch_size=1", "data.train_group_size=1"], "leaves no negative for a query"),
+    (["loss.num_blocks=8", "training.embedding_batch_size=8", "data.train_group_size=1"], "leaves no negative"),
     (["loss.num_blocks=2", "loss.negatives=hard"], "no effect with loss.negatives hard"),
     (["optimizer.min_lr=1"], "is above optimizer.lr"),
     (["training.steps=3", "optimizer.warmup_steps=4"], "is above training.steps 3"),
