@@ -39,8 +39,8 @@ def test_dry_run(environment: dict[str, str], repository: Path, tmp_path: Path) 
     assert value_of["--tasks"] == "embed" and value_of["--chunk_length"] == "32"
     assert value_of["--nproc-per-node"] == ("2" if "SCALE" in environment else "8")
     if "SCALE" not in environment:
-        assert json.loads(value_of["--data_paths"]) == environment.get("DATA", "$DATA").split()
-        assert value_of["--embedder"] == environment.get("EMBEDDER", "$EMBEDDER")
+        assert json.loads(value_of["--data_paths"]) == environment.get("DATA", "DATA").split()
+        assert value_of["--embedder"] == environment.get("EMBEDDER", "EMBEDDER")
     assert list(tmp_path.iterdir()) == [], "a dry run wrote something"
 
 

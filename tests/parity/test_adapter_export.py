@@ -214,7 +214,9 @@ def test_the_commands(trained: tuple[str, RunConfig], directory: Path, tmp_path:
     cli([*convert, "--to", str(tmp_path / "a"), "--adapter-only"]).check_returncode()
     merged = their_logits(load_hf(tmp_path / "m"), config)
     assert apart(merged, our_logits(config.output_dir)) < TOLERANCE
-    assert {file.name for file in (tmp_path / "a").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    written = {file.name for file in (tmp_path / "a").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json"} <= written
+    assert not any(name.startswith("model") for name in written), "no weights but the adapters'"
     result = cli([*convert, "--to", str(tmp_path / "n")])
     assert result.returncode == 2 and "give --merge" in result.stderr and "Traceback" not in result.stderr
     assert np.isfinite(merged.numpy()).all()
