@@ -209,7 +209,7 @@ def test_texts_for_a_tokenizer(write_jsonl) -> None:
 @pytest.fixture
 def tool(repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs a tool of tools/preprocess in this process: status, standard output, standard error."""
-    monkeypatch.setattr("megatron_grit.cli.main.configure_logging", lambda: None)
+    monkeypatch.setattr("megatron_grit.parallel.failures.configure_logging", lambda: None)
 
     def run(name: str, *arguments: object) -> tuple[int, str, str]:
         path = repository / "tools" / "preprocess" / name
