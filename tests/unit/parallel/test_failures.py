@@ -53,7 +53,7 @@ def test_who_waits_with_an_error_of_the_user(
 def test_a_rank_that_ends_because_of_another_says_so_and_lets_that_one_be_seen_first(
     naps: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    in_job(monkeypatch, 3)
+    in_job(monkeypatch, 3, 4)
     path = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
     monkeypatch.setattr(failures.time, "sleep", lambda seconds: naps.append(path.exists()))

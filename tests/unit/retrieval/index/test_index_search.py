@@ -328,8 +328,8 @@ def test_under_a_launcher_each_process_has_one(
 ) -> None:
     fake = with_gpus(4)
     assert gpus_of_process().devices == [0, 1, 2, 3]
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    for name, value in {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
     assert gpus_of_process().devices == [3]
     vectors = np.eye(4, dtype=np.float32)
     assert exact_search(vectors, vectors, 1, "l2")[1].ravel().tolist() == [0, 1, 2, 3]
