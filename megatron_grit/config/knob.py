@@ -28,11 +28,11 @@ def knob(default: Any = dataclasses.MISSING, **facts: Any) -> Any:
 
     Args:
         default: its default; lists are copied for each instance. Left out: the field has to be given.
-        facts: ``at_least``, ``above``, ``at_most`` and ``below`` bound a number, or each number of a list. Of a model:
-            ``path=True``: of a text, or a list of them, that it is a path, in which ``~`` and ``$NAME`` are replaced.
-            ``in_files=False``, where Hugging Face's config.json does not hold it; ``in_weights=False``, where trained
-            weights do not depend on it. ``may_change``: whether a resumed run may have another value. ``text``: it is
-            for a tokenizer, which takes valid Unicode only. For command lines, see
+        facts: ``at_least``, ``above``, ``at_most`` and ``below`` bound a number, or each number of a list.
+            ``path=True``: a text, or each text of a list, is a path, in which ``~`` and ``$NAME`` are replaced. Of a
+            model: ``in_files=False``, where Hugging Face's config.json does not hold it; ``in_weights=False``, where
+            trained weights do not depend on it. ``may_change``: whether a resumed run may have another value.
+            ``text``: it is for a tokenizer, which takes valid Unicode only. For command lines, see
             :mod:`megatron_grit.config.commands`.
     """
     if isinstance(default, list | dict):
