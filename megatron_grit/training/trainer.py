@@ -229,7 +229,7 @@ class Trainer:
             audit(config, self.context, self.wrapped, self.tokenizer, first)
         if start < last:
             self._check_restored(start)
-        log.info("the first step takes longer, because kernels are compiled")
+        log.info("training; the first step takes longer than the others")
         positions.enter("loading data", start + 1)
         for batch in self.loader.iterate(start, last):
             began = time.perf_counter()
