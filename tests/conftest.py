@@ -30,7 +30,7 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, max_exa
 settings.load_profile("repeatable")
 
 
-pytest_plugins = ["tests.harness.slots"]
+pytest_plugins = ["tests.harness.slots", "tests.harness.tiny_model"]
 
 # Files with jobs of several processes take longest: begun last, they would keep one worker busy while others are idle.
 DEAR_FOLDERS = ("tests/distributed/", "tests/e2e/")

@@ -18,9 +18,9 @@ from megatron_grit.config.options import ModelOptions, SamplingOptions
 class GenerateOptions(SamplingOptions, ModelOptions):
     """What is answered, and how."""
 
-    prompt: str = knob()
+    prompt: str = knob(text=True)
     """What the user says."""
-    system: str | None = None
+    system: str | None = knob(None, text=True, empty=True)
     """A system message before it, for the template to place."""
     chat_template: str | None = knob(None, path=True)
     """In which the prompt is written: tulu, gritlm, zephyr, llama2, chatml, tokenizer or your own .yaml file. null: the

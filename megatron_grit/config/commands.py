@@ -30,8 +30,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from megatron_grit.config.knob import expanded, range_problem, range_text
-from megatron_grit.config.values import BOOLEANS, convert, describe_type, documents, item_type, takes_null, takes_word
+from megatron_grit.config.knob import expanded, may_be_empty, range_problem, range_text
+from megatron_grit.config.values import (
+    BOOLEANS,
+    convert,
+    describe_type,
+    documents,
+    item_type,
+    shortened,
+    takes_null,
+    takes_word,
+)
 from megatron_grit.errors import ConfigError
 
 Options = TypeVar("Options")
@@ -92,8 +101,8 @@ class Option:
             try:
                 return facts["read"](text)
             except ValueError as error:
-                raise ConfigError(f"{self.shown} {text!r} {error}") from None
-        is_null = len(texts) == 1 and text == facts.get("null", "null")
+                raise ConfigError(f"{self.shown} {shortened(text)} {error}") from None
+        is_null = len(texts) == 1 and text == facts.get("null", "null") and not facts.get("verbatim")
         if takes_null(self.hint) and (is_null or texts == ["~"]):
             return None
         value: Any = text
@@ -106,7 +115,7 @@ class Option:
                 raise ValueError(text)
             value = convert(self.hint, value)
         except ValueError:
-            told = "null" if is_null else repr(text if item is None or len(texts) == 1 else texts)
+            told = "null" if is_null else shortened(text if item is None or len(texts) == 1 else texts)
             limits = f", {range_text(self.field)}" if range_text(self.field) else ""
             raise ConfigError(f"{self.shown} must be {describe_type(self.hint)}{limits}, not {told}") from None
         try:
@@ -120,7 +129,7 @@ class Option:
         Raises:
             ConfigError: names the option.
         """
-        if "" in (value if isinstance(value, list | tuple) else [value]) and (self.required or self.default != ""):
+        if "" in (value if isinstance(value, list | tuple) else [value]) and not may_be_empty(self.field):
             raise ConfigError(f"{self.shown} must not be empty")
         if (problem := range_problem(self.field, value)) is not None:
             raise ConfigError(f"{self.shown} {problem}")

@@ -9,6 +9,7 @@ import math
 import numbers
 import os
 import re
+import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ _BOUNDS = ("at_least", "above", "at_most", "below")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 _LARGEST = (1 << 63) - 1
 """Integers beyond it fit into no array and no tensor."""
+_LARGEST_FLOAT = sys.float_info.max
 
 
 def knob(default: Any = dataclasses.MISSING, **facts: Any) -> Any:
@@ -32,8 +34,8 @@ def knob(default: Any = dataclasses.MISSING, **facts: Any) -> Any:
             ``path=True``: a text, or each text of a list, is a path, in which ``~`` and ``$NAME`` are replaced. Of a
             model: ``in_files=False``, where Hugging Face's config.json does not hold it; ``in_weights=False``, where
             trained weights do not depend on it. ``may_change``: whether a resumed run may have another value.
-            ``text``: it is for a tokenizer, which takes valid Unicode only. For command lines, see
-            :mod:`megatron_grit.config.commands`.
+            ``text``: it is for a tokenizer, which takes valid Unicode only. ``empty``: it may be an empty text, as any
+            field may whose default is one. For command lines, see :mod:`megatron_grit.config.commands`.
     """
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=facts)
@@ -63,10 +65,14 @@ def check_values(options: Any) -> None:
 
 
 class Checked:
-    """Base of a dataclass whose values are right wherever it is made."""
+    """Base of a dataclass whose values are right wherever it is made. Integers for fractions are made fractions."""
 
     def __post_init__(self) -> None:
         check_values(self)
+        cls: type = type(self)
+        for name, hint in _hints(cls).items():
+            if hint is float:
+                setattr(self, name, float(getattr(self, name)))
 
 
 @functools.cache
@@ -83,9 +89,14 @@ def value_problem(cls: type, name: str, value: Any) -> str | None:
     for text in [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []:
         if isinstance(text, str) and field.metadata.get("text") and (problem := text_problem(text)):
             return problem
-        if text == "" and field.default != "":
+        if text == "" and not may_be_empty(field):
             return "must not be empty"
     return range_problem(field, value)
+
+
+def may_be_empty(field: dataclasses.Field) -> bool:
+    """Whether an empty text is a value of a field."""
+    return bool(field.metadata.get("empty")) or field.default == ""
 
 
 def text_problem(text: str) -> str | None:
@@ -112,11 +123,11 @@ def range_problem(field: dataclasses.Field, value: Any) -> str | None:
         )
         if not inside:
             return f"must be {range_text(field) or 'a number'}, not {shortened(number)}"
-        if isinstance(number, numbers.Integral):
+        if isinstance(number, numbers.Integral) and "float" not in str(field.type):
             if abs(int(number)) > _LARGEST:
                 return f"must be at most {_LARGEST} in size, not {shortened(number)}"
-        elif math.isinf(number):
-            return f"must be a finite number, not {number}"
+        elif abs(typing.cast(float, number)) > _LARGEST_FLOAT:
+            return f"must be a finite number, not {shortened(number)}"
     return None
 
 

@@ -17,6 +17,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 """developer is the name that OpenAI's newer models have for system."""
 _EMPTY = {"refusal", "tool_calls", "function_call", "audio", "annotations", "reasoning_content"}
 """Keys of messages that clients send back as they got them: of no meaning while nothing is in them."""
+EMPTY_TEXT = "is empty; there is nothing to pool"
 
 
 def read_conversations(given: Any) -> tuple[list[Conversation], bool]:
@@ -85,18 +86,24 @@ def _filled(value: Any, name: str) -> str:
     return value
 
 
-def read_texts(given: Any, vocab_size: int) -> tuple[list[str | list[int]], bool]:
-    """Texts to embed, each a string or the ids of its tokens, and whether a single string was given.
+def read_texts(given: Any, vocab_size: int, name: str = "texts") -> tuple[list[str | list[int]], bool]:
+    """Texts to embed, each a string or the ids of its tokens, and whether a single one was given.
+
+    Args:
+        given: a text, the ids of one, or a list of either.
+        vocab_size: number of ids.
+        name: of what is given, in errors.
 
     Raises:
         DataError: there is none, or one is empty, of another type, or of ids outside the vocabulary; names it.
     """
-    several = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else given
-    if not isinstance(several, list):
-        raise DataError(f"texts must be a string or a list of strings, not {shortened(given)}")
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        raise DataError(f"{name} must be a string, a list of strings, or ids of tokens, not {shortened(given)}")
+    single = isinstance(given, str) or (bool(given) and isinstance(given[0], numbers.Integral))
+    several = [given] if single else given
     if not several:
         raise DataError("there is no text to encode")
-    return [_read_text(text, f"text {number}", vocab_size) for number, text in enumerate(several)], several[0] is given
+    return [_read_text(text, f"text {number}", vocab_size) for number, text in enumerate(several)], single
 
 
 def _read_text(text: Any, name: str, vocab_size: int) -> str | list[int]:
@@ -106,8 +113,8 @@ def _read_text(text: Any, name: str, vocab_size: int) -> str | list[int]:
             if not is_id or not 0 <= index < vocab_size:
                 raise DataError(f"{name} holds {shortened(index)}; ids of tokens are from 0 to {vocab_size - 1}")
         if not text:
-            raise DataError(f"{name} is empty; there is nothing to pool")
+            raise DataError(f"{name} {EMPTY_TEXT}")
         return [int(index) for index in text]
     if not check_text(text, name).strip():
-        raise DataError(f"{name} is empty; there is nothing to pool")
+        raise DataError(f"{name} {EMPTY_TEXT}")
     return text

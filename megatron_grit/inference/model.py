@@ -126,7 +126,7 @@ class GritModel:
 
     def encode(
         self,
-        texts: str | Sequence[str | Sequence[int]],
+        texts: str | Sequence[int] | Sequence[str | Sequence[int]],
         instruction: str | None = EmbeddingOptions.instruction,
         *,
         side: Side | None = EmbeddingOptions.side,
@@ -153,7 +153,7 @@ class GritModel:
             progress: show a bar from 256 texts on.
 
         Returns:
-            float32 [len(texts), dimensions], or [dimensions] for one string.
+            float32 [len(texts), dimensions], or [dimensions] for one text.
 
         Raises:
             DataError: a text is empty or no text, the instruction alone fills ``max_length``, or the model needs a side

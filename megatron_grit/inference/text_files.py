@@ -16,6 +16,7 @@ import numpy as np
 from megatron_grit import compat
 from megatron_grit.data.text.lines import Line, read_lines
 from megatron_grit.errors import DataError
+from megatron_grit.inference.messages import EMPTY_TEXT
 from megatron_grit.store.digest import digest_of_files
 from megatron_grit.store.files import check_output, check_room
 from megatron_grit.store.logs import get_logger
@@ -56,7 +57,7 @@ class TextFile:
         count, digest = 0, hashlib.sha256()
         for line in self.lines():
             if not line.text().strip():
-                raise line.error("an empty line has no embedding; remove it")
+                raise line.error(EMPTY_TEXT)
             digest.update(line.text().encode() + b"\n")
             count += 1
         if not count:

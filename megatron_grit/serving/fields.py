@@ -130,9 +130,8 @@ def read_sampling(body: Json, most_new_tokens: int) -> SamplingOptions:
     if len(set(lengths.values())) > 1:
         raise RequestError("max_tokens and max_completion_tokens are two names of one limit; give one", "max_tokens")
     values = {field: read_value(body, field, SamplingOptions) for field in ("temperature", "top_p", "seed")}
-    stop = body.get("stop") or []
-    if isinstance(stop, str):
-        stop = [stop]
+    stop = body.get("stop")
+    stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if (problem := value_problem(SamplingOptions, "stop", stop)) is not None:
         raise RequestError(f"stop {problem}", "stop")
     return SamplingOptions(max_new_tokens=min([most_new_tokens, *lengths.values()]), stop=stop, **values)

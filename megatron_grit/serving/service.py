@@ -8,9 +8,10 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from megatron_grit.config.knob import value_problem
 from megatron_grit.config.options import EmbeddingOptions, ServingLimits
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.inference.messages import check_text, read_messages, read_texts
+from megatron_grit.inference.messages import read_messages, read_texts
 from megatron_grit.inference.model import GritModel
 from megatron_grit.serving import fields
 from megatron_grit.serving.fields import Json, RequestError, check_fields, read_value
@@ -54,24 +55,20 @@ class Service:
         """
         check_fields(body, fields.EMBEDDINGS, self.name)
         given = body.get("input")
-        if not isinstance(given, str | list):
-            raise RequestError("input must be a string, a list of strings, or ids of tokens", "input")
-        if isinstance(given, str) or (given and isinstance(given[0], int)):
-            given = [given]
-        if len(given) > MAX_TEXTS:
-            raise RequestError(f"input holds {len(given)} texts; send at most {MAX_TEXTS} at a time", "input")
-        texts, _ = _of_field("input", lambda: read_texts(given, self.model.tokenizer.vocab_size))
-        instruction = body.get("instruction", "")
-        if instruction is not None:
-            _of_field("instruction", lambda: check_text(instruction, "instruction"))
+        texts, _ = _of_field("input", lambda: read_texts(given, self.model.tokenizer.vocab_size, "input"))
+        if len(texts) > MAX_TEXTS:
+            raise RequestError(f"input holds {len(texts)} texts; send at most {MAX_TEXTS} at a time", "input")
+        instruction = body.get("instruction", EmbeddingOptions.instruction)  # null: the bare text
+        if (problem := value_problem(EmbeddingOptions, "instruction", instruction)) is not None:
+            raise RequestError(f"instruction {problem}", "instruction")
         options = EmbeddingOptions(
             instruction=instruction,
             side=read_value(body, "side", EmbeddingOptions),
             dimensions=read_value(body, "dimensions", EmbeddingOptions),
             max_length=self.max_length,
         )
-        encoding = body.get("encoding_format") or "float"
-        if encoding not in ("float", "base64"):
+        encoding = body.get("encoding_format")
+        if encoding not in (None, "float", "base64"):
             raise RequestError("encoding_format must be float or base64", "encoding_format")
 
         def job(before_pass: Callable[[], None] | None = None) -> Json:

@@ -16,27 +16,17 @@ from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError, DataError
 from megatron_grit.inference.model import GritModel
 from megatron_grit.models.decoder import Output
-from megatron_grit.training.trainer import train
-from tests.corpus import sentences, tiny_run
+from tests.corpus import sentences
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run of two steps on one process."""
-    config = tiny_run(tmp_path_factory.mktemp("model"))
-    config.training.steps = 2
-    train(config)
-    return config
+def model(trained_run: RunConfig) -> GritModel:
+    return GritModel.load(trained_run.output_dir, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def model(config: RunConfig) -> GritModel:
-    return GritModel.load(config.output_dir, device="cpu")
-
-
-def test_encode_equals_the_training_pass(config: RunConfig, model: GritModel) -> None:
+def test_encode_equals_the_training_pass(trained_run: RunConfig, model: GritModel) -> None:
     """Queries of a training batch, embedded as text, give what their packed rows give."""
-    loader = GritDataLoader(config, load_tokenizer(str(config.data.tokenizer)))
+    loader = GritDataLoader(trained_run, load_tokenizer(str(trained_run.data.tokenizer)))
     batch = loader.batch(0)
     pairs = sentences(96)
     for row in batch.rows_of("embedding"):
@@ -69,10 +59,10 @@ def test_the_instruction_matters(model: GritModel) -> None:
     assert np.abs(empty - instructed).max() > 1e-3
 
 
-def test_token_losses_are_those_of_training(config: RunConfig, model: GritModel) -> None:
+def test_token_losses_are_those_of_training(trained_run: RunConfig, model: GritModel) -> None:
     """The mean over a batch's records equals the batch's loss from its own rows."""
-    sums, counts = model.token_losses(config.data.generative[0])
-    loader = GritDataLoader(config, load_tokenizer(str(config.data.tokenizer)))
+    sums, counts = model.token_losses(trained_run.data.generative[0])
+    loader = GritDataLoader(trained_run, load_tokenizer(str(trained_run.data.tokenizer)))
     batch = loader.batch(0)
     total, records = 0.0, []
     for row in batch.rows_of("generative"):
@@ -94,6 +84,14 @@ def test_generate(model: GritModel) -> None:
     assert isinstance(answers, list) and answers[0] == answer
 
 
+def test_the_ids_of_one_text_are_one_text(model: GritModel) -> None:
+    ids = model.embedding_tokens(["The parser opens a file."])[0][1]
+    one = model.encode(ids)
+    assert one.shape == (64,)
+    np.testing.assert_array_equal(one, model.encode([ids])[0])
+    np.testing.assert_allclose(one, model.encode("The parser opens a file."), atol=1e-6)
+
+
 def test_texts_are_cut_at_the_last_position(model: GritModel, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "The parser opens a file. " * 20
     expected = model.encode(text, max_length=16)
@@ -101,10 +99,12 @@ def test_texts_are_cut_at_the_last_position(model: GritModel, monkeypatch: pytes
     np.testing.assert_array_equal(model.encode(text, max_length=10**6), expected)
 
 
-def test_records_beyond_the_last_position(config: RunConfig, model: GritModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_beyond_the_last_position(
+    trained_run: RunConfig, model: GritModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(model.config.model, "max_position_embeddings", 8)
     with pytest.raises(DataError, match=r"record 0 has \d+ tokens, and the model takes 8"):
-        model.token_losses(config.data.generative[0])
+        model.token_losses(trained_run.data.generative[0])
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_conversations_that_cannot_be(model: GritModel, given: Any, message: str
     ("given", "options", "message"),
     [
         ([], {}, "there is no text to encode"),
-        (None, {}, "texts must be a string or a list of strings, not None"),
-        ({"a": 1}, {}, "texts must be a string or a list of strings"),
+        (None, {}, "texts must be a string, a list of strings, or ids of tokens, not None"),
+        ({"a": 1}, {}, "texts must be a string, a list of strings, or ids of tokens"),
         (["a", 5], {}, "text 1 must be a string, not 5"),
         (["a", b"b"], {}, "text 1 must be a string"),
         (["a\udcff"], {}, "text 0 holds half of a surrogate pair"),

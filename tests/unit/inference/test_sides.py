@@ -1,4 +1,4 @@
-"""A model that tells queries from passages: trained from a base without its options, saved, loaded, called."""
+"""A model that tells queries from passages: trained from a model without its options, saved, loaded, called."""
 
 from __future__ import annotations
 
@@ -25,31 +25,22 @@ SIDES: tuple[Literal["query", "passage"], ...] = ("query", "passage")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run without steps, whose vocabulary is the tokenizer's."""
-    config = tiny_run(tmp_path_factory.mktemp("base"))
-    config.training.steps = 0
-    train(config)
-    return config
-
-
-@pytest.fixture(scope="module")
-def config(base: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def config(trained_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Two steps from there with new tokens, under the audit; linear layers would be missing from the base."""
-    config = tiny_run(Path(base.output_dir).parent)
+    config = tiny_run(Path(trained_run.output_dir).parent)
     config.output_dir = str(tmp_path_factory.mktemp("sides"))
     config.embedding.brackets, config.embedding.side_tokens, config.embedding.pooling = "speca", True, "weightedmean"
     config.model.vocab_size = 406
-    config.checkpoint.load = base.output_dir
+    config.checkpoint.load = trained_run.output_dir
     config.training.objective, config.training.steps = "embedding", 2
     train(config)
     return config
 
 
 @pytest.fixture(scope="module")
-def asymmetric(base: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def asymmetric(trained_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Two steps with linear layers of each side after pooling, learned weights, and the vocabulary's brackets."""
-    config = tiny_run(Path(base.output_dir).parent)
+    config = tiny_run(Path(trained_run.output_dir).parent)
     config.output_dir = str(tmp_path_factory.mktemp("asymmetric"))
     config.embedding.brackets, config.embedding.asymmetric, config.embedding.pooling = "specb", "heads", "learnedmean"
     config.embedding.num_linear_layers, config.embedding.linear_activation = 2, "tanh"
@@ -85,9 +76,10 @@ def test_encode_equals_the_training_pass(name: str, request: pytest.FixtureReque
     assert compared == 12 * 3
 
 
-def test_new_tokens_are_trained_and_the_rest_is_the_bases(base: RunConfig, config: RunConfig) -> None:
+def test_new_tokens_are_trained_and_the_rest_is_the_bases(trained_run: RunConfig, config: RunConfig) -> None:
     before, after = (
-        GritModel.load(run.output_dir, device="cpu").model.embedding.word_embeddings.weight for run in (base, config)
+        GritModel.load(run.output_dir, device="cpu").model.embedding.word_embeddings.weight
+        for run in (trained_run, config)
     )
     assert before.shape == after.shape == (448, 64)  # 400 and 406, padded to a multiple of 64
     moved = (after - before).abs().amax(1) > 0
@@ -97,13 +89,13 @@ def test_new_tokens_are_trained_and_the_rest_is_the_bases(base: RunConfig, confi
     assert float((fresh[:, None] - fresh[None]).abs().amax(2).fill_diagonal_(1).min()) > 1e-3, "two of them are one"
 
 
-def test_the_side_has_to_be_given(config: RunConfig, base: RunConfig) -> None:
+def test_the_side_has_to_be_given(config: RunConfig, trained_run: RunConfig) -> None:
     model = GritModel.load(config.output_dir, device="cpu")
     with pytest.raises(DataError, match='give side="query" or side="passage"'):
         model.encode("a text")
     with pytest.raises(ConfigError, match="side must be one of query, passage or null, not 'document'"):
         model.encode("a text", side="document")  # type: ignore[arg-type]
-    plain = GritModel.load(base.output_dir, device="cpu")
+    plain = GritModel.load(trained_run.output_dir, device="cpu")
     assert np.array_equal(plain.encode("a text"), plain.encode("a text", side="query"))
 
 

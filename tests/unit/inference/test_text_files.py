@@ -176,7 +176,7 @@ def test_texts_that_change_meanwhile(tmp_path: Path, blocks: list[list[str]], mo
 
 
 def test_standard_input(tmp_path: Path, blocks: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    for content, message in (("ä\n\nb\n", "<stdin>:2: an empty line"), ("", "<stdin>: holds no text")):
+    for content, message in (("ä\n\nb\n", "<stdin>:2: is empty"), ("", "<stdin>: holds no text")):
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content.encode())))
         with pytest.raises(DataError, match=message):
             encode_file(tmp_path / "model", "-", tmp_path / "out.npy")
@@ -190,7 +190,7 @@ def test_standard_input(tmp_path: Path, blocks: list[list[str]], monkeypatch: py
     ("content", "message"),
     [
         (b"", "texts.txt: holds no text"),
-        (b"a\n \nb\n", "texts.txt:2: an empty line"),
+        (b"a\n \nb\n", "texts.txt:2: is empty"),
         (b"ab\xff", "texts.txt:1: not"),
     ],
 )

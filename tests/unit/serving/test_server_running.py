@@ -157,8 +157,16 @@ def test_other_machines_are_warned_of(
 
 
 @pytest.mark.slow
-def test_a_real_process(config: RunConfig, repository: Path) -> None:
-    command = [sys.executable, "-m", "megatron_grit.cli.serve", "--checkpoint", config.output_dir, "--device", "cpu"]
+def test_a_real_process(trained_run: RunConfig, repository: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_grit.cli.serve",
+        "--checkpoint",
+        trained_run.output_dir,
+        "--device",
+        "cpu",
+    ]
     # Loading a model in this process has made it rank 0 of a job; the server is a job of its own.
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     process = subprocess.Popen(

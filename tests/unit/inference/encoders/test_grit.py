@@ -16,8 +16,7 @@ from megatron_grit.inference.encoders.protocol import EmbedderOptions
 from megatron_grit.inference.model import GritModel
 from megatron_grit.inference.model_group import ModelGroup
 from megatron_grit.retrieval.work import Worker
-from megatron_grit.training.trainer import train
-from tests.corpus import sentences, tiny_run
+from tests.corpus import sentences
 
 
 @pytest.fixture
@@ -74,10 +73,8 @@ def test_a_team_is_one_worker_of_which_one_process_writes(grit):
     assert alone.in_group_of(embedder_of(grit, 64)) == Worker(rank=7, world_size=12, group=1, num_groups=3, leads=False)
 
 
-def test_a_checkpoint_of_ours_embeds_as_the_model_itself(tmp_path):
-    config = tiny_run(tmp_path)
-    config.training.steps = 1
-    train(config)
+def test_a_checkpoint_of_ours_embeds_as_the_model_itself(trained_run):
+    config = trained_run
     texts = [answer for _, answer in sentences(12)]
     embedder = load_embedder(
         str(config.output_dir), EmbedderOptions(query_instruction="Answer the question", device="cpu")
