@@ -169,6 +169,19 @@ class GroupedQKV:
         return [part.flatten(0, 1) for part in parts]
 
 
+class ZeroVocabularyRows:
+    """[V] zeros: the output bias of a model that was saved without its output layer."""
+
+    def hf_to_megatron(
+        self, tensors: Sequence[Readable], model: ModelConfig, expert: int, shard: Shard = WHOLE
+    ) -> Tensor:
+        assert model.vocab_size is not None
+        return torch.zeros(padded_vocabulary(model.vocab_size, model.vocab_multiple, shard.size) // shard.size)
+
+    def megatron_to_hf(self, tensor: Tensor, model: ModelConfig) -> list[Tensor]:
+        raise NotImplementedError("a table's first form is the one that is exported")
+
+
 class GatedFC1:
     """gate [F, D] and up [F, D], concatenated along F; biases likewise. A tensor parallel rank holds rows of both."""
 
@@ -213,6 +226,8 @@ class Form:
 
     kind: Kind
     tensors: dict[str, tuple[str, ...]]
+    without: frozenset[str] = frozenset()
+    """Tensors with which this form does not apply."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +294,24 @@ class Family:
     hf_config: Callable[[ModelConfig], dict[str, Any]]
     """Ours to config.json."""
 
+    @property
+    def base_architecture(self) -> str:
+        """``architectures`` of the decoder without its output layer, as ``AutoModel`` saves it."""
+        return self.architecture.removesuffix("ForCausalLM") + "Model"
+
+    @property
+    def input_embedding(self) -> str:
+        """The tensor of the word embeddings."""
+        return self._tensor_of("embedding.word_embeddings.weight")
+
+    @property
+    def output_layer(self) -> str:
+        """The tensor of the output layer."""
+        return self._tensor_of("output_layer.weight")
+
+    def _tensor_of(self, megatron: str) -> str:
+        return next(name for entry in self.entries if entry.megatron == megatron for name in entry.forms[0].tensors)
+
     def to_megatron(self, tensors: Mapping[str, Tensor], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         """Convert one tensor after another, so that a lazily read source is never in memory as a whole.
 
@@ -337,7 +370,14 @@ class Family:
                     }
                     for form in entry.forms
                 ]
-                form = next((i for i, needed in enumerate(wanted) if needed.keys() <= names), None)
+                form = next(
+                    (
+                        number
+                        for number, (each, needed) in enumerate(zip(entry.forms, wanted, strict=True))
+                        if needed.keys() <= names and not each.without & names
+                    ),
+                    None,
+                )
                 if form is None:
                     missing = sorted(wanted[0].keys() - names)[0]
                     raise CheckpointError(f"tensor {missing} is missing, which config.json's {self.name} model has")

@@ -8,7 +8,7 @@ from megatron_grit.config.schema import ModelConfig
 from megatron_grit.config.shape import head_channels
 from megatron_grit.convert.families.gpt_neox import linear, norm, read_activation
 from megatron_grit.convert.families.llama_like import LAYER, copied, has_output_layer, qkv
-from megatron_grit.convert.param_map import Entry, Family, Form, VocabularyRows
+from megatron_grit.convert.param_map import Entry, Family, Form, VocabularyRows, ZeroVocabularyRows
 
 HF_LAYER = "transformer.h.{layer}."
 HF_DEFAULTS: dict[str, Any] = {
@@ -36,7 +36,13 @@ ENTRIES: tuple[Entry, ...] = (
         (Form(VocabularyRows(), {"lm_head.weight": ("vocab", "hidden")}),),
         only_if=has_output_layer,
     ),
-    Entry("output_layer.bias", (Form(VocabularyRows(), {"lm_head.bias": ("vocab",)}),)),
+    Entry(
+        "output_layer.bias",
+        (
+            Form(VocabularyRows(), {"lm_head.bias": ("vocab",)}),
+            Form(ZeroVocabularyRows(), {}, without=frozenset({"lm_head.weight"})),
+        ),
+    ),
 )
 
 

@@ -53,7 +53,7 @@ def family_of_config(settings: dict[str, Any], path: Path) -> Family:
     """The family that ``architectures`` in a config.json names."""
     architectures = settings.get("architectures") or []
     for family in FAMILIES:
-        if family.architecture in architectures:
+        if not {family.architecture, family.base_architecture}.isdisjoint(architectures):
             return family
     supported = ", ".join(family.architecture for family in FAMILIES)
     raise CheckpointError(f"{path / 'config.json'}: architectures is {architectures}; supported: {supported}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_grit.config.schema import ModelConfig, RunConfig
-from megatron_grit.convert.families.registry import family_of_model, load_hf_config
-from megatron_grit.convert.hf_in.reader import check_weights, local_folder, open_weights
+from megatron_grit.config.schema import EmbeddingConfig, ModelConfig, RunConfig
+from megatron_grit.convert.hf_in.embedder import decoder_folder, embedder_defaults
+from megatron_grit.convert.hf_in.reader import local_folder
+from megatron_grit.convert.hf_in.stored_model import open_model
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import CheckpointError
 
@@ -40,14 +41,12 @@ def convert_checkpoint(
     Raises:
         CheckpointError: the source cannot be converted, or the target has a checkpoint already.
     """
-    folder, target = local_folder(source, revision, allow_pickle=allow_pickle), Path(target)
+    folder, target = decoder_folder(local_folder(source, revision, allow_pickle=allow_pickle)), Path(target)
     if target.exists() and target.samefile(folder):
         raise CheckpointError(f"{target}: is the model that is read; give another directory to write")
-    shape = load_hf_config(folder)
-    model_config = replace(shape, vocab_size=grown_vocabulary(shape, vocab_size, folder))
-    with open_weights(folder, allow_pickle=allow_pickle) as weights:
-        plan = family_of_model(shape).plan(weights, shape)
-        precision = check_weights(plan, weights)
+    with open_model(folder, allow_pickle=allow_pickle) as stored:
+        precision = stored.check()
+        model_config = replace(stored.shape, vocab_size=grown_vocabulary(stored.shape, vocab_size, folder))
         # Importing the engine takes seconds; the mistakes above are told at once.
         from megatron_grit.convert.hf_in.writer import write_checkpoint
         from megatron_grit.training.checkpoint import list_checkpoints
@@ -57,10 +56,11 @@ def convert_checkpoint(
         loaded_tokenizer = load_tokenizer(tokenizer or folder)
         check_tokenizer(loaded_tokenizer, model_config)
         config = RunConfig(output_dir=str(target), model=model_config)
+        config.embedding = EmbeddingConfig(**embedder_defaults(folder))
         config.data.tokenizer = str(loaded_tokenizer.path)
         config.parallel.device = "cpu"
         config.training.precision = precision
-        return write_checkpoint(config, plan, weights, loaded_tokenizer)
+        return write_checkpoint(config, stored.plan, stored.weights, loaded_tokenizer)
 
 
 def grown_vocabulary(shape: ModelConfig, wanted: int | None, source: str | Path) -> int:

@@ -14,9 +14,11 @@ import torch
 
 from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.config.shape import expert_width, head_channels, num_query_groups
-from megatron_grit.convert.families.registry import family_of_model, load_hf_config, same_value
+from megatron_grit.convert.families.registry import load_hf_config, same_value
 from megatron_grit.convert.hf_in.convert import check_tokenizer, grown_vocabulary
-from megatron_grit.convert.hf_in.reader import WeightFolder, check_weights, local_folder, open_weights
+from megatron_grit.convert.hf_in.embedder import decoder_folder, embedder_defaults
+from megatron_grit.convert.hf_in.reader import WeightFolder, local_folder
+from megatron_grit.convert.hf_in.stored_model import open_model, stored_shape
 from megatron_grit.convert.param_map import Conversion
 from megatron_grit.convert.shards import shard_of
 from megatron_grit.data.text.tokenizer import BESIDE_TOKENIZER, load_tokenizer
@@ -62,23 +64,28 @@ def resolve_pretrained(config: RunConfig, origins: Mapping[str, str], *, files: 
     checkpoints = list_checkpoints(config.output_dir) if config.checkpoint.resume else []
     try:
         folder = pretrained_folder(given, weights=files and not checkpoints)
-        shape = load_hf_config(folder)
+        shape = load_hf_config(folder) if checkpoints else stored_shape(folder, weights=files)
         tokenizer: Path | None = folder
+        found = embedder_defaults(folder)
     except CheckpointError:
         if not checkpoints:
             raise
-        shape, folder = read_config(checkpoints[-1]).model, Path(given)
+        saved = read_config(checkpoints[-1])
+        shape, found, folder = saved.model, vars(saved.embedding), Path(given)
         tokenizer = _keep_tokenizer(checkpoints[-1], config.output_dir) if files else tokenizer_path(checkpoints[-1])
+    if checkpoints:
+        shape = replace(shape, tie_embeddings=read_config(checkpoints[-1]).model.tie_embeddings)
     model = _merge(shape, config.model, origins, given)
     data = config.data
     if data.tokenizer is None or (Path(data.tokenizer) == folder and not Path(data.tokenizer).exists()):
         data = replace(data, tokenizer=None if tokenizer is None else str(tokenizer))
-    resolved = replace(config, model=model, data=data)
+    silent = {name: value for name, value in found.items() if f"embedding.{name}" not in origins}
+    resolved = replace(config, model=model, data=data, embedding=replace(config.embedding, **silent))
     if files and data.tokenizer is not None:
         check_tokenizer(load_tokenizer(data.tokenizer), model)
     if files and not checkpoints:
-        with open_weights(folder) as weights:
-            check_weights(family_of_model(shape).plan(weights, shape), weights)
+        with open_model(folder, tied=model.tie_embeddings) as stored:
+            stored.check()
     return resolved
 
 
@@ -121,14 +128,13 @@ def load_pretrained(
     source = config.model.pretrained
     assert source is not None
     folder = pretrained_folder(source)
-    shape = load_hf_config(folder)
-    with open_weights(folder) as weights:
-        plan = family_of_model(shape).plan(weights, shape)
+    with open_model(folder, tied=config.model.tie_embeddings) as stored:
         if not checked:
-            check_weights(plan, weights)
-        fill_chunks(chunks, config.model, plan, weights)
-        log.info(f"started from the weights of {source}; rank {context.rank} read {weights.bytes_read / 1e6:,.1f} MB")
-        return weights.bytes_read
+            stored.check()
+        fill_chunks(chunks, config.model, stored.plan, stored.weights)
+        num_bytes = stored.weights.bytes_read
+        log.info(f"started from the weights of {source}; rank {context.rank} read {num_bytes / 1e6:,.1f} MB")
+        return num_bytes
 
 
 def fill_chunks(
@@ -162,9 +168,9 @@ def pretrained_folder(source: str, *, weights: bool = True) -> Path:
         CheckpointError: there is none.
     """
     if Path(source).is_dir():
-        return Path(source)
+        return decoder_folder(Path(source))
     name, _, revision = source.partition("@")
-    return local_folder(name if revision else source, revision or None, weights=weights)
+    return decoder_folder(local_folder(name if revision else source, revision or None, weights=weights))
 
 
 def _merge(shape: ModelConfig, given: ModelConfig, origins: Mapping[str, str], source: str) -> ModelConfig:

@@ -182,12 +182,20 @@ class WeightFolder(Mapping[str, Tensor]):
         raise NotImplementedError
 
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
-        """A part of a tensor, as a tensor that owns its memory."""
+        """A part of a tensor, by its name in the file, as a tensor that owns its memory."""
         raise NotImplementedError
 
     def file_of(self, name: str) -> Path:
         """The file that a tensor is in."""
-        return self._file_of[name]
+        return self._file_of[self.stored[name].name]
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors other names. A :class:`StoredTensor` keeps the one in its file."""
+        self.stored = {names.get(name, name): tensor for name, tensor in self.stored.items()}
+
+    def drop(self, name: str) -> None:
+        """Leave a tensor out, if it is there."""
+        self.stored.pop(name, None)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.stored[name][()]
@@ -234,7 +242,7 @@ class SafetensorsFolder(WeightFolder):
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
         from safetensors import SafetensorError, safe_open
 
-        file = self.file_of(name)
+        file = self._file_of[name]
         try:
             with safe_open(file, framework="pt") as reader:
                 part: Tensor = reader.get_slice(name)[slices] if slices else reader.get_tensor(name)
@@ -260,7 +268,7 @@ class PickleFolder(WeightFolder):
         return [(name, tensor.shape, tensor.dtype) for name, tensor in self._tensors(file).items()]
 
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
-        return self._tensors(self.file_of(name))[name][slices].clone(memory_format=torch.contiguous_format)
+        return self._tensors(self._file_of[name])[name][slices].clone(memory_format=torch.contiguous_format)
 
     def _tensors(self, file: Path) -> dict[str, Tensor]:
         if self._open is None or self._open[0] != file:
@@ -274,14 +282,18 @@ class PickleFolder(WeightFolder):
         self._open = None
 
 
+def has_weights(path: Path) -> bool:
+    """Whether a directory holds safetensors."""
+    return next(path.glob("*.safetensors"), None) is not None or (path / "model.safetensors.index.json").exists()
+
+
 def open_weights(path: Path, *, allow_pickle: bool = False) -> WeightFolder:
     """The weights of a model's directory: safetensors, or, if there are none and it is allowed, pickles.
 
     Raises:
         CheckpointError: as :class:`WeightFolder`.
     """
-    has_safetensors = next(path.glob("*.safetensors"), None) or (path / "model.safetensors.index.json").exists()
-    return PickleFolder(path) if allow_pickle and not has_safetensors else SafetensorsFolder(path)
+    return PickleFolder(path) if allow_pickle and not has_weights(path) else SafetensorsFolder(path)
 
 
 def check_weights(plan: Iterable[Conversion], weights: WeightFolder) -> Literal["fp32", "bf16"]:
@@ -299,9 +311,10 @@ def check_weights(plan: Iterable[Conversion], weights: WeightFolder) -> Literal[
             stored = weights.stored[name]
             types.add(stored.dtype)
             if stored.dtype not in _PLAIN:
+                dtype = str(stored.dtype).removeprefix("torch.")
                 raise CheckpointError(
-                    f"{weights.file_of(name)}: tensor {name} has the type {str(stored.dtype).removeprefix('torch.')}; "
-                    "only float32, float16 and bfloat16 are read: give the weights before they were quantised"
+                    f"{weights.file_of(name)}: tensor {stored.name} has the type {dtype}; only float32, float16 and "
+                    "bfloat16 are read: give the weights before they were quantised"
                 )
             try:
                 conversion.check(name, stored.shape)

@@ -210,7 +210,8 @@ def _files(small: list[tuple[Any, Any]], large: list[tuple[Any, Conversion]], we
     """Divide the items into files, in the order in which the source's files are read."""
     order = {file: number for number, file in enumerate(weights.files)}
     last_file = {
-        conversion.megatron: max(order[weights.file_of(name)] for name in conversion.sources) for _, conversion in large
+        conversion.megatron: max((order[weights.file_of(name)] for name in conversion.sources), default=0)
+        for _, conversion in large
     }
     files, current = [_File(small, [])], (-1, "")
     # A stable order of pieces: the engine's own differs between versions.

@@ -19,7 +19,7 @@ from megatron_grit.data.text.templates import embedding_prefix, encode_embedding
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.store.files import write_json
 
-_POOLING = {
+POOLING = {
     "mean": "mean",
     "weightedmean_sgpt": "weightedmean",
     "max": "max",
@@ -64,7 +64,7 @@ def why_not_sentence_transformers(embedding: EmbeddingConfig, family: Family, to
     """Why sentence-transformers cannot reproduce the model's embeddings. None: it can."""
     if not embedding.causal and family.architecture in ALWAYS_CAUSAL:
         return f"{family.name} attends causally in transformers, and this model's embeddings do not"
-    if embedding.pooling not in _POOLING:
+    if embedding.pooling not in POOLING:
         return f"its Pooling has nothing like {embedding.pooling}"
     if embedding.asymmetric != "none":
         return "queries and passages pass through linear layers of their own"
@@ -121,7 +121,7 @@ def write_modules(folder: Path, config: RunConfig, hf_config: dict[str, Any], he
     after = embedding.linear_place == "after_pooling" or is_affine(embedding)
     hidden = config.model.hidden_size
     dense = [("Dense", settings) for settings in _dense(embedding, hidden, widths, after)]
-    method = _POOLING[embedding.pooling]
+    method = POOLING[embedding.pooling]
     pooled = hidden if after else [hidden, *widths][-1]
     pooling: dict[str, Any] = {
         "word_embedding_dimension": pooled,

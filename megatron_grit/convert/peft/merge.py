@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron_grit.config.schema import ModelConfig, ParallelConfig
-from megatron_grit.convert.families.registry import family_of_model, load_hf_config
-from megatron_grit.convert.hf_in.reader import WeightFolder, check_weights, open_weights
+from megatron_grit.convert.families.registry import family_of_model
+from megatron_grit.convert.hf_in.stored_model import open_model
 from megatron_grit.convert.hf_out.exported import read_checkpoint
 from megatron_grit.convert.hf_out.reader import CheckpointReader
 from megatron_grit.convert.hf_out.words import write_words
@@ -174,11 +174,10 @@ class HuggingFaceReader:
 
     def __init__(self, folder: Path, model: ModelConfig, shapes: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self._model, self.shapes, self.dtype = model, shapes, dtype
-        self._weights: WeightFolder = open_weights(folder)
-        shape = load_hf_config(folder)
-        plan = family_of_model(shape).plan(self._weights, shape)
-        check_weights(plan, self._weights)
-        self._plan = {conversion.megatron: conversion for conversion in plan}
+        stored = open_model(folder, tied=model.tie_embeddings)
+        stored.check()
+        self._weights = stored.weights
+        self._plan = {conversion.megatron: conversion for conversion in stored.plan}
 
     @property
     def head_names(self) -> list[str]:

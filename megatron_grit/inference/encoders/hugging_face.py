@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron_grit.data.text.markers import Side
-from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.inference.encoders.protocol import EmbedderOptions, finite
-from megatron_grit.inference.encoders.sentence_modules import (
+from megatron_grit.convert.hf_in.sentence_modules import (
     Features,
     Pooling,
     SentenceModules,
     TextMean,
     read_modules,
 )
+from megatron_grit.data.text.markers import Side
+from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.inference.encoders.protocol import EmbedderOptions, finite
 from megatron_grit.inference.model_group import ModelGroup
 from megatron_grit.parallel.launch import select_device
 from megatron_grit.store.digest import digest_of_files
