@@ -38,8 +38,10 @@ def score_tokens(
     model.eval()
     lengths = np.array([len(tokens) for tokens, _ in texts], dtype=np.int64)
     sums, counts = np.zeros(len(texts)), np.zeros(len(texts), dtype=np.int64)
-    with Progress(len(texts), "scoring", "text", enabled=progress and len(texts) >= _PROGRESS_FROM) as bar:
-        for members in pack(lengths, max(batch_tokens, int(lengths.max()))):
+    scored = np.flatnonzero(lengths > 1)
+    with Progress(len(scored), "scoring", "text", enabled=progress and len(scored) >= _PROGRESS_FROM) as bar:
+        for packed in pack(lengths[scored], max(batch_tokens, int(lengths.max(initial=0)))):
+            members = scored[packed]
             row = scoring_row([texts[i] for i in members])
             assert row.loss_mask_1T is not None and row.segment_ids_T is not None
             losses = model(row.to(model.context.device), Output.TOKEN_LOSSES).double().cpu().numpy()

@@ -373,7 +373,7 @@ class _Build:
     def finish(self, pieces: Sequence[BuildFolder], totals: BuildTotals, *, alone: bool) -> None:
         """Join the pieces and give the outputs their names."""
         for name, output in self.spec.outputs.items():
-            if not any(piece.num_documents[name] for piece in pieces):
+            if not any(piece.num_bytes(name) for piece in pieces):
                 self.remove_work()
                 raise self._nothing_kept(output.prefix, totals)
         duplicates = find_duplicates(pieces) if self.spec.deduplicate else None
@@ -397,7 +397,8 @@ class _Build:
 
     def _nothing_kept(self, prefix: Path, totals: BuildTotals) -> DataError:
         if totals.first_rejection is None:
-            return DataError(f"no records for {prefix} in the input", path=self.files[0].path)
+            what = f"all {totals.num_records} documents are empty" if totals.num_records else "no records"
+            return DataError(f"{what} for {prefix} in the input", path=self.files[0].path)
         reason, count = max(totals.rejected.items(), key=lambda item: item[1])
         return DataError(
             f"nothing is left for {prefix}: {count} of {totals.num_records} records were dropped as {reason}; "

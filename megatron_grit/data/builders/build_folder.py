@@ -121,6 +121,10 @@ class BuildFolder:
         """Documents of each stream, as of the last commit."""
         return self._journal["num_documents"]
 
+    def num_bytes(self, name: str) -> int:
+        """Bytes of a stream's tokens, as of the last commit."""
+        return self._journal["sizes"][name]["bin"]
+
     def append(self, outputs: Mapping[str, TokenBlock], rejected: Sequence[str], places: np.ndarray | None) -> None:
         """Append a block to every stream.
 

@@ -1,7 +1,8 @@
 """JSONL documents to Megatron's indexed files: what preprocess_data.py does.
 
 A document is a string under a key of a JSON object; every key gets an indexed file of its own. Tokens are those of
-each document, or sentence, tokenised alone.
+each document, or sentence, tokenised alone. A document without a token is kept, as in Megatron: it has no sequence and
+no end-of-document token, so that document k of every key is that of line k.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from megatron_grit.data.builders.block_build import BuildRun, BuildSpec, BuildTotals, OutputSpec, build_blocks
 from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
 from megatron_grit.data.builders.sentences import SentenceSplitter, find_language, load_punkt, train_punkt
-from megatron_grit.data.indexed.reader import DOCUMENTS, token_dtype
+from megatron_grit.data.indexed.reader import DOCUMENTS, describe_skipped, token_dtype
 from megatron_grit.data.indexed.writer import IndexedFacts, TokenBlock
 from megatron_grit.data.text.line_blocks import LineBlock, find_inputs
 from megatron_grit.data.text.lines import filled_lines, parse_json
@@ -39,7 +40,7 @@ BAD_LINE = "bad_line"
 TOKENIZER_FILES = {"SentencePieceTokenizer": "tokenizer.model", "HuggingFaceTokenizer": "tokenizer.json"}
 """By Megatron's names of the types."""
 
-_VERSION = 1  # of the way from text to tokens: a journal of another version is not continued
+_VERSION = 2  # of the way from text to tokens: a journal of another version is not continued
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class DocumentEncoder:
             self._splitter = SentenceSplitter(load_punkt(options.punkt_model), keep_newlines=options.keep_newlines)
 
     def encode(self, block: LineBlock) -> EncodedBlock:
-        """Documents of a block, by key. Documents without a token are left out."""
+        """Documents of a block, by key; those without a token have no sequence."""
         keys = self._options.json_keys
         texts: dict[str, list[list[str]]] = {key: [] for key in keys}
         rejections = []
@@ -100,16 +101,16 @@ class DocumentEncoder:
         ids, lengths = self._tokenizer.encode_batch_arrays([text for document in documents for text in document])
         counts = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
         owners = np.repeat(np.arange(len(documents)), counts)
-        owners, lengths = owners[lengths > 0], lengths[lengths > 0]
-        # Documents that are left, and for each the place behind its last sequence.
-        stops = np.flatnonzero(np.diff(owners, append=-1)) + 1
-        if self._options.append_eod and len(stops):
-            ids = np.insert(ids, np.cumsum(lengths)[stops - 1], self._tokenizer.eos_id)
-            lengths[stops - 1] += 1
+        counts = np.bincount(owners[lengths > 0], minlength=len(documents))
+        lengths = lengths[lengths > 0]
+        if self._options.append_eod:
+            last = np.cumsum(counts)[counts > 0] - 1  # sequence of each document that has one
+            ids = np.insert(ids, np.cumsum(lengths)[last], self._tokenizer.eos_id)
+            lengths[last] += 1
         return TokenBlock(
             tokens=ids.astype(self._dtype),
             lengths=lengths.astype(np.int32),
-            documents=np.diff(stops, prepend=0).astype(np.int32),
+            documents=counts.astype(np.int32),
         )
 
 
@@ -226,7 +227,10 @@ def describe(totals: BuildTotals) -> list[str]:
     lines += [f"  rejected, {reason}: {count}" for reason, count in sorted(totals.rejected.items())]
     for key, count in totals.num_documents.items():
         meta = totals.metas.get(key)
-        lines.append(f"  {key}: {count} documents" + (f", {meta.num_tokens} tokens" if meta else " in this partition"))
+        lines.append(
+            f"  {key}: {count} documents"
+            + (f"{describe_skipped(meta.num_skipped)}, {meta.num_tokens} tokens" if meta else " in this partition")
+        )
     return lines
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_grit.data.indexed.reader import IndexedFile, IndexedMeta, file_paths, read_meta
+from megatron_grit.data.indexed.reader import IndexedFile, IndexedMeta, describe_skipped, file_paths, read_meta
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role, pooled, supervised
 from megatron_grit.data.text.tokenizer import Tokenizer
@@ -94,11 +94,12 @@ def _header(file: IndexedFile, meta: IndexedMeta | None) -> str:
         modes = "without modes" if file.modes is None else "with modes"
         num_tokens = file.bin_bytes // file.dtype.itemsize
         return (
-            f"{file.prefix}: {file.num_documents} documents, {file.num_sequences} sequences, {num_tokens} tokens of "
-            f"{file.dtype}, {modes}, no .json"
+            f"{file.prefix}: {file.num_documents} documents{describe_skipped(len(file.short_documents()))}, "
+            f"{file.num_sequences} sequences, {num_tokens} tokens of {file.dtype}, {modes}, no .json"
         )
     return (
-        f"{file.prefix}: {meta.num_records} {meta.kind} records, {meta.num_tokens} tokens, "
+        f"{file.prefix}: {meta.num_records} {meta.kind} records{describe_skipped(meta.num_skipped)}, "
+        f"{meta.num_tokens} tokens, "
         f"{meta.num_supervised_tokens} supervised, negatives {meta.min_negatives} to {meta.max_negatives}, "
         f"longest segment {meta.longest_segment_tokens}, template {meta.template or 'none'}, limits {meta.limits}, "
         f"tokenizer {meta.tokenizer_fingerprint[:12]}"
@@ -112,6 +113,8 @@ def _paint(text: str, used: str, colour: bool) -> str:
 def _spans(file: IndexedFile, index: int, tokenizer: Tokenizer | None, colour: bool) -> Iterator[str]:
     """A line for each span of a record."""
     first, stop = file.sequences(index)
+    if first == stop:
+        yield "  empty"
     sequences = [file.read(place, place + 1) for place in range(first, stop)]
     numbers = [" ".join(map(str, ids)) for ids in sequences]
     texts = numbers if tokenizer is None else _spell(tokenizer, sequences, file)

@@ -34,6 +34,7 @@ HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the token type, seq
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPE_OF_CODE = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """The engine's codes of integer types. It also has 6 and 7, for floating point numbers."""
+_DOCUMENTS_AT_A_TIME = 1 << 20
 CHECKED_BLOCK_BYTES = 1 << 24
 """Bytes of the ``.bin`` that one CRC-32 of the metadata stands for."""
 
@@ -73,15 +74,23 @@ class IndexedMeta:
     """Of each CHECKED_BLOCK_BYTES of the ``.bin``: tells where it is damaged."""
     template_source: str | dict[str, Any] | None = None
     """What ``template`` is, where its name does not say it: Jinja, or the fields of a template of the user's."""
+    num_skipped: int = 0
+    """Documents of fewer than two tokens, which have none to predict: training skips them."""
     format: str = FORMAT_NAME
     version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
         """Text of the ``.json``: the fields, and the SHA-256 of what they say."""
         values = asdict(self)
-        if self.template_source is None:
-            del values["template_source"]
+        for name, absent in (("template_source", None), ("num_skipped", 0)):
+            if values[name] == absent:
+                del values[name]
         return json.dumps({**values, "sha256": digest_of_settings(values)}, indent=2) + "\n"
+
+
+def describe_skipped(count: int) -> str:
+    """What follows the number of documents in a line about a file: how many of them training skips."""
+    return f" ({count} of them without a token to predict: empty, or of one token)" if count else ""
 
 
 def file_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
@@ -290,6 +299,18 @@ class IndexedFile:
                 byte=self._documents_at + 8 * document,
             )
         return edges[0], (edges[1] - edges[0]) // self.dtype.itemsize
+
+    def short_documents(self) -> np.ndarray:
+        """Documents of fewer than two tokens, ascending: int64. Reads the whole index.
+
+        Raises:
+            DataError: an index that goes backwards, or out of the ``.bin``.
+        """
+        found = [np.empty(0, dtype=np.int64)]
+        for start in range(0, self.num_documents, _DOCUMENTS_AT_A_TIME):
+            documents = np.arange(start, min(start + _DOCUMENTS_AT_A_TIME, self.num_documents))
+            found.append(documents[self.extents(documents)[1] < 2])
+        return np.concatenate(found)
 
     def read_into(self, out_NL: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> None:
         """Fill the first ``counts[i]`` entries of each row with the tokens from byte ``begins[i]`` on. One read a row,

@@ -84,6 +84,23 @@ class IndexedRecords:
         ends = np.concatenate(([0], np.cumsum(file.lengths, dtype=np.int64)))
         return np.diff(ends[file.documents])
 
+    def skipped(self) -> np.ndarray:
+        """Documents without a token to predict, which training skips, ascending: int64 [meta.num_skipped].
+
+        Raises:
+            DataError: a damaged index.
+        """
+        if not self.meta.num_skipped:
+            return np.empty(0, dtype=np.int64)
+        found = self.file.short_documents()
+        if len(found) != self.meta.num_skipped:
+            raise DataError(
+                f"holds {len(found)} documents of fewer than two tokens, its .json says {self.meta.num_skipped}; "
+                "build it again",
+                path=self.file.idx_path,
+            )
+        return found
+
     def spans(self, index: int) -> tuple[list[int], list[int]]:
         """Roles and lengths of a record's spans. No token is read.
 

@@ -277,6 +277,7 @@ class IndexedStream:
             idx_sha256=checksums(idx_path)[0] if checksum else "",
             bin_crc32=bin_crc32,
             template_source=facts.template_source,
+            num_skipped=summary.num_skipped,
         )
 
     def _blocks(self) -> Iterator[TokenBlock]:
@@ -309,7 +310,7 @@ class _Summary:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.num_records = self.num_tokens = self.num_supervised = 0
+        self.num_records = self.num_tokens = self.num_supervised = self.num_skipped = 0
         self.longest = self.longest_record = 0
         self.min_negatives: int | None = None
         self.max_negatives = 0
@@ -323,6 +324,7 @@ class _Summary:
         self.num_tokens += int(lengths.sum())
         if self.kind == DOCUMENTS:
             self.num_supervised += int(np.maximum(tokens - 1, 0).sum())
+            self.num_skipped += int((tokens < 2).sum())
             return self._longest_of(tokens, np.arange(first, self.num_records))
         if block.modes is None:
             raise ValueError(f"a file of kind {self.kind} needs modes")

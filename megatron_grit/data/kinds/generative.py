@@ -171,9 +171,14 @@ class GenerativeStream(RowStream):
         """As in the base class."""
         return make_row(row.segments, row.slots, row_length, pad_id, self.kind)
 
+    def _slots(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source and record of each slot of the stream: int64 each."""
+        sources, places = self._sampler.slots(start, stop)
+        return sources, self.sources.trained_records(sources, places)
+
     def _sequences(self, step: int) -> list[Segment]:
         start = step * self._num_sequences
-        sources, records = self._sampler.slots(start, start + self._num_sequences)
+        sources, records = self._slots(start, start + self._num_sequences)
         segments = []
         for source, record in zip(sources.tolist(), records.tolist(), strict=True):
             roles, lengths = self._spans(source, record)
@@ -235,7 +240,7 @@ class GenerativeStream(RowStream):
 
     def _pieces(self, start: int, stop: int) -> np.ndarray:
         """The pieces of some slots, in their order: PIECE."""
-        sources, records = self._sampler.slots(start, stop)
+        sources, records = self._slots(start, stop)
         lengths = np.empty(len(records), dtype=np.int64)
         for source in np.unique(sources).tolist():
             chosen = sources == source

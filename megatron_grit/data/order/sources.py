@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_grit.config.blend import BlendEntry, read_blend
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.indexed.reader import IndexedMeta, file_paths
+from megatron_grit.data.indexed.reader import IndexedMeta, describe_skipped, file_paths
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.text.tokenizer import Tokenizer
@@ -97,8 +97,9 @@ class Sources:
                 self._check_longest(source, config)
             if config.data.checksum:
                 open_files.use(source).verify()
-        self.sizes = np.array([len(source) for source in self._sources], dtype=np.int64)
-        """Records of each source: int64 [num_sources]."""
+        self.sizes = np.array([len(source) - source.meta.num_skipped for source in self._sources], dtype=np.int64)
+        """Records of each source that are trained on: int64 [num_sources]."""
+        self._gaps: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -109,6 +110,21 @@ class Sources:
     def meta(self, index: int) -> IndexedMeta:
         """Metadata of a source."""
         return self._sources[index].meta
+
+    def trained_records(self, sources: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Record of each place from 0 to the source's size - 1, skipping those without a token to predict: int64.
+
+        Raises:
+            DataError: a damaged index.
+        """
+        records = places.copy()
+        for source in np.unique(sources).tolist():
+            if source not in self._gaps:  # how many records are trained on before each that is skipped
+                skipped = self[source].skipped()
+                self._gaps[source] = skipped - np.arange(len(skipped))
+            chosen = sources == source
+            records[chosen] += np.searchsorted(self._gaps[source], places[chosen], side="right")
+        return records
 
     def record_lengths(self, index: int, records: np.ndarray) -> np.ndarray:
         """Tokens of some records of a source: int64.
@@ -140,8 +156,8 @@ class Sources:
                 f"was built with another tokenizer than {tokenizer.path}; build it again or set data.tokenizer",
                 path=path,
             )
-        if not meta.num_records:
-            raise DataError("holds no records", path=path)
+        if meta.num_records == meta.num_skipped:
+            raise DataError(f"holds no records{describe_skipped(meta.num_skipped)}", path=path)
 
     def _check_longest(self, source: IndexedRecords, config: RunConfig) -> None:
         meta = source.meta

@@ -15,6 +15,7 @@ from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError, DataError
 from megatron_grit.inference.model import GritModel
+from megatron_grit.inference.score import score_tokens
 from megatron_grit.models.decoder import Output
 from tests.corpus import sentences
 
@@ -71,6 +72,16 @@ def test_token_losses_are_those_of_training(trained_run: RunConfig, model: GritM
         records += [int(name.rsplit("#", 1)[1]) for name in row.record_ids]
     assert counts[records].sum() == batch.counts_of("generative").num_loss_tokens
     assert sums[records].sum() == pytest.approx(total, rel=1e-5)
+
+
+def test_empty_documents_have_no_loss(model: GritModel) -> None:
+    ids = [np.array(model.tokenizer.encode(text)) for text in ("the parser opens", "a queue")]
+    texts = [(tokens, np.ones(len(tokens), bool)) for tokens in (ids[0][:0], ids[0], ids[0][:1], ids[1], ids[0][:0])]
+    sums, counts = score_tokens(model.model, texts, batch_tokens=64)
+    assert counts.tolist() == [0, len(ids[0]) - 1, 0, len(ids[1]) - 1, 0]
+    np.testing.assert_array_equal(sums > 0, counts > 0)
+    alone, _ = score_tokens(model.model, [texts[1], texts[3]], batch_tokens=64)
+    np.testing.assert_allclose(sums[[1, 3]], alone, rtol=1e-6)
 
 
 def test_generate(model: GritModel) -> None:
