@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_grit.config.knob import expand_path
-from megatron_grit.config.locate import Loader
+from megatron_grit.config.locate import Loader, yaml_file
 from megatron_grit.errors import ConfigError
 
 _SUFFIXES = (".yaml", ".yml")
@@ -111,26 +110,13 @@ def _check(entries: Sequence[tuple[str, BlendEntry]], key: str) -> None:
 
 def _read_file(path: str) -> Iterator[tuple[str, BlendEntry]]:
     """Where each entry of a blend file stands ("file:line"), and the entry."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read this blend file ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
-    loader = Loader(text)
-    try:
-        root = loader.get_single_node()
+    with yaml_file(path, "blend file") as (loader, root):
         if not isinstance(root, yaml.SequenceNode) or not root.value:
             line = root.start_mark.line + 1 if root is not None else 1
             raise ConfigError(f"{path}:{line}: expected a list of '- path: PREFIX'")
         for node in root.value:
             where = f"{path}:{node.start_mark.line + 1}"
             yield where, _entry(node, path, where, loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _entry(node: yaml.Node, path: str, where: str, loader: Loader) -> BlendEntry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,22 @@ class Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, "a key is given twice", twice.start_mark)
         return found
 
+    def get_single_node(self) -> Any:
+        """As the parent, but what is nested too deeply is an error of YAML."""
+        try:
+            return super().get_single_node()
+        except RecursionError:
+            raise yaml.YAMLError("nested too deeply; flatten it") from None
+
     def construct_number(self, node: Any) -> int | float:
         """A whole number, decimal, 0o or 0x; or any other."""
         text = str(self.construct_scalar(node))
         try:
             if node.tag.endswith("float"):
                 return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-            return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+            number = int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+            str(number)  # fails of a number that no message could show
+            return number
         except ValueError:
             raise yaml.constructor.ConstructorError(None, None, f"no number: {text[:40]}", node.start_mark) from None
 
@@ -106,17 +116,8 @@ def read_yaml(path: str | Path, prefix: str = "") -> Located:
     Raises:
         ConfigError: the file is missing, is not YAML, is not a mapping, or names a key twice.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read this configuration file ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
-    try:
-        loader = Loader(text)
-        root = loader.get_single_node()
-        located = Located()
+    path, located = Path(path), Located()
+    with yaml_file(path, "configuration file") as (loader, root):
         if root is None or _is_null(root):
             return located
         if not isinstance(root, yaml.MappingNode):
@@ -124,7 +125,27 @@ def read_yaml(path: str | Path, prefix: str = "") -> Located:
         for key, value_node, line in _walk(root, prefix, path):
             located.values[key] = loader.construct_document(value_node)
             located.origins[key] = f"{path}:{line}"
-        return located
+    return located
+
+
+@contextmanager
+def yaml_file(path: str | Path, what: str) -> Iterator[tuple[Loader, yaml.Node | None]]:
+    """A YAML file, parsed: what makes values of its nodes, and the outermost one, None where there is none.
+
+    Args:
+        path: the file.
+        what: "configuration file", for messages.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, also where that is found while its nodes are looked at.
+    """
+    try:
+        loader = Loader(Path(path).read_text(encoding="utf-8"))
+        yield loader, loader.get_single_node()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this {what} ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else str(path)

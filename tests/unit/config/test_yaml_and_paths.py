@@ -129,3 +129,24 @@ def test_empty_paths_of_a_run_from_a_program(key: str) -> None:
     *section, name = key.split(".")
     setattr(getattr(config, section[0]) if section else config, name, "")
     assert next(find_problems(config, 1, files=False)).message.startswith(f"{key} must not be empty")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: \xff", "not a text file (byte 3 is not UTF-8)"),
+        ("a: 1\n".encode("utf-16"), "not a text file (byte 0 is not UTF-8)"),
+        (b"- a\0b", "not valid YAML: unacceptable character #x0000"),
+        (b"- " + b"[" * 5000, "not valid YAML: nested too deeply"),
+        (b"- [a", "not valid YAML: expected ',' or ']'"),
+        (b"- {path: a, weight: 0x" + b"f" * 5000 + b"}", "not valid YAML: no number: 0xfff"),
+    ],
+)
+def test_configurations_and_blends_refuse_what_is_no_yaml(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "in.yaml"
+    path.write_bytes(content)
+    for read in (load_config, lambda path: read_blend([str(path)], "data.embedding")):
+        path.write_bytes(content if read is not load_config else content.replace(b"- ", b"data: ", 1))
+        with pytest.raises(ConfigError) as caught:
+            read(path)
+        assert message in str(caught.value) and "\n" not in str(caught.value)

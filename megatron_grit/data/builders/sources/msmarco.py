@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_grit.data.builders.sources.allnli import write_record
-from megatron_grit.data.text.line_blocks import without_mark
+from megatron_grit.data.text.line_blocks import count_lines, without_mark
 from megatron_grit.data.text.lines import Line, decode, filled_lines, parse_json
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.files import check_output, replacing
@@ -109,10 +109,12 @@ class KeyedLines:
         Raises:
             DataError: there is no such line, or it is not UTF-8.
         """
+        content = self.line(key)
         try:
-            return decode(self.line(key).partition(b"\t")[2]).strip()
+            return decode(content).partition("\t")[2].strip()
         except DataError as error:
-            raise DataError(f"the text of {key}: {error}", path=self.path) from None
+            number = count_lines(self.path, self._starts[key.encode()]) + 1
+            raise Line(self.path, number, content).error(str(error)) from None
 
 
 # many: the six files of MS MARCO, and how its negatives are chosen
