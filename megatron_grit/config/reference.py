@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_grit.config.commands import options_of
@@ -48,11 +49,17 @@ def render() -> str:
     """The whole page."""
     parts = [HEADER.format(presets=", ".join(f"`{name}`" for name in preset_names()))]
     parts.append("## Top level\n\n" + _table(RunConfig))
-    for name, hint in typing.get_type_hints(RunConfig).items():
-        if dataclasses.is_dataclass(hint):
-            parts.append(f"## {name}\n\n{inspect.getdoc(hint)}\n\n{_table(typing.cast(type, hint))}")
+    parts += _sections(RunConfig, "")
     parts.append(RETRO.format(meaning=inspect.getdoc(RetroDbConfig)) + _table(RetroDbConfig))
     return "\n".join(parts)
+
+
+def _sections(cls: type, prefix: str) -> Iterator[str]:
+    """A chapter for each section of a dataclass, and for each section in it."""
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield f"## {prefix}{name}\n\n{inspect.getdoc(hint)}\n\n{_table(typing.cast(type, hint))}"
+            yield from _sections(typing.cast(type, hint), f"{prefix}{name}.")
 
 
 def _table(cls: type) -> str:

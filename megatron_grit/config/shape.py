@@ -69,3 +69,18 @@ def has_attention_output_bias(model: ModelConfig) -> bool:
 def has_mlp_bias(model: ModelConfig) -> bool:
     """Whether feed-forward layers have biases."""
     return model.add_bias_linear or model.add_mlp_bias
+
+
+def reading_layers(model: ModelConfig) -> list[int]:
+    """Layers, from 0, with cross-attention to neighbors; none where the model reads none."""
+    retro = model.retro
+    if not retro.num_neighbors:
+        return []
+    if retro.layers is not None:
+        return sorted(retro.layers)
+    return list(range(5 if model.num_layers <= 15 else 8, model.num_layers, 3))
+
+
+def neighbor_tokens(model: ModelConfig) -> int:
+    """Most tokens of a neighbor."""
+    return model.retro.retrieved_chunks * model.retro.chunk_length

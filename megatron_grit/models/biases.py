@@ -33,6 +33,8 @@ def drop_biases(decoder: torch.nn.Module, model: ModelConfig) -> None:
     that of queries, keys and values."""
     wanted = {
         "linear_qkv": has_qkv_bias(model),
+        "linear_q": has_qkv_bias(model),
+        "linear_kv": has_qkv_bias(model),
         "linear_proj": has_attention_output_bias(model),
         "linear_fc1": has_mlp_bias(model),
         "linear_fc2": has_mlp_bias(model),

@@ -24,6 +24,7 @@ from megatron_grit.models.biases import drop_biases
 from megatron_grit.models.embedding_head import build_head, embed_segments
 from megatron_grit.models.layer_specs import block_spec, transformer_config
 from megatron_grit.models.pooling import PositionWeights
+from megatron_grit.models.retro.plan import RetroSegments, plan_of
 from megatron_grit.models.rope import RotaryAngles
 from megatron_grit.models.row_share import RowShare
 from megatron_grit.models.vocabulary import OutputLayer, token_embedding
@@ -95,6 +96,9 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
             self.setup_embeddings_and_output_layer()
         self.num_tokens_in_vocab = vocab_size
         self.embedding_config = config.embedding
+        self.retro = model.retro
+        self._received: Tensor | None = None
+        self._shards = context.tensor_size if engine_config.sequence_parallel else 1
         self.context = context
         self.layers_differ = False
         """Layers are not all trained alike."""
@@ -109,7 +113,8 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
 
     def set_input_tensor(self, states: Tensor | list[Tensor]) -> None:
         """What :meth:`forward` starts from on a stage that does not embed tokens; called by the engine's schedules."""
-        self.decoder.set_input_tensor(states[0] if isinstance(states, list) else states)
+        self._received = states[0] if isinstance(states, list) else states
+        self.decoder.set_input_tensor(self._received)
 
     def forward(self, row: PackedRow, output: Output, cache: KeyValueCache | None = None) -> Tensor:
         """One row through this stage.
@@ -127,6 +132,7 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
         share = RowShare.of_row(row, self.context)
         segments = PackedSegments.of_row(row.cu_seqlens, row.max_seqlen, mode, share, row.segment_lengths)
         segments.cache = cache
+        segments, neighbors = self._read_neighbors(row, segments)
         held = row if share is None else share.take(row)
         hidden = None
         if self.pre_process:
@@ -136,6 +142,7 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
+            context=neighbors,
             rotary_pos_emb=None if self.rotary_angles is None else self.rotary_angles(held.positions_1T[0]),
             packed_seq_params=segments,
             padding_mask=self._router_padding(held),
@@ -156,6 +163,25 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
                     losses = losses + 0.0 * sum(parameter.sum() for parameter in module.parameters())
             return losses if share is None else losses.new_zeros(share.row_length).index_put((share.index_L,), losses)
         return self.output_layer.logits(hidden, self._output_weight())[:, : self.num_tokens_in_vocab]
+
+    def _read_neighbors(self, row: PackedRow, segments: PackedSegments) -> tuple[PackedSegments, Tensor | None]:
+        """The segments with what they read, and the neighbors' states, [N, 1, D]: embeddings of their tokens, or what
+        the stage before has sent behind the row."""
+        retro = self.retro
+        if row.neighbors is None or not retro.num_neighbors:
+            return segments, None
+        neighbors = row.neighbors.padded(self._shards)
+        plan = plan_of(neighbors, row.tokens_1T.shape[1], retro, row.tokens_1T.device)
+        if plan is None:
+            return segments, None
+        if self.pre_process:
+            texts = self.embedding(input_ids=neighbors.tokens_1N, position_ids=plan.positions_N[None])
+        else:
+            assert self._received is not None
+            sizes = [row.tokens_1T.shape[1], neighbors.tokens_1N.shape[1]]
+            states, texts = self._received.split([size // self._shards for size in sizes])
+            self.decoder.set_input_tensor(states)
+        return RetroSegments(**vars(segments), plan=plan), texts
 
     def _output_weight(self) -> Tensor | None:
         """The embedding's weight, where the output layer has none of its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,11 +28,20 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_grit import compat
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.config.shape import dense_layers, expert_width, head_channels, num_query_groups, window_of_layer
+from megatron_grit.config.schema.retro import RetroConfig
+from megatron_grit.config.shape import (
+    dense_layers,
+    expert_width,
+    head_channels,
+    num_query_groups,
+    reading_layers,
+    window_of_layer,
+)
 from megatron_grit.models.attention import PackedAttention, select_backend
 from megatron_grit.models.biases import TrainedBiasLinear
 from megatron_grit.models.norms import norm_class
 from megatron_grit.models.parallel_residual import ParallelResidualLayer
+from megatron_grit.models.retro.layer import EncoderLayer, NeighborEncoder, RetroLayer, carrying, encoder_config
 from megatron_grit.models.rope import attention_scale
 from megatron_grit.models.router import PackedRouter
 
@@ -60,7 +70,6 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
             "moe_ffn_hidden_size": expert_width(model),
             "moe_shared_expert_intermediate_size": model.moe_shared_ffn_hidden_size,
             "moe_shared_expert_gate": model.moe_shared_expert_gate,
-            "moe_token_dispatcher_type": "alltoall",
             "moe_router_load_balancing_type": "aux_loss",
             "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
             "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
@@ -112,6 +121,11 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        # Layers with and without cross-attention have other weights, so files number them.
+        hetereogenous_dist_checkpoint=bool(reading_layers(model)),
+        moe_token_dispatcher_type="alltoall",  # of dense models too: the engine's default goes with rows of one length
+        # Neighbors travel behind the row, and rows have more or fewer of them.
+        variable_seq_lengths=bool(reading_layers(model)) and parallel.pipeline > 1,
         **_RECOMPUTE[config.training.recompute],
         **moe,
     )
@@ -124,15 +138,26 @@ def block_spec(
     num_layers = get_num_layers_to_build(engine_config, virtual_stage)
     first = get_transformer_layer_offset(engine_config, virtual_stage)
     layers = [layer_spec(config, engine_config, device, layer) for layer in range(first, first + num_layers)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_class(config.model.normalization))
+    if reading_layers(config.model) and first + num_layers < config.model.num_layers:
+        layers[-1].module = carrying(layers[-1].module)
+    final_norm = None if config.model.retro.parity == "core" else norm_class(config.model.normalization)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
 
 
 def layer_spec(config: RunConfig, engine_config: TransformerConfig, device: torch.device, layer: int) -> ModuleSpec:
     """Layer number ``layer`` of the whole model, from 0."""
     model = config.model
+    params: dict[str, Any] = {}
+    module: type = TransformerLayer if model.parallel_residual == "none" else ParallelResidualLayer
+    reading = reading_layers(model)
+    if layer in reading:
+        module, params = RetroLayer, {"model": model}
+        if layer == reading[0]:
+            params["encoder"] = _encoder(config, engine_config, device)
     norm = norm_class(model.normalization)
     return ModuleSpec(
-        module=TransformerLayer if model.parallel_residual == "none" else ParallelResidualLayer,
+        module=module,
+        params=params,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=self_attention_spec(config, engine_config, device, layer),
@@ -147,6 +172,19 @@ def layer_spec(config: RunConfig, engine_config: TransformerConfig, device: torc
             },
         ),
     )
+
+
+def _encoder(config: RunConfig, engine_config: TransformerConfig, device: torch.device) -> Any:
+    """Makes the encoder of neighbors. Its layers are those of a dense decoder."""
+    model = replace(config.model, num_experts=None, window_layers=[], retro=RetroConfig())
+    settings = encoder_config(engine_config, config.model)
+    specs = []
+    for number in range(config.model.retro.encoder_layers):
+        spec = layer_spec(replace(config, model=model), settings, device, number)
+        if number == 0 and config.model.retro.encoder_conditioning == "chunk":
+            spec = ModuleSpec(module=EncoderLayer, params={"model": config.model}, submodules=spec.submodules)
+        specs.append(spec)
+    return functools.partial(NeighborEncoder, settings, config.model, specs, device)
 
 
 def self_attention_spec(

@@ -7,7 +7,7 @@ tests/unit/planning/test_parameters.py compares with the model that is built.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron_grit.config.checks.adapter import adapter_targets
@@ -22,6 +22,7 @@ from megatron_grit.config.shape import (
     has_qkv_bias,
     head_channels,
     padded_vocabulary,
+    reading_layers,
     stage_layers,
 )
 
@@ -124,6 +125,21 @@ def _whole(model: ModelConfig, layer: int) -> int:
     return count
 
 
+def _reading(model: ModelConfig, layer: int, tensor: int) -> int:
+    """Parameters on a rank of what reads neighbors in a layer: cross-attention, and in the first the encoder."""
+    layers, retro = reading_layers(model), model.retro
+    if layer not in layers:
+        return 0
+    norm = model.hidden_size * (1 if model.normalization == "rmsnorm" else 2)
+    cross = norm + sum(_own(linear, tensor) for linear in _attention(model))
+    count = cross + (retro.gate is None)
+    if layer == layers[0]:
+        dense = replace(model, num_experts=None)
+        of_encoder = _whole(dense, layer) + _linears(dense, layer, _Sizes(tensor), _own)[0]
+        count += retro.encoder_layers * of_encoder + (cross if retro.encoder_conditioning == "chunk" else 0)
+    return count
+
+
 def count_parameters(config: RunConfig, vocab_size: int, stage: int = 0) -> Parameters:
     """Parameters of the model and of one process, adapters left out.
 
@@ -135,7 +151,8 @@ def count_parameters(config: RunConfig, vocab_size: int, stage: int = 0) -> Para
 
     def layers(numbers: Iterable[int], sizes: _Sizes) -> tuple[int, int]:
         found = [(_whole(model, layer), *_linears(model, layer, sizes, _own)) for layer in numbers]
-        return sum(whole + dense for whole, dense, _ in found), sum(experts for _, _, experts in found)
+        read = sum(_reading(model, layer, sizes.tensor) for layer in numbers)
+        return read + sum(whole + dense for whole, dense, _ in found), sum(experts for _, _, experts in found)
 
     dense, experts = layers(range(model.num_layers), _Sizes())
     ends = _ends(config, vocab_size, 1)

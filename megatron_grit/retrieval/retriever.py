@@ -136,25 +136,24 @@ class Retriever:
         if isinstance(given, np.ndarray) and mode != "dense":
             raise ConfigError(f"a {mode} search needs texts, and vectors were given")
         opened, most = self._newest(), max(k, _FUSED)
-        excluded = sorted_keys(exclude)
-        removed = np.union1d(opened.db.tombstones, excluded)
+        removed = np.union1d(opened.db.tombstones, sorted_keys(exclude))
         if mode == "dense":
-            found = self._by_vectors(opened, given, k, excluded)
+            found = self._by_vectors(opened, given, k, removed)
         else:
             assert not isinstance(given, np.ndarray)
             by_words = opened.words.search(given, k if mode == "lexical" else most, opened.db.chunks_of(removed))
             found = by_words
             if mode == "hybrid":
-                found = fuse([self._by_vectors(opened, given, most, excluded)[1], by_words[1]], k)
+                found = fuse([self._by_vectors(opened, given, most, removed)[1], by_words[1]], k)
         return _hits(opened.db, found, length)
 
-    def _by_vectors(self, opened: _Opened, queries: Sequence[str] | np.ndarray, k: int, excluded: np.ndarray) -> Found:
+    def _by_vectors(self, opened: _Opened, queries: Sequence[str] | np.ndarray, k: int, removed: np.ndarray) -> Found:
         if isinstance(queries, np.ndarray):
             vectors = np.ascontiguousarray(queries, dtype=np.float32)
         else:
             with self._embedding:  # the model's buffers are of one thread
                 vectors = self.embedder.embed(queries, "query")
-        return nearest_chunks(opened.db, opened.index, vectors, k, excluded)
+        return nearest_chunks(opened.db, opened.index, vectors, k, removed)
 
     def _newest(self) -> _Opened:
         newest = max(version_numbers(self._folder), default=0)

@@ -10,8 +10,10 @@ import torch
 
 from megatron_grit.config.checks.run import find_problems
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
+from tests.neighbors import with_neighbors
 from tests.rows import grit_batch, make_row, tiny_config
 
 SP = {"parallel.tensor": 2, "parallel.sequence_parallel": True}
@@ -63,6 +65,14 @@ TIED: dict[str, Any] = {"model.tie_embeddings": True}
 MOE: dict[str, Any] = {"model.num_experts": 4, "model.moe_aux_loss_coeff": 0.01}
 EMBEDDING: dict[str, Any] = DENSE | {"training.objective": "embedding"}
 GENERATIVE: dict[str, Any] = DENSE | {"training.objective": "generative"}
+RETRO: dict[str, Any] = {"model.retro": RetroConfig(num_neighbors=2, chunk_length=8, layers=[0, 1], gate=None)}
+DEEP: dict[str, Any] = {  # the encoder, and all that reads, in later stages
+    "model.retro": RetroConfig(num_neighbors=3, chunk_length=8, layers=[2, 3], encoder_conditioning="none", gate=0.5),
+    "model.num_layers": 4,
+    "model.add_bias_linear": True,
+    "model.normalization": "layernorm",
+    "model.position_embedding": "learned_absolute",
+}
 # Each chunk of each stage has a layer; two in all otherwise.
 
 # Number of processes, model, layout. What is left over of the processes is data parallel.
@@ -95,6 +105,17 @@ _NAMED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "generative_cp2": (2, GENERATIVE, layout(context=2)),
     "generative_pp2_vpp2": (2, GENERATIVE, layout(pipeline=2, virtual_pipeline=2)),
     "generative_moe_ep2": (2, MOE | {"training.objective": "generative"}, layout(expert=2)),
+    "retro_tp2": (2, RETRO, layout(tensor=2)),
+    "retro_tp2_sp": (2, RETRO, SP),
+    "retro_dp2": (2, RETRO, {}),
+    "retro_dp2_overlap": (2, DEEP | TIED, layout(overlap=True)),
+    "retro_pp2": (2, DEEP, layout(pipeline=2)),
+    "retro_pp2_full": (2, RETRO | {"training.recompute": "full"}, layout(pipeline=2)),
+    "retro_pp2_vpp2": (2, RETRO, layout(pipeline=2, virtual_pipeline=2)),
+    "retro_moe_ep2": (2, RETRO | MOE, layout(expert=2)),
+    "retro_generative_tp2_sp": (2, DEEP | {"training.objective": "generative"}, SP),
+    "retro_pp4": (4, DEEP, layout(pipeline=4)),
+    "retro_tp2_sp_pp2": (4, RETRO | {"training.recompute": "selective"}, SP | layout(pipeline=2)),
     "pp4": (4, DENSE, layout(pipeline=4)),
     "pp4_vpp2": (4, DENSE, layout(pipeline=4, virtual_pipeline=2)),
     "tied_pp4": (4, TIED, layout(pipeline=4)),
@@ -177,6 +198,10 @@ def make_rows(case: Case) -> list[PackedRow]:
         for number, length in enumerate(case.row_lengths):
             row = make_row(RowKind.GENERATIVE, _lengths(rng, length, rng.randint(1, 5)), length, seed=100 + number)
             _supervise_answers(row, rng, nothing=number == 1 and rng.random() < 0.3)
+            if (retro := case.settings.get("model.retro")) is not None:
+                # A row in which nothing is read, too.
+                missing = 1.0 if number == 2 else 0.3
+                row = with_neighbors(row, retro.chunk_length, retro.num_neighbors, missing=missing, seed=number)
             rows.append(row)
     return rows
 

@@ -13,15 +13,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_grit.config.schema import LossConfig, ModelConfig, RunConfig
+from megatron_grit.config.schema.retro import RetroConfig
+from megatron_grit.config.shape import reading_layers
 from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.data.rows.neighbors import Neighbors
 
+LAYERS = "decoder.layers."
+CROSS, CROSS_NORM, GATE = "cross_attention.", "pre_cross_attn_layernorm.", "cross_attention.gate"
 INPUT_NORM = "decoder.layers.self_attention.linear_qkv.layer_norm_"
 QKV = "decoder.layers.self_attention.linear_qkv."
 OUTPUT = "decoder.layers.self_attention.linear_proj."
@@ -65,10 +72,50 @@ def weight_shapes(config: RunConfig, vocab_size: int) -> dict[str, tuple[int, ..
         shapes[POSITIONS] = (model.max_position_embeddings, width)
     if not model.tie_embeddings:
         shapes[HEAD] = (vocab_size, width)
+    reading = reading_layers(model)
+    if reading:
+        for name in [name for name in shapes if name.startswith(LAYERS)]:
+            shape = shapes.pop(name)[1:]
+            shapes |= {numbered(name, layer): shape for layer in range(model.num_layers)}
+        for layer in reading:
+            shapes |= _reading_shapes(model, f"{LAYERS}{layer}.")
+            if model.retro.gate is None:
+                shapes[f"{LAYERS}{layer}.{GATE}"] = (1,)
+        for number in range(model.retro.encoder_layers):
+            prefix = f"{LAYERS}{reading[0]}.encoder.layers.{number}."
+            dense = replace(config, model=replace(model, num_experts=None, num_layers=1, retro=RetroConfig()))
+            own = {name: shape for name, shape in weight_shapes(dense, vocab_size).items() if name.startswith(LAYERS)}
+            shapes |= {name.replace(LAYERS, prefix): shape[1:] for name, shape in own.items()}
+            if number == 0 and model.retro.encoder_conditioning == "chunk":
+                shapes |= _reading_shapes(model, prefix)
     if config.embedding.projection_dim is not None:
         shapes[PROJECTION + "weight"] = (config.embedding.projection_dim, width)
         shapes[PROJECTION + "bias"] = (config.embedding.projection_dim,)
     return shapes
+
+
+def numbered(name: str, layer: int) -> str:
+    """The name of a layer's own parameter, where layers are not alike and not stacked."""
+    return name.replace(LAYERS, f"{LAYERS}{layer}.", 1)
+
+
+def _reading_shapes(model: ModelConfig, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Parameters of cross-attention in the layer with this prefix."""
+    heads, groups, channels = _heads(model)
+    width = model.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        CROSS_NORM + "weight": (width,),
+        CROSS + "linear_q.weight": (heads * channels, width),
+        CROSS + "linear_kv.weight": (2 * groups * channels, width),
+        CROSS + "linear_proj.weight": (width, heads * channels),
+    }
+    if model.normalization == "layernorm":
+        shapes[CROSS_NORM + "bias"] = (width,)
+    if model.add_bias_linear or model.add_qkv_bias:
+        shapes |= {CROSS + "linear_q.bias": (heads * channels,), CROSS + "linear_kv.bias": (2 * groups * channels,)}
+    if model.add_bias_linear:
+        shapes[CROSS + "linear_proj.bias"] = (width,)
+    return {prefix + name: shape for name, shape in shapes.items()}
 
 
 def draw_weights(config: RunConfig, vocab_size: int, seed: int) -> dict[str, Tensor]:
@@ -197,11 +244,69 @@ class _Decoder:
         if model.position_embedding == "learned_absolute":
             states = states + self.weights[POSITIONS][row.positions_1T[0]]
         seen_TT = self._seen(row)
+        reading, texts = reading_layers(model), None
         for layer in range(model.num_layers):
             states = states + self._attention(self._norm(states, INPUT_NORM, layer), row, seen_TT, layer)
+            if layer in reading and row.neighbors is not None:
+                normed = self._norm(states, f"{LAYERS}{layer}.{CROSS_NORM}")
+                if texts is None:
+                    texts = self._encode(normed, row.neighbors, f"{LAYERS}{layer}.encoder.")
+                states = states + self._read(normed, texts, row.neighbors, f"{LAYERS}{layer}.")
             inputs = self._norm(states, MLP_NORM, layer)
             states = states + (self._mlp(inputs, layer) if model.num_experts is None else self._mix(inputs, row, layer))
         return self._norm(states, FINAL_NORM)
+
+    def _encode(self, chunks_TD: Tensor, neighbors: Neighbors, prefix: str) -> list[list[Tensor]]:
+        """States of every neighbor of every chunk, one by one."""
+        model = replace(self.config.model, num_experts=None, num_layers=self.config.model.retro.encoder_layers)
+        weights = {name.replace(prefix, "decoder."): weight for name, weight in self.weights.items() if prefix in name}
+        encoder = _Decoder(replace(self.config, model=model), weights)
+        ends = neighbors.lengths_U.cumsum()
+        encoded = []
+        for (start, stop), texts in zip(neighbors.chunk_bounds_C2.tolist(), neighbors.text_of_Ck, strict=True):
+            encoded.append([])
+            for text in texts[texts >= 0]:
+                tokens = neighbors.tokens_1N[0, ends[text] - neighbors.lengths_U[text] : ends[text]]
+                row: Any = SimpleNamespace(positions_1T=torch.arange(len(tokens))[None])
+                states, every = self.weights[WORDS][tokens], torch.ones(len(tokens), len(tokens), dtype=torch.bool)
+                if model.position_embedding == "learned_absolute":
+                    states = states + self.weights[POSITIONS][: len(tokens)]
+                for layer in range(model.num_layers):
+                    inputs = encoder._norm(states, INPUT_NORM, layer)
+                    states = states + encoder._attention(inputs, row, every, layer)
+                    name = f"{LAYERS}{layer}."
+                    if name + CROSS + "linear_q.weight" in weights:
+                        normed = encoder._norm(states, name + CROSS_NORM)
+                        states = states + encoder._cross(normed, chunks_TD[start:stop], name + CROSS)
+                    states = states + encoder._mlp(encoder._norm(states, MLP_NORM, layer), layer)
+                encoded[-1].append(states)
+        return encoded
+
+    def _read(self, states: Tensor, texts: list[list[Tensor]], neighbors: Neighbors, name: str) -> Tensor:
+        """What each token reads, token by token: neighbors of the last chunk of its segment that ends at or before
+        it."""
+        gate = self.config.model.retro.gate
+        factor = torch.tanh(self.weights[name + GATE]) if gate is None else torch.tensor(gate, dtype=torch.float64)
+        read = list(torch.zeros_like(states))
+        for chunk, (start, stop) in enumerate(neighbors.chunk_bounds_C2.tolist()):
+            segment_end = int(neighbors.segment_ends_C[chunk])
+            next_stop = [
+                end for begin, end in neighbors.chunk_bounds_C2.tolist() if begin == stop and stop < segment_end
+            ]
+            for token in range(stop - 1, next_stop[0] - 1 if next_stop else segment_end):
+                assert start <= token < segment_end
+                if texts[chunk]:
+                    read[token] = self._cross(states[token : token + 1], torch.cat(texts[chunk]), name + CROSS)[0]
+        return factor * torch.stack(read)
+
+    def _cross(self, asking: Tensor, asked: Tensor, name: str) -> Tensor:
+        """Attention of each state to all that are asked."""
+        heads, groups, channels = _heads(self.config.model)
+        queries = self._linear(asking, name + "linear_q.").view(-1, heads, channels)
+        keys, values = self._linear(asked, name + "linear_kv.").view(-1, groups, 2 * channels).chunk(2, -1)
+        keys, values = (each.repeat_interleave(heads // groups, 1) for each in (keys, values))
+        weights = (torch.einsum("qhc,khc->hqk", queries, keys) / math.sqrt(channels)).softmax(-1)
+        return self._linear(torch.einsum("hqk,khc->qhc", weights, values).flatten(1), name + "linear_proj.")
 
     def _seen(self, row: PackedRow) -> Tensor:
         """bool [T, T]: which tokens each token attends to."""
@@ -218,6 +323,8 @@ class _Decoder:
         return seen
 
     def _at(self, name: str, *place: int) -> Tensor | None:
+        if name not in self.weights and place:
+            name, place = numbered(name, place[0]), place[1:]
         weight = self.weights.get(name)
         return None if weight is None else weight[place] if place else weight
 
@@ -268,7 +375,9 @@ class _Decoder:
     def _mix(self, inputs: Tensor, row: PackedRow, layer: int) -> Tensor:
         num_experts, top_k = self.config.model.num_experts, self.config.model.moe_top_k
         assert num_experts is not None
-        logits = inputs @ self.weights[ROUTER][layer].T
+        router = self._at(ROUTER, layer)
+        assert router is not None
+        logits = inputs @ router.T
         ranked = logits.sort(dim=-1, descending=True)
         if top_k < num_experts:
             self.distances.append(float((ranked.values[:, top_k - 1] - ranked.values[:, top_k]).detach().min()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_grit.config.checks.problem import Problem
+from megatron_grit.config.checks.retro import retro_problems
 from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.config.shape import head_channels, num_query_groups
 
@@ -39,6 +40,7 @@ def model_problems(config: RunConfig) -> Iterator[Problem]:
         )
     yield from _rope(model)
     yield from _layers(model)
+    yield from retro_problems(config)
     if model.attention_backend in ("varlen", "te") and config.parallel.device == "cpu":
         yield Problem(
             "model.attention_backend",

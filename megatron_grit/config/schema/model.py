@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_grit.config.knob import knob
+from megatron_grit.config.schema.retro import RetroConfig
 
 
 @dataclass(kw_only=True)
@@ -121,3 +122,5 @@ class ModelConfig:
     )
     """Core attention: torch SDPA (any device), torch variable-length flash attention (CUDA), TransformerEngine
     (CUDA). auto: te where it is installed, else varlen, on CUDA; sdpa on CPU."""
+    retro: RetroConfig = field(default_factory=RetroConfig, metadata={"in_files": False})
+    """Neighbors from a retrieval database."""

@@ -54,10 +54,6 @@ class TableManifest:
     """Of the index, measured when it was built. None: not measured with this nprobe and ef_search."""
     num_taken_over: int = 0
     """Places whose neighbors an earlier table had."""
-    num_short: int | None = None
-    """Places with fewer than ``num_neighbors``. None: not counted."""
-    num_none: int | None = None
-    """Of these, places with none."""
     sha256: str = ""
     """Of the numbers of ``neighbors.npy``."""
     starts_sha256: str = ""
@@ -243,16 +239,13 @@ def write_table(folder: Path, parts: Iterable[np.ndarray], manifest: TableManife
     Args:
         folder: made where it is not there.
         parts: int64 [chunk positions, neighbors] in runs, in order.
-        manifest: what it is of; its checksums and counts are filled in.
+        manifest: what it is of; its checksums are filled in.
     """
     shape = (manifest.num_places, manifest.num_neighbors)
     with replacing_path(folder / "neighbors.npy") as path, path.open("wb") as file:
         np.lib.format.write_array_header_2_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
         hashing = HashingFile(file)
-        manifest.num_short = manifest.num_none = 0
         for part in parts:
-            manifest.num_short += int((part[:, -1] < 0).sum())
-            manifest.num_none += int((part[:, 0] < 0).sum())
             hashing.write(np.ascontiguousarray(part, dtype="<i8").tobytes())
     manifest.sha256 = hashing.entry()["sha256"]
     manifest.starts_sha256 = digest_of_rows(np.load(folder / "starts.npy", mmap_mode="r", allow_pickle=False))

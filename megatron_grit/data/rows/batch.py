@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_grit.data.order.permutation import mix
+from megatron_grit.data.rows.neighbors import Neighbors
 
 
 @dataclass(kw_only=True)
@@ -50,6 +51,9 @@ class PackedRow:
     """float32 [1, T]; 1 where the label is supervised."""
     label_index_L: Tensor | None = None
     """int64 [L]; the positions where it is, found by :meth:`to` while the mask is still on the host."""
+
+    neighbors: Neighbors | None = None
+    """What the row's chunks read. None: nothing."""
 
     # Rows that are embedded
     segment_ids_T: Tensor | None = None
@@ -91,6 +95,8 @@ class PackedRow:
         moved: dict[str, Any] = {
             name: to_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
+        if self.neighbors is not None:
+            moved["neighbors"] = self.neighbors.to(device)
         if self.loss_mask_1T is not None and self.label_index_L is None:
             moved["label_index_L"] = to_device(self.loss_mask_1T[0].nonzero().squeeze(1), device)
         return replace(self, segment_lengths=self.segment_lengths or self.cu_seqlens.diff().tolist(), **moved)

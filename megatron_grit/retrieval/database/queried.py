@@ -244,7 +244,6 @@ class QueriedFile:
             num_taken_over=plan.first - len(plan.again),
         )
         write_table(self.folder, self._parts(plan), manifest)
-        log.info(f"{self.prefix}: neighbors for {manifest.num_places:,} chunks{short_rows(manifest)}")
 
     def _parts(self, plan: Plan) -> Iterator[np.ndarray]:
         """Rows of the table in runs."""
@@ -268,13 +267,6 @@ class QueriedFile:
                 yield part
         for start in range(count, plan.blocks.num_items, size):
             yield searched(start, min(start + size, plan.blocks.num_items))
-
-
-def short_rows(manifest: TableManifest) -> str:
-    """How many rows of a table have fewer neighbors than wanted, to read; nothing where all are full."""
-    if not manifest.num_short:
-        return ""
-    return f"; {manifest.num_short:,} have fewer than {manifest.num_neighbors}, {manifest.num_none:,} of them none"
 
 
 def tables_of(project: Project, prefixes: Sequence[str] | None = None, up_to: int | None = None) -> dict[str, Path]:

@@ -25,7 +25,6 @@ import numpy as np
 from megatron_grit.config.database.schema import MOST_ON_GPU
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.index.factory import MIN_POINTS_PER_LIST, lists_of
-from megatron_grit.retrieval.index.id_ranges import NO_RANGES, count, drop_members, outside
 from megatron_grit.retrieval.index.manifest import IndexManifest, is_whole, read_manifest, remedy_of
 from megatron_grit.store.blocks import cannot_write
 from megatron_grit.store.digest import sha256_of_file
@@ -369,48 +368,13 @@ class VectorIndex:
         """Lists of the inverted file; 1 without one."""
         return 1 if self._ivf is None else int(self._ivf.nlist)
 
-    def search(
-        self, vectors_ND: np.ndarray, k: int, without: np.ndarray | None = None, times: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Nearest vectors. On the CPU where more than queries and k are given.
-
-        Args:
-            vectors_ND: queries.
-            k: vectors of each.
-            without: int64 [R, 2], ranges of ids that are passed over as if they were not there, the first and one after
-                the last of each.
-            times: so many times more lists are visited.
-
-        Returns:
-            Distances or products, float32 [N, k], and ids, int64 [N, k], -1 where there are fewer.
-
-        Raises:
-            DataError: queries of another width.
-        """
+    def search(self, vectors_ND: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Nearest vectors: distances or products, float32 [N, k], and ids, int64 [N, k], -1 where there are fewer."""
         if vectors_ND.shape[1] != self.dim:
             raise DataError(f"queries have {vectors_ND.shape[1]} channels, the index {self.dim}")
-        queries = self._transform(vectors_ND)
-        places = NO_RANGES if without is None else without - self.first_id
-        if not len(places) and times == 1:
-            searched = self._inner if self._on_gpus is None or k > MOST_ON_GPU else self._on_gpus
-            scores, ids = searched.search(queries, k)
-        elif isinstance(self._inner, _faiss().IndexPQ):  # which takes no selector
-            scores, ids = self._inner.search(queries, k + min(count(places), len(self)))
-            scores, ids = drop_members(scores, ids, places, k)
-        else:
-            scores, ids = self._inner.search(queries, k, params=self._parameters(k, places, times))
+        searched = self._inner if self._on_gpus is None or k > MOST_ON_GPU else self._on_gpus
+        scores, ids = searched.search(self._transform(vectors_ND), k)
         return scores, np.where(ids < 0, -1, ids + self.first_id)
-
-    def _parameters(self, k: int, without: np.ndarray, times: int) -> Any:
-        """Of a search that passes over ranges of places."""
-        faiss, selector = _faiss(), outside(_faiss(), without)
-        if self._ivf is not None:
-            return faiss.SearchParametersIVF(sel=selector, nprobe=min(times * self._ivf.nprobe, self.num_lists))
-        if self.is_graph:
-            # A walk that sees only what it may not keep would end with nothing.
-            candidates = max(self._inner.hnsw.efSearch, k) + count(without)
-            return faiss.SearchParametersHNSW(sel=selector, efSearch=min(candidates, len(self)))
-        return faiss.SearchParameters(sel=selector)
 
     def save(self, path: Path, manifest: IndexManifest) -> None:
         """Write the index and its manifest, whole or not at all.

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from megatron_grit.data.chunks.chunk_db import ChunkDb
-from megatron_grit.data.chunks.document_ranges import document_ranges
 from megatron_grit.data.chunks.neighbor_table import NeighborTable, read_table_manifest
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import Version, VersionedDb, document_keys, is_among
@@ -59,8 +58,7 @@ class QueryNeighbors(Task):
 
     def describe(self, db: ChunkDb, version: Version | None, *, verify: bool) -> Report:
         """As :class:`Task` says: the tables."""
-        names = "prefix version num_places num_neighbors num_short num_none num_taken_over".split()
-        names += "nprobe ef_search recall".split()
+        names = "prefix version num_places num_neighbors num_taken_over nprobe ef_search recall".split()
         tables = []
         for path in sorted(db.project.folder.glob("query/*/table.json")):
             manifest = read_table_manifest(path.parent)
@@ -161,23 +159,9 @@ class Searcher:
 
         config = self.file.config
         _, out[asked] = find_allowed(
-            self.index,
-            vectors,
-            config.num_neighbors_query,
-            config.num_neighbors_save,
-            allowed,
-            lambda rows: self._own_chunks(documents[rows]),
+            self.index, vectors, config.num_neighbors_query, config.num_neighbors_save, allowed
         )
         return out
-
-    def _own_chunks(self, documents: np.ndarray) -> np.ndarray:
-        """Ranges of ids of the chunks of documents: int64 [n, datasets x tables, 2]."""
-        different, of = np.unique(documents, return_inverse=True)
-        ranges = [
-            document_ranges(self.file.db.tables, document_keys(np.full(len(different), dataset), different))
-            for dataset in self.file.datasets
-        ]
-        return np.concatenate([*ranges, np.empty((len(different), 0, 2), dtype=np.int64)], axis=1)[of]
 
     def _chunks(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         """Document, first token and tokens of chunks by their positions, which ascend."""

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_grit.config.parse import parse_run_config
 from megatron_grit.config.schema import AdapterConfig, ParallelConfig, RunConfig
+from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.config.shape import stage_layers
 from megatron_grit.convert.skeleton import build_without_storage
 from megatron_grit.parallel.launch import parallel_job
@@ -30,6 +31,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"add_attention_output_bias": True, "add_mlp_bias": True, "position_embedding": "learned_absolute"},
     "qwen3": {"qk_norm": True, "kv_channels": 24},
     "mixture": {"num_experts": 4},
+    "retro": {"retro": RetroConfig(num_neighbors=2, layers=[1, 3], encoder_layers=3), "add_qkv_bias": True},
+    "learned gates": {
+        "retro": RetroConfig(num_neighbors=2, layers=[0, 2], gate=None, encoder_conditioning="none"),
+        "num_experts": 4,
+        "normalization": "layernorm",
+    },
     "qwen2_moe": {
         "num_experts": 4,
         "add_qkv_bias": True,

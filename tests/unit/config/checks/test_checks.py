@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -81,6 +81,7 @@ def test_impossible_meshes(world_size: int, options: list[str], model: str, mess
     assert "\n" not in str(error.value)
 
 
+READS = ["model.retro.num_neighbors=2", "model.retro.layers=[1]"]
 CONTRADICTIONS = [
     (["parallel.context=2", "model.attention_backend=te"], "does not go with parallel.context above 1"),
     (["parallel.overlap=true", "training.objective=embedding"], "none for the language-model head"),
@@ -107,6 +108,37 @@ CONTRADICTIONS = [
     (["data.packing=window", "training.generative_rows=3"], "generative_rows 3 is no multiple of 2"),
     (["training.generative_rows=4"], "has an effect only with data.packing window"),
     (["data.tokenizer=null"], "data.tokenizer is not set"),
+    (["model.retro.num_neighbors=2", "model.num_layers=4"], "no layer reads"),
+    (
+        ["model.retro.num_neighbors=2", "model.retro.layers=[40]"],
+        "model.retro.layers has layer 40, but layers are 0 to",
+    ),
+    (["model.retro.num_neighbors=2", "model.retro.layers=[1,1]"], "names a layer twice"),
+    (
+        [*READS, "model.parallel_residual=two_norms"],
+        "parallel_residual does not go with",
+    ),
+    (
+        [*READS, "parallel.context=2"],
+        "does not go with model.retro.num_neighbors yet",
+    ),
+    (
+        [
+            *READS,
+            "model.position_embedding=learned_absolute",
+            "model.max_position_embeddings=100",
+        ],
+        "a neighbor has 128 tokens",
+    ),
+    (
+        [
+            *READS,
+            "model.retro.parity=core",
+            "parallel.tensor=2",
+            "parallel.sequence_parallel=true",
+        ],
+        "model.retro.parity core is for comparisons",
+    ),
 ]
 
 
@@ -123,8 +155,9 @@ def numeric_keys() -> list[str]:
 
 def facts(key: str) -> dict[str, float]:
     """Metadata of a key's field."""
-    section, name = key.split(".")
-    return dict(type(getattr(RunConfig(), section)).__dataclass_fields__[name].metadata)
+    *sections, name = key.split(".")
+    section = functools.reduce(getattr, sections, RunConfig())
+    return dict(type(section).__dataclass_fields__[name].metadata)
 
 
 @pytest.mark.parametrize("key", numeric_keys())
@@ -134,8 +167,9 @@ def test_every_number_has_a_smallest_value(key: str) -> None:
 
 def with_value(key: str, value: float) -> RunConfig:
     config = parse()
-    section, name = key.split(".")
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
+    *sections, name = key.split(".")
+    setattr(functools.reduce(getattr, sections, config), name, value)
+    return config
 
 
 @pytest.mark.parametrize("key", numeric_keys())

@@ -1,0 +1,91 @@
+"""Neighbors of a row: the texts from a retrieval database that its chunks read.
+
+Shape suffix legend: C = chunks of a row, k = neighbors of a chunk, U = texts, N = tokens of all texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class Neighbors:
+    """The chunks of a packed row and the texts that they read.
+
+    A chunk lies in one segment. The chunks of a segment follow each other from its first token to its last; the first
+    and the last may be shorter than the others.
+    """
+
+    chunk_bounds_C2: np.ndarray
+    """int64 [C, 2]: first token of each chunk in the row, and the one after its last."""
+    segment_ends_C: np.ndarray
+    """int64 [C]: token after the last of the chunk's segment."""
+    text_of_Ck: np.ndarray
+    """int64 [C, k]: index of each neighbor among the texts; -1 where the chunk has none."""
+    lengths_U: np.ndarray
+    """int64 [U]: tokens of each text, at least 1."""
+    tokens_1N: Tensor
+    """int64 [1, N]: the texts one after another."""
+
+    def to(self, device: torch.device) -> Neighbors:
+        """Copy with the tokens on ``device``; the rest is for the host."""
+        return replace(self, tokens_1N=self.tokens_1N.to(device))
+
+    def padded(self, multiple: int) -> Neighbors:
+        """Copy whose N is a multiple of a number; no chunk reads what is added."""
+        missing = -self.tokens_1N.shape[1] % multiple
+        return replace(self, tokens_1N=torch.nn.functional.pad(self.tokens_1N, (0, missing)))
+
+
+def chunk_row(bounds: list[int], first_lengths: list[int], chunk_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split the segments of a row into chunks.
+
+    Args:
+        bounds: ends of the segments, with a 0 before them: S + 1 numbers.
+        first_lengths: of the first chunk of each segment: ``chunk_length``, or less where the segment begins inside a
+            chunk of its document.
+        chunk_length: tokens of a chunk.
+
+    Returns:
+        ``chunk_bounds_C2`` and ``segment_ends_C`` of :class:`Neighbors`.
+    """
+    chunks, ends = [], []
+    for start, end, first in zip(bounds[:-1], bounds[1:], first_lengths, strict=True):
+        starts = [start, *range(start + first, end, chunk_length)]
+        stops = [*starts[1:], end]
+        chunks += [pair for pair in zip(starts, stops, strict=True) if pair[0] < pair[1]]
+        ends += [end] * sum(a < b for a, b in zip(starts, stops, strict=True))
+    return np.array(chunks, dtype=np.int64).reshape(-1, 2), np.array(ends, dtype=np.int64)
+
+
+def join_texts(texts: list[list[np.ndarray | None]], share: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lay the neighbors of all chunks one after another.
+
+    Args:
+        texts: for each chunk its neighbors' tokens; None where there is none.
+        share: a text that comes again is kept once. Only where the encoder does not look at the reading chunk.
+
+    Returns:
+        ``text_of_Ck``, ``lengths_U`` and the tokens, int64 [N], of :class:`Neighbors`.
+    """
+    text_of = np.full((len(texts), max(map(len, texts), default=0)), -1, dtype=np.int64)
+    kept: list[np.ndarray] = []
+    seen: dict[bytes, int] = {}
+    for chunk, neighbors in enumerate(texts):
+        for place, tokens in enumerate(neighbors):
+            if tokens is None or not len(tokens):
+                continue
+            known = seen.get(tokens.tobytes()) if share else None
+            if known is None:
+                known = len(kept)
+                kept.append(tokens)
+                if share:
+                    seen[tokens.tobytes()] = known
+            text_of[chunk, place] = known
+    lengths = np.array([len(tokens) for tokens in kept], dtype=np.int64)
+    joined = np.concatenate(kept).astype(np.int64) if kept else np.zeros(0, dtype=np.int64)
+    return text_of, lengths, joined
