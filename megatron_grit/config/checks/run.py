@@ -258,12 +258,15 @@ def _files(config: RunConfig) -> Iterator[Problem]:
     for kind in trained_kinds(config):
         key = kind_options(kind).DATA
         for entry in read_blend(kind_sources(config, kind), key):
-            for suffix in INDEXED_SUFFIXES:
-                if not Path(entry.path + suffix).is_file():
-                    yield Problem(
-                        key,
-                        f"{key}: there is no file {entry.path}{suffix}; make it with tools/preprocess/build_grit.py",
-                    )
+            missing = [suffix for suffix in INDEXED_SUFFIXES if not Path(entry.path + suffix).is_file()]
+            remedy = "make it with tools/preprocess/build_grit.py"
+            if missing == [".json"]:
+                remedy = (
+                    "if another program wrote .bin and .idx, write it with megatron-grit adopt-indexed --prefix "
+                    f"{entry.path} --tokenizer {data.tokenizer or 'TOKENIZER'}"
+                )
+            for suffix in missing:
+                yield Problem(key, f"{key}: there is no file {entry.path}{suffix}; {remedy}")
     if data.tokenizer is not None:
         tokenizer = Path(data.tokenizer)
         if not tokenizer.exists():

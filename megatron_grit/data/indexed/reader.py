@@ -110,7 +110,8 @@ def read_meta(prefix: str | Path) -> IndexedMeta:
         if all(beside.is_file() for beside in file_paths(prefix)[:2]):
             raise DataError(
                 "no such file, though .bin and .idx are there: another program wrote them, or a build did not end; "
-                "tokenizer and checksums are unknown; build from the texts with megatron-grit preprocess-data",
+                f"check them and write it with megatron-grit adopt-indexed --prefix {prefix} --tokenizer TOKENIZER, or "
+                "build from the texts with megatron-grit preprocess-data",
                 path=path,
             )
         raise DataError("no such file; give the prefix of an indexed file, without extension", path=path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -141,14 +142,9 @@ class IndexedRecords:
         """
         start, stop = self.file.sequences(index)
         ids = self.file.read(start, stop, skip, count)
-        # Seen as unsigned, a negative id is beyond every vocabulary.
-        if len(ids) and ids.view(_UNSIGNED[ids.dtype.itemsize]).max() >= self.meta.vocab_size:
-            at = int(self.file.pointers[start]) + skip * self.file.dtype.itemsize
-            raise DataError(
-                f"record {index} holds an id outside the vocabulary of {self.meta.vocab_size}; build it again",
-                path=self.file.bin_path,
-                byte=at,
-            )
+        if len(ids):
+            begin = int(self.file.pointers[start]) + skip * self.file.dtype.itemsize
+            refuse_unknown_ids(self.file, ids, begin, self.meta.vocab_size, "build it again")
         return ids
 
     def get(self, index: int) -> list[tuple[Role, np.ndarray]]:
@@ -194,11 +190,45 @@ class IndexedRecords:
             )
 
 
-def checksums(path: Path) -> tuple[str, list[int]]:
-    """SHA-256 of a file in hexadecimal, and the CRC-32 of each CHECKED_BLOCK_BYTES of it."""
+def refuse_unknown_ids(file: IndexedFile, ids: np.ndarray, begin: int, vocab_size: int, remedy: str) -> None:
+    """Raise where some of a file's tokens are outside the vocabulary.
+
+    Args:
+        file: whose they are.
+        ids: the tokens, in the file's own type.
+        begin: byte of the first of them in the ``.bin``.
+        vocab_size: ids are below it.
+        remedy: what to do.
+
+    Raises:
+        DataError: one is not; with its document and byte.
+    """
+    unsigned = ids.view(_UNSIGNED[ids.dtype.itemsize])  # a negative id is beyond every vocabulary
+    if not len(ids) or unsigned.max() < vocab_size:
+        return
+    place = int(np.argmax(unsigned >= vocab_size))
+    at = begin + place * ids.dtype.itemsize
+    sequence = int(np.searchsorted(file.pointers, at, side="right")) - 1
+    record = int(np.searchsorted(file.documents, sequence, side="right")) - 1
+    raise DataError(
+        f"record {record} holds the id {ids[place]}, outside the vocabulary of {vocab_size}; {remedy}",
+        path=file.bin_path,
+        byte=at,
+    )
+
+
+def checksums(path: Path, look: Callable[[int, bytes], object] | None = None) -> tuple[str, list[int]]:
+    """SHA-256 of a file in hexadecimal, and the CRC-32 of each CHECKED_BLOCK_BYTES of it.
+
+    Args:
+        path: the file.
+        look: called with the first byte and the content of each block, in order.
+    """
     digest, checks = hashlib.sha256(), []
     with path.open("rb") as file:
         while block := file.read(CHECKED_BLOCK_BYTES):
+            if look is not None:
+                look(len(checks) * CHECKED_BLOCK_BYTES, block)
             digest.update(block)
             checks.append(zlib.crc32(block))
     return digest.hexdigest(), checks

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -253,32 +253,9 @@ class IndexedStream:
             os.fsync(index.fileno())
 
     def _describe(self, facts: IndexedFacts, checksum: bool) -> IndexedMeta:
-        summary = _Summary(facts.kind)
-        for block in self._blocks():
-            summary.add(block)
         bin_path, idx_path = self._paths["bin"], self._staged["idx"]
-        bin_sha256, bin_crc32 = checksums(bin_path) if checksum else ("", [])
-        return IndexedMeta(
-            kind=facts.kind,
-            num_records=summary.num_records,
-            num_tokens=summary.num_tokens,
-            num_supervised_tokens=summary.num_supervised,
-            longest_segment_tokens=summary.longest,
-            longest_segment_record=summary.longest_record,
-            min_negatives=summary.min_negatives or 0,
-            max_negatives=summary.max_negatives,
-            tokenizer_fingerprint=facts.tokenizer_fingerprint,
-            vocab_size=facts.vocab_size,
-            template=facts.template,
-            limits=facts.limits,
-            bin_bytes=bin_path.stat().st_size,
-            idx_bytes=idx_path.stat().st_size,
-            bin_sha256=bin_sha256,
-            idx_sha256=checksums(idx_path)[0] if checksum else "",
-            bin_crc32=bin_crc32,
-            template_source=facts.template_source,
-            num_skipped=summary.num_skipped,
-        )
+        digests = (checksums(bin_path), checksums(idx_path)[0]) if checksum else (("", []), "")
+        return describe_files(facts, self._blocks(), bin_path, idx_path, digests)
 
     def _blocks(self) -> Iterator[TokenBlock]:
         """The documents so far, without their tokens."""
@@ -303,6 +280,52 @@ class IndexedStream:
         self.close()
         for path in (*self._paths.values(), *self._staged.values(), self._ready):
             path.unlink(missing_ok=True)
+
+
+def describe_files(
+    facts: IndexedFacts,
+    blocks: Iterable[TokenBlock],
+    bin_path: Path,
+    idx_path: Path,
+    digests: tuple[tuple[str, list[int]], str],
+) -> IndexedMeta:
+    """What the ``.json`` says of a ``.bin`` and an ``.idx``.
+
+    Args:
+        facts: what the tokens do not say.
+        blocks: all documents, in order; their tokens are not looked at.
+        bin_path: the tokens.
+        idx_path: the index.
+        digests: :func:`~megatron_grit.data.indexed.records.checksums` of the first, and the SHA-256 of the second.
+
+    Raises:
+        DataError: roles that make no record.
+    """
+    summary = _Summary(facts.kind)
+    for block in blocks:
+        summary.add(block)
+    (bin_sha256, bin_crc32), idx_sha256 = digests
+    return IndexedMeta(
+        kind=facts.kind,
+        num_records=summary.num_records,
+        num_tokens=summary.num_tokens,
+        num_supervised_tokens=summary.num_supervised,
+        longest_segment_tokens=summary.longest,
+        longest_segment_record=summary.longest_record,
+        min_negatives=summary.min_negatives or 0,
+        max_negatives=summary.max_negatives,
+        tokenizer_fingerprint=facts.tokenizer_fingerprint,
+        vocab_size=facts.vocab_size,
+        template=facts.template,
+        limits=facts.limits,
+        bin_bytes=bin_path.stat().st_size,
+        idx_bytes=idx_path.stat().st_size,
+        bin_sha256=bin_sha256,
+        idx_sha256=idx_sha256,
+        bin_crc32=bin_crc32,
+        template_source=facts.template_source,
+        num_skipped=summary.num_skipped,
+    )
 
 
 class _Summary:

@@ -230,7 +230,9 @@ def test_damage_that_only_reading_finds(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gen.bin \(byte 0\): its SHA-256 is"):
         IndexedRecords(tmp_path / "gen").verify()
     (tmp_path / "gen.bin").write_bytes(b"\xff" * 22)
-    with pytest.raises(DataError, match=r"gen.bin \(byte 8\): record 1 holds an id outside the vocabulary of 100"):
+    with pytest.raises(
+        DataError, match=r"gen.bin \(byte 8\): record 1 holds the id 65535, outside the vocabulary of 100"
+    ):
         IndexedRecords(tmp_path / "gen").get(1)
 
     write(tmp_path / "gen", CHATS, overwrite=True)
