@@ -224,7 +224,8 @@ def checksums(path: Path, look: Callable[[int, bytes], object] | None = None) ->
         path: the file.
         look: called with the first byte and the content of each block, in order.
     """
-    digest, checks = hashlib.sha256(), []
+    digest = hashlib.sha256()
+    checks: list[int] = []
     with path.open("rb") as file:
         while block := file.read(CHECKED_BLOCK_BYTES):
             if look is not None:
