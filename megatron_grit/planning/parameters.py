@@ -6,10 +6,12 @@ tests/unit/planning/test_parameters.py compares with the model that is built.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from megatron_grit.config.adapter_shape import rank_of
 from megatron_grit.config.checks.adapter import adapter_targets
 from megatron_grit.config.embedding_shape import num_head_parameters
 from megatron_grit.config.schema import ModelConfig, RunConfig
@@ -56,6 +58,8 @@ class _Linear(NamedTuple):
     over tensor parallel ranks by their inputs, all others by their outputs."""
 
     name: str
+    place: str
+    """In its layer: self_attention, mlp ..."""
     inputs: int
     outputs: int
     has_bias: bool
@@ -79,14 +83,14 @@ def _own(linear: _Linear, tensor: int) -> int:
 def _attention(model: ModelConfig) -> Iterator[_Linear]:
     queries, keys = attention_widths(model)
     for name, outputs in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-        yield _Linear(name, model.hidden_size, outputs, has_qkv_bias(model))
-    yield _Linear("o_proj", queries, model.hidden_size, has_attention_output_bias(model))
+        yield _Linear(name, "self_attention", model.hidden_size, outputs, has_qkv_bias(model))
+    yield _Linear("o_proj", "self_attention", queries, model.hidden_size, has_attention_output_bias(model))
 
 
-def _feed_forward(model: ModelConfig, width: int) -> Iterator[_Linear]:
+def _feed_forward(model: ModelConfig, width: int, place: str) -> Iterator[_Linear]:
     for name in ("gate_proj", "up_proj") if model.activation == "swiglu" else ("up_proj",):
-        yield _Linear(name, model.hidden_size, width, has_mlp_bias(model))
-    yield _Linear("down_proj", width, model.hidden_size, has_mlp_bias(model))
+        yield _Linear(name, place, model.hidden_size, width, has_mlp_bias(model))
+    yield _Linear("down_proj", place, width, model.hidden_size, has_mlp_bias(model))
 
 
 def _linears(model: ModelConfig, layer: int, sizes: _Sizes, count: _Count) -> tuple[int, int]:
@@ -95,10 +99,14 @@ def _linears(model: ModelConfig, layer: int, sizes: _Sizes, count: _Count) -> tu
     is_dense = layer in dense_layers(model)
     width = model.ffn_hidden_size if is_dense else model.moe_shared_ffn_hidden_size
     if width:
-        dense += sum(count(linear, sizes.tensor) for linear in _feed_forward(model, width))
+        dense += sum(
+            count(linear, sizes.tensor)
+            for linear in _feed_forward(model, width, "mlp" if is_dense else "mlp.shared_experts")
+        )
     if is_dense:
         return dense, 0
-    expert = sum(count(linear, sizes.expert_tensor) for linear in _feed_forward(model, expert_width(model)))
+    experts = _feed_forward(model, expert_width(model), "mlp.experts.local_experts.0")
+    expert = sum(count(linear, sizes.expert_tensor) for linear in experts)
     return dense, (model.num_experts or 0) // sizes.expert * expert
 
 
@@ -170,21 +178,25 @@ def count_parameters(config: RunConfig, vocab_size: int, stage: int = 0) -> Para
 
 
 def count_adapters(config: RunConfig, stage: int) -> tuple[int, int]:
-    """Parameters of a process's adapters: those of experts apart from all others.
+    """Parameters of a process's adapters: those of experts apart from all others. Experts count as the first one does.
 
     Args:
         stage: pipeline stage of the process.
     """
     targets, adapter = adapter_targets(config), config.adapter
 
-    def of_adapter(linear: _Linear, tensor: int) -> int:
+    def of_adapter(layer: int, linear: _Linear, tensor: int) -> int:
         if linear.name not in targets:
             return 0
         inputs, outputs = linear.share(tensor)
-        return adapter.rank * (inputs + outputs) + (outputs if adapter.kind == "dora" else 0)
+        rank = rank_of(adapter, f"decoder.layers.{layer}.{linear.place}.{linear.name}")
+        return rank * (inputs + outputs) + (outputs if adapter.kind == "dora" else 0)
 
     sizes = _Sizes.of_config(config)
-    found = [_linears(config.model, layer, sizes, of_adapter) for layer in stage_layers(config, stage)]
+    found = [
+        _linears(config.model, layer, sizes, functools.partial(of_adapter, layer))
+        for layer in stage_layers(config, stage)
+    ]
     return sum(dense for dense, _ in found), sum(experts for _, experts in found)
 
 

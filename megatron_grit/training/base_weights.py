@@ -29,7 +29,7 @@ from megatron_grit.training.checkpoint import NEW_MODULES, Stage, base_state, re
 _OF_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
 _AT_ONCE = 1 << 22
 """Elements that are weighed at a time."""
-_SAME_IN_BOTH = ("kind", "rank", "alpha", "targets", "rslora")
+_SAME_IN_BOTH = ("kind", "rank", "alpha", "rank_pattern", "alpha_pattern", "targets", "rslora")
 
 
 def describe_base(config: RunConfig, fingerprint: str) -> dict[str, Any]:

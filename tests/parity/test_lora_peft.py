@@ -237,15 +237,23 @@ def test_experts_are_written_one_by_one(tmp_path: Path) -> None:
     assert not tensors[f"{prefix}.w1.lora_B.weight"].any() and tensors[f"{prefix}.w3.lora_B.weight"].any()
 
 
-def trained(config: RunConfig, directory: Path, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Our factors after AdamW steps on the row, and the first step's gradients."""
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda factors: torch.optim.SGD(factors, lr=1e-1, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda factors: torch.optim.AdamW(factors, lr=1e-2, weight_decay=0.1),
+}
+
+
+def trained(
+    config: RunConfig, directory: Path, steps: int, optimizer_name: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Our factors after steps on the row, and the first step's gradients."""
     from megatron_grit.models.decoder import Output
     from megatron_grit.parallel.launch import parallel_job
 
     with parallel_job(config.parallel, seed=2) as context:
         model = build(directory, config, context)
         factors = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        optimizer = torch.optim.AdamW(factors.values(), lr=1e-2, weight_decay=0.1)
+        optimizer = OPTIMIZERS[optimizer_name](factors.values())
         gradients: dict[str, Tensor] = {}
         row = make_row(RowKind.GENERATIVE)
         for _ in range(steps):
@@ -257,11 +265,11 @@ def trained(config: RunConfig, directory: Path, steps: int) -> tuple[dict[str, T
         return {name: value.detach().clone() for name, value in factors.items()}, gradients
 
 
-def trained_by_peft(model: Any, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def trained_by_peft(model: Any, steps: int, optimizer_name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The same with PEFT."""
     row = make_row(RowKind.GENERATIVE)
     factors = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    optimizer = torch.optim.AdamW(factors.values(), lr=1e-2, weight_decay=0.1)
+    optimizer = OPTIMIZERS[optimizer_name](factors.values())
     gradients: dict[str, Tensor] = {}
     for _ in range(steps):
         optimizer.zero_grad()
@@ -289,25 +297,50 @@ def by_our_names(theirs: dict[str, Tensor], config: RunConfig, directory: Path) 
     return read_peft(folder, config.model).tensors
 
 
+def distance(mine: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference of factors, as a share of the largest value of each where that is above 1."""
+    assert mine.keys() == expected.keys()
+    return max(
+        float((value - expected[key]).abs().max() / expected[key].abs().max().clamp(min=1))
+        for key, value in mine.items()
+    )
+
+
+@pytest.mark.parametrize("variant", ["rslora", "patterns", "rslora patterns", "dora patterns"])
+def test_steps_with_patterns_are_those_of_peft(variant: str, tmp_path: Path) -> None:
+    """Ranks and scalings of modules count in each step: with one scaling for all the function starts alike and the
+    steps differ."""
+    name, options = VARIANTS[variant]
+    theirs = make_adapter(name, tmp_path, **options)
+    config = run_config(tmp_path)
+    reference, _ = trained_by_peft(theirs, 5, "sgd")
+    expected = by_our_names(reference, config, tmp_path)
+    assert distance(trained(config, tmp_path, 5, "sgd")[0], expected) < 1e-5
+    if variant == "patterns":
+        other = run_config(tmp_path, rank=7, alpha=14.0, rank_pattern=[], alpha_pattern=[])
+        ours, _ = trained(other, tmp_path, 5, "sgd")
+        cut = {key: value[tuple(map(slice, expected[key].shape))] for key, value in ours.items()}
+        assert distance(cut, expected) > 1e-2
+
+
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", ["mistral", "llama_biases"])
 def test_training_is_that_of_peft(name: str, dora: bool, tmp_path: Path) -> None:
     """Gradients of the factors, and the factors after four steps of AdamW."""
     theirs = make_adapter(name, tmp_path, use_dora=dora)
     config = run_config(tmp_path)
-    ours, our_gradients = trained(config, tmp_path, 4)
-    reference, reference_gradients = trained_by_peft(theirs, 4)
+    ours, our_gradients = trained(config, tmp_path, 4, "adamw")
+    reference, reference_gradients = trained_by_peft(theirs, 4, "adamw")
     for mine, other, tolerance in ((our_gradients, reference_gradients, 1e-5), (ours, reference, 2e-4)):
         expected = by_our_names(other, config, tmp_path)
-        assert mine.keys() == expected.keys()
-        for key, value in mine.items():
-            assert (value - expected[key]).abs().max() <= tolerance * max(1.0, expected[key].abs().max().item()), key
+        assert distance(mine, expected) <= tolerance
     assert max(gradient.abs().max() for gradient in our_gradients.values()) > 1e-3
 
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tensor": ("mistral", {"tensor": 2}),
     "tensor dora": ("mistral dora", {"tensor": 2}),
+    "tensor patterns": ("mistral patterns", {"tensor": 2}),
     "tensor neox": ("gpt_neox", {"tensor": 2}),
     "saved modules": ("mistral saved", {"tensor": 2}),
     "expert": ("mixtral", {"expert": 2}),
@@ -316,6 +349,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {}),
     "mistral dora": ("mistral", {"use_dora": True}),
+    "mistral patterns": VARIANTS["patterns"],
     "mistral saved": ("mistral", {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
     "gpt_neox": ("gpt_neox", {}),
     "mixtral": ("mixtral", {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
+from megatron_grit.config.adapter_shape import projection_names, read_entry
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.config.shape import has_attention_output_bias, has_mlp_bias, has_qkv_bias
@@ -40,6 +41,7 @@ def adapter_problems(config: RunConfig) -> Iterator[Problem]:
     adapter, training = config.adapter, config.training
     if adapter.targets is not None:
         yield from _targets(adapter.targets, config.model)
+    yield from _patterns(config)
     if adapter.kind != "none" and config.checkpoint.load is None and config.model.pretrained is None:
         yield Problem(
             "adapter.kind",
@@ -86,6 +88,27 @@ def _targets(targets: list[str], model: ModelConfig) -> Iterator[Problem]:
                 f"adapter.targets: the model has no {name}, model.activation {model.activation} is not gated; leave it "
                 "out or set adapter.targets to null for all that the model has",
             )
+
+
+def _patterns(config: RunConfig) -> Iterator[Problem]:
+    """Entries that are none, and those that fit no projection with an adapter."""
+    for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+        for entry in getattr(config.adapter, key):
+            where = f"adapter.{key}"
+            try:
+                pattern, value = read_entry(entry)
+            except ValueError as error:
+                yield Problem(where, f"{where}: {error}; give entries such as q_proj=4")
+                continue
+            if not 0 < value < float("inf") or kind(value) != value:
+                wanted = "a whole number of at least 1" if kind is int else "a number above 0"
+                yield Problem(where, f"{where}: {entry!r} gives {value:g}; give {wanted}")
+            elif not any(map(pattern.fullmatch, projection_names(config.model, adapter_targets(config)))):
+                yield Problem(
+                    where,
+                    f"{where}: {entry!r} fits no projection with an adapter; their names are such as "
+                    "decoder.layers.0.self_attention.q_proj",
+                )
 
 
 def _has_biases(config: RunConfig) -> bool:

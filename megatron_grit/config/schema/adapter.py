@@ -20,6 +20,11 @@ class AdapterConfig:
     """Adapters are multiplied by alpha / rank."""
     dropout: float = knob(0.0, at_least=0, below=1, may_change=True)
     """Dropout on an adapter's input."""
+    rank_pattern: list[str] = knob([])
+    """Other ranks, such as q_proj=4 or layers.1.mlp.up_proj=8: a regular expression for the end of a projection's name,
+    from a dot on. The first that fits counts."""
+    alpha_pattern: list[str] = knob([])
+    """Other alphas, likewise."""
     targets: list[str] | None = None
     """Projections with an adapter, of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, in attention,
     feed-forward layers and experts. null: all that the model has."""

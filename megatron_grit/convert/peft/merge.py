@@ -85,7 +85,7 @@ def merged_weight(
             merged.append(base)
             continue
         lora_A, lora_B = factors["lora_A"].float(), factors["lora_B"].float()
-        result = torch.addmm(base.float(), lora_B, lora_A, alpha=adapter.scaling)
+        result = torch.addmm(base.float(), lora_B, lora_A, alpha=adapter.scaling(site.linear, part))
         if "magnitude" in factors:
             result *= (factors["magnitude"].float() / result.norm(dim=1))[:, None]
         merged.append(result.to(weight.dtype))

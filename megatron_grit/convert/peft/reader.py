@@ -10,7 +10,6 @@ Shape suffix legend: R = rank, I = input width, O = rows, E = experts.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -20,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_grit.config.adapter_shape import patterns_of, projection_name
 from megatron_grit.config.schema import AdapterConfig, ModelConfig
 from megatron_grit.config.shape import expert_width
 from megatron_grit.convert.families.registry import family_of_model
-from megatron_grit.convert.peft.sites import Site, WholeAdapter, adapter_sites, part_shape, resized, tied_output
+from megatron_grit.convert.peft.sites import Site, WholeAdapter, adapter_sites, part_shape, tied_output
 from megatron_grit.convert.peft.writer import CONFIG, PREFIX, WEIGHTS
 from megatron_grit.errors import CheckpointError
 
@@ -68,8 +68,8 @@ _CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 def read_peft(path: str | Path, model: ModelConfig) -> WholeAdapter:
     """Read an adapter that PEFT wrote.
 
-    Ranks and scalings that differ between modules (``rank_pattern``, ``alpha_pattern``) become one: factors are filled
-    up with zeros, which training leaves zero, and lora_B takes up the rest of the scaling.
+    Each module keeps its rank and its scaling (``rank_pattern``, ``alpha_pattern``): with others an optimizer's steps
+    would be other ones, though the function starts alike.
 
     Args:
         path: directory with adapter_config.json and adapter_model.safetensors.
@@ -166,8 +166,8 @@ class _PeftTensors:
         for name in (module, self._decoder + module):
             if name in self._sites:
                 site, part = self._sites[name]
-                scaling = self._scaling(name, len(factors["lora_A"]))
-                self._put(site, part, factors, scaling, name)
+                alpha = self._alpha(name, len(factors["lora_A"]))
+                self._put(site, part, factors, alpha, name)
                 return
             container = name.removesuffix(".base_layer")
             if container in self._stacked:
@@ -189,24 +189,24 @@ class _PeftTensors:
         if leaf is None or rest or factors["lora_B"].shape[1] != rank * num_experts:
             raise self._error(f"{container}: an adapter of {found[0]} inputs and {found[1]} rows is of another model")
         parameter = f"{container}.{'gate_up_proj' if leaf == 'linear_fc1' else 'down_proj'}"
-        scaling = self._scaling(parameter, rank)
+        alpha = self._alpha(parameter, rank)
         by_expert_A = factors["lora_A"].unflatten(0, (num_experts, rank))
         by_expert_B = factors["lora_B"].unflatten(1, (rank, num_experts))
         for site in self._stacked[container]:
             if site.leaf == leaf:
                 assert site.expert is not None
                 own = {"lora_A": by_expert_A[site.expert], "lora_B": by_expert_B[..., site.expert]}
-                self._put(site, None if len(site.parts) > 1 else site.parts[0], own, scaling, parameter)
+                self._put(site, None if len(site.parts) > 1 else site.parts[0], own, alpha, parameter)
 
-    def _put(self, site: Site, part: str | None, factors: dict[str, Tensor], scaling: float, module: str) -> None:
+    def _put(self, site: Site, part: str | None, factors: dict[str, Tensor], alpha: float, module: str) -> None:
         """Of one part, or of a module that is all of them."""
         if part is not None:
-            self._found[site.linear, part] = (self._checked(site, part, factors, module), scaling)
+            self._found[site.linear, part] = (self._checked(site, part, factors, module), alpha)
             return
         rows = {name: site.split(factors[name], self._model) for name in ("lora_B", "magnitude") if name in factors}
         for number, name in enumerate(site.parts):
             own = {"lora_A": factors["lora_A"]} | {factor: parts[number] for factor, parts in rows.items()}
-            self._found[site.linear, name] = (self._checked(site, name, own, module), scaling)
+            self._found[site.linear, name] = (self._checked(site, name, own, module), alpha)
 
     def _checked(self, site: Site, part: str, factors: dict[str, Tensor], module: str) -> dict[str, Tensor]:
         num_rows, width = part_shape(site, part, self._model)
@@ -219,29 +219,37 @@ class _PeftTensors:
                 )
         return factors
 
-    def _scaling(self, module: str, rank: int) -> float:
+    def _alpha(self, module: str, rank: int) -> float:
         expected = _of_pattern(self._settings.get("rank_pattern"), module, self._settings["r"])
         if rank != expected:
             raise self._error(f"module {module} has rank {rank}, {CONFIG} says {expected}")
-        alpha = float(_of_pattern(self._settings.get("alpha_pattern"), module, self._settings["lora_alpha"]))
-        return alpha / (math.sqrt(rank) if self._settings.get("use_rslora") else rank)
+        return float(_of_pattern(self._settings.get("alpha_pattern"), module, self._settings["lora_alpha"]))
 
     def finish(self, kind: Any) -> WholeAdapter:
-        """One rank and one scaling for all of them."""
+        """All of them, and the options that a run has them by."""
         if not self._found:
             raise self._error("there is no adapter in it")
-        rslora = bool(self._settings.get("use_rslora"))
-        rank = max(len(factors["lora_A"]) for factors, _ in self._found.values())
-        scalings = sorted({scaling for _, scaling in self._found.values()})
-        alpha = scalings[-1] * (math.sqrt(rank) if rslora else rank)
-        targets = sorted({part for _, part in self._found})
-        dropout = float(self._settings.get("lora_dropout") or 0.0)
-        config = AdapterConfig(kind=kind, rank=rank, alpha=alpha, dropout=dropout, targets=targets, rslora=rslora)
-        adapter = WholeAdapter(config, {}, self._trained)
-        for (linear, part), (factors, scaling) in self._found.items():
-            for name, tensor in resized(factors, rank, scaling, adapter.scaling).items():
-                adapter.tensors[f"{linear}.adapter.{part}.{name}"] = tensor
-        return adapter
+        settings, found = self._settings, self._found
+        ranks = {projection_name(*place): len(factors["lora_A"]) for place, (factors, _) in found.items()}
+        alphas = {projection_name(*place): alpha for place, (_, alpha) in found.items()}
+        config = AdapterConfig(
+            kind=kind,
+            rank=settings["r"],
+            alpha=float(settings["lora_alpha"]),
+            rank_pattern=[f"{name}={value}" for name, value in patterns_of(ranks, settings["r"]).items()],
+            alpha_pattern=[
+                f"{name}={value:.17g}" for name, value in patterns_of(alphas, settings["lora_alpha"]).items()
+            ],
+            dropout=float(settings.get("lora_dropout") or 0.0),
+            targets=sorted({part for _, part in found}),
+            rslora=bool(settings.get("use_rslora")),
+        )
+        tensors = {
+            f"{linear}.adapter.{part}.{name}": tensor
+            for (linear, part), (factors, _) in found.items()
+            for name, tensor in factors.items()
+        }
+        return WholeAdapter(config, tensors, self._trained)
 
     def _error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self._file}: {message}")

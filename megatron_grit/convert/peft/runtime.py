@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_grit.config.schema import AdapterConfig, ModelConfig, RunConfig
+from megatron_grit.config.adapter_shape import rank_of, scaling_of
+from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.convert.families.registry import family_of_model
 from megatron_grit.convert.peft.reader import read_peft
 from megatron_grit.convert.peft.sites import WholeAdapter, resized
@@ -24,6 +25,8 @@ from megatron_grit.store.logs import get_logger
 from megatron_grit.training.trainer import InitialWeights
 
 log = get_logger(__name__)
+
+_SHAPE = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern")
 
 
 def peft_adapters(config: RunConfig) -> InitialWeights | None:
@@ -59,27 +62,40 @@ def load_peft(path: str | Path, config: RunConfig, chunks: Sequence[GritDecoder]
         ConfigError: the run's adapters cannot hold it; names the key to set.
     """
     adapter = read_peft(path, config.model)
-    check_fits(path, adapter.config, config)
+    check_fits(path, adapter, config)
     if adapter.config.dropout not in (0, config.adapter.dropout):
         log.warning(f"{path} was trained with dropout {adapter.config.dropout}, this run has {config.adapter.dropout}")
     fill_adapters(chunks, adapter)
     fill_trained(chunks, adapter.trained, config.model)
 
 
-def check_fits(path: str | Path, found: AdapterConfig, config: RunConfig) -> None:
-    """Refuse an adapter that the run's adapters cannot hold.
+def check_fits(path: str | Path, adapter: WholeAdapter, config: RunConfig) -> None:
+    """Refuse an adapter that the run's adapters cannot hold. Logs where they hold it with other ranks or scalings.
 
     Raises:
         ConfigError: names the key to set.
     """
-    ours = config.adapter
+    ours, found = config.adapter, adapter.config
     if ours.kind != found.kind:
         raise ConfigError(f"adapter.kind is {ours.kind} and {path} holds {found.kind}; set it to {found.kind}")
-    if ours.rank < found.rank:
-        raise ConfigError(f"adapter.rank is {ours.rank} and {path} has rank {found.rank}; set it to that or more")
+    settings = {name: getattr(found, name) for name in _SHAPE if getattr(found, name) != getattr(ours, name)}
+    told = ", ".join(f"adapter.{name} {value}" for name, value in settings.items())
+    for name, rank in adapter.ranks().items():
+        if rank_of(ours, name) < rank:
+            raise ConfigError(
+                f"adapter.rank is {rank_of(ours, name)} and {path} has rank {rank} for {name}; set {told}"
+            )
     missing = [target for target in found.targets or [] if ours.targets is not None and target not in ours.targets]
     if missing:
         raise ConfigError(f"adapter.targets lacks {', '.join(missing)}, which {path} has adapters of; add them")
+    names = adapter.ranks()
+    if any(
+        (rank_of(ours, name), scaling_of(ours, name)) != (rank_of(found, name), scaling_of(found, name))
+        for name in names
+    ):
+        log.warning(
+            f"{path}: the run starts from the same function, but its steps are other ones than PEFT's without {told}"
+        )
 
 
 @torch.no_grad()
@@ -89,10 +105,11 @@ def fill_adapters(chunks: Sequence[GritDecoder], adapter: WholeAdapter) -> None:
         for name, linear in adapted_linears(chunk).items():
             split = linear.adapter.split
             for part_name, part in linear.adapter.parts.items():
-                factors = adapter.part(global_name(chunk, name), part_name)
+                whole_name = global_name(chunk, name)
+                factors = adapter.part(whole_name, part_name)
                 if not factors:
                     continue
-                factors = resized(factors, len(part.lora_A), adapter.scaling, part.scaling)
+                factors = resized(factors, len(part.lora_A), adapter.scaling(whole_name, part_name), part.scaling)
                 for factor, whole in factors.items():
                     parameter: Tensor = getattr(part, factor)
                     axis = split.axis_of(factor)

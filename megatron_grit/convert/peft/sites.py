@@ -6,13 +6,13 @@ Tensors are whole here, under the names that adapters have in this package: ``<l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from megatron_grit.config.adapter_shape import projection_name, scaling_of
 from megatron_grit.config.checks.adapter import model_projections
 from megatron_grit.config.schema import AdapterConfig, ModelConfig
 from megatron_grit.config.shape import expert_width
@@ -74,16 +74,24 @@ class WholeAdapter:
     """An adapter of a whole model."""
 
     config: AdapterConfig
-    """kind, rank, alpha, dropout, targets and rslora."""
+    """All but quantize and load."""
     tensors: dict[str, Tensor]
     """Factors by name."""
     trained: dict[str, Tensor] = field(default_factory=dict)
     """Other weights that were trained, whole and without padding, by their names in Hugging Face's model."""
 
-    @property
-    def scaling(self) -> float:
-        """Factor of lora_B lora_A."""
-        return self.config.alpha / (math.sqrt(self.config.rank) if self.config.rslora else self.config.rank)
+    def scaling(self, linear: str, part: str) -> float:
+        """Factor of a projection's lora_B lora_A."""
+        return scaling_of(self.config, projection_name(linear, part))
+
+    def ranks(self) -> dict[str, int]:
+        """Rank of each projection that has an adapter, by the projection's name."""
+        found = {}
+        for name, tensor in self.tensors.items():
+            linear, _, rest = name.partition(".adapter.")
+            if rest.endswith(".lora_A"):
+                found[projection_name(linear, rest.removesuffix(".lora_A"))] = len(tensor)
+        return found
 
     def part(self, linear: str, part: str) -> dict[str, Tensor]:
         """The factors of a projection; empty where it has no adapter."""

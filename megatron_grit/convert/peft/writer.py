@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_grit.config.adapter_shape import alpha_of, patterns_of, projection_name, rank_of
 from megatron_grit.config.schema import AdapterConfig, ModelConfig
 from megatron_grit.config.shape import dense_layers
 from megatron_grit.convert.families.registry import family_of_model
-from megatron_grit.convert.peft.sites import Site, WholeAdapter, adapter_sites, part_shape, tied_output
+from megatron_grit.convert.peft.sites import Site, WholeAdapter, adapter_sites, part_shape, resized, tied_output
 from megatron_grit.errors import CheckpointError
 from megatron_grit.store.files import replacing, write_json
 from megatron_grit.store.logs import get_logger
@@ -71,13 +72,15 @@ def to_peft(adapter: WholeAdapter, model: ModelConfig) -> tuple[dict[str, Any], 
     Raises:
         CheckpointError: PEFT has no form for it.
     """
-    config = adapter.config
+    config, sites = adapter.config, adapter_sites(model)
+    rank = _rank(adapter, sites)
+    scaling = config.alpha / (math.sqrt(rank) if config.rslora else rank)
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "r": config.rank,
+        "r": rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
@@ -85,26 +88,30 @@ def to_peft(adapter: WholeAdapter, model: ModelConfig) -> tuple[dict[str, Any], 
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "rank_pattern": {},
-        "alpha_pattern": {},
     }
     tensors: dict[str, Tensor] = {}
-    adapted: set[str] = set()
-    for site in adapter_sites(model):
+    adapted: dict[str, tuple[int, float]] = {}
+    for site in sites:
         parts = {part: factors for part in site.parts if (factors := adapter.part(site.linear, part))}
         if not parts:
             continue
         if site.expert is not None:
             _check_experts(config, model)
+            parts = {
+                part: resized(factors, rank, adapter.scaling(site.linear, part), scaling)
+                for part, factors in parts.items()
+            }
             settings["lora_dropout"] = 0.0  # PEFT refuses another one for experts
-        written = _fused(site, parts, adapter, model, settings) if site.is_fused else _separate(site, parts)
+        written = _fused(site, parts, adapter, model) if site.is_fused else _separate(site, parts)
         for module, factors in written.items():
-            adapted.add(module)
+            adapted[module] = len(factors["lora_A"]), _alpha(adapter, site, module, len(factors["lora_A"]))
             for factor, tensor in factors.items():
                 suffix = "lora_magnitude_vector" if factor == "magnitude" else f"{factor}.weight"
                 tensors[f"{PREFIX}{module}.{suffix}"] = tensor
     if config.dropout and not settings["lora_dropout"]:
         log.info("PEFT has no dropout for adapters of experts; adapter_config.json says 0")
+    settings["rank_pattern"] = patterns_of({name: own for name, (own, _) in adapted.items()}, rank)
+    settings["alpha_pattern"] = patterns_of({name: alpha for name, (_, alpha) in adapted.items()}, config.alpha)
     settings["target_modules"] = sorted({module.rpartition(".")[2] for module in adapted})
     settings["modules_to_save"] = _modules_to_save(adapter, model, adapted)
     tensors |= {PREFIX + name: tensor for name, tensor in adapter.trained.items()}
@@ -131,32 +138,48 @@ def _fused(
     parts: Mapping[str, dict[str, Tensor]],
     adapter: WholeAdapter,
     model: ModelConfig,
-    settings: dict[str, Any],
 ) -> dict[str, dict[str, Tensor]]:
-    """Adapters of several projections as one of the module that holds them, of rank R times their number."""
-    count, rank = len(parts), adapter.config.rank
+    """Adapters of several projections as one of the module that holds them, whose rank is the sum of theirs and whose
+    scaling is the first one's."""
     (module,) = site.modules
     factors = {"lora_A": torch.cat([part["lora_A"] for part in parts.values()])}
-    columns = {part: slice(number * rank, (number + 1) * rank) for number, part in enumerate(parts)}
-    rows = []
+    rows, first = [], 0
+    scaling = adapter.scaling(site.linear, next(iter(parts)))
     for part in site.parts:
-        block = factors["lora_A"].new_zeros(part_shape(site, part, model)[0], count * rank)
+        block = factors["lora_A"].new_zeros(part_shape(site, part, model)[0], len(factors["lora_A"]))
         if part in parts:
-            block[:, columns[part]] = parts[part]["lora_B"]
+            rank = len(parts[part]["lora_A"])
+            own = resized(parts[part], rank, adapter.scaling(site.linear, part), scaling)
+            block[:, first : first + rank] = own["lora_B"]
+            first += rank
         rows.append(block)
     factors["lora_B"] = site.join(rows, model)
     if adapter.config.kind == "dora":
-        if count < len(site.parts):
+        if len(parts) < len(site.parts):
             raise CheckpointError(
                 f"{site.linear}: DoRA of {', '.join(parts)} alone has no form in PEFT, where {module} is one module; "
                 "export the merged model instead"
             )
         factors["magnitude"] = site.join([part["magnitude"] for part in parts.values()], model)
-    leaf = module.rpartition(".")[2]
-    settings["rank_pattern"][leaf] = count * rank
-    # Its scaling stays what it is for each of them.
-    settings["alpha_pattern"][leaf] = adapter.config.alpha * (math.sqrt(count) if adapter.config.rslora else count)
     return {module: factors}
+
+
+def _alpha(adapter: WholeAdapter, site: Site, module: str, rank: int) -> float:
+    """Alpha of a written module."""
+    config = adapter.config
+    if site.expert is not None:
+        return config.alpha
+    if not site.is_fused:
+        return alpha_of(config, projection_name(site.linear, site.parts[site.modules.index(module)]))
+    first = projection_name(site.linear, next(part for part in site.parts if adapter.part(site.linear, part)))
+    times = rank / rank_of(config, first)
+    return alpha_of(config, first) * (math.sqrt(times) if config.rslora else times)
+
+
+def _rank(adapter: WholeAdapter, sites: Sequence[Site]) -> int:
+    """``r`` of adapter_config.json: the highest of experts, which in PEFT have one rank, or else most projections'."""
+    found = [adapter.part(site.linear, part) for site in sites if site.expert is not None for part in site.parts]
+    return max((len(factors["lora_A"]) for factors in found if factors), default=adapter.config.rank)
 
 
 def _check_experts(config: AdapterConfig, model: ModelConfig) -> None:
@@ -176,7 +199,7 @@ def _word_embeddings(model: ModelConfig) -> str:
     return next(targets[0] for name, _, targets in outputs if name == "embedding.word_embeddings.weight")
 
 
-def _modules_to_save(adapter: WholeAdapter, model: ModelConfig, adapted: set[str]) -> list[str] | None:
+def _modules_to_save(adapter: WholeAdapter, model: ModelConfig, adapted: Collection[str]) -> list[str] | None:
     """Modules that are saved whole, by their full names."""
     modules = sorted({name.rpartition(".")[0] for name in adapter.trained})
     complete: dict[str, set[str]] = defaultdict(set)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_grit.config.adapter_shape import projection_name, rank_of, scaling_of
 from megatron_grit.config.checks.adapter import adapter_targets
 from megatron_grit.config.schema import AdapterConfig, RunConfig
 from megatron_grit.models.adapters.layout import PartLayout, part_layout
@@ -37,9 +38,11 @@ def insert_adapters(model: Any, config: RunConfig) -> None:
         layout = part_layout(name.rpartition(".")[2], linear, model.config)
         adapted = [part for part in layout.names if part in targets]
         if adapted:
-            split, seed = Split.of_linear(linear), f"{config.training.seed} {global_name(model, name)}"
+            split, whole = Split.of_linear(linear), global_name(model, name)
+            seed = f"{config.training.seed} {whole}"
             parts = {
-                part: _fresh_part(linear, layout, part, config.adapter, split, f"{seed} {part}") for part in adapted
+                part: _fresh_part(linear, layout, projection_name(whole, part), config.adapter, split, f"{seed} {part}")
+                for part in adapted
             }
             allreduce = getattr(linear.weight, "allreduce", True)
             attach(linear, LoraAdapter(layout, parts, config.adapter.dropout, split, allreduce))
@@ -48,14 +51,13 @@ def insert_adapters(model: Any, config: RunConfig) -> None:
 def _fresh_part(
     linear: Any, layout: PartLayout, name: str, adapter: AdapterConfig, split: Split, seed: str
 ) -> LoraPart:
-    whole = _draw(adapter.rank, linear.input_size, seed)
+    whole = _draw(rank_of(adapter, name), linear.input_size, seed)
     axis = split.axis_of("lora_A")
     if axis is not None:
         whole = whole.chunk(split.size, axis)[dist.get_rank(split.group)]
     lora_A = whole.to(linear.weight.device, linear.config.params_dtype, copy=True).contiguous()
-    num_rows = layout.num_groups * layout.widths[layout.names.index(name)]
-    scaling = adapter.alpha / (math.sqrt(adapter.rank) if adapter.rslora else adapter.rank)
-    return LoraPart(lora_A, num_rows, scaling, adapter.kind == "dora", split)
+    num_rows = layout.num_groups * layout.widths[layout.names.index(name.rpartition(".")[2])]
+    return LoraPart(lora_A, num_rows, scaling_of(adapter, name), adapter.kind == "dora", split)
 
 
 def _draw(rank: int, width: int, seed: str) -> Tensor:

@@ -157,7 +157,8 @@ def test_every_rank_of_every_mesh_has_what_the_model_has(model: str, trained: st
     config.embedding.projection_dim, config.embedding.pooling = 8, "learnedmean"
     settings = dict(TRAINED[trained])
     config.training.trainable = settings.pop("trainable", [])
-    config.adapter = AdapterConfig(rank=4, **settings)
+    ranks = ["layers.1.mlp.up_proj=5", "experts.[0-9]+.down_proj=3", "q_proj=2"]
+    config.adapter = AdapterConfig(rank=4, rank_pattern=ranks, **settings)
     built: dict[int, list[Weight]] = {}
     for mesh in MESHES + EXPERT_MESHES * (config.model.num_experts is not None):
         config.parallel = ParallelConfig(device="cpu", **mesh)

@@ -26,6 +26,11 @@ WRONG: dict[str, tuple[Callable[[RunConfig], None], str]] = {
     "no base": (change("checkpoint", "load", None), "needs a model to stand beside"),
     "no projection": (change("adapter", "targets", ["router"]), "router is none of q_proj"),
     "no gate": (change("adapter", "targets", ["gate_proj"]), "the model has no gate_proj"),
+    "no value": (change("adapter", "rank_pattern", ["q_proj"]), "'q_proj' is not PATTERN=VALUE"),
+    "half a rank": (change("adapter", "rank_pattern", ["q_proj=1.5"]), "give a whole number of at least 1"),
+    "no alpha": (change("adapter", "alpha_pattern", ["q_proj=nan"]), "give a number above 0"),
+    "no expression": (change("adapter", "alpha_pattern", ["(=3"]), "'(' is no regular expression"),
+    "no such layer": (change("adapter", "rank_pattern", ["layers.9.mlp.up_proj=3"]), "fits no projection"),
     "no targets": (change("adapter", "targets", []), "adapter.targets is empty"),
     "quantised": (
         lambda c: (change("adapter", "kind", "none")(c), change("adapter", "quantize", "nf4")(c))[0],

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_grit.config.adapter_shape import projection_name, rank_of
 from megatron_grit.config.schema import AdapterConfig, ModelConfig
 from megatron_grit.convert.peft.merge import merged_weight
 from megatron_grit.convert.peft.reader import read_peft
@@ -60,8 +61,9 @@ def random_adapter(model: ModelConfig, targets: list[str] | None = None, **optio
                 continue
             rows, width = part_shape(site, part, model)
             prefix = f"{site.linear}.adapter.{part}."
-            tensors[prefix + "lora_A"] = torch.randn(config.rank, width, generator=generator)
-            tensors[prefix + "lora_B"] = torch.randn(rows, config.rank, generator=generator)
+            rank = rank_of(config, projection_name(site.linear, part))
+            tensors[prefix + "lora_A"] = torch.randn(rank, width, generator=generator)
+            tensors[prefix + "lora_B"] = torch.randn(rows, rank, generator=generator)
             if config.kind == "dora":
                 tensors[prefix + "magnitude"] = torch.rand(rows, generator=generator) + 0.5
     return WholeAdapter(config, tensors)
@@ -82,12 +84,12 @@ def test_what_is_written_is_read(model: ModelConfig, rslora: bool, tmp_path: Pat
     assert is_peft_folder(tmp_path)
     found = read_peft(tmp_path, model)
     assert same(found, adapter)
-    assert found.scaling == pytest.approx(adapter.scaling, rel=1e-12)
+    assert found.config == replace(adapter.config, targets=found.config.targets)
 
 
 def delta(adapter: WholeAdapter, linear: str, part: str) -> Tensor:
     factors = adapter.part(linear, part)
-    return adapter.scaling * factors["lora_B"] @ factors["lora_A"]
+    return adapter.scaling(linear, part) * factors["lora_B"] @ factors["lora_A"]
 
 
 @pytest.mark.parametrize("targets", [None, ["k_proj"], ["q_proj", "v_proj"]], ids=str)
@@ -98,9 +100,9 @@ def test_a_fused_projection_adds_what_its_parts_add(targets: list[str] | None, r
     settings, tensors = to_peft(adapter, NEOX)
     module = "gpt_neox.layers.1.attention.query_key_value"
     lora_A, lora_B = (tensors[f"base_model.model.{module}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
-    rank = settings["rank_pattern"]["query_key_value"]
+    rank = settings["rank_pattern"].get("query_key_value", settings["r"])
     assert len(lora_A) == rank == 3 * len(targets or "qkv")
-    scaling = settings["alpha_pattern"]["query_key_value"] / (rank**0.5 if rslora else rank)
+    scaling = settings["alpha_pattern"].get("query_key_value", settings["lora_alpha"]) / (rank**0.5 if rslora else rank)
     found = (scaling * lora_B @ lora_A).unflatten(0, (6, 3, 4))
     for number, part in enumerate(("q_proj", "k_proj", "v_proj")):
         if targets is not None and part not in targets:
@@ -114,7 +116,7 @@ def test_a_fused_projection_is_read_as_three(tmp_path: Path) -> None:
     adapter = random_adapter(NEOX, kind="dora")
     write_peft(tmp_path, adapter, NEOX)
     found = read_peft(tmp_path, NEOX)
-    assert found.config.rank == 9 and found.config.kind == "dora"
+    assert found.config.rank_pattern == ["q_proj=9", "k_proj=9", "v_proj=9"] and found.config.kind == "dora"
     for site in adapter_sites(NEOX):
         for part in site.parts:
             mine, other = delta(found, site.linear, part), delta(adapter, site.linear, part)
@@ -143,7 +145,28 @@ def test_experts_of_transformers_5_are_taken_apart(tmp_path: Path) -> None:
         assert torch.allclose(delta(adapter, f"{block}linear_fc2", "down_proj"), down[1][expert] @ down[0][expert])
 
 
-def test_ranks_and_scalings_become_one() -> None:
+PATTERNS = {
+    "rank_pattern": ["layers.1.mlp.down_proj=5", "down_proj=2", "k_proj=6"],
+    "alpha_pattern": ["k_proj=1.5", "layers.0.self_attention.q_proj=20"],
+}
+
+
+@pytest.mark.parametrize("model", [LLAMA, NEOX, MIXTRAL], ids=["llama", "neox", "mixtral"])
+def test_patterns_are_written_and_read(model: ModelConfig, tmp_path: Path) -> None:
+    """Of ranks and alphas by projection; of experts the highest rank, with the update as it was."""
+    adapter = random_adapter(model, rslora=True, **PATTERNS)
+    write_peft(tmp_path, adapter, model)
+    found = read_peft(tmp_path, model)
+    for site in adapter_sites(model):
+        for part in site.parts:
+            mine, other = delta(found, site.linear, part), delta(adapter, site.linear, part)
+            assert torch.allclose(mine, other, atol=1e-4)
+    if model is LLAMA:
+        assert same(found, adapter)
+        assert {len(found.part("decoder.layers.1.mlp.linear_fc2", "down_proj")["lora_A"])} == {5}
+
+
+def test_a_smaller_adapter_in_a_larger_one() -> None:
     factors = {"lora_A": torch.randn(2, 5), "lora_B": torch.randn(4, 2)}
     larger = resized(factors, 6, scaling=2.0, new_scaling=0.5)
     assert larger["lora_A"].shape == (6, 5) and larger["lora_B"].shape == (4, 6)
