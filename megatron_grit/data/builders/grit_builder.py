@@ -61,6 +61,7 @@ def build_records(options: RecordOptions) -> BuildReport:
         description="build_grit" if both else "build_sft",
         template=options.template,
         over_long=options.over_long,
+        turns=options.turns,
         min_tokens=options.min_len,
         max_tokens=options.max_len,
         held_out=tuple(options.decontaminate),

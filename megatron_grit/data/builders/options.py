@@ -49,6 +49,9 @@ class RecordOptions(BuildOptions):
     """Longest text or conversation in tokens."""
     over_long: Literal["drop", "truncate", "split"] = "truncate"
     """What to do with a longer one; split: into several, conversations between turns."""
+    turns: Literal["each", "last"] = "each"
+    """Of a template that drops something of an answer once another turn follows, as Qwen3's does with <think> parts:
+    train each answer, in a record of its own that ends with it, or the last one alone."""
     min_len: int = knob(0, at_least=0)
     """Drop records with a text of fewer tokens, template included."""
     max_len: int | None = knob(None, at_least=1)

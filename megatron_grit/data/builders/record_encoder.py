@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
 from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
 from megatron_grit.data.builders.filters import FINGERPRINT_BYTES, HeldOut, contents, fingerprint
-from megatron_grit.data.chat.chat_format import Piece
+from megatron_grit.data.chat.chat_format import Piece, renderings
 from megatron_grit.data.chat.chat_templates import load_chat_format
 from megatron_grit.data.indexed.reader import token_dtype
 from megatron_grit.data.indexed.roles import Role, RowKind
@@ -72,6 +72,9 @@ class EncoderOptions:
     over_long: Literal["drop", "truncate", "split"] = "truncate"
     """What to do with a generative record that is longer than its limit. split: into several, conversations between
     turns."""
+    turns: Literal["each", "last"] = "each"
+    """Of a template that writes earlier answers otherwise: see
+    :func:`~megatron_grit.data.chat.chat_format.renderings`."""
     min_tokens: int = 0
     """Records with a text of fewer tokens, template included, are dropped."""
     max_tokens: int | None = None
@@ -127,7 +130,7 @@ class RecordEncoder:
         self._held_out = HeldOut(options.held_out, options.ngram) if options.held_out else None
         limits = options.limits
         self._limits = {"query": limits.query, "positive": limits.passage, "negative": limits.passage}
-        self._limits |= dict.fromkeys(("text", "completion", "conversation"), limits.generative)
+        self._limits |= dict.fromkeys(("text", "completion", "conversation", "turn"), limits.generative)
 
     def encode(self, block: LineBlock) -> EncodedBlock:
         lines = block.lines()
@@ -169,15 +172,16 @@ class RecordEncoder:
                 "put the two kinds into separate files and build each with a prefix of its own",
                 fatal=True,
             )
-        texts = self._texts(record) if kind is RowKind.EMBEDDING else [self._generative(record)]
+        made = [(record, self._texts(record))] if kind is RowKind.EMBEDDING else self._generative(record)
         if self._held_out is not None and (shared := self._held_out.overlap(contents(record))) is not None:
             raise _RejectedError("contaminated", f"shares these words with a held-out file: {shared}")
-        for name, pieces in texts:
-            batch.names.append(name)
-            batch.units.append(pieces)
-            batch.owners.append(len(batch.records))
-        batch.records.append(record)
-        batch.lines.append(number)
+        for record, texts in made:
+            for name, pieces in texts:
+                batch.names.append(name)
+                batch.units.append(pieces)
+                batch.owners.append(len(batch.records))
+            batch.records.append(record)
+            batch.lines.append(number)
 
     def _texts(self, record: Record) -> list[tuple[str, list[Piece]]]:
         names = ["query"] + ["positive"] * len(record.positives) + ["negative"] * len(record.negatives)
@@ -198,21 +202,26 @@ class RecordEncoder:
             texts.append((name, embedding_pieces(self.tokenizer, TextPair(pair.instruction, text), *roles)))
         return texts
 
-    def _generative(self, record: Record) -> tuple[str, list[Piece]]:
+    def _generative(self, record: Record) -> list[tuple[Record, list[tuple[str, list[Piece]]]]]:
+        """The records that a line becomes, and the text of each."""
         if record.text is not None:
             if not record.text.strip():
                 raise _RejectedError("empty_text", "the text is empty")
-            return "text", [(Role.TEXT, record.text)]
+            return [(record, [("text", [(Role.TEXT, record.text)])])]
         if record.completion is not None:
             if not record.completion.strip():
                 raise _RejectedError("empty_text", "the completion is empty")
-            return "completion", self.chat_format.completion(record.prompt or "", record.completion)
+            return [(record, [("completion", self.chat_format.completion(record.prompt or "", record.completion))])]
         answers = [message.content for message in record.messages if message.role == "assistant"]
         for number, answer in enumerate(answers, 1):
             if not answer.strip():
                 raise _RejectedError("empty_text", f"answer {number} of the conversation is empty")
+        name = "turn" if self.chat_format.rewrites else "conversation"
         try:
-            return "conversation", self.chat_format.pieces(record.messages)
+            return [
+                (replace(record, messages=list(messages)), [(name, self.chat_format.pieces(messages))])
+                for messages in renderings(self.chat_format, record.messages, self.options.turns)
+            ]
         except DataError as error:
             raise _RejectedError("template_refused", str(error)) from error
 
@@ -293,7 +302,9 @@ class RecordEncoder:
             spans = full.spans(unit)
             answer = next((place for place, (role, _) in enumerate(spans) if role is Role.ANSWER), len(spans))
             head = sum(len(ids) for _, ids in spans[:answer])
-            what = "prompt" if batch.names[unit] == "completion" else "first user turn"
+            what = {"completion": "prompt", "turn": "conversation before the answer"}.get(
+                batch.names[unit], "first user turn"
+            )
             message = f"the {what} takes {head} of {limit} tokens and leaves none for the answer"
             batch.reject(unit, "instruction_too_long", message)
 
@@ -305,7 +316,7 @@ class RecordEncoder:
             return pieces
         for unit in np.flatnonzero(sizes > limit).tolist():
             record = batch.owners[unit]
-            if record in batch.rejected or batch.names[unit] == "completion":
+            if record in batch.rejected or batch.names[unit] in ("completion", "turn"):
                 continue
             if batch.names[unit] == "text":
                 ((role, ids),) = full.spans(unit)

@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_grit.data.chat.chat_format import TOKENIZER, ChatFormat
+from megatron_grit.data.chat.chat_format import TOKENIZER, ChatFormat, probe
 from megatron_grit.data.chat.chat_templates import TEMPLATES, BoundTemplate, ChatTemplate, find_template
 from megatron_grit.data.chat.jinja_template import JinjaChatFormat, template_source
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.tokenizer import CHAT_FILE, Tokenizer
 from megatron_grit.errors import DataError
 from megatron_grit.store.files import write_json
@@ -85,7 +84,7 @@ def make_chat(
         end_ids: further tokens that end an answer.
     """
     ends = [tokenizer.eos_id, *end_ids]
-    pieces = bind_template(name, source, tokenizer).pieces([Message("user", "a"), Message("assistant", "b")])
+    pieces = probe(bind_template(name, source, tokenizer))
     of_answer = [value for role, value in pieces if role is Role.ANSWER]
     found = [value for value in of_answer[of_answer.index("b") if "b" in of_answer else 0 :] if isinstance(value, int)]
     if not found:

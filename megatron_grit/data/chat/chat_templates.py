@@ -192,6 +192,8 @@ def _read_template(path: Path) -> ChatTemplate:
 class BoundTemplate:
     """A template with the ids of a tokenizer. See :class:`ChatFormat`."""
 
+    rewrites = False
+
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self.name = template.name
         slots = {"{content}": _CONTENT, "{system}": _SYSTEM, "{eos}": tokenizer.eos_id, "{bos}": tokenizer.bos_id}

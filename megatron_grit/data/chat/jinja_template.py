@@ -2,11 +2,17 @@
 
 Each message is rendered between two private-use characters, so that it can be found again; the rendering without them
 must be the rendering of the messages as they are, else the template has changed a message and the record is refused.
-What the template wrote is split at the tokenizer's special tokens. What a message says never is.
+What the template wrote is split at the tokenizer's special tokens. What a message says never is. Where the template
+reads ``<think>`` or ``<tool_response>`` in a message, these tags are the template's, and what they hold is the message.
 
 An answer is what the model generates: it begins where the generation prompt ends, when nothing but white space is
-between the two, and ends with the special token after it. The date is not given to templates, because a file that is
-built twice must be the same; those that ask for it have a date of their own for that case.
+between the two, and ends with the special token after it. Some templates write an answer otherwise once another turn
+follows: Qwen3's leaves its ``<think>`` part out. Of these no rendering holds two answers as the model generates them,
+so only the last one of a rendering is supervised: all that follows the generation prompt. The others are rendered for
+themselves (:func:`~megatron_grit.data.chat.chat_format.renderings`).
+
+The date is not given to templates, because a file that is built twice must be the same; those that ask for it have a
+date of their own for that case.
 """
 
 from __future__ import annotations
@@ -14,19 +20,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_grit.data.chat.chat_format import TOKENIZER, Piece, join_completion
+from megatron_grit.data.chat.chat_format import PROBES, TOKENIZER, Piece, join_completion, probe
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.special import SpecialTokens
 from megatron_grit.data.text.tokenizer import Tokenizer, read_settings, token_name
 from megatron_grit.errors import ConfigError, DataError
 
-_FIRST_MARK = 0xF0000  # the private-use plane A: 65,534 characters, two for each message
-_MAX_MESSAGES = 32767
+_FIRST_MARK = 0xF0000  # the private-use plane A: 65,534 characters, up to four for each message
+_MAX_MESSAGES = 16383
 _ROLE = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ANSWER}
 _TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -59,20 +66,29 @@ class JinjaChatFormat:
         self._template = _compile(source, tokenizer.path)
         ends = {self._names["bos_token"]: tokenizer.bos_id, self._names["eos_token"]: tokenizer.eos_id}
         self._special = SpecialTokens(tokenizer, ends)
-        probe = [Message("user", "a"), Message("assistant", "b")]
-        self._lead = self._find_lead(probe)
-        self._has_bos = any(part == tokenizer.bos_id for _, part in self.pieces(probe))
+        self.rewrites = False
+        self.rewrites = any(self._rewrites([Message("user", "a"), Message("assistant", one)]) for one in PROBES)
+        self._lead = "" if self.rewrites else self._find_lead([Message("user", "a"), Message("assistant", "b")])
+        self._has_bos = any(part == tokenizer.bos_id for _, part in probe(self))
 
     @staticmethod
     def name_of(source: str) -> str:
         """The name of a template in indexed files."""
         return f"{TOKENIZER}:{hashlib.sha256(source.encode()).hexdigest()[:12]}"
 
+    def _rewrites(self, turn: Sequence[Message]) -> bool:
+        """Whether the template writes the answer of a turn otherwise once another turn follows."""
+        try:
+            text, places = self._locate(turn, add_generation_prompt=False)
+            return not self.render([*turn, *turn]).startswith(text[: places[-1].stop])
+        except DataError:
+            return False  # a conversation of this kind is refused when it comes
+
     def _find_lead(self, messages: Sequence[Message]) -> str:
         """White space that the template writes between the generation prompt and an answer."""
         prompt = self.render(messages[:-1], add_generation_prompt=True)
         text, places = self._locate(messages, add_generation_prompt=False)
-        lead = text[len(prompt) : places[-1][0]] if text.startswith(prompt) else ""
+        lead = text[len(prompt) : places[-1].start] if text.startswith(prompt) else ""
         return lead if lead.isspace() else ""
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
@@ -96,6 +112,8 @@ class JinjaChatFormat:
             raise DataError(f"the tokenizer's chat template refuses the conversation: {error}") from error
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
+        if self.rewrites:  # what follows the last answer may change it
+            messages = messages[: 1 + max(place for place, one in enumerate(messages) if one.role == "assistant")]
         return self._split(messages, add_generation_prompt=False)
 
     def prompt(self, messages: Sequence[Message]) -> list[Piece]:
@@ -107,19 +125,45 @@ class JinjaChatFormat:
 
     def _split(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[Piece]:
         text, places = self._locate(messages, add_generation_prompt)
+        begins = {} if add_generation_prompt else self._begins(messages, text, places)
         pieces: list[Piece] = []
-        position = 0
-        open_answer = False
-        for (start, stop), message in zip(places, messages, strict=True):
-            lead = self._lead if message.role == "assistant" and text[position:start].endswith(self._lead) else ""
-            self._add_template(pieces, self._special.split(text, position, start - len(lead)), open_answer)
-            if lead:
-                pieces.append((Role.ANSWER, lead))
-            if start < stop:
-                pieces.append((_ROLE[message.role], text[start:stop]))
-            position, open_answer = stop, message.role == "assistant"
-        self._add_template(pieces, self._special.split(text, position), open_answer)
+        position, answering = 0, -1
+        for place in places:
+            if place.message == answering:  # its reasoning stood before
+                pieces += [(Role.ANSWER, part) for part in self._special.split(text, position, place.start)]
+            else:
+                begin = begins.get(place.message, place.start)
+                self._add_template(pieces, self._special.split(text, position, begin), answering >= 0)
+                pieces += [(Role.ANSWER, part) for part in self._special.split(text, begin, place.start)]
+                answering = place.message if place.message in begins else -1
+            if place.start < place.stop:
+                role = _ROLE[messages[place.message].role]
+                pieces.append((Role.TEMPLATE if role is Role.ANSWER and answering < 0 else role, place.text(text)))
+            position = place.stop
+        self._add_template(pieces, self._special.split(text, position), answering >= 0)
         return pieces
+
+    def _begins(self, messages: Sequence[Message], text: str, places: Sequence[_Place]) -> dict[int, int]:
+        """Where each supervised answer begins in the rendering, by the number of its message."""
+        answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+        begins: dict[int, int] = {}
+        for number in answers[-1:] if self.rewrites else answers:
+            before = max((place.stop for place in places if place.message < number), default=0)
+            start = next((place.start for place in places if place.message == number), None)
+            if start is None:
+                raise DataError(f"answer {len(begins) + 1} of the conversation holds nothing but tags")
+            if not self.rewrites:
+                begins[number] = start - (len(self._lead) if text[before:start].endswith(self._lead) else 0)
+                continue
+            prompt = self.render(messages[:number], add_generation_prompt=True)
+            if not text.startswith(prompt) or not before <= len(prompt) <= start:
+                raise DataError(
+                    f"the tokenizer's chat template asks for an answer with {prompt[-30:]!r} and does not write this "
+                    "answer behind that, so that the model would be trained otherwise than it is asked; write the "
+                    "answer as the model has to generate it, or choose another template"
+                )
+            begins[number] = len(prompt)
+        return begins
 
     def _add_template(self, pieces: list[Piece], parts: list[str | int], open_answer: bool) -> None:
         """Append what the template wrote. Where an answer stands before it, up to its end token it is the answer's."""
@@ -140,44 +184,115 @@ class JinjaChatFormat:
                 continue  # never more than one BOS
             pieces.append((Role.ANSWER if place <= blank else Role.TEMPLATE, value))
 
-    def _locate(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-        """The rendering, and where each message stands in it."""
+    def _locate(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[_Place]]:
+        """The rendering, and where what each message says stands in it."""
         if len(messages) > _MAX_MESSAGES:
             raise DataError(f"the conversation has {len(messages)} messages; {_MAX_MESSAGES} is the most")
         plain = self.render(messages, add_generation_prompt=add_generation_prompt)
         # A template that trims its messages takes the marks for text and keeps the white space next to them; then
-        # the marks have to stand within that white space.
-        for mark in (_mark_outside, _mark_inside):
-            marked = [Message(message.role, mark(index, message.content)) for index, message in enumerate(messages)]
-            found = self._find_marks(self.render(marked, add_generation_prompt=add_generation_prompt), plain, messages)
+        # the marks have to stand within that white space. One that looks for tags has to find them where they were.
+        ways = (_within_tags, _whole, _trimmed) if self.rewrites else (_whole, _trimmed, _within_tags)
+        for parts_of in ways:
+            marked, said = _mark(messages, parts_of)
+            found = _find_marks(self.render(marked, add_generation_prompt=add_generation_prompt), plain, said)
             if found is not None:
                 return plain, found
         raise DataError("the tokenizer's chat template changes, repeats or leaves out what a message says")
 
-    def _find_marks(self, text: str, plain: str, messages: Sequence[Message]) -> list[tuple[int, int]] | None:
-        marks = list(_MARK.finditer(text))
-        expected = [chr(_FIRST_MARK + number) for number in range(2 * len(messages))]
-        if [mark.group() for mark in marks] != expected or _MARK.sub("", text) != plain:
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """Something that a message says."""
+
+    message: int
+    text: str
+    is_reasoning: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where something that a message says stands in a rendering."""
+
+    message: int
+    start: int
+    stop: int
+
+    def text(self, rendering: str) -> str:
+        return rendering[self.start : self.stop]
+
+
+_MARK = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_FIRST_MARK + 4 * _MAX_MESSAGES)}]")
+_REASONED = re.compile(r"(\s*<think>)(.*)(</think>)(.*)", re.DOTALL)
+_TOOL_RESPONSE = re.compile(r"(<tool_response>)(.*)(</tool_response>\s*)", re.DOTALL)
+
+
+def _whole(message: Message) -> list[str]:
+    """What a message says, at odd places, between what is around it. All ways to cut it give such lists."""
+    return ["", message.content, ""]
+
+
+def _trimmed(message: Message) -> list[str]:
+    return _trim(["", message.content, ""])
+
+
+def _within_tags(message: Message) -> list[str]:
+    pattern = {"assistant": _REASONED, "user": _TOOL_RESPONSE}.get(message.role)
+    match = pattern.fullmatch(message.content) if pattern else None
+    if match is None or message.content.count("</think>") > 1:
+        return _trimmed(message)
+    return _trim([*match.groups(), *([""] if len(match.groups()) % 2 == 0 else [])])
+
+
+def _trim(parts: list[str]) -> list[str]:
+    """With the white space around what is said moved out of it."""
+    parts = list(parts)
+    for place in range(1, len(parts), 2):
+        text = parts[place]
+        core = text.strip()
+        start = len(text) - len(text.lstrip()) if core else 0
+        parts[place - 1] += text[:start]
+        parts[place], parts[place + 1] = core, text[start + len(core) :] + parts[place + 1]
+    return parts
+
+
+def _mark(messages: Sequence[Message], parts_of: Callable[[Message], list[str]]) -> tuple[list[Message], list[_Said]]:
+    """The messages with marks around what they say, two for each entry of the list."""
+    marked: list[Message] = []
+    said: list[_Said] = []
+    for number, message in enumerate(messages):
+        parts = parts_of(message)
+        for place in range(1, len(parts), 2):
+            if parts[place] or len(parts) == 3:
+                first = _FIRST_MARK + 2 * len(said)
+                said.append(_Said(number, parts[place], is_reasoning=place + 2 < len(parts)))
+                parts[place] = chr(first) + parts[place] + chr(first + 1)
+        marked.append(Message(message.role, "".join(parts)))
+    return marked, said
+
+
+def _find_marks(text: str, plain: str, said: Sequence[_Said]) -> list[_Place] | None:
+    """Where the marks stand, counted without them. None: one is missing that is not around an earlier answer's
+    reasoning, or the rendering is another than that of the messages without marks."""
+    marks = list(_MARK.finditer(text))
+    numbers = [ord(mark.group()) - _FIRST_MARK for mark in marks]
+    found = numbers[::2]
+    if numbers != sorted(set(numbers)) or numbers[1::2] != [number + 1 for number in found]:
+        return None
+    missing = {*range(len(said))} - {number // 2 for number in found}
+    last = max((one.message for one in said), default=-1)
+    if any(not said[number].is_reasoning or said[number].message == last for number in missing):
+        return None
+    if any(number % 2 for number in found) or _MARK.sub("", text) != plain:
+        return None
+    ends = [mark.start() - number for number, mark in enumerate(marks)]
+    places = [
+        _Place(said[number // 2].message, start, stop)
+        for number, start, stop in zip(found, ends[::2], ends[1::2], strict=True)
+    ]
+    for number, place in zip(found, places, strict=True):
+        if place.text(plain).strip() != said[number // 2].text.strip():
             return None
-        ends = [mark.start() - number for number, mark in enumerate(marks)]
-        places = list(zip(ends[::2], ends[1::2], strict=True))
-        for (start, stop), message in zip(places, messages, strict=True):
-            if plain[start:stop].strip() != message.content.strip():
-                return None
-        return places
-
-
-_MARK = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_FIRST_MARK + 2 * _MAX_MESSAGES)}]")
-
-
-def _mark_outside(index: int, content: str) -> str:
-    return chr(_FIRST_MARK + 2 * index) + content + chr(_FIRST_MARK + 2 * index + 1)
-
-
-def _mark_inside(index: int, content: str) -> str:
-    core = content.strip()
-    start = len(content) - len(content.lstrip()) if core else 0
-    return content[:start] + _mark_outside(index, core) + content[start + len(core) :]
+    return places
 
 
 def template_source(tokenizer: Tokenizer) -> str | None:
