@@ -72,7 +72,7 @@ class Checked:
         cls: type = type(self)
         for name, hint in _hints(cls).items():
             if hint is float:
-                setattr(self, name, float(getattr(self, name)))
+                object.__setattr__(self, name, float(getattr(self, name)))  # also where it is frozen
 
 
 @functools.cache
@@ -90,7 +90,7 @@ def value_problem(cls: type, name: str, value: Any) -> str | None:
         if isinstance(text, str) and field.metadata.get("text") and (problem := text_problem(text)):
             return problem
         if text == "" and not may_be_empty(field):
-            return "must not be empty"
+            return f"must not be empty{'; give a path, or leave it out' * bool(field.metadata.get('path'))}"
     return range_problem(field, value)
 
 
@@ -125,7 +125,8 @@ def range_problem(field: dataclasses.Field, value: Any) -> str | None:
             return f"must be {range_text(field) or 'a number'}, not {shortened(number)}"
         if isinstance(number, numbers.Integral) and "float" not in str(field.type):
             if abs(int(number)) > _LARGEST:
-                return f"must be at most {_LARGEST} in size, not {shortened(number)}"
+                bounds = " and ".join(filter(None, [range_text(field), f"at most {_LARGEST}"]))
+                return f"must be {bounds}, not {shortened(number)}"
         elif abs(typing.cast(float, number)) > _LARGEST_FLOAT:
             return f"must be a finite number, not {shortened(number)}"
     return None
@@ -148,10 +149,12 @@ def expand_path(text: str) -> str:
     """A path with ``~``, ``~user``, ``$NAME`` and ``${NAME}`` replaced, as a shell would.
 
     Raises:
-        ConfigError: it is empty, a variable is not set, a user is not known.
+        ConfigError: it is empty or holds a NUL, a variable is not set, a user is not known.
     """
     if not text:
         raise ConfigError("must not be empty; give a path, or leave it out")
+    if "\0" in text:
+        raise ConfigError(f"{text!r} holds a NUL, which no path has; leave it out")
     path = os.path.expanduser(text)
     if text.startswith("~") and path == text:
         raise ConfigError(f"{text!r} begins with a user that is not known; for a file of this name write ./{text}")

@@ -80,6 +80,22 @@ def check_text(value: Any, name: str) -> str:
     return value
 
 
+def check_texts(given: Any, name: str) -> list[str]:
+    """Texts of which each is one that a tokenizer takes.
+
+    Args:
+        given: a text or a list of them.
+        name: what one of them is called in errors.
+
+    Raises:
+        DataError: one is not; names it by its number.
+    """
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        raise DataError(f"{name} must be a string or a list of strings, not {shortened(given)}")
+    texts = [given] if isinstance(given, str) else given
+    return [check_text(text, f"{name} {number}") for number, text in enumerate(texts)]
+
+
 def _filled(value: Any, name: str) -> str:
     if not check_text(value, name).strip():
         raise DataError(f"{name} must not be empty")

@@ -14,7 +14,7 @@ from megatron_grit.config.checks.run import find_problems
 from megatron_grit.config.embedding_shape import tells_sides_apart
 from megatron_grit.config.knob import value_problem
 from megatron_grit.config.options import BatchSize, EmbeddingOptions, SamplingOptions
-from megatron_grit.config.schema import ParallelConfig, RunConfig
+from megatron_grit.config.schema import ParallelConfig, RunConfig, TrainingConfig
 from megatron_grit.convert.peft.checkpoint import load_checkpoint
 from megatron_grit.data.chat.chat import Chat, default_chat, named_chat
 from megatron_grit.data.chat.run_chat import checkpoint_chat
@@ -101,8 +101,12 @@ class GritModel:
 
         Raises:
             CheckpointError: there is no checkpoint, it is damaged, or its adapters belong to another base.
+            ConfigError: there is no such device or precision.
             MeshError: the mesh does not fit the model or the number of processes.
         """
+        _check("device", ParallelConfig, device)
+        if precision is not None:
+            _check("precision", TrainingConfig, precision)
         path = resolve_checkpoint(path)
         state, config = read_state(path), read_config(path)
         tokenizer_file = tokenizer_path(path)
@@ -226,8 +230,7 @@ class GritModel:
         return [encode_embedding(self.tokenizer, text, instruction, longest, markers) for text in texts]
 
     def _is_query(self, side: str | None) -> bool | None:
-        if (problem := value_problem(EmbeddingOptions, "side", side)) is not None:
-            raise ConfigError(f"side {problem}")
+        _check("side", EmbeddingOptions, side)
         if side is None and tells_sides_apart(self.config.embedding):
             raise DataError(
                 'this model embeds queries and passages in different ways; give side="query" or side="passage"'
@@ -352,6 +355,12 @@ class GritModel:
                 f"{what} takes a model that each process holds whole, and this one is sharded over "
                 f"{self.model_group.size}; load it without parallel"
             )
+
+
+def _check(name: str, cls: type, value: Any) -> None:
+    """Refuse a value that is none of the option of this name."""
+    if (problem := value_problem(cls, name, value)) is not None:
+        raise ConfigError(f"{name} {problem}")
 
 
 def _fit_mesh(config: RunConfig) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
-from megatron_grit.config.database.schema import load_project_config
+from megatron_grit.config.database.schema import RetroDbConfig, load_project_config
+from megatron_grit.config.knob import Checked, knob, value_problem
+from megatron_grit.config.values import shortened
 from megatron_grit.data.chunks.chunk_db import DATASET, DOCUMENT, START, STOP
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import (
@@ -22,6 +25,7 @@ from megatron_grit.data.chunks.versions import (
 )
 from megatron_grit.errors import ConfigError, DataError, GritError
 from megatron_grit.inference.encoders.protocol import Embedder
+from megatron_grit.inference.messages import check_texts
 from megatron_grit.retrieval.database.versions import nearest_chunks, open_index
 from megatron_grit.retrieval.index.search import Found, SearchableIndex
 from megatron_grit.retrieval.lexical import LexicalIndex, fuse
@@ -33,6 +37,15 @@ log = get_logger(__name__)
 Mode = Literal["dense", "lexical", "hybrid"]
 _FUSED = 100
 """Ranks of each search that a hybrid search fuses, at least."""
+
+
+@dataclass(kw_only=True)
+class _Wanted(Checked):
+    """What a search gives for a query."""
+
+    k: int = knob(10, at_least=1, at_most=1_000_000)
+    mode: Mode = "dense"
+    length: int | None = knob(None, at_least=1, at_most=1_000_000)
 
 
 @dataclass(frozen=True)
@@ -85,10 +98,12 @@ class Retriever:
 
     Raises:
         DataError: there is no database or no index, or a file was changed.
-        ConfigError: the embedder cannot be loaded.
+        ConfigError: the embedder cannot be loaded, or a version that is none.
     """
 
     def __init__(self, folder: str | Path, embedder: Embedder | None = None, version: int | None = None) -> None:
+        if (problem := value_problem(RetroDbConfig, "version", version)) is not None:
+            raise ConfigError(f"version {problem}")
         self._folder, self._pinned = Path(folder), version
         self._opening, self._embedding = threading.Lock(), threading.Lock()
         self._refused = 0
@@ -125,18 +140,15 @@ class Retriever:
             length: tokens of each chunk with what follows it. None: two chunks.
 
         Raises:
-            ConfigError: ``k`` or ``mode`` is none, or vectors are given to a search by words.
-            DataError: vectors of another width, or a text without a token.
+            ConfigError: an option that is out of its range, or vectors are given to a search by words.
+            DataError: vectors of another width or that are not finite, or a text without a token.
         """
-        if k < 1:
-            raise ConfigError(f"k must be at least 1, not {k}")
-        if mode not in get_args(Mode):
-            raise ConfigError(f'mode is "{mode}"; it must be one of {", ".join(get_args(Mode))}')
-        given = [queries] if isinstance(queries, str) else queries
+        _Wanted(k=k, mode=mode, length=length)
+        given = queries if isinstance(queries, np.ndarray) else check_texts(queries, "query")
         if isinstance(given, np.ndarray) and mode != "dense":
             raise ConfigError(f"a {mode} search needs texts, and vectors were given")
         opened, most = self._newest(), max(k, _FUSED)
-        removed = np.union1d(opened.db.tombstones, sorted_keys(exclude))
+        removed = np.union1d(opened.db.tombstones, sorted_keys(_documents(exclude)))
         if mode == "dense":
             found = self._by_vectors(opened, given, k, removed)
         else:
@@ -149,6 +161,8 @@ class Retriever:
 
     def _by_vectors(self, opened: _Opened, queries: Sequence[str] | np.ndarray, k: int, removed: np.ndarray) -> Found:
         if isinstance(queries, np.ndarray):
+            if queries.dtype.kind not in "fiu" or not np.isfinite(queries).all():
+                raise DataError("vectors to search for must be finite numbers")
             vectors = np.ascontiguousarray(queries, dtype=np.float32)
         else:
             with self._embedding:  # the model's buffers are of one thread
@@ -169,6 +183,17 @@ class Retriever:
                     self._refused = newest
                     log.warning(f"version {newest} is not searched, version {self.version} still is: {error}")
         return self._opened
+
+
+def _documents(exclude: Any) -> list[tuple[int, int]]:
+    """Documents that a search leaves out."""
+    try:
+        pairs = [(operator.index(dataset), operator.index(document)) for dataset, document in exclude]
+    except (TypeError, ValueError):
+        pairs = [(-1, -1)]
+    if any(not 0 <= number < 1 << 31 for pair in pairs for number in pair):
+        raise ConfigError(f"exclude must be pairs of the numbers of a dataset and a document, not {shortened(exclude)}")
+    return pairs
 
 
 class _Opened:

@@ -24,9 +24,9 @@ class InspectDbOptions:
 
     project_dir: Path = knob(path=True)
     """Directory of the database."""
-    version: int | None = None
+    version: int | None = knob(None, at_least=1)
     """Which state of it. null: that of config.json, or the newest."""
-    chunk: list[int] = knob([])
+    chunk: list[int] = knob([], at_least=0)
     """Ids of chunks to show, with what follows."""
     document: list[str] = knob([])
     """Documents to show: DATASET:DOCUMENT."""

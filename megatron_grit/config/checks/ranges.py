@@ -1,4 +1,4 @@
-"""Smallest and largest values of the numbers in a configuration."""
+"""Values of a configuration that their fields do not allow."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import dataclasses
 from collections.abc import Iterator
 
 from megatron_grit.config.checks.problem import Problem
-from megatron_grit.config.knob import range_problem
+from megatron_grit.config.knob import value_problem
 from megatron_grit.config.schema import RunConfig
 
 
 def range_problems(config: RunConfig) -> Iterator[Problem]:
-    """Numbers outside the range that their field declares, and paths that are empty."""
-    if not config.output_dir:
-        yield Problem("output_dir", "output_dir must not be empty; give a directory, such as runs/NAME")
-    yield from _section_problems(config, "")
+    """Values of another type than their field declares, numbers outside its range, and texts that are empty."""
+    found = list(_section_problems(config, ""))
+    yield from found
+    if found:
+        return
     optimizer, steps = config.optimizer, config.training.steps
     if optimizer.min_lr > optimizer.lr:
         yield Problem("optimizer.min_lr", f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}")
@@ -31,7 +32,5 @@ def _section_problems(values: object, prefix: str) -> Iterator[Problem]:
         if dataclasses.is_dataclass(value):
             yield from _section_problems(value, f"{key}.")
             continue
-        if (problem := range_problem(field, value)) is not None:
+        if (problem := value_problem(type(values), field.name, value)) is not None:
             yield Problem(key, f"{key} {problem}")
-        if prefix and field.metadata.get("path") and "" in (value if isinstance(value, list) else [value]):
-            yield Problem(key, f"{key} must not be empty; give a path, or leave it out")

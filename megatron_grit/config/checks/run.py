@@ -226,8 +226,8 @@ def _contrast(config: RunConfig) -> Iterator[Problem]:
                 yield Problem(f"loss.{name}", f"loss.{name} compares texts of the batch, but loss.negatives is hard")
         if knobs.num_blocks > 1:
             yield Problem("loss.num_blocks", "loss.num_blocks has no effect with loss.negatives hard")
-    if any(not 0 < size <= width for size in knobs.matryoshka_dims):
-        yield Problem("loss.matryoshka_dims", f"loss.matryoshka_dims must be from 1 to the embedding's width {width}")
+    if any(size > width for size in knobs.matryoshka_dims):
+        yield Problem("loss.matryoshka_dims", f"loss.matryoshka_dims must be at most the embedding's width {width}")
     if knobs.grit_world_size is not None and knobs.emb_grad_scale != "grit":
         yield Problem("loss.grit_world_size", "loss.grit_world_size has an effect only with loss.emb_grad_scale grit")
 

@@ -117,7 +117,7 @@ class RetroDbConfig:
     max_overlap: float | None = knob(None, at_least=0, at_most=1)
     """Leave out neighbors of which more than this share of the runs of eight tokens, continuation included, stands in
     the query's chunk or the one after it. null: none are."""
-    version: int | None = None
+    version: int | None = knob(None, at_least=1)
     """State of the database that is searched, of those in db/versions. null: the newest. Training that began with one
     keeps it."""
     keep_embeddings: bool = False

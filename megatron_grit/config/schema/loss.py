@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_grit.config.knob import knob
@@ -29,7 +29,7 @@ class LossConfig:
     false_negative_margin: float | None = knob(None, at_least=-2)
     """Leave out negatives that are more similar to the query than its positive is by more than this. Cosines are
     compared where embedding.normalize is set. null: none are."""
-    matryoshka_dims: list[int] = field(default_factory=list)
+    matryoshka_dims: list[int] = knob([], at_least=1)
     """Also train the first n channels of the embedding, normalised again, for each n of this list."""
     gradient_sides: Literal["both", "queries", "passages"] = "both"
     """queries or passages: stop the gradient through the embeddings of the other side (GritLM's emb_q_only,

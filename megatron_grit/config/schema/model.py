@@ -90,7 +90,7 @@ class ModelConfig:
     """Use the input embedding as the output layer."""
     sliding_window: int | None = knob(None, at_least=1)
     """Causal attention sees this many positions back, its own included. The bidirectional pass has no window."""
-    window_layers: list[int] | None = None
+    window_layers: list[int] | None = knob(None, at_least=0)
     """Layers, from 0, that the sliding window is for. null: all."""
     num_experts: int | None = knob(None, at_least=1)
     """Experts of a mixture layer. null: a dense model."""
@@ -105,7 +105,7 @@ class ModelConfig:
     """Width of an expert that every token visits besides (Qwen2-MoE). null: none."""
     moe_shared_expert_gate: bool = False
     """Weigh the shared expert by a sigmoid of the token."""
-    moe_dense_layers: list[int] | None = None
+    moe_dense_layers: list[int] | None = knob(None, at_least=0)
     """Layers, from 0, with one feed-forward layer of ffn_hidden_size in place of experts. null: none."""
     moe_aux_loss_coeff: float = knob(0.0, at_least=0, in_weights=False)
     """Weight of the load-balancing loss, counted on embedding and generative micro-batches."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_grit import __version__
 from megatron_grit.config.schema import ModelConfig, ParallelConfig
+from megatron_grit.config.values import shortened
 from megatron_grit.convert.families.registry import family_of_model
 from megatron_grit.convert.hf_out.exported import Checkpoint, Exported, read_checkpoint
 from megatron_grit.convert.hf_out.files import write_files
@@ -152,12 +153,12 @@ def parse_size(text: str) -> int:
     Raises:
         ConfigError: not a size, or not above 0.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     unit = None if match is None else _UNITS.get(match[2].upper())
     size = 0 if match is None or unit is None else int(float(match[1]) * unit)
     if size < 1:
         raise ConfigError(
-            f"max_shard_size {text!r} is no size; give a number of B, KB, MB, GB, KiB, MiB or GiB, as 5GB"
+            f"max_shard_size {shortened(text)} is no size; give a number of B, KB, MB, GB, KiB, MiB or GiB, as 5GB"
         )
     return size
 

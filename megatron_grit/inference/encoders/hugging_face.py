@@ -25,6 +25,7 @@ from megatron_grit.convert.hf_in.sentence_modules import (
 from megatron_grit.data.text.markers import Side
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encoders.protocol import EmbedderOptions, finite
+from megatron_grit.inference.messages import check_texts
 from megatron_grit.inference.model_group import ModelGroup
 from megatron_grit.parallel.launch import select_device
 from megatron_grit.store.digest import digest_of_files
@@ -82,9 +83,10 @@ class HuggingFaceEmbedder:
         """As :class:`~megatron_grit.inference.encoders.protocol.Embedder` says.
 
         Raises:
-            DataError: a text without any token.
+            DataError: a text without any token, or no text.
             NumericsError: a vector is not finite.
         """
+        texts = check_texts(texts, "text")
         prompt = self.prompts[side]
         skip = self._num_prompt_tokens(prompt)
         parts: list[np.ndarray] = []

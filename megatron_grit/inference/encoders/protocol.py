@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 class EmbedderOptions(Checked):
     """How texts are embedded."""
 
-    pooling: str = "auto"
+    pooling: Literal["auto", "mean", "mean_text", "cls"] = "auto"
     """Of a Hugging Face encoder: mean, mean_text, cls, or auto for what its modules.json says."""
     max_length: int = knob(256, at_least=1)
     """Tokens to which a text is cut, special tokens and prompt included."""
     batch_tokens: int = knob(BatchSize.batch_tokens, at_least=1)
     """Tokens of a forward pass, padding included; raised to the longest text."""
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 for the matrix products."""
     query_instruction: str = knob("", text=True)
     """What our own models embed queries for; with a Hugging Face encoder the text in front of queries, in place of the
     prompt that its directory names."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto, cpu or cuda; under a launcher each process takes the GPU of its local rank."""
 
 

@@ -36,7 +36,7 @@ class MineOptions:
     """JSONL with passages: plain texts ({"text": ...}) or embedding records. Empty: the passages of the input."""
     project_dir: Path | None = knob(None, path=True)
     """A retrieval database, whose chunks are the passages and whose embedder is the student, in place of both."""
-    version: int | None = None
+    version: int | None = knob(None, at_least=1)
     """Of the database. None: the configured one, or the newest."""
     num_negatives: int = knob(7, at_least=1)
     """Negatives of a record, at most."""

@@ -129,7 +129,7 @@ def test_a_tool_is_a_verb(
         (["generate", "--checkpoint=a", "--prompt=b", "--seed", "x"], "--seed must be int, at least 0, not 'x'"),
         (
             ["generate", "--checkpoint=a", "--prompt=b", f"--seed={10**20}"],
-            f"--seed must be at most {2**63 - 1} in size",
+            f"--seed must be at least 0 and at most {2**63 - 1}",
         ),
         (["encode", "--checkpoint=a", "--input=b", "--output=c", f"--batch-tokens={10**20}"], "--batch-tokens must be"),
         (["generate", "--checkpoint=a", "--prompt", "null"], "no checkpoint here"),

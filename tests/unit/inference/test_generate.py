@@ -135,7 +135,7 @@ def test_what_is_called_before_a_pass_ends_it(model: GritDecoder) -> None:
         ({"max_new_tokens": True}, "max_new_tokens must be int, at least 1, not True"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0"),
         ({"top_p": np.float32(1.5)}, "top_p must be above 0 and at most 1, not 1.5"),
-        ({"seed": 2**63}, "seed must be at most 9223372036854775807 in size"),
+        ({"seed": 2**63}, "seed must be at least 0 and at most 9223372036854775807"),
         ({"seed": None}, "seed must be int, at least 0, not None"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
         ({"stop": ["a"] * 5}, "stop must be at most 4 texts, not 5"),

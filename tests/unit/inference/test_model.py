@@ -153,7 +153,7 @@ def test_conversations_that_cannot_be(model: GritModel, given: Any, message: str
         (["a\udcff"], {}, "text 0 holds half of a surrogate pair"),
         ([[5, -1]], {}, "text 0 holds -1; ids of tokens are from 0 to 399"),
         ("a", {"max_length": 0}, "max_length must be at least 1, not 0"),
-        ("a", {"max_length": 10**20}, "max_length must be at most"),
+        ("a", {"max_length": 10**20}, "max_length must be at least 1 and at most 9223372036854775807"),
         ("a", {"max_length": "9"}, "max_length must be int, at least 1, not '9'"),
         ("a", {"batch_tokens": -5}, "batch_tokens must be at least 1, not -5"),
         ("a", {"batch_tokens": math.nan}, "batch_tokens must be int, at least 1, not nan"),
@@ -174,5 +174,10 @@ def test_errors(model: GritModel, tmp_path: Path) -> None:
         model.encode("text", instruction="a long instruction " * 10, max_length=8)
     with pytest.raises(DataError, match="last turn has to be the user's"):
         model.generate([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    bad: list[dict[str, Any]] = [{"device": "gpu"}, {"device": None}, {"precision": "fp64"}, {"precision": 16}]
+    for options in bad:
+        (name,) = options
+        with pytest.raises(ConfigError, match=f"{name} must be one of .*, not"):
+            GritModel.load(tmp_path, **options)
     with pytest.raises(CheckpointError, match="no checkpoint here"):
         GritModel.load(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,9 +156,48 @@ def test_what_is_no_search_is_refused(project: Project, tmp_path: Path) -> None:
         Retriever(tmp_path / "nothing", WordEmbedder())
     retriever = Retriever(project.folder, WordEmbedder())
     assert load_project_config(project.folder) is not None and read_version(project.folder).number == 1
-    with pytest.raises(ConfigError, match="k must be at least 1, not 0"):
+    with pytest.raises(ConfigError, match="k must be at least 1 and at most 1000000, not 0"):
         retriever.search("file", k=0)
-    with pytest.raises(ConfigError, match='mode is "bm25"'):
+    with pytest.raises(ConfigError, match="mode must be one of dense, lexical, hybrid, not 'bm25'"):
         retriever.search("file", mode="bm25")  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"queries are of shape \(2, 3\); the index takes \[Q, 16\]"):
         retriever.search(np.zeros((2, 3), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"k": k}, "k must be") for k in (-1, 10**20, 2**30, np.nan, np.inf, 2.0, "3", "", None, True)),
+        *(({"length": length}, "length must be") for length in (0, -1, 10**20, 2**30, np.nan, 2.0, "3", True)),
+        *(({"mode": mode}, "mode must be one of") for mode in ("", None, 5, ["dense"])),
+        *(
+            ({"exclude": one}, "exclude must be pairs")
+            for one in (5, None, "ab", [3], [(1,)], [(0, -1)], [(0, 10**20)])
+        ),
+        *(({"exclude": [(0, one)]}, "exclude must be pairs") for one in (np.nan, 1.0, "1", None)),
+        *(({"queries": one}, "query must be a string or a list of strings") for one in (None, 5, {}, b"a")),
+        *(({"queries": ["a", one]}, "query 1 must be a string") for one in (None, 5, ["a"], b"a")),
+        ({"queries": "\ud800"}, "query 0 holds half of a surrogate pair"),
+        *(({"queries": np.full((1, 16), one)}, "must be finite numbers") for one in (np.nan, np.inf, "a", None)),
+    ],
+)
+def test_values_of_a_search_that_are_none(searched: Retriever, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        searched.search(**({"queries": "a file"} | options))
+    assert "\n" not in str(caught.value)
+
+
+def test_versions_that_are_none(searched: Retriever) -> None:
+    for version in (0, -1, 10**20, np.nan, "1", 1.0, True):
+        with pytest.raises(ConfigError, match="version must be (int or null, )?at least 1"):
+            Retriever(searched._folder, WordEmbedder(), version=version)
+    assert searched.search([]).ids.shape == (0, 10)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Retriever:
+    folder = tmp_path_factory.mktemp("searched")
+    prefixes = [write_documents(folder / "a", make_texts(3, 0), tokenizer_of(folder))]
+    project = make_project(folder / "db", prefixes, folder)
+    save_project_config(project.config, project.folder)
+    return Retriever(build(project, WordEmbedder(), query=False).folder, WordEmbedder())

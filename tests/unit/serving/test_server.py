@@ -150,7 +150,7 @@ def test_an_answer_ends_at_its_stop(client: TestClient, model: GritModel, monkey
         (CHAT, {"messages": [QUESTION], "temperature": True}, "temperature must be float, at least 0, not True"),
         (CHAT, {"messages": [QUESTION], "top_p": 0}, "top_p must be above 0 and at most 1, not 0"),
         (CHAT, {"messages": [QUESTION], "top_p": 1.1}, "top_p must be above 0 and at most 1, not 1.1"),
-        (CHAT, {"messages": [QUESTION], "seed": 2**63}, "seed must be at most 9223372036854775807 in size"),
+        (CHAT, {"messages": [QUESTION], "seed": 2**63}, "seed must be at least 0 and at most 9223372036854775807"),
         (CHAT, {"messages": [QUESTION], "seed": 10**4000}, "not an integer of 4001 digits"),
         (CHAT, {"messages": [QUESTION], "stop": ["a"] * 5}, "stop must be at most 4 texts, not 5"),
         (CHAT, {"messages": [QUESTION], "stop": [1]}, "stop must be a list"),
