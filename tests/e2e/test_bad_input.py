@@ -27,7 +27,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-PHASE = re.compile(r"\d\d:\d\d:\d\d (loading libraries|reading the data|building the model|loading weights).*")
+PHASE = re.compile(r"\d\d:\d\d:\d\d (loading|reading|building) .*")
 """What a run says before each wait."""
 
 

@@ -18,7 +18,7 @@ class RetroConfig:
     """Tokens of a chunk; as in the database."""
     retrieved_chunks: int = knob(2, at_least=1, in_files=False, may_change=True)
     """Chunks of a neighbor: itself and what follows it in its document."""
-    layers: list[int] | None = knob(None, in_files=False)
+    layers: list[int] | None = knob(None, at_least=0, in_files=False)
     """Layers, from 0, with cross-attention. null: every third from the 9th on, from the 6th on in models of up to 15
     layers, as in Megatron-LM."""
     encoder_layers: int = knob(2, at_least=1, in_files=False)
