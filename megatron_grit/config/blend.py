@@ -31,12 +31,22 @@ class BlendEntry:
     """Most records of the source that are used."""
 
 
+def expand_item(item: str) -> str:
+    """An item with ``~`` and ``$NAME`` replaced, once: here in one path, by :func:`read_blend` in each of several.
+
+    Raises:
+        ConfigError: as :func:`~megatron_grit.config.knob.expand_path`.
+    """
+    return expand_path(item) if len(_words(item)) == 1 else item
+
+
 def read_blend(items: Sequence[str], key: str) -> list[BlendEntry]:
     """The sources of a blend.
 
     Args:
-        items: prefixes; or numbers and prefixes in turn, in one string or in several; or ``.yaml`` files, each a list
-            of mappings with ``path`` and, where wanted, ``weight`` or ``epochs``, and ``cap``.
+        items: of :func:`expand_item`: prefixes; or numbers and prefixes in turn, in one string or in several; or
+            ``.yaml`` files, each a list of mappings with ``path`` and, where wanted, ``weight`` or ``epochs``, and
+            ``cap``.
         key: the configuration's key, for messages.
 
     Raises:
@@ -45,19 +55,21 @@ def read_blend(items: Sequence[str], key: str) -> list[BlendEntry]:
     entries: list[tuple[str, BlendEntry]] = []
     weight: tuple[str, float] | None = None
     for item in items:
-        for word in _words(item):
+        words = _words(item)
+        for word in words:
+            path = word if len(words) == 1 else _expanded(word, key)
             number = _number(word)
             if number is not None and weight is None:
                 weight = (word, number)
             elif word.endswith(_SUFFIXES):
                 if weight is not None:
                     raise ConfigError(f"{key}: {weight[0]} stands before the blend file {word}; weights go into it")
-                entries += _read_file(_expanded(word, key))
+                entries += _read_file(path)
             else:
                 if number is not None:
                     raise ConfigError(f"{key}: {word} follows {weight[0] if weight else ''}; a prefix has to")
                 given = None if weight is None else _positive(weight[1], f"{key}: weight {weight[0]}")
-                entries.append((key, BlendEntry(path=_expanded(word, key), weight=given)))
+                entries.append((key, BlendEntry(path=path, weight=given)))
                 weight = None
     if weight is not None:
         raise ConfigError(f"{key}: no prefix follows the weight {weight[0]}")

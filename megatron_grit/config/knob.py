@@ -31,7 +31,8 @@ def knob(default: Any = dataclasses.MISSING, **facts: Any) -> Any:
     Args:
         default: its default; lists are copied for each instance. Left out: the field has to be given.
         facts: ``at_least``, ``above``, ``at_most`` and ``below`` bound a number, or each number of a list.
-            ``path=True``: a text, or each text of a list, is a path, in which ``~`` and ``$NAME`` are replaced. Of a
+            ``path=True``: a text, or each text of a list, is a path, in which ``~`` and ``$NAME`` are replaced, or
+            what a function given for True makes of it. Of a
             model: ``in_files=False``, where Hugging Face's config.json does not hold it; ``in_weights=False``, where
             trained weights do not depend on it. ``may_change``: whether a resumed run may have another value.
             ``text``: it is for a tokenizer, which takes valid Unicode only. ``empty``: it may be an empty text, as any
@@ -138,11 +139,12 @@ def expanded(field: dataclasses.Field, value: Any) -> Any:
     Raises:
         ConfigError: an empty path, a variable that is not set, a user that is not known. It does not name the field.
     """
-    if not field.metadata.get("path") or not isinstance(value, str | Path | list | tuple):
+    path = field.metadata.get("path")
+    if not path or not isinstance(value, str | Path | list | tuple):
         return value
     if isinstance(value, list | tuple):
         return type(value)(expanded(field, item) for item in value)
-    return type(value)(expand_path(os.fspath(value)))
+    return type(value)((path if callable(path) else expand_path)(os.fspath(value)))
 
 
 def expand_path(text: str) -> str:

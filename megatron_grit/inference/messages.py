@@ -6,17 +6,14 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_grit.config.knob import text_problem
 from megatron_grit.config.values import shortened
+from megatron_grit.data.text import records
+from megatron_grit.data.text.records import Message, check_text
 from megatron_grit.errors import DataError
 
-Conversation = list[dict[str, str]]
-"""Messages with "role" (system, user or assistant) and "content"."""
+Conversation = list[Message]
+"""What :func:`~megatron_grit.data.text.records.read_messages` gives."""
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""developer is the name that OpenAI's newer models have for system."""
-_EMPTY = {"refusal", "tool_calls", "function_call", "audio", "annotations", "reasoning_content"}
-"""Keys of messages that clients send back as they got them: of no meaning while nothing is in them."""
 EMPTY_TEXT = "is empty; there is nothing to pool"
 
 
@@ -45,39 +42,12 @@ def read_messages(given: Any) -> Conversation:
         DataError: as :func:`read_conversations`; names the message.
     """
     if isinstance(given, str):
-        return [{"role": "user", "content": _filled(given, "prompt")}]
-    if not isinstance(given, Sequence) or not given or not all(isinstance(message, Mapping) for message in given):
-        raise DataError('messages must be a list of {"role": ..., "content": ...}, not empty')
-    return [_read_message(message, number) for number, message in enumerate(given)]
-
-
-def _read_message(message: Mapping[str, Any], number: int) -> dict[str, str]:
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise DataError(f"the role of message {number} must be one of {', '.join(_ROLES)}, not {shortened(role)}")
-    for key, value in message.items():
-        if key not in ("role", "content", "name") and not (key in _EMPTY and not value):
-            raise DataError(f"message {number} holds {key}, which this model's template has no place for; leave it out")
-    name, content = f"content of message {number}", message.get("content")
-    if isinstance(content, list):
-        if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-            raise DataError(f'{name} must be a string, or a list of {{"type": "text", "text": ...}} alone')
-        content = "\n".join(check_text(part.get("text"), f"a text in {name}") for part in content)
-    content = _filled(content, name) if role == "user" else check_text(content, name)
-    return {"role": _ROLES[role], "content": content}
-
-
-def check_text(value: Any, name: str) -> str:
-    """The value, if it is a text that a tokenizer takes.
-
-    Raises:
-        DataError: it is no text or no valid Unicode; begins with ``name``.
-    """
-    if not isinstance(value, str):
-        raise DataError(f"{name} must be a string, not {shortened(value)}")
-    if (problem := text_problem(value)) is not None:
-        raise DataError(f"{name} {problem}")
-    return value
+        return [Message("user", _filled(given, "prompt"))]
+    messages = records.read_messages(given, all_keys=True)
+    for number, message in enumerate(messages):
+        if message.role == "user":
+            _filled(message.content, f"content of message {number}")
+    return messages
 
 
 def check_texts(given: Any, name: str) -> list[str]:

@@ -21,7 +21,7 @@ from megatron_grit.data.chat.run_chat import checkpoint_chat
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import RowKind, supervised
 from megatron_grit.data.text.markers import Side, load_markers
-from megatron_grit.data.text.records import Message, read_messages
+from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.templates import encode_embedding, encode_prompt
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError, DataError, MeshError
@@ -289,7 +289,7 @@ class GritModel:
             before_pass: called before each forward pass; what it raises ends the call.
         """
         self._refuse_sharded("generate")
-        prompts = [self.prompt_tokens(read_messages(conversation)) for conversation in conversations]
+        prompts = [self.prompt_tokens(conversation) for conversation in conversations]
         outputs = generate_tokens(
             self.model,
             prompts,

@@ -120,7 +120,7 @@ class Trainer:
         )
         vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
         self.report = EstimateReport(config, context, vocab_size, MemoryMeter(context.device))
-        self.chat = run_chat(config, self.tokenizer, started_from(config))
+        self.chat = run_chat(config, self.tokenizer, started_from(config), self.loader.metas)
         log.info("building the model")
         positions.enter("building the model")
         self.chunks = build_chunks(config, vocab_size, context)

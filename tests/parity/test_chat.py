@@ -24,10 +24,12 @@ from megatron_grit.data.builders.grit_builder import build_grit
 from megatron_grit.data.chat.chat import named_chat, write_chat
 from megatron_grit.data.chat.chat_templates import TEMPLATES
 from megatron_grit.data.chat.run_chat import run_chat
-from megatron_grit.data.text.records import read_messages
+from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.text.records import Message, parse_record, read_messages
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.generate import generate_tokens
+from megatron_grit.inference.messages import read_conversations
 from megatron_grit.inference.model import GritModel
 from megatron_grit.models.decoder import build_model
 from megatron_grit.parallel.launch import parallel_job
@@ -178,6 +180,28 @@ def test_adapters_keep_the_template_of_their_data(folder: Path, tmp_path: Path, 
     model = GritModel.load(tmp_path / "run", device="cpu")
     assert model.chat.template.partition(":")[0] == name and answers_of(model) == expected
     assert answers_of(GritModel.load(tmp_path / "base", device="cpu")) != expected
+
+
+def test_messages_as_clients_write_them() -> None:
+    """By the rule that a server reads them with; keys that a request may not hold mean nothing in data."""
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    asked = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}]
+    answer = {"role": "assistant", "content": "a", "refusal": None, "score": 3}
+    messages = parse_record({"messages": [*asked, answer]}).messages
+    assert messages == [Message("system", "be brief"), Message("user", "one\ntwo"), Message("assistant", "a")]
+    assert read_conversations(asked) == ([messages[:2]], True)
+    with pytest.raises(DataError, match="message 2 holds score"):
+        read_conversations([*asked, answer])
+    with pytest.raises(DataError, match="message 1 is of role assistant where user was expected"):
+        read_conversations([asked[0], {"role": "assistant", "content": "a"}])
+
+
+def test_what_the_loader_has_read_is_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, tokenizer = config_of(folder, data_of(folder, "tulu")), load_tokenizer(folder)
+    metas = GritDataLoader(config, tokenizer).metas
+    expected = run_chat(config, tokenizer)
+    monkeypatch.setattr("megatron_grit.data.chat.run_chat.read_meta", lambda prefix: pytest.fail(f"read {prefix}"))
+    assert run_chat(config, tokenizer, metas=metas) == expected
 
 
 def test_several_templates_need_a_choice(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_grit.config.blend import expand_item
 from megatron_grit.config.knob import knob
 
 
@@ -14,12 +15,12 @@ class DataConfig:
 
     tokenizer: str | None = knob(None, path=True)
     """SentencePiece .model file, tokenizer.json, or a directory that holds one."""
-    embedding: list[str] = knob([], path=True)
+    embedding: list[str] = knob([], path=expand_item)
     """Sources of queries and passages, indexed files of tools/preprocess/build_grit.py: a list of prefixes; or weights
     and prefixes in turn, "0.7 a 0.3 b"; or a .yaml file with a list of path, weight or epochs, and cap
     (docs/data_formats.md). Each batch comes from one source. Without weights, sources are drawn in proportion to their
     size."""
-    generative: list[str] = knob([], path=True)
+    generative: list[str] = knob([], path=expand_item)
     """Sources of texts or conversations, in the same notation. Each batch mixes all sources."""
     chat_template: str | None = knob(None, path=True)
     """How the model converses when it generates: tulu, gritlm, zephyr, llama2, chatml, tokenizer for the one that comes

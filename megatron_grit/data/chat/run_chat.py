@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from megatron_grit.config.blend import read_blend
 from megatron_grit.config.kinds import kind_options, kind_sources, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.chat.chat import Chat, chat_beside, chat_of_file, default_chat, is_known, named_chat, read_chat
-from megatron_grit.data.indexed.reader import IndexedFile, read_meta
+from megatron_grit.data.indexed.reader import IndexedFile, IndexedMeta, read_meta
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, GritError
@@ -20,7 +20,12 @@ from megatron_grit.store.logs import get_logger
 log = get_logger(__name__)
 
 
-def run_chat(config: RunConfig, tokenizer: Tokenizer, checkpoints: Sequence[Path] = ()) -> Chat:
+def run_chat(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    checkpoints: Sequence[Path] = (),
+    metas: Mapping[str, IndexedMeta] | None = None,
+) -> Chat:
     """The facts of a run's model: of ``data.chat_template``, else of the conversations that it is trained on, else of
     the run's own or its base's checkpoint, else of the Hugging Face folder that the tokenizer lies in, else GritLM's.
 
@@ -28,6 +33,7 @@ def run_chat(config: RunConfig, tokenizer: Tokenizer, checkpoints: Sequence[Path
         config: the run.
         tokenizer: its tokenizer.
         checkpoints: from which it goes on or starts; the first that holds the facts counts.
+        metas: what is known of the run's indexed files, by prefix; those of others are read.
 
     Raises:
         ConfigError: conversations of several templates, and no ``data.chat_template``; or one that there is not.
@@ -37,7 +43,7 @@ def run_chat(config: RunConfig, tokenizer: Tokenizer, checkpoints: Sequence[Path
         return named_chat(config.data.chat_template, tokenizer, "data.chat_template")
     of_checkpoint = (read_chat(path) for path in checkpoints)
     return (
-        _of_data(config, tokenizer)
+        _of_data(config, tokenizer, metas or {})
         or next(filter(None, of_checkpoint), None)
         or chat_beside(tokenizer)
         or default_chat(tokenizer)
@@ -71,12 +77,12 @@ def checkpoint_chat(path: Path, config: RunConfig, tokenizer: Tokenizer) -> Chat
     return found
 
 
-def _of_data(config: RunConfig, tokenizer: Tokenizer) -> Chat | None:
+def _of_data(config: RunConfig, tokenizer: Tokenizer, metas: Mapping[str, IndexedMeta]) -> Chat | None:
     found: dict[str, tuple[str, Chat]] = {}
     for kind in [kind for kind in trained_kinds(config) if not kind_options(kind).EMBEDS]:
         for entry in read_blend(kind_sources(config, kind), kind_options(kind).DATA):
             try:
-                meta = read_meta(entry.path)
+                meta = metas.get(entry.path) or read_meta(entry.path)
             except GritError:
                 continue  # the loader says what is wrong with it, where it is needed
             if meta.template not in found and is_known(meta.template, meta.template_source, tokenizer):

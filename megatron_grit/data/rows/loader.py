@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_grit.config.kinds import load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.indexed.reader import IndexedMeta
 from megatron_grit.data.order.sources import OpenFiles
 from megatron_grit.data.rows.batch import BatchPart, StepBatch
 from megatron_grit.data.rows.stream import PlannedRow, RowStream
@@ -69,6 +70,12 @@ class GritDataLoader:
             for kind in trained_kinds(config)
         }
         """The stream of each kind that the run trains."""
+
+    @property
+    def metas(self) -> dict[str, IndexedMeta]:
+        """What the ``.json`` of each source says, by prefix."""
+        every = [stream.sources for stream in self.streams.values()]
+        return {name: sources.meta(number) for sources in every for number, name in enumerate(sources.names)}
 
     def batch(self, step: int) -> StepBatch:
         """Rows of ``step`` on this rank.

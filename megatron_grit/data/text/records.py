@@ -16,14 +16,21 @@ record, not for each file, in this order of the keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from megatron_grit.config.knob import text_problem
+from megatron_grit.config.values import shortened
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.text.lines import Line, filled_lines, parse_json
 from megatron_grit.errors import DataError
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""developer is the name that OpenAI's newer models have for system."""
+_EMPTY = {"refusal", "tool_calls", "function_call", "audio", "annotations", "reasoning_content"}
+"""Keys of messages that clients send back as they got them: of no meaning while nothing is in them."""
 
 
 class TextPair(NamedTuple):
@@ -131,26 +138,62 @@ def _text_pairs(value: dict[str, object], key: str) -> list[TextPair]:
     return [_text_pair(passage, key) for passage in passages]
 
 
-def read_messages(value: object) -> list[Message]:
-    """The turns of a conversation: user and assistant in turn, the user first, system messages before a user's.
+def read_messages(value: object, *, all_keys: bool = False) -> list[Message]:
+    """The turns of a conversation: user and assistant in turn, the user first, system messages before a user's. The one
+    rule for what is trained on and for what is asked.
+
+    Args:
+        value: a list of objects with ``role`` (system, developer, user or assistant) and ``content``, a string or a
+            list of text parts.
+        all_keys: refuse a message that holds something else, such as tool calls or images, rather than ignore it.
 
     Raises:
         DataError: anything else; names the message.
     """
-    if not isinstance(value, list):
-        raise DataError(f'"messages" must be a list, found {_type_name(value)}')
+    if not isinstance(value, Sequence) or not value or not all(isinstance(message, Mapping) for message in value):
+        raise DataError('messages must be a list of {"role": ..., "content": ...}, not empty')
     messages: list[Message] = []
     expected = "user"
     for number, item in enumerate(value):
-        role, content = (item.get("role"), item.get("content")) if isinstance(item, dict) else (None, None)
-        if not isinstance(content, str) or role not in ("system", "user", "assistant"):
-            raise DataError(f"message {number} must have a string content and the role system, user or assistant")
+        role = _ROLES.get(given) if isinstance(given := item.get("role"), str) else None
+        if role is None:
+            raise DataError(f"the role of message {number} must be one of {', '.join(_ROLES)}, not {shortened(given)}")
+        if all_keys:
+            _refuse_other_keys(item, number)
+        content = _content(item.get("content"), f"content of message {number}")
         if role != expected and not (role == "system" and expected == "user"):
             raise DataError(f"message {number} is of role {role} where {expected} was expected")
         messages.append(Message(role, content))
         if role != "system":
             expected = "assistant" if role == "user" else "user"
     return messages
+
+
+def _refuse_other_keys(message: Mapping[str, Any], number: int) -> None:
+    for key, value in message.items():
+        if key not in ("role", "content", "name") and not (key in _EMPTY and not value):
+            raise DataError(f"message {number} holds {key}, which this model's template has no place for; leave it out")
+
+
+def _content(value: object, name: str) -> str:
+    if not isinstance(value, list):
+        return check_text(value, name)
+    if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
+        raise DataError(f'{name} must be a string, or a list of {{"type": "text", "text": ...}} alone')
+    return "\n".join(check_text(part.get("text"), f"a text in {name}") for part in value)
+
+
+def check_text(value: object, name: str) -> str:
+    """The value, if it is a text that a tokenizer takes.
+
+    Raises:
+        DataError: it is no text or no valid Unicode; begins with ``name``.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{name} must be a string, not {shortened(value)}")
+    if (problem := text_problem(value)) is not None:
+        raise DataError(f"{name} {problem}")
+    return value
 
 
 def _messages(value: object) -> list[Message]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -96,8 +97,15 @@ def test_home_and_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert (config.output_dir, config.data.generative) == (expected, [expected])
     (tmp_path / "blend.yaml").write_text("- ~/a\n- path: $SCRATCH/b\n")
     monkeypatch.setenv("BLENDS", str(tmp_path))
-    assert [entry.path for entry in read_blend(["$BLENDS/blend.yaml"], "k")] == ["/people/me/a", "/scratch/b"]
-    assert [entry.path for entry in read_blend(["1 ~/a 2 ~/b"], "k")] == ["/people/me/a", "/people/me/b"]
+    monkeypatch.setenv("ODD", "/odd/$NOT_SET and more")
+    for written, found in (
+        (["$BLENDS/blend.yaml"], ["/people/me/a", "/scratch/b"]),
+        (["1 ~/a 2 ~/b"], ["/people/me/a", "/people/me/b"]),
+        (["1", "~/a", "2", "$ODD/b"], ["/people/me/a", "/odd/$NOT_SET and more/b"]),  # replaced once
+        (["1 $ODD/a 2 b"], ["/odd/$NOT_SET and more/a", "b"]),
+    ):
+        config = parse_run_config(["--data.generative", json.dumps(written)])
+        assert [entry.path for entry in read_blend(config.data.generative, "k")] == found
 
 
 @pytest.mark.parametrize(

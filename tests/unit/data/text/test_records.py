@@ -115,9 +115,10 @@ def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
         ('{"text": ["u", "a", "u"]}', '"text" has 3 turns'),
         ('{"text": []}', '"text" has 0 turns'),
         ('{"text": ["u", 1]}', '"text" must be a string, or a list'),
-        ('{"messages": "m"}', '"messages" must be a list'),
-        ('{"messages": [{"role": "tool", "content": "c"}]}', "message 0 must have a string content and the role"),
-        ('{"messages": [{"role": "user", "content": null}]}', "message 0 must have a string content"),
+        ('{"messages": "m"}', 'messages must be a list of {"role"'),
+        ('{"messages": []}', "messages must be a list of"),
+        ('{"messages": [{"role": "tool", "content": "c"}]}', "the role of message 0 must be one of system, developer"),
+        ('{"messages": [{"role": "user", "content": null}]}', "content of message 0 must be a string, not None"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 0 is of role assistant where user was"),
         ('{"messages": [{"role": "user", "content": "u"}]}', "no user turn with an answer"),
         (
