@@ -116,29 +116,10 @@ class ChunkDb:
             DataError: a damaged file.
         """
         length = 2 * self.project.config.chunk_length if length is None else length
-        ids = np.asarray(chunks, dtype=np.int64).reshape(-1)
-        there = np.flatnonzero(ids >= 0)
-        if len(there) and ids.max() >= len(self.rows):
+        ids = np.asarray(chunks, dtype=np.int64)
+        if ids.size and ids.max() >= len(self.rows):
             raise IndexError(f"chunk {ids.max()} of {len(self.rows)}")
-        rows, eod_id = self.rows[ids[there]], self.project.tokenizer.eos_id
-        tokens = np.full((len(ids), length), pad_id, dtype=np.int32)
-        counts = np.zeros(len(ids), dtype=np.int64)
-        for dataset in np.unique(rows[:, DATASET]).tolist():
-            here = np.flatnonzero(rows[:, DATASET] == dataset)
-            file, starts = self.project.file(dataset), rows[here, START].astype(np.int64)
-            begins, lengths = file.extents(rows[here, DOCUMENT])
-            if (starts + (rows[here, STOP] - rows[here, START]) > lengths).any():
-                raise DataError("holds chunks beyond their documents' ends; run --tasks db-build", path=self.path)
-            count = np.minimum(lengths - starts, length)
-            read = np.zeros((len(here), length), dtype=file.dtype)
-            file.read_into(read, begins + starts * file.dtype.itemsize, count)
-            last = np.flatnonzero((starts + count == lengths) & (count > 0))
-            count[last] -= read[last, count[last] - 1] == eod_id
-            mask = np.arange(length) < count[:, None]
-            tokens[there[here]] = np.where(mask, read, pad_id)
-            counts[there[here]] = count
-        shape = (*np.shape(chunks), length)
-        return tokens.reshape(shape), (np.arange(length) < counts[:, None]).reshape(shape)
+        return read_places(self.project, sources_of(self.rows, ids, 4), ids >= 0, length, pad_id)
 
     def texts(self, chunks: Sequence[int] | np.ndarray) -> list[str]:
         """Texts of chunks."""
@@ -149,3 +130,63 @@ class ChunkDb:
         """ "corpus#12:64-128": dataset, document and tokens."""
         dataset, document, start, stop, _ = self.rows[chunk].tolist()
         return f"{Path(self.infos[dataset].prefix).name}#{document}:{start}-{stop}"
+
+
+def sources_of(rows: np.ndarray, ids: np.ndarray, columns: int = 3) -> np.ndarray:
+    """Dataset, document and first token of chunks: uint32 [*ids.shape, 3], zeros where an id is negative.
+
+    Args:
+        rows: of a database, as :attr:`ChunkDb.rows`.
+        ids: of any shape.
+        columns: of the rows; 4 with the token after the last.
+    """
+    out = np.zeros((*ids.shape, columns), dtype=np.uint32)
+    there = ids >= 0
+    out[there] = rows[ids[there]][:, :columns]
+    return out
+
+
+def read_places(
+    project: Project, sources: np.ndarray, there: np.ndarray, length: int, pad_id: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens from places of documents on, as :meth:`ChunkDb.read_tokens` and without the table of chunks: what the
+    neighbors of :meth:`~megatron_grit.data.chunks.neighbor_table.NeighborTable.read_sources` are.
+
+    Args:
+        project: whose documents they are.
+        sources: uint32 [..., 3], dataset, document and first token of each; with the token after the last of a chunk in
+            a fourth column, this is checked as well.
+        there: bool [...], where something is to be read.
+        length: tokens of each.
+        pad_id: stands where a document has ended, and where nothing is read.
+
+    Returns:
+        int32 [..., length], and bool of that shape: where a token is.
+
+    Raises:
+        DataError: a place beyond the end of its document; a damaged file.
+    """
+    places, wanted = sources.reshape(-1, sources.shape[-1]), np.flatnonzero(there.reshape(-1))
+    eod_id = project.tokenizer.eos_id
+    tokens = np.full((len(places), length), pad_id, dtype=np.int32)
+    counts = np.zeros(len(places), dtype=np.int64)
+    for dataset in np.unique(places[wanted, DATASET]).tolist():
+        here = wanted[places[wanted, DATASET] == dataset]
+        file, starts = project.file(dataset), places[here, START].astype(np.int64)
+        begins, lengths = file.extents(places[here, DOCUMENT])
+        stops = places[here, STOP] if places.shape[1] > STOP else starts + 1
+        if (np.maximum(stops, starts + 1) > lengths).any():
+            raise DataError(
+                "chunks go beyond their documents' ends; run --tasks db-build, or query-neighbors if a table of "
+                "neighbors was read",
+                path=file.bin_path,
+            )
+        count = np.minimum(lengths - starts, length)
+        read = np.zeros((len(here), length), dtype=file.dtype)
+        file.read_into(read, begins + starts * file.dtype.itemsize, count)
+        last = np.flatnonzero((starts + count == lengths) & (count > 0))
+        count[last] -= read[last, count[last] - 1] == eod_id
+        tokens[here] = np.where(np.arange(length) < count[:, None], read, pad_id)
+        counts[here] = count
+    shape = (*there.shape, length)
+    return tokens.reshape(shape), (np.arange(length) < counts[:, None]).reshape(shape)

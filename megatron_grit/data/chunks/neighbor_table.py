@@ -1,8 +1,9 @@
 """Neighbors of chunks, to train with: found by (dataset, document, offset), whatever the seed, batch or sequence.
 
 A table holds ``num_neighbors_save`` chunk ids for every chunk position of every document, nearest
-first, -1 where there are fewer. It is mapped, so nothing is loaded and no file is opened for each chunk. It belongs to
-one version of the database: what is added or removed later changes nothing for who reads it.
+first, -1 where there are fewer; beside them their scores, and their documents and first tokens, so that a reader needs
+neither the index nor the table of chunks. It is mapped, so nothing is loaded and no file is opened for each chunk. It
+belongs to one version of the database: what is added or removed later changes nothing for who reads it.
 
 Neighbors from a chunk's own document are left out when the table is made. A training sample may hold several documents;
 :meth:`NeighborTable.read` leaves out those of all of them (Retro, arXiv 2112.04426, section 2.1, leaves out the chunk's
@@ -12,12 +13,14 @@ own document; Megatron's tools those of the sample).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from megatron_grit.data.chunks.chunk_db import sources_of
 from megatron_grit.data.chunks.chunking import document_tokens
 from megatron_grit.data.chunks.versions import Source, begins_with, document_keys, is_among, sorted_keys
 from megatron_grit.data.indexed.reader import IndexedFile
@@ -26,6 +29,10 @@ from megatron_grit.store.digest import HashingFile, digest_of_rows
 from megatron_grit.store.files import replacing_path, write_json
 
 NONE = -1
+COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {"neighbors": ("<i8", ()), "scores": ("<f4", ()), "sources": ("<u4", (3,))}
+"""What a table holds of each neighbor, by the names of its files: type, and shape beside places and neighbors. The
+chunk's id; its squared distance or its product, by which neighbors are in order; dataset, document and first token.
+Where there is no neighbor the id is -1, and the rest has no meaning."""
 _REMEDY = "run --tasks query-neighbors again, or delete its folder where it is of other settings"
 _DOCUMENTS_AT_A_TIME = 1 << 16
 
@@ -58,6 +65,10 @@ class TableManifest:
     """Of the numbers of ``neighbors.npy``."""
     starts_sha256: str = ""
     """Of those of ``starts.npy``."""
+    scores_sha256: str = ""
+    """Of those of ``scores.npy``. Empty: of an older table, which has neither these nor ``sources.npy``."""
+    sources_sha256: str = ""
+    """Of those of ``sources.npy``."""
 
 
 def read_table_manifest(folder: Path) -> TableManifest:
@@ -79,21 +90,30 @@ class NeighborTable:
 
     Args:
         folder: where :func:`write_table` wrote it.
-        documents_of: uint32 [num_chunks, 2 or more], whose first columns are dataset and document of each chunk of the
-            database: ``rows`` of the version that the table is of.
+        documents_of: uint32 [num_chunks, 3 or more], whose first columns are dataset, document and first token of each
+            chunk of the database: ``rows`` of the version that the table is of. Only tables that say nothing of
+            documents need it.
+
+    Attributes:
+        neighbors: int64 [num_places, num_neighbors], mapped, as all of them are.
+        scores: float32 [num_places, num_neighbors]; None in older tables.
+        sources: uint32 [num_places, num_neighbors, 3]: dataset, document, first token; None in older tables.
+        starts: int64 [num_documents + 1], chunk positions before each document.
 
     Raises:
         DataError: it is missing or damaged.
     """
 
-    def __init__(self, folder: Path, documents_of: np.ndarray) -> None:
+    def __init__(self, folder: Path, documents_of: np.ndarray | None = None) -> None:
         self.folder, self._documents_of = folder, documents_of
-        self.manifest = read_table_manifest(folder)
-        shape = (self.manifest.num_places, self.manifest.num_neighbors)
-        self.neighbors = _mapped(folder / "neighbors.npy", shape)
-        """int64 [num_places, num_neighbors], mapped."""
-        self.starts = _mapped(folder / "starts.npy", (self.manifest.source.num_documents + 1,))
-        """int64 [num_documents + 1], chunk positions before each document; mapped."""
+        self.manifest = manifest = read_table_manifest(folder)
+        shape = (manifest.num_places, manifest.num_neighbors)
+        self.neighbors = _mapped(folder / "neighbors.npy", np.int64, shape)
+        self.scores = self.sources = None
+        if manifest.scores_sha256:
+            self.scores = _mapped(folder / "scores.npy", np.float32, shape)
+            self.sources = _mapped(folder / "sources.npy", np.uint32, (*shape, 3))
+        self.starts = _mapped(folder / "starts.npy", np.int64, (manifest.source.num_documents + 1,))
 
     def check_source(self, prefix: Path) -> None:
         """Compare the file that is trained on with the one that was queried. Documents may have been appended.
@@ -112,9 +132,11 @@ class NeighborTable:
         """
         for name, array, sha256 in (
             ("neighbors.npy", self.neighbors, self.manifest.sha256),
+            ("scores.npy", self.scores, self.manifest.scores_sha256),
+            ("sources.npy", self.sources, self.manifest.sources_sha256),
             ("starts.npy", self.starts, self.manifest.starts_sha256),
         ):
-            if digest_of_rows(array) != sha256:
+            if array is not None and digest_of_rows(array) != sha256:
                 raise DataError(f"does not match its checksum; {_REMEDY}", path=self.folder / name)
 
     def places(self, chunks: Sequence[tuple[int, int]] | np.ndarray) -> np.ndarray:
@@ -155,19 +177,52 @@ class NeighborTable:
         Raises:
             IndexError: no chunk begins at one of the tokens.
         """
-        return first_allowed(self.neighbors[self.places(chunks)], self._documents_of, sample_documents, k)
+        return self.read_sources(chunks, sample_documents, k)[0]
 
+    def read_sources(
+        self,
+        chunks: Sequence[tuple[int, int]] | np.ndarray,
+        sample_documents: Sequence[tuple[int, int]] | np.ndarray,
+        k: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`read`, with where the neighbors stand, so that their tokens are read without the table of chunks
+        (:func:`~megatron_grit.data.chunks.chunk_db.read_places`).
 
-def first_allowed(
-    ids_QK: np.ndarray, documents_of: np.ndarray, excluded: Sequence[tuple[int, int]] | np.ndarray, k: int
-) -> np.ndarray:
-    """The first ``k`` ids of each row whose (dataset, document) is not excluded; -1 where there are fewer."""
-    keep = ids_QK >= 0
-    keys = sorted_keys(excluded)
-    if keep.any() and len(keys):
-        found = documents_of[np.where(keep, ids_QK, ids_QK[keep][0])]
-        keep &= ~is_among(document_keys(found[..., 0], found[..., 1]), keys)
-    return take_first(ids_QK, keep, k)
+        Only as many neighbors of a chunk are looked at as are needed to find ``k``.
+
+        Returns:
+            int64 [len(chunks), k], chunk ids, -1 for none; uint32 [len(chunks), k, 3], their dataset, document and
+            first token, zeros for none.
+
+        Raises:
+            IndexError: no chunk begins at one of the tokens.
+            DataError: an older table, and the chunks' documents were not given.
+        """
+        places, keys = self.places(chunks), sorted_keys(sample_documents)
+        ids_NK, sources_NK3 = np.full((len(places), k), NONE), np.zeros((len(places), k, 3), np.uint32)
+        rows, most = np.arange(len(places)), self.manifest.num_neighbors
+        width = min(k, most)
+        while len(rows):
+            ids = np.asarray(self.neighbors[places[rows], :width])
+            sources = self._sources_of(places[rows], ids)
+            keep = (ids >= 0) & ~is_among(document_keys(sources[..., 0], sources[..., 1]), keys)
+            order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
+            there = np.take_along_axis(keep, order, 1)
+            ids_NK[rows, : order.shape[1]] = np.where(there, np.take_along_axis(ids, order, 1), NONE)
+            found = np.take_along_axis(sources, order[..., None], 1)
+            sources_NK3[rows, : order.shape[1]] = np.where(there[..., None], found, 0)
+            if width == most:
+                break
+            rows = rows[(there.sum(1) < k) & (ids[:, -1] >= 0)]
+            width = min(2 * width, most)
+        return ids_NK, sources_NK3
+
+    def _sources_of(self, places: np.ndarray, ids_NK: np.ndarray) -> np.ndarray:
+        if self.sources is not None:
+            return np.asarray(self.sources[places, : ids_NK.shape[1]])
+        if self._documents_of is None:
+            raise DataError(f"says nothing of documents: it was made by an older version; {_REMEDY}", path=self.folder)
+        return sources_of(self._documents_of, ids_NK)
 
 
 def take_first(values_QK: np.ndarray, keep_QK: np.ndarray, k: int, fill: float = NONE) -> np.ndarray:
@@ -233,30 +288,38 @@ def _lengths(file: IndexedFile, first: int, last: int, eod_id: int) -> np.ndarra
     return lengths
 
 
-def write_table(folder: Path, parts: Iterable[np.ndarray], manifest: TableManifest) -> None:
+def write_table(folder: Path, parts: Iterable[Mapping[str, np.ndarray]], manifest: TableManifest) -> None:
     """Write a table, beside the ``starts.npy`` of :func:`write_starts`; it is there when its manifest is.
 
     Args:
         folder: made where it is not there.
-        parts: int64 [chunk positions, neighbors] in runs, in order.
+        parts: :data:`COLUMNS` of runs of chunk positions, in order.
         manifest: what it is of; its checksums are filled in.
     """
-    shape = (manifest.num_places, manifest.num_neighbors)
-    with replacing_path(folder / "neighbors.npy") as path, path.open("wb") as file:
-        np.lib.format.write_array_header_2_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
-        hashing = HashingFile(file)
+    shape, files = (manifest.num_places, manifest.num_neighbors), {}
+    with ExitStack() as stack:
+        for name, (dtype, rest) in COLUMNS.items():
+            path = stack.enter_context(replacing_path(folder / f"{name}.npy"))
+            file = stack.enter_context(path.open("wb"))
+            header = {"descr": dtype, "fortran_order": False, "shape": (*shape, *rest)}
+            np.lib.format.write_array_header_2_0(file, header)
+            files[name] = HashingFile(file)
         for part in parts:
-            hashing.write(np.ascontiguousarray(part, dtype="<i8").tobytes())
-    manifest.sha256 = hashing.entry()["sha256"]
+            for name, (dtype, _) in COLUMNS.items():
+                files[name].write(np.ascontiguousarray(part[name], dtype=dtype).tobytes())
+    manifest.sha256, manifest.scores_sha256, manifest.sources_sha256 = (
+        files[name].entry()["sha256"] for name in ("neighbors", "scores", "sources")
+    )
     manifest.starts_sha256 = digest_of_rows(np.load(folder / "starts.npy", mmap_mode="r", allow_pickle=False))
     write_json(folder / "table.json", asdict(manifest))
 
 
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False) if 0 not in shape else np.load(path)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot be read ({error}); {_REMEDY}", path=path) from None
-    if array.shape != shape or array.dtype != np.int64:
-        raise DataError(f"holds {array.dtype} {array.shape} and not int64 {shape}; {_REMEDY}", path=path)
+    if array.shape != shape or array.dtype != dtype:
+        wanted = f"{np.dtype(dtype)} {shape}"
+        raise DataError(f"holds {array.dtype} {array.shape} and not {wanted}; {_REMEDY}", path=path)
     return np.asarray(array)

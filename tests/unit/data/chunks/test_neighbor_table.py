@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_grit.data.chunks import neighbor_table
+from megatron_grit.data.chunks.chunk_db import sources_of
 from megatron_grit.data.chunks.neighbor_table import (
     NeighborTable,
     TableManifest,
-    first_allowed,
     write_starts,
     write_table,
 )
@@ -23,6 +23,7 @@ from megatron_grit.data.indexed.reader import HEADER, MAGIC, IndexedFile
 from megatron_grit.errors import DataError
 
 EOD, CHUNK = 3, 4
+ROWS = np.stack([np.arange(18) // 9, np.arange(18) % 9 // 3, np.arange(18)], axis=1).astype(np.uint32)
 
 
 def write_file(prefix: Path, documents: list[list[list[int]]]) -> Path:
@@ -60,8 +61,11 @@ def make_table(
 ) -> NeighborTable:
     prefix = write_file(folder / "corpus", documents)
     write_starts(folder / "table" / "starts.npy", IndexedFile(prefix), CHUNK, EOD)
-    write_table(folder / "table", [neighbors[:2], neighbors[2:]], manifest_of(prefix, len(neighbors)))
-    return NeighborTable(folder / "table", rows)
+    columns = {"neighbors": neighbors, "scores": neighbors / 2, "sources": sources_of(rows, neighbors)}
+    parts = [{name: column[run] for name, column in columns.items()} for run in (slice(2), slice(2, None))]
+    width = neighbors.shape[1]
+    write_table(folder / "table", parts, manifest_of(prefix, len(neighbors), width))
+    return NeighborTable(folder / "table")
 
 
 @pytest.mark.parametrize("at_a_time", [1, 3, 1 << 16])
@@ -79,8 +83,7 @@ def table(tmp_path: Path) -> NeighborTable:
     documents = [[[9] * 9], [[9] * 4], [[9] * 5 + [EOD]]]
     neighbors = np.arange(18).reshape(6, 3)
     neighbors[4, 1:] = -1
-    rows = np.stack([np.arange(18) // 9, np.arange(18) % 9 // 3], axis=1).astype(np.uint32)
-    return make_table(tmp_path, rows, neighbors, documents)
+    return make_table(tmp_path, ROWS, neighbors, documents)
 
 
 def test_places_of_chunks(table: NeighborTable) -> None:
@@ -96,18 +99,38 @@ def test_a_place_that_is_none_is_named(table: NeighborTable, chunk: tuple[int, i
         table.read([(0, 0), chunk, (1, 0)], [], 1)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
 @given(
-    rows=st.lists(st.lists(st.integers(-1, 17), min_size=4, max_size=4), max_size=5),
+    data=st.lists(st.integers(0, 4), min_size=6, max_size=6),
+    seed=st.integers(0, 2**32 - 1),
     excluded=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2)), max_size=6),
     k=st.integers(1, 6),
 )
-def test_the_filter_is_the_plain_one(rows: list[list[int]], excluded: list[tuple[int, int]], k: int) -> None:
-    documents_of = np.stack([np.arange(18) // 9, np.arange(18) % 9 // 3], axis=1).astype(np.uint32)
-    found = first_allowed(np.array(rows, np.int64).reshape(-1, 4), documents_of, excluded, k)
-    for row, got in zip(rows, found.tolist(), strict=True):
-        allowed = [i for i in row if i >= 0 and tuple(documents_of[i].tolist()) not in excluded][:k]
+def test_the_filter_is_the_plain_one(
+    tmp_path_factory: pytest.TempPathFactory, data: list[int], seed: int, excluded: list[tuple[int, int]], k: int
+) -> None:
+    """Rows of 0 to 4 neighbors, as a table has them: none stands before a neighbor. A table without documents gives the
+    same with those of the chunks."""
+    random = np.random.default_rng(seed)
+    neighbors = np.full((6, 4), -1)
+    for row, count in zip(neighbors, data, strict=True):
+        row[:count] = random.permutation(18)[:count]
+    folder = tmp_path_factory.mktemp("filter")
+    table = make_table(folder, ROWS, neighbors, [[[9] * 24]])
+    chunks = [(0, CHUNK * place) for place in range(6)]
+    found, sources = table.read_sources(chunks, excluded, k)
+    for row, got, where in zip(neighbors.tolist(), found.tolist(), sources.tolist(), strict=True):
+        allowed = [i for i in row if i >= 0 and tuple(ROWS[i, :2].tolist()) not in excluded][:k]
         assert got == allowed + [-1] * (k - len(allowed))
+        assert where == [ROWS[i].tolist() if i >= 0 else [0, 0, 0] for i in got]
+    manifest = table.folder / "table.json"
+    old = {"scores_sha256", "sources_sha256"}
+    manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k not in old}))
+    for name in ("scores", "sources"):
+        (table.folder / f"{name}.npy").unlink()
+    assert NeighborTable(table.folder, ROWS).read(chunks, excluded, k).tolist() == found.tolist()
+    with pytest.raises(DataError, match="says nothing of documents"):
+        NeighborTable(table.folder).read(chunks, excluded, k)
 
 
 def test_documents_of_another_dataset_with_the_same_number_stay(table: NeighborTable) -> None:
@@ -118,28 +141,35 @@ def test_documents_of_another_dataset_with_the_same_number_stay(table: NeighborT
 
 
 def test_nothing_is_loaded(table: NeighborTable) -> None:
-    for array in (table.neighbors, table.starts):
-        assert isinstance(array.base, np.memmap)
+    for array in (table.neighbors, table.scores, table.sources, table.starts):
+        assert array is not None and isinstance(array.base, np.memmap)
 
 
 def test_damage_is_found(table: NeighborTable) -> None:
     table.verify()
+    for name in ("scores", "sources"):
+        path = table.folder / f"{name}.npy"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        with pytest.raises(DataError, match=f"{name}.npy.*does not match its checksum"):
+            NeighborTable(table.folder).verify()
+        path.write_bytes(whole)
     path = table.folder / "neighbors.npy"
     whole = path.read_bytes()
     path.write_bytes(whole[:-3] + b"x" + whole[-2:])
     with pytest.raises(DataError, match="does not match its checksum"):
-        NeighborTable(table.folder, np.empty((0, 2))).verify()
+        NeighborTable(table.folder).verify()
     for content in (whole[:-8], b"nothing", whole.replace(b"(6, 3)", b"(3, 6)")):
         path.write_bytes(content)
         with pytest.raises(DataError, match="run --tasks query-neighbors again"):
-            NeighborTable(table.folder, np.empty((0, 2)))
+            NeighborTable(table.folder)
     path.write_bytes(whole)
     manifest = table.folder / "table.json"
     values = json.loads(manifest.read_text())
     for broken in ("{", "{}", json.dumps(values | {"source": 3}), json.dumps(values | {"unknown": 1})):
         manifest.write_text(broken)
         with pytest.raises(DataError, match="cannot be read"):
-            NeighborTable(table.folder, np.empty((0, 2)))
+            NeighborTable(table.folder)
 
 
 def test_the_file_may_grow_and_not_change(table: NeighborTable, tmp_path: Path) -> None:
