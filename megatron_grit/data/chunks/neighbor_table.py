@@ -29,7 +29,11 @@ from megatron_grit.store.digest import HashingFile, digest_of_rows
 from megatron_grit.store.files import replacing_path, write_json
 
 NONE = -1
-COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {"neighbors": ("<i8", ()), "scores": ("<f4", ()), "sources": ("<u4", (3,))}
+COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "neighbors": ("<i8", ()),
+    "scores": ("<f4", ()),
+    "sources": ("<u4", (3,)),
+}
 """What a table holds of each neighbor, by the names of its files: type, and shape beside places and neighbors. The
 chunk's id; its squared distance or its product, by which neighbors are in order; dataset, document and first token.
 Where there is no neighbor the id is -1, and the rest has no meaning."""
@@ -156,6 +160,26 @@ class NeighborTable:
             document, offset = pairs[np.argmin(known)]
             raise IndexError(f"document {document} has no chunk at token {offset}")
         return np.asarray(self.starts[safe] + chunk) if len(pairs) else chunk
+
+    def chunks_in(self, document: int, first: int, stop: int) -> np.ndarray:
+        """Chunks that begin in a piece of a document, as :meth:`read` takes them: int64 [n, 2].
+
+        What a piece that begins inside a chunk has before its first chunk has no neighbors: those of the whole chunk
+        were found for text that the piece does not show.
+
+        Args:
+            document: its number.
+            first: first token of the piece in its document.
+            stop: the one after its last.
+
+        Raises:
+            IndexError: no such document.
+        """
+        if not 0 <= document < self.manifest.source.num_documents:
+            raise IndexError(f"document {document} of {self.manifest.source.num_documents}")
+        length, count = self.manifest.chunk_length, int(self.starts[document + 1] - self.starts[document])
+        numbers = np.arange(-(-first // length), min(-(-stop // length), count))
+        return np.stack([np.full(len(numbers), document), length * numbers], axis=1)
 
     def read(
         self,

@@ -19,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 
 from megatron_grit.data.chunks.chunk_db import DATASET, DOCUMENT, ChunkDb, map_dataset
+from megatron_grit.data.chunks.joined_rows import JoinedRows
 from megatron_grit.data.chunks.project import DatasetInfo, Project, fingerprint, sha256_of_bin
 from megatron_grit.data.indexed.reader import IndexedFile, file_paths, read_meta
 from megatron_grit.errors import DataError
@@ -62,6 +63,9 @@ class AddedChunks:
     table: StoredFile
     num_chunks: int
     index: list[StoredFile]
+    """Files over these chunks; after the task compact also over those of the next segments, or none."""
+    num_covered: int = 1
+    """Segments that ``index`` is over, from this one on; 0 where an earlier one's is."""
 
 
 @dataclass(kw_only=True)
@@ -159,7 +163,7 @@ def read_version(folder: Path, number: int | None = None) -> Version:
 
 def _segment(values: dict[str, Any]) -> AddedChunks:
     index = [StoredFile(**file) for file in values["index"]]
-    return AddedChunks(table=StoredFile(**values["table"]), num_chunks=values["num_chunks"], index=index)
+    return AddedChunks(**values | {"table": StoredFile(**values["table"]), "index": index})
 
 
 def write_version(folder: Path, version: Version) -> None:
@@ -204,6 +208,40 @@ def is_damaged(folder: Path, path: Path) -> bool:
     """
     files = read_version(folder).files() if version_numbers(folder) else iter(())
     return any(folder / file.path == path and sha256_of_file(path) != file.sha256 for file in files)
+
+
+def additions(folder: Path, version: Version) -> list[Version]:
+    """For each segment of a version the one that brought it; the first of several with the same chunks.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    earlier = [read_version(folder, number) for number in version_numbers(folder) if number <= version.number]
+    tables = [segment.table.sha256 for segment in version.segments]
+    found: dict[int, Version] = {}
+    for other in earlier:
+        count = len(other.segments)
+        if [segment.table.sha256 for segment in other.segments] == tables[:count]:
+            found.setdefault(count, other)
+    return [found.get(number + 1, version) for number in range(len(tables))]
+
+
+def index_files(folder: Path, version: Version, first: int = 0) -> list[StoredFile]:
+    """Files of the index over the chunks of segment ``first`` and those after it, and no others. Where the task compact
+    joined them with earlier ones, they are those that the additions made.
+
+    Raises:
+        DataError: a version cannot be read.
+    """
+    own = additions(folder, version) if first else []
+    files, number = [], first
+    while number < len(version.segments):
+        segment = version.segments[number]
+        if not segment.num_covered:
+            segment = own[number].segments[number]
+        files += segment.index
+        number += segment.num_covered
+    return files
 
 
 def removed_documents(folder: Path, version: Version) -> np.ndarray:
@@ -312,48 +350,6 @@ def infos_of(sources: Sequence[Source]) -> list[DatasetInfo]:
         DatasetInfo(prefix=source.prefix, fingerprint=source.fingerprint, n_docs=source.num_documents)
         for source in sources
     ]
-
-
-class JoinedRows:
-    """Several mapped tables, one after the other, read like one array: by a row, a slice, an array or a mask of rows,
-    and after it by a column or a slice of them."""
-
-    def __init__(self, tables: Sequence[np.ndarray]) -> None:
-        self._tables = list(tables)
-        self._ends = np.cumsum([len(table) for table in tables])
-        self._starts = self._ends - [len(table) for table in tables]
-        self.shape = (int(self._ends[-1]), *tables[0].shape[1:])
-        self.dtype = tables[0].dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        index, *columns = index if isinstance(index, tuple) else (index,)
-        if any(not isinstance(column, int | slice) for column in columns):
-            raise IndexError("columns are a number or a slice")
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            if step == 1:
-                bounds = [(max(start - first, 0), max(stop - first, 0)) for first in self._starts.tolist()]
-                pairs = zip(self._tables, bounds, strict=True)
-                return np.concatenate([table[first:last][(slice(None), *columns)] for table, (first, last) in pairs])
-            index = np.arange(start, stop, step)
-        ids = np.asarray(index)
-        if ids.dtype == bool:
-            if ids.shape != (len(self),):
-                raise IndexError(f"a mask of shape {ids.shape} for {len(self)} chunks")
-            ids = np.flatnonzero(ids)
-        if ids.ndim == 0 and -len(self) <= ids < 0:
-            ids = ids + len(self)
-        if ids.size and not (0 <= ids.min() and ids.max() < len(self)):
-            raise IndexError(f"chunks {ids.min()} to {ids.max()} of {len(self)}")
-        which = np.searchsorted(self._ends, ids, side="right")
-        out = np.empty((*ids.shape, *self.shape[1:]), dtype=self.dtype)
-        for number, table in enumerate(self._tables):
-            here = which == number
-            out[here] = table[ids[here] - self._starts[number]]
-        return np.asarray(out[(..., *columns)])
 
 
 class TableDb(ChunkDb):

@@ -8,11 +8,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_grit.data.chunks.chunking import document_tokens
 from megatron_grit.data.chunks.neighbor_table import (
+    COLUMNS,
     NeighborTable,
     TableManifest,
     read_table_manifest,
@@ -21,6 +23,7 @@ from megatron_grit.data.chunks.neighbor_table import (
 )
 from megatron_grit.data.chunks.project import Project, fingerprint
 from megatron_grit.data.chunks.versions import (
+    Version,
     VersionedDb,
     begins_with,
     is_among,
@@ -32,7 +35,7 @@ from megatron_grit.data.chunks.versions import (
 from megatron_grit.errors import DataError
 from megatron_grit.retrieval.database.versions import search_of
 from megatron_grit.retrieval.work import Worker
-from megatron_grit.store.blocks import BlockFolder
+from megatron_grit.store.blocks import Arrays, BlockFolder
 from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.files import replacing, write_json
 from megatron_grit.store.logs import get_logger
@@ -42,7 +45,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """Which chunks of a file are searched, and which have their neighbors from an earlier table.
+    """Which chunks of a file are searched, in what, and which have their neighbors from an earlier table.
 
     A chunk's position is its number among all chunks of the file.
     """
@@ -50,11 +53,17 @@ class Plan:
     starts: np.ndarray
     """int64 [documents + 1], chunks before each document, mapped."""
     blocks: BlockFolder
-    """``neighbors`` of the chunks that are searched: those of ``again``, then those from position ``first`` on."""
+    """:data:`~megatron_grit.data.chunks.neighbor_table.COLUMNS` of the chunks that are searched in the whole database:
+    those of ``again``, then those from position ``first`` on."""
+    updates: BlockFolder
+    """The same of the positions before ``first``, after a search of what came to the database since the earlier table;
+    none where nothing came. Rows of ``again`` are as they were."""
     table: str | None
     """Folder of the earlier table."""
     first: int
     """Positions that the earlier table has."""
+    num_segments: int
+    """Segments of the database that the earlier table was searched in."""
     again: np.ndarray
     """int64, ascending: those of them that are searched all the same."""
 
@@ -65,12 +74,25 @@ class Plan:
         return np.concatenate([self.again[start:stop], rest])
 
 
+@dataclass(frozen=True)
+class _Earlier:
+    """A table to go on from."""
+
+    table: NeighborTable
+    num_segments: int
+    removed: np.ndarray
+    """Keys of the documents that were removed since, ascending."""
+
+
 class QueriedFile:
     """An indexed file whose chunks get neighbors in one version of a database, with its table.
 
-    A table that was made of the first documents of the same file with the same index and settings is taken over; the
-    chunks after it are searched, and, where documents were removed from the database since, those chunks that have one
-    of them among their neighbors. The others would find what they found: what was removed came after their neighbors.
+    A table that was made of the first documents of the same file with the same index and settings is taken over. Chunks
+    after it are searched. Of the others, what came to the database since is searched, and merged with what they had:
+    the nearest of both are the nearest of all. Where documents were removed, chunks that have one of them among their
+    neighbors are searched again; the others would find what they found, since what was removed came after their
+    neighbors. And where something came, so are those that had fewer neighbors than are kept: their search may have
+    ended at its limit.
 
     Args:
         project: the database.
@@ -94,8 +116,8 @@ class QueriedFile:
             "task": "neighbors",
             "chunk_length": config.chunk_length,
             "tokenizer": project.tokenizer.fingerprint,
-            "index": [file.sha256 for segment in version.segments for file in segment.index],
-            "tombstones": version.tombstones.sha256 if version.tombstones else None,
+            "trained": version.trained.sha256,
+            "index": [file.sha256 for file in version.segments[0].index],
             "datasets": self.datasets,
             "embedder": version.embedder,
             "nprobe": self.search.nprobe,
@@ -103,6 +125,7 @@ class QueriedFile:
             "num_neighbors": [config.num_neighbors_query, config.num_neighbors_save],
             "max_overlap": config.max_overlap,
             "query_instruction": config.query_instruction,
+            **_state_of(version),
         }
         self.settings = digest_of_settings(self._signature)
         name = digest_of_settings({"settings": self.settings, "tokens": fingerprint(self.path)})
@@ -128,7 +151,7 @@ class QueriedFile:
         Raises:
             DataError: it is missing, damaged or something else.
         """
-        table = NeighborTable(self.folder, self.db.rows)
+        table = NeighborTable(self.folder)
         table.verify()
         found, config = table.manifest, self.config
         wanted = (self.settings, self.datasets, config.chunk_length, config.num_neighbors_save, int(table.starts[-1]))
@@ -146,8 +169,13 @@ class QueriedFile:
         worker.barrier()
         plan = self.open()
         if worker.is_first and plan.first:
+            new = self._num_chunks_since(plan.num_segments)
+            what = f"are searched in {new:,} chunks that came since" if plan.updates.blocks else "have their neighbors"
             count = plan.first - len(plan.again)
-            log.info(f"{self.prefix}: neighbors of {count:,} chunks are those of an earlier table")
+            log.info(
+                f"{self.prefix}: {count:,} chunks of an earlier table {what}, {plan.blocks.num_items:,} are searched "
+                f"in all {len(self.db):,}"
+            )
         return plan
 
     def open(self) -> Plan:
@@ -158,7 +186,7 @@ class QueriedFile:
         """
         try:
             taken = json.loads((self.folder / "taken_over.json").read_text(encoding="utf-8"))
-            table, first = taken["table"], int(taken["num_places"])
+            table, first, num_segments = taken["table"], int(taken["num_places"]), int(taken["num_segments"])
             starts = np.asarray(np.load(self.folder / "starts.npy", mmap_mode="r", allow_pickle=False))
             again = np.load(self.folder / "again.npy", allow_pickle=False)
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -167,59 +195,75 @@ class QueriedFile:
             ) from None
         signature = self._signature | {"tokens": fingerprint(self.path), "first": first}
         signature["again"] = hashlib.sha256(again.tobytes()).hexdigest()
-        count = len(again) + int(starts[-1]) - first
-        blocks = BlockFolder(self.folder, count, self.config.block_size, signature, "run --tasks query-neighbors")
-        return Plan(starts, blocks, table, first, again)
+        count, remedy = len(again) + int(starts[-1]) - first, "run --tasks query-neighbors"
+        blocks = BlockFolder(self.folder, count, self.config.block_size, signature, remedy)
+        signature |= {"table": taken.get("sha256"), "num_segments": num_segments}
+        num_old = first if self._num_chunks_since(num_segments) else 0
+        updates = BlockFolder(self.folder / "updates", num_old, self.config.block_size, signature, remedy)
+        return Plan(starts, blocks, updates, table, first, num_segments, again)
+
+    def _num_chunks_since(self, num_segments: int) -> int:
+        """Chunks of the segments after the first ``num_segments``."""
+        return sum(segment.num_chunks for segment in self.db.version.segments[num_segments:])
 
     def _take_over(self) -> None:
         """Write which table is taken over, and which of its chunks are searched all the same."""
-        earlier = self._earlier_table()
-        again = [np.empty(0, dtype=np.int64)]
+        earlier, again = self._earlier_table(), [np.empty(0, dtype=np.int64)]
+        taken: dict[str, Any] = {"table": None, "num_places": 0, "num_segments": 0}
         if earlier is not None:
-            table, newly_removed = earlier
-            chunks = self.db.chunks_of(newly_removed)
-            for start in range(0, len(table.neighbors) if len(chunks) else 0, self.config.block_size):
-                part = table.neighbors[start : start + self.config.block_size]
-                again.append(np.flatnonzero(is_among(part, chunks).any(axis=1)) + start)
+            manifest, neighbors = earlier.table.manifest, earlier.table.neighbors
+            chunks = self.db.chunks_of(earlier.removed)
+            has_more = self._num_chunks_since(earlier.num_segments) > 0
+            for start in range(0, len(neighbors) if len(chunks) or has_more else 0, self.config.block_size):
+                part = neighbors[start : start + self.config.block_size]
+                lost = is_among(part, chunks).any(axis=1)
+                again.append(np.flatnonzero(lost | (part[:, -1] < 0) if has_more else lost) + start)
+            taken = {"table": earlier.table.folder.name, "sha256": manifest.sha256}
+            taken |= {"num_places": manifest.num_places, "num_segments": earlier.num_segments}
         with replacing(self.folder / "again.npy", "wb") as file:
             np.save(file, np.concatenate(again), allow_pickle=False)
-        name, count = (earlier[0].folder.name, earlier[0].manifest.num_places) if earlier else (None, 0)
-        write_json(self.folder / "taken_over.json", {"table": name, "num_places": count})
+        write_json(self.folder / "taken_over.json", taken)
 
-    def _earlier_table(self) -> tuple[NeighborTable, np.ndarray] | None:
-        """The longest table of the first documents of this file with this index and these settings, and the keys of
-        the documents that were removed since; the one of the fewest such documents."""
-        best: tuple[tuple[int, int], NeighborTable, np.ndarray] | None = None
+    def _earlier_table(self) -> _Earlier | None:
+        """The table of the first documents of this file with this index and these settings from which least is to be
+        searched: by the number of chunks that queries are compared with, then by the documents removed since."""
+        best: tuple[tuple[int, int], _Earlier] | None = None
+        num_places = int(np.load(self.folder / "starts.npy", mmap_mode="r", allow_pickle=False)[-1])
         for path in sorted(self.folder.parent.glob("*/table.json")):
             try:
                 manifest = read_table_manifest(path.parent)
-                removed = self._removed_since(manifest)
-                if removed is None or not begins_with(self.path, manifest.source):
+                since = self._since(manifest)
+                if since is None or not begins_with(self.path, manifest.source):
                     continue
-                rank = manifest.num_places, -len(removed)
-                if best is None or rank > best[0]:
-                    table = NeighborTable(path.parent, self.db.rows)
+                num_segments, removed = since
+                num_new = self._num_chunks_since(num_segments)
+                searched = (num_places - manifest.num_places) * len(self.db) + manifest.num_places * num_new
+                rank = searched, len(removed)
+                if best is None or rank < best[0]:
+                    table = NeighborTable(path.parent)
                     table.verify()
-                    best = rank, table, removed
+                    best = rank, _Earlier(table, num_segments, removed)
             except DataError as error:
                 log.warning(f"not taken over: {error}")
-        return best[1:] if best else None
+        return best[1] if best else None
 
-    def _removed_since(self, manifest: TableManifest) -> np.ndarray | None:
-        """Keys of the documents that were removed after a table was made, ascending; None where anything else that
-        rows follow from differs."""
+    def _since(self, manifest: TableManifest) -> tuple[int, np.ndarray] | None:
+        """Segments of the database that a table was searched in, and keys of the documents that were removed after it
+        was made, ascending; None where anything else that rows follow from differs."""
+        version, folder = self.db.version, self.project.folder
+        if not manifest.scores_sha256:
+            return None  # of an older kind, which nothing can be merged with
         if manifest.settings == self.settings:
-            return np.empty(0, dtype=np.uint64)
-        folder = self.project.folder
+            return len(version.segments), np.empty(0, dtype=np.uint64)
         earlier = read_version(folder, manifest.version)
-        digest = earlier.tombstones.sha256 if earlier.tombstones else None
-        if digest_of_settings(self._signature | {"tombstones": digest}) != manifest.settings:
+        if digest_of_settings(self._signature | _state_of(earlier)) != manifest.settings:
             return None
+        tables = [[segment.table.sha256 for segment in each.segments] for each in (earlier, version)]
         removed = sorted_keys(removed_documents(folder, earlier))
         # A version that is pinned may have fewer: what the table left out would have to come in again.
-        if not is_among(removed, self.db.tombstones).all():
+        if tables[0] != tables[1][: len(tables[0])] or not is_among(removed, self.db.tombstones).all():
             return None
-        return np.setdiff1d(self.db.tombstones, removed)
+        return len(tables[0]), np.setdiff1d(self.db.tombstones, removed)
 
     def tokens(self, document: int, begin: int, count: int) -> np.ndarray:
         """Tokens of a document from one on, without its end-of-document token; fewer at its end."""
@@ -245,28 +289,40 @@ class QueriedFile:
         )
         write_table(self.folder, self._parts(plan), manifest)
 
-    def _parts(self, plan: Plan) -> Iterator[np.ndarray]:
+    def earlier_rows(self, plan: Plan, start: int, stop: int) -> Arrays:
+        """Rows of the table that is taken over, by position."""
+        assert plan.table is not None
+        table = NeighborTable(self.folder.parent / plan.table)
+        return {name: np.array(getattr(table, name)[start:stop]) for name in COLUMNS}
+
+    def _parts(self, plan: Plan) -> Iterator[Arrays]:
         """Rows of the table in runs."""
         size, count = self.config.block_size, len(plan.again)
-        read = functools.lru_cache(maxsize=1)(lambda number: plan.blocks.read(plan.blocks.blocks[number])["neighbors"])
+        read = functools.lru_cache(maxsize=1)(lambda number: plan.blocks.read(plan.blocks.blocks[number]))
 
-        def searched(start: int, stop: int) -> np.ndarray:
-            parts = [
-                read(number)[max(start - number * size, 0) : stop - number * size]
-                for number in range(start // size, -(-stop // size))
-            ]
-            return np.concatenate(parts)
+        def searched(start: int, stop: int) -> Arrays:
+            numbers = range(start // size, -(-stop // size))
+            parts = [(read(number), slice(max(start - number * size, 0), stop - number * size)) for number in numbers]
+            return {name: np.concatenate([part[name][rows] for part, rows in parts]) for name in COLUMNS}
 
-        if plan.table is not None:
-            earlier = NeighborTable(self.folder.parent / plan.table, self.db.rows).neighbors
-            for start in range(0, plan.first, size):
-                part = np.array(earlier[start : min(start + size, plan.first)])
-                begin, end = np.searchsorted(plan.again, [start, start + len(part)]).tolist()
-                if begin < end:
-                    part[plan.again[begin:end] - start] = searched(begin, end)
-                yield part
+        for number, start in enumerate(range(0, plan.first, size)):
+            stop = min(start + size, plan.first)
+            updates = plan.updates
+            part = updates.read(updates.blocks[number]) if updates.blocks else self.earlier_rows(plan, start, stop)
+            begin, end = np.searchsorted(plan.again, [start, stop]).tolist()
+            if begin < end:
+                for name, rows in searched(begin, end).items():
+                    part[name][plan.again[begin:end] - start] = rows
+            yield part
         for start in range(count, plan.blocks.num_items, size):
             yield searched(start, min(start + size, plan.blocks.num_items))
+
+
+def _state_of(version: Version) -> dict[str, Any]:
+    """What of a version changes as it grows and shrinks, and rows of a table follow from. Not the files of what was
+    added: they follow from the chunks, and may be joined."""
+    removed = version.tombstones.sha256 if version.tombstones else None
+    return {"chunks": version.chunks, "tombstones": removed}
 
 
 def tables_of(project: Project, prefixes: Sequence[str] | None = None, up_to: int | None = None) -> dict[str, Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -24,19 +25,22 @@ class ChunkVectors:
         db: its chunks.
         embedder: what makes the vectors.
         chunks: fingerprint of the chunks.
+        folder: of their blocks. None: that of the chunks that the database was built of.
 
     Attributes:
         blocks: where the task embed writes them: ``data``, [n, dim], in blocks of ``block_size`` chunks.
         stored: whether all of them are there; after :meth:`look`.
     """
 
-    def __init__(self, project: Project, db: ChunkDb, embedder: Embedder, chunks: str) -> None:
+    def __init__(
+        self, project: Project, db: ChunkDb, embedder: Embedder, chunks: str, folder: Path | None = None
+    ) -> None:
         self.db, self.embedder = db, embedder
         self.dtype = np.dtype(project.config.embedding_dtype)
         signature = {"task": "embed", "chunks": chunks, "embedder": embedder.fingerprint, "dtype": self.dtype.str}
-        self.blocks = BlockFolder(
-            project.folder / "embeddings", len(db), project.config.block_size, signature, "run --tasks embed"
-        )
+        remedy = "run --tasks embed" if folder is None else "run --tasks add"
+        folder = folder or project.folder / "embeddings"
+        self.blocks = BlockFolder(folder, len(db), project.config.block_size, signature, remedy)
         self.stored = False
 
     def look(self, worker: Worker) -> None:
@@ -73,11 +77,37 @@ class ChunkVectors:
             return self.of(np.arange(block.start, block.start + count))
         return self.blocks.read(self.blocks.blocks[block.number])["data"][:count].astype(np.float32)
 
+
+class SegmentVectors:
+    """Vectors of the chunks of one version of a database, of those segments of which they are stored.
+
+    Args:
+        parts: of each segment, in order, after :meth:`ChunkVectors.look`.
+    """
+
+    def __init__(self, parts: Sequence[ChunkVectors]) -> None:
+        self._parts, self._embedder, self._dtype = list(parts), parts[0].embedder, parts[0].dtype
+        self._ends = np.cumsum([len(part.db) for part in parts])
+
+    @property
+    def stored(self) -> bool:
+        """Whether those of all chunks are."""
+        return all(part.stored for part in self._parts)
+
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        """As :meth:`ChunkVectors.of`."""
+        out = np.empty((len(ids), self._embedder.dim), dtype=np.float32)
+        numbers = np.searchsorted(self._ends, ids, side="right")
+        for number in np.unique(numbers).tolist():
+            part, here = self._parts[number], numbers == number
+            out[here] = part.of(ids[here] - (self._ends[number] - len(part.db)))
+        return out
+
     def of_queries(
         self, dataset: int | None, documents: np.ndarray, offsets: np.ndarray, texts: Sequence[str]
     ) -> np.ndarray:
-        """Vectors of texts to search with. Those of the database's own chunks are taken from disk where queries and
-        passages are embedded alike.
+        """Vectors of texts to search with, rounded as those of chunks are. Those of the database's own chunks are taken
+        from disk where queries and passages are embedded alike.
 
         Args:
             dataset: that the texts are of. None: none of the database.
@@ -88,15 +118,18 @@ class ChunkVectors:
         Returns:
             float32 [n, dim].
         """
-        ids = np.full(len(texts), -1, dtype=np.int64)
-        if self.stored and dataset is not None and self.embedder.sides_alike and len(texts):
-            ids = find_chunks(self.db.rows, dataset, documents, offsets)
-        out = np.empty((len(texts), self.embedder.dim), dtype=np.float32)
-        known = ids >= 0
-        out[known] = self.of(ids[known])
-        rest = np.flatnonzero(~known)
-        if len(rest):
-            out[rest] = self.embedder.embed([texts[number] for number in rest], "query")
+        out = np.empty((len(texts), self._embedder.dim), dtype=np.float32)
+        rest = np.ones(len(texts), dtype=bool)
+        if dataset is not None and self._embedder.sides_alike and len(texts):
+            for part in self._parts:
+                if not part.stored or not len(part.db):
+                    continue
+                ids = find_chunks(part.db.rows, dataset, documents, offsets)
+                out[ids >= 0] = part.of(ids[ids >= 0])
+                rest &= ids < 0
+        if rest.any():
+            asked = self._embedder.embed([texts[number] for number in np.flatnonzero(rest)], "query")
+            out[rest] = asked.astype(self._dtype)
         return out
 
 

@@ -15,7 +15,9 @@ from megatron_grit.data.chunks.versions import (
     TableDb,
     Version,
     VersionedDb,
+    additions,
     check_stored,
+    index_files,
     is_among,
     next_version_number,
     read_version,
@@ -28,7 +30,7 @@ from megatron_grit.data.chunks.versions import (
 from megatron_grit.errors import DataError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.index_files import IndexFiles
-from megatron_grit.retrieval.database.vectors import ChunkVectors
+from megatron_grit.retrieval.database.vectors import ChunkVectors, SegmentVectors
 from megatron_grit.retrieval.index.faiss_index import gpus_of_process
 from megatron_grit.retrieval.index.manifest import read_manifest
 from megatron_grit.retrieval.index.recall import read_search
@@ -121,7 +123,9 @@ def version_to_use(project: Project, worker: Worker, embedder: Embedder) -> Vers
     return version
 
 
-def open_index(project: Project, version: Version, worker: Worker | None = None) -> SearchableIndex:
+def open_index(
+    project: Project, version: Version, worker: Worker | None = None, first_segment: int = 0
+) -> SearchableIndex:
     """The index of a version, ready to search.
 
     Args:
@@ -129,17 +133,17 @@ def open_index(project: Project, version: Version, worker: Worker | None = None)
         version: the one to search.
         worker: this process among those that search, which all call this; the index is then placed as the
             configuration says. None: a few searches of this process alone, for which it is mapped.
+        first_segment: only of the chunks of this segment and those after it, which are some.
 
     Raises:
         ConfigError: it cannot be put on a GPU.
         DataError: a file is missing, damaged or was built again since.
     """
     paths = []
-    for segment in version.segments:
-        for file in segment.index:
-            paths.append(check_stored(project.folder, file))
-            if read_manifest(paths[-1]).sha256 != file.sha256:
-                raise DataError(f"was built again since version {version.number} of the database", path=paths[-1])
+    for file in index_files(project.folder, version, first_segment):
+        paths.append(check_stored(project.folder, file))
+        if read_manifest(paths[-1]).sha256 != file.sha256:
+            raise DataError(f"was built again since version {version.number} of the database", path=paths[-1])
     config = project.config
     placement = "mapped" if worker is None else config.index_placement
     gpus = gpus_of_process() if worker is not None and config.index_on_gpu else None
@@ -176,15 +180,30 @@ def nearest_chunks(
     return find_allowed(index, vectors_QD, max(k, 10), k, lambda rows, ids: ~is_among(db.keys(ids), keys))
 
 
-def stored_vectors(db: VersionedDb, worker: Worker, embedder: Embedder) -> ChunkVectors | None:
-    """The vectors that the task embed wrote, of the chunks that the database was built of; None where they are not
-    there. All processes call it."""
-    project, first = db.project, db.version.segments[0]
-    table = TableDb(project, project.folder / first.table.path, db.infos)
-    chunks = read_manifest(project.folder / first.index[0].path).chunks
-    vectors = ChunkVectors(project, table, embedder, chunks)
-    vectors.look(worker)
-    return vectors if vectors.stored else None
+def version_vectors(db: VersionedDb, worker: Worker, embedder: Embedder) -> SegmentVectors:
+    """The vectors of a version's chunks: those that the tasks embed and add wrote, as far as they are there. All
+    processes call it."""
+    project, parts = db.project, []
+    for number, brought in enumerate(additions(project.folder, db.version)):
+        table = TableDb(project, project.folder / db.version.segments[number].table.path, db.infos)
+        if number:
+            folder = added_vectors(project.folder, brought.number)
+            parts.append(ChunkVectors(project, table, embedder, brought.chunks, folder))
+        else:
+            chunks = read_manifest(project.folder / db.version.segments[0].index[0].path).chunks
+            parts.append(ChunkVectors(project, table, embedder, chunks))
+        parts[-1].look(worker)
+    return SegmentVectors(parts)
+
+
+def added_vectors(folder: Path, number: int) -> Path:
+    """Where the vectors of the chunks are that came with a version.
+
+    Args:
+        folder: the project directory.
+        number: of the version.
+    """
+    return folder / "embeddings" / f"v{number:04d}"
 
 
 @dataclass(frozen=True)

@@ -317,6 +317,23 @@ class VectorIndex:
             self._inner.add_sa_codes(codes)
         self.index.ntotal = self._inner.ntotal
 
+    def append(self, other: VectorIndex) -> None:
+        """Add the vectors of another index of the same training, with their ids, which follow those that are here. The
+        other index is empty afterwards.
+
+        Raises:
+            ConfigError: ids with gaps where the index holds none.
+        """
+        if self._ivf is not None:
+            self._inner.merge_from(other._inner, 0)
+            self.index.ntotal = self._inner.ntotal
+            return
+        if self.is_graph:
+            codes = other._inner.reconstruct_n(0, len(other))
+        else:
+            codes = _faiss().vector_to_array(other._inner.codes).reshape(len(other), self._inner.code_size)
+        self.add_codes(codes, other.first_id + np.arange(len(other)))
+
     def to_gpus(self, gpus: Gpus) -> None:
         """Copy the index to GPUs, of several each gets a part. Searches run there from now on, but for those of more
         than :data:`MOST_ON_GPU` neighbors, for which the index stays in memory.
@@ -373,8 +390,23 @@ class VectorIndex:
         if vectors_ND.shape[1] != self.dim:
             raise DataError(f"queries have {vectors_ND.shape[1]} channels, the index {self.dim}")
         searched = self._inner if self._on_gpus is None or k > MOST_ON_GPU else self._on_gpus
-        scores, ids = searched.search(self._transform(vectors_ND), k)
+        queries = self._transform(vectors_ND)
+        scores, ids = searched.search(queries, k)
+        if searched is self._inner and isinstance(searched, _faiss().IndexFlat):
+            scores, ids = self._scored_by_pairs(queries, ids)
         return scores, np.where(ids < 0, -1, ids + self.first_id)
+
+    def _scored_by_pairs(self, queries_ND: np.ndarray, ids_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Each pair's score computed by itself. Those of a comparison of all come from a matrix product, whose last
+        bits depend on what else is compared: equal vectors would differ, and be found in another order in an index of
+        another size."""
+        scores = np.empty(ids_NK.shape, dtype=np.float32)
+        arrays = queries_ND, scores, ids_NK
+        queries, found, ids = (_faiss().swig_ptr(array) for array in arrays)
+        self._inner.compute_distance_subset(len(queries_ND), queries, ids_NK.shape[1], found, ids)
+        keys = scores if self.metric == "l2" else -scores
+        order = np.lexsort((ids_NK, np.where(ids_NK < 0, np.inf, keys)), axis=1)
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(ids_NK, order, 1)
 
     def save(self, path: Path, manifest: IndexManifest) -> None:
         """Write the index and its manifest, whole or not at all.

@@ -17,7 +17,7 @@ from megatron_grit.data.text.records import BadLine, Record, TextPair, read_reco
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.vectors import rows_of
-from megatron_grit.retrieval.database.versions import open_index, stored_vectors
+from megatron_grit.retrieval.database.versions import open_index, version_vectors
 from megatron_grit.retrieval.index.factory import choose_factory, lists_of, num_training_vectors
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search, new_index
 from megatron_grit.retrieval.index.recall import RECALL_AT, choose_search, without_own
@@ -294,9 +294,9 @@ class DatabaseChunks:
         return len(self._db)
 
     def prepare(self, worker: Worker, queries: Sequence[str]) -> None:
-        stored = stored_vectors(self._db, worker, self.embedder)
-        if stored is not None and len(self._version.segments) == 1:
-            self._vectors_of = stored.of
+        vectors = version_vectors(self._db, worker, self.embedder)
+        if vectors.stored:
+            self._vectors_of = vectors.of
 
     def passage(self, number: int) -> Passage:
         return Passage(None, self._db.texts([number])[0], False)

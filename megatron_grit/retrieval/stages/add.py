@@ -40,7 +40,8 @@ from megatron_grit.retrieval.database.cuts import (
     writing_table,
 )
 from megatron_grit.retrieval.database.index_files import fill, num_added
-from megatron_grit.retrieval.database.versions import next_version, version_to_use
+from megatron_grit.retrieval.database.vectors import ChunkVectors, embed_chunks
+from megatron_grit.retrieval.database.versions import added_vectors, next_version, version_to_use
 from megatron_grit.retrieval.dedup.duplicates import ChunkBlock
 from megatron_grit.retrieval.index.faiss_index import VectorIndex
 from megatron_grit.retrieval.index.manifest import read_manifest
@@ -82,7 +83,11 @@ class Add(Task):
                 for file in (segment.table, *segment.index):
                     check_stored(folder, file, thorough=True)
             job.worker.barrier()
-            yield addition.code_blocks()._replace(what=f"codes of version {version.number}")
+            vectors = addition.vectors()
+            vectors.look(job.worker)
+            if vectors.stored:
+                yield Check(f"embeddings of version {version.number}", vectors.blocks, vectors.compute)
+            yield addition.code_blocks(vectors)._replace(what=f"codes of version {version.number}")
 
     def describe(self, db: ChunkDb, version: Version | None, *, verify: bool) -> Report:
         """As :class:`Task` says: the versions, and what each of them changed."""
@@ -107,7 +112,9 @@ def add_documents(project: Project, worker: Worker, embedder: Embedder) -> None:
         return
     cut_chunks(project, addition.cuts, worker)
     addition.leave_out(worker)
-    what, codes, compute, _ = addition.code_blocks()
+    vectors = addition.vectors()
+    embed_chunks(vectors, worker)
+    what, codes, compute, _ = addition.code_blocks(vectors)
     compute_blocks(codes, compute, worker, what)
     if worker.is_first:
         addition.finish(codes)
@@ -187,25 +194,38 @@ class Addition:
             )
         return live_blocks(self.project, self.before, blocks, self._between / "live", worker)
 
-    def code_blocks(self) -> Check:
+    def vectors(self) -> ChunkVectors:
+        """Those of the new chunks. They stay on disk: whoever searches with these chunks, or mines among them, does not
+        embed them again.
+
+        Raises:
+            DataError: the table of the new chunks is missing.
+        """
+        new = TableDb(self.project, self.table, infos_of(self.sources))
+        folder = added_vectors(self.project.folder, self.before.number + 1)
+        return ChunkVectors(self.project, new, self.embedder, self.chunks, folder)
+
+    def code_blocks(self, vectors: ChunkVectors) -> Check:
         """The blocks of the new chunks' codes, and what makes one.
+
+        Args:
+            vectors: of the chunks.
 
         Raises:
             DataError: the trained index is missing or of another embedder.
         """
         before, config = self.before, self.project.config
-        new = TableDb(self.project, self.table, infos_of(self.sources))
         trained = VectorIndex.load(check_stored(self.project.folder, before.trained), embedder=before.embedder)
 
         def compute(block: Block) -> Arrays:
-            count = num_added(config.add_load_fraction, len(block))
-            return {"codes": trained.encode(self.embedder.embed(new.texts(range(block.start, block.start + count))))}
+            return {"codes": trained.encode(vectors.of_block(block, num_added(config.add_load_fraction, len(block))))}
 
         signature = {"task": "add_codes", "chunks": self.chunks, "trained": before.trained.sha256}
         settings = {"embedder": before.embedder, "add_load_fraction": config.add_load_fraction}
+        settings["dtype"] = vectors.dtype.str
         return Check(
             "codes",
-            BlockFolder(self._codes, len(new), config.block_size, signature | settings, "run --tasks add"),
+            BlockFolder(self._codes, len(vectors.db), config.block_size, signature | settings, "run --tasks add"),
             compute,
         )
 

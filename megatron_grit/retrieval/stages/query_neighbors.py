@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from megatron_grit.data.chunks.chunk_db import ChunkDb
-from megatron_grit.data.chunks.neighbor_table import NeighborTable, read_table_manifest
+from megatron_grit.data.chunks.chunk_db import ChunkDb, sources_of
+from megatron_grit.data.chunks.neighbor_table import COLUMNS, NeighborTable, read_table_manifest
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import Version, VersionedDb, document_keys, is_among
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.queried import Plan, QueriedFile
-from megatron_grit.retrieval.database.vectors import ChunkVectors
-from megatron_grit.retrieval.database.versions import open_index, stored_vectors, version_to_use
+from megatron_grit.retrieval.database.vectors import SegmentVectors
+from megatron_grit.retrieval.database.versions import open_index, version_to_use, version_vectors
 from megatron_grit.retrieval.index.faiss_index import gpus_of_process
 from megatron_grit.retrieval.index.overlap import Runs, shared_runs
 from megatron_grit.retrieval.index.search import SearchableIndex, find_allowed
@@ -23,7 +23,7 @@ from megatron_grit.retrieval.stages.task import Inputs, Job, Report, Task
 from megatron_grit.retrieval.work import Check, Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block
 
-_AT_A_TIME = 4096
+AT_A_TIME = 4096
 """Chunks that are searched at a time, which bounds the memory of their candidates."""
 
 
@@ -48,13 +48,17 @@ class QueryNeighbors(Task):
         project, worker = job.project, job.worker
         version = version_to_use(project, worker, job.embedder)
         db, index = VersionedDb(project, version), index_to_search(project, version, worker)
-        vectors = stored_vectors(db, worker, job.embedder)
+        vectors = version_vectors(db, worker, job.embedder)
         for prefix in queried_paths(project, version):
             file = QueriedFile(project, db, prefix, worker)
             if worker.is_first:
                 file.check()
             worker.barrier()
-            yield search_blocks(Searcher(file, file.open(), index, job.embedder, vectors))
+            plan = file.open()
+            yield search_blocks(Searcher(file, plan, index, job.embedder, vectors))
+            if plan.updates.blocks:
+                new = index_to_search(project, version, worker, plan.num_segments)
+                yield update_blocks(Searcher(file, plan, new, job.embedder, vectors))
 
     def describe(self, db: ChunkDb, version: Version | None, *, verify: bool) -> Report:
         """As :class:`Task` says: the tables."""
@@ -62,7 +66,7 @@ class QueryNeighbors(Task):
         tables = []
         for path in sorted(db.project.folder.glob("query/*/table.json")):
             manifest = read_table_manifest(path.parent)
-            table = NeighborTable(path.parent, db.rows)
+            table = NeighborTable(path.parent)
             if verify:
                 table.verify()
             values = asdict(manifest) | {"prefix": manifest.source.prefix}
@@ -87,28 +91,44 @@ def query_neighbors(project: Project, worker: Worker, embedder: Embedder) -> Non
     files = [file for file in files if not file.is_done(worker)]
     if not files:
         return
-    index, vectors = index_to_search(project, version, worker), stored_vectors(db, worker, embedder)
-    for file in files:
-        plan = file.prepare(worker)
-        what, blocks, compute, during = search_blocks(Searcher(file, plan, index, embedder, vectors))
-        compute_blocks(blocks, compute, worker, what, during=during)
+    vectors = version_vectors(db, worker, embedder)
+    plans = [file.prepare(worker) for file in files]
+    index = None
+    if any(plan.blocks.blocks for plan in plans):
+        index = index_to_search(project, version, worker)
+    for file, plan in zip(files, plans, strict=True):
+        checks = [search_blocks(Searcher(file, plan, index, embedder, vectors))]
+        if plan.updates.blocks:
+            new = index_to_search(project, version, worker, plan.num_segments)
+            checks.append(update_blocks(Searcher(file, plan, new, embedder, vectors)))
+        for what, blocks, compute, during in checks:
+            compute_blocks(blocks, compute, worker, what, during=during)
         if worker.is_first:
             file.write(plan)
         worker.barrier()
 
 
-def index_to_search(project: Project, version: Version, worker: Worker) -> SearchableIndex | None:
-    """The index of a version if this process searches it. None: another process of its model-parallel group searches it
-    alone. All processes call it."""
+def index_to_search(
+    project: Project, version: Version, worker: Worker, first_segment: int = 0
+) -> SearchableIndex | None:
+    """The index of a version, or of its segments from one on, if this process searches it. None: another process of its
+    model-parallel group searches it alone. All processes call it."""
     if worker.leads or project.config.index_placement == "spread":
-        return open_index(project, version, worker)
+        return open_index(project, version, worker, first_segment)
     return None
 
 
 def search_blocks(searcher: Searcher) -> Check:
-    """The blocks of a file's neighbors, and what makes one."""
-    during = nullcontext() if searcher.index is None else searcher.index.serving()
-    return Check(f"neighbors for {searcher.file.prefix}", searcher.plan.blocks, searcher.compute, during)
+    """The blocks of a file's neighbors in the whole database, and what makes one."""
+    what = f"neighbors for {searcher.file.prefix}"
+    return Check(what, searcher.plan.blocks, searcher.compute, searcher.serving())
+
+
+def update_blocks(searcher: Searcher) -> Check:
+    """The blocks of a file's neighbors after a search of what came to the database, which the searcher's index is of,
+    and what makes one."""
+    what = f"neighbors for {searcher.file.prefix} in what came"
+    return Check(what, searcher.plan.updates, searcher.update, searcher.serving())
 
 
 @dataclass(frozen=True)
@@ -120,32 +140,56 @@ class Searcher:
     index: SearchableIndex | None
     """None: this process embeds together with others, one of which searches."""
     embedder: Embedder
-    vectors: ChunkVectors | None
+    vectors: SegmentVectors
     """Of the database's chunks, where they are stored."""
 
-    def compute(self, block: Block) -> Arrays:
-        """Neighbors of a block of the chunks that are searched: int64 [n, num_neighbors_save]."""
-        parts = [
-            self._compute(self.plan.positions(start, min(start + _AT_A_TIME, block.stop)))
-            for start in range(block.start, block.stop, _AT_A_TIME)
-        ]
-        return {"neighbors": np.concatenate(parts)}
+    def serving(self) -> AbstractContextManager[None]:
+        """As of :class:`~megatron_grit.retrieval.index.search.SpreadIndex`."""
+        return nullcontext() if self.index is None else self.index.serving()
 
-    def _compute(self, positions: np.ndarray) -> np.ndarray:
+    def compute(self, block: Block) -> Arrays:
+        """Neighbors of a block of the chunks that are searched in the whole database:
+        :data:`~megatron_grit.data.chunks.neighbor_table.COLUMNS`."""
+        return self._nearest(self.plan.positions(block.start, block.stop))
+
+    def update(self, block: Block) -> Arrays:
+        """Neighbors of a block of the chunks of the earlier table: the nearest of those that it had and of those that
+        the index has. Of equal ones the earlier come first, as their ids are smaller."""
+        rows = self.file.earlier_rows(self.plan, block.start, block.stop)
+        positions = np.setdiff1d(np.arange(block.start, block.stop), self.plan.again, assume_unique=True)
+        found, kept = self._nearest(positions), positions - block.start
+        both = {name: np.concatenate([rows[name][kept], found[name]], axis=1) for name in COLUMNS}
+        keys = both["scores"] if self.file.db.project.config.metric == "l2" else -both["scores"]
+        keys = np.where(both["neighbors"] < 0, np.inf, keys)
+        order = np.argsort(keys, axis=1, kind="stable")[:, : found["neighbors"].shape[1]]
+        for name, values in both.items():
+            places = order if values.ndim == 2 else order[..., None]
+            rows[name][kept] = np.take_along_axis(values, places, 1)
+        return rows
+
+    def _nearest(self, positions: np.ndarray) -> Arrays:
+        shape = len(positions), self.file.config.num_neighbors_save
+        ids, scores = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.float32)
+        for first in range(0, len(positions), AT_A_TIME):
+            part = slice(first, first + AT_A_TIME)
+            ids[part], scores[part] = self._search(positions[part])
+        return {"neighbors": ids, "scores": scores, "sources": sources_of(self.file.db.rows, ids)}
+
+    def _search(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and scores, [n, num_neighbors_save]."""
         documents, offsets, tokens = self._chunks(positions)
         decode = self.file.project.tokenizer.decode
         texts = [decode(ids.tolist()) for ids in tokens]
         asked = np.flatnonzero([bool(text.strip()) for text in texts])
-        out = np.full((len(positions), self.file.config.num_neighbors_save), -1, dtype=np.int64)
+        shape = len(positions), self.file.config.num_neighbors_save
+        out, out_scores = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.float32)
         if not len(asked):
-            return out
+            return out, out_scores
         texts, documents, offsets = [texts[number] for number in asked], documents[asked], offsets[asked]
-        if self.vectors is None or not self.file.datasets:
-            vectors = self.embedder.embed(texts, "query")
-        else:
-            vectors = self.vectors.of_queries(self.file.datasets[0], documents, offsets, texts)
+        dataset = self.file.datasets[0] if self.file.datasets else None
+        vectors = self.vectors.of_queries(dataset, documents, offsets, texts)
         if self.index is None:
-            return out
+            return out, out_scores
 
         def allowed(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
             keys = self.file.db.keys(ids)
@@ -158,10 +202,9 @@ class Searcher:
             return keep
 
         config = self.file.config
-        _, out[asked] = find_allowed(
-            self.index, vectors, config.num_neighbors_query, config.num_neighbors_save, allowed
-        )
-        return out
+        scores, ids = find_allowed(self.index, vectors, config.num_neighbors_query, config.num_neighbors_save, allowed)
+        out[asked], out_scores[asked] = ids, np.where(ids < 0, 0, scores)
+        return out, out_scores
 
     def _chunks(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         """Document, first token and tokens of chunks by their positions, which ascend."""

@@ -8,6 +8,7 @@ from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.config.database.settings import PATHS, matters, same_value
 from megatron_grit.errors import ConfigError
 from megatron_grit.retrieval.stages.add import Add
+from megatron_grit.retrieval.stages.compact import Compact
 from megatron_grit.retrieval.stages.db_build import DbBuild
 from megatron_grit.retrieval.stages.embed import Embed
 from megatron_grit.retrieval.stages.index_add import IndexAdd
@@ -17,7 +18,8 @@ from megatron_grit.retrieval.stages.task import Task
 from megatron_grit.retrieval.stages.tombstone import Tombstone
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (DbBuild(), Embed(), IndexTrain(), IndexAdd(), Add(), Tombstone(), QueryNeighbors())
+    task.name: task
+    for task in (DbBuild(), Embed(), IndexTrain(), IndexAdd(), Add(), Tombstone(), Compact(), QueryNeighbors())
 }
 """By name."""
 GROUPS: dict[str, tuple[str, ...]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,8 +45,13 @@ class WordEmbedder:
         out = np.zeros((len(texts), self.dim), np.float32)
         for row, text in enumerate(texts):
             for word in text.split():
-                out[row] += np.random.default_rng(zlib.crc32(word.encode())).standard_normal(self.dim)
+                out[row] += _vector(word, self.dim)
         return out
+
+
+@functools.cache
+def _vector(word: str, dim: int) -> np.ndarray:
+    return np.random.default_rng(zlib.crc32(word.encode())).standard_normal(dim)
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:

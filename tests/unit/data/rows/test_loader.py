@@ -80,7 +80,8 @@ def segments(row: PackedRow) -> list[slice]:
 
 @pytest.mark.parametrize("step", [0, 5, 123])
 def test_row_invariants(config: RunConfig, tokenizer: Tokenizer, step: int) -> None:
-    batch = GritDataLoader(config, tokenizer, row_multiple=16).batch(step)
+    loader = GritDataLoader(config, tokenizer, row_multiple=16)
+    batch = loader.batch(step)
     rows = batch.rows
     assert len(batch.rows_of("embedding")) % 4 == len(batch.rows_of("generative")) % 4 == 0
     assert batch.row_length % 16 == 0
@@ -96,6 +97,11 @@ def test_row_invariants(config: RunConfig, tokenizer: Tokenizer, step: int) -> N
         assert row.padding_mask_1T[0].tolist() == [t >= ends for t in range(batch.row_length)]
         assert (row.tokens_1T[0, ends:] == tokenizer.pad_id).all()
         assert len(row.record_ids) == len(segments(row))
+        sources = loader.streams[row.kind].sources
+        for place, name, origin in zip(segments(row), row.record_ids, row.origins, strict=True):
+            assert name == f"{sources.names[origin[0]]}#{origin[1]}"
+            size = place.stop - place.start
+            assert row.tokens_1T[0, place].tolist() == sources[origin[0]].tokens(*origin[1:], size).tolist()
 
 
 def test_rows_of_their_own_length(config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -58,9 +58,7 @@ def test_summary(project: Project) -> None:
     assert summary["datasets"][0]["num_documents"] == 10 and summary["datasets"][0]["num_chunks"] == len(db)
     assert summary["index"]["factory"] == "Flat" and summary["index"]["num_vectors"] == len(db)
     assert summary["index"]["search"]["recall"] == 1.0
-    assert (
-        summary["tables"][0]["num_places"] == NeighborTable(*tables_of(project).values(), db.rows).manifest.num_places
-    )
+    assert summary["tables"][0]["num_places"] == NeighborTable(*tables_of(project).values()).manifest.num_places
 
     remove_documents(project, Worker(), "corpus:2")
     removed = ask(project.folder)["summary"]
@@ -84,8 +82,7 @@ def test_chunks_and_documents(project: Project) -> None:
 
 
 def test_neighbors(project: Project) -> None:
-    db = VersionedDb(project, read_version(project.folder))
-    table = NeighborTable(*tables_of(project).values(), db.rows)
+    table = NeighborTable(*tables_of(project).values())
     (found,) = ask(project.folder, neighbors=[f"corpus:3:{CHUNK}"], k=4)["neighbors"]
     assert [chunk["chunk"] for chunk in found["neighbors"]] == table.read([(3, CHUNK)], [(0, 3)], 4)[0].tolist()
     assert found["text"].strip() in TEXTS[3]

@@ -19,7 +19,7 @@ from megatron_grit.data.chunks.versions import VersionedDb, read_version
 from megatron_grit.errors import DataError
 from megatron_grit.retrieval.database.queried import QueriedFile, tables_of
 from megatron_grit.retrieval.database.vectors import embed_chunks, open_vectors
-from megatron_grit.retrieval.database.versions import open_index
+from megatron_grit.retrieval.database.versions import open_index, version_vectors
 from megatron_grit.retrieval.index.faiss_index import VectorIndex
 from megatron_grit.retrieval.index.overlap import Runs, shared_runs
 from megatron_grit.retrieval.index.recall_queries import RecallQueries
@@ -44,7 +44,7 @@ from tests.unit.retrieval.workers import run_together
 def open_table(project: Project) -> tuple[VersionedDb, NeighborTable]:
     db = VersionedDb(project, read_version(project.folder, project.config.version))
     (folder,) = tables_of(project).values()
-    return db, NeighborTable(folder, db.rows)
+    return db, NeighborTable(folder)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_a_file_of_the_database_is_known_by_another_path(tmp_path: Path) -> None
     project = build(make_project(tmp_path / "db", [prefix], tmp_path), WordEmbedder(), query=False)
     for name in (copy, str(tmp_path / "other" / ".." / "corpus")):
         query_neighbors(another(project, query_paths=[name]), Worker(), WordEmbedder())
-    tables = [NeighborTable(path, np.empty((0, 2))) for path in tables_of(project).values()]
+    tables = [NeighborTable(path) for path in tables_of(project).values()]
     rows = VersionedDb(project, read_version(project.folder)).rows
     for table in tables:
         assert table.manifest.datasets == [0]
@@ -223,10 +223,9 @@ def test_after_a_removal_only_what_it_changes_is_searched(
         embedder, all_embedder = WordEmbedder(), WordEmbedder()
         query_neighbors(another(project), Worker(), embedder)
         query_neighbors(fresh, Worker(), all_embedder)
-        rows = VersionedDb(project, read_version(project.folder)).rows
         num_taken = num_places = 0
         for prefix, path in tables_of(project).items():
-            table, whole = NeighborTable(path, rows), NeighborTable(tables_of(fresh)[prefix], rows)
+            table, whole = NeighborTable(path), NeighborTable(tables_of(fresh)[prefix])
             table.verify()
             assert (table.neighbors == whole.neighbors).all()
             num_taken += table.manifest.num_taken_over
@@ -280,7 +279,7 @@ def test_another_nprobe_has_a_folder_of_its_own(tmp_path: Path) -> None:
     manifests = [read_table_manifest(path) for path in project.folder.glob("query/*")]
     assert embedder.num_embedded and len(manifests) == 2
     assert {(manifest.nprobe, manifest.recall is None) for manifest in manifests} == {(1, False), (4, True)}
-    tables = [NeighborTable(path, np.empty((0, 2))) for path in project.folder.glob("query/*")]
+    tables = [NeighborTable(path) for path in project.folder.glob("query/*")]
     assert (tables[0].neighbors != tables[1].neighbors).any()
 
 
@@ -291,7 +290,7 @@ def test_appended_documents_alone_are_searched(tmp_path: Path) -> None:
     texts = make_texts(9, seed=3)
     asked = write_documents(tmp_path / "asked", texts[:6], tokenizer)
     project = build(make_project(tmp_path / "db", [base], tmp_path, query_paths=[asked]), WordEmbedder())
-    old = NeighborTable(tables_of(project)[asked], np.empty((0, 2)))
+    old = NeighborTable(tables_of(project)[asked])
     old_neighbors, num_old = np.array(old.neighbors), old.manifest.num_places
 
     write_documents(tmp_path / "asked", texts, tokenizer)
@@ -302,13 +301,13 @@ def test_appended_documents_alone_are_searched(tmp_path: Path) -> None:
     assert len(manifests) == 2 and grown.num_taken_over == num_old
     assert embedder.num_queries == grown.num_places - num_old > 0
     folder = next(p for p in project.folder.glob("query/*") if read_table_manifest(p).num_taken_over)
-    table = NeighborTable(folder, np.empty((0, 2)))
+    table = NeighborTable(folder)
     table.verify()
     assert (table.neighbors[:num_old] == old_neighbors).all()
     old.check_source(Path(asked))  # who reads the old table goes on
 
     fresh = make_project(tmp_path / "db2", [base], tmp_path, query_paths=[asked])
-    whole = NeighborTable(tables_of(build(fresh, WordEmbedder()))[asked], np.empty((0, 2)))
+    whole = NeighborTable(tables_of(build(fresh, WordEmbedder()))[asked])
     assert (whole.neighbors == table.neighbors).all(), "what was taken over differs from what is searched"
 
     write_documents(tmp_path / "asked", [*texts[1:], *texts], tokenizer)
@@ -331,7 +330,7 @@ def test_overlapping_neighbors_are_left_out(tmp_path: Path) -> None:
     db = VersionedDb(strict, read_version(project.folder))
     worst = []
     for folder in sorted(project.folder.glob("query/*"), key=lambda path: path.stat().st_mtime_ns):
-        table = NeighborTable(folder, db.rows)
+        table = NeighborTable(folder)
         shares = []
         for document in range(len(texts)):
             tokens = db.project.file(0).read(*db.project.file(0).sequences(document))[:-1].tolist()
@@ -385,7 +384,8 @@ def test_a_finished_table_is_not_gone_on_from(small: Project) -> None:
     before = content_of(file.folder)
     plan = file.open()
     assert plan.first == 0 and content_of(file.folder) == before
-    searcher = Searcher(file, plan, open_index(small, db.version), WordEmbedder(), None)
+    vectors = version_vectors(db, Worker(), WordEmbedder())
+    searcher = Searcher(file, plan, open_index(small, db.version), WordEmbedder(), vectors)
     for block in plan.blocks.blocks:
         plan.blocks.check(block, searcher.compute(block))
 

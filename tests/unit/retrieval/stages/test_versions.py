@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_grit.data.chunks.joined_rows import JoinedRows
 from megatron_grit.data.chunks.neighbor_table import NeighborTable
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import (
-    JoinedRows,
     VersionedDb,
     read_version,
     shares_documents,
@@ -97,8 +97,8 @@ def test_a_grown_database_is_the_one_built_at_once(tmp_path: Path, index: str) -
     assert sorted(map(tuple, db.rows[:].tolist())) == sorted(map(tuple, everything.rows.tolist()))
     if index.endswith("Flat"):
         for name in paths:
-            mine = NeighborTable(tables_of(grown)[name], db.rows)
-            theirs = NeighborTable(tables_of(whole)[name], everything.rows)
+            mine = NeighborTable(tables_of(grown)[name])
+            theirs = NeighborTable(tables_of(whole)[name])
             for number in np.flatnonzero(db.rows[:][:, 0] == paths.index(name))[::3].tolist():
                 document, start = db.rows[number][1:3].tolist()
                 query = WordEmbedder().embed(db.texts([number]))
@@ -130,9 +130,9 @@ def test_an_old_version_stays_as_it_was(project: Project, other: str) -> None:
     # Its tables are gone on with: of the file that has grown only the new documents are searched.
     embedder = WordEmbedder()
     query_neighbors(another(pinned, query_paths=pinned.config.data_paths[:1]), Worker(), embedder)
-    tables = [NeighborTable(path, again.rows) for path in pinned.folder.glob("query/*")]
-    grown_table = next(table for table in tables if table.manifest.num_taken_over)
-    assert grown_table.manifest.version == 1 and grown_table.neighbors.max() < len(again)
+    tables = [NeighborTable(path) for path in pinned.folder.glob("query/*")]
+    grown_table = next(table for table in tables if table.manifest.num_taken_over and table.manifest.version == 1)
+    assert grown_table.neighbors.max() < len(again)
     assert embedder.num_queries == len(grown_table.neighbors) - grown_table.manifest.num_taken_over > 0
     # The newest finds more.
     assert len(texts_of(grown)) > len(old_texts) and texts_of(grown)[: len(old_texts)] == old_texts
@@ -177,11 +177,11 @@ def test_removed_documents_are_never_found(project: Project) -> None:
     query_neighbors(project, Worker(), WordEmbedder())
     version = read_version(project.folder)
     assert (version.number, version.num_tombstones, version.num_chunks) == (3, 3, len(db))
-    table = NeighborTable(next(p for p in tables_of(project).values()), db.rows)
+    table = NeighborTable(next(p for p in tables_of(project).values()))
     assert table.manifest.version == 3
     found = db.rows[table.neighbors[table.neighbors >= 0], 1]
     assert not {2, 5, 7} & set(found.tolist())
-    old = [NeighborTable(path, db.rows) for path in project.folder.glob("query/*")]
+    old = [NeighborTable(path) for path in project.folder.glob("query/*")]
     before = next(t for t in old if t.manifest.version == 1)
     assert {2, 5, 7} & set(db.rows[before.neighbors[before.neighbors >= 0], 1].tolist())
     # As many as before: what was removed makes room for others.
