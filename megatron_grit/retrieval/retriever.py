@@ -148,18 +148,19 @@ class Retriever:
         if isinstance(given, np.ndarray) and mode != "dense":
             raise ConfigError(f"a {mode} search needs texts, and vectors were given")
         opened, most = self._newest(), max(k, _FUSED)
-        removed = np.union1d(opened.db.tombstones, sorted_keys(_documents(exclude)))
+        excluded = sorted_keys(_documents(exclude))
+        removed = np.union1d(opened.db.tombstones, excluded)
         if mode == "dense":
-            found = self._by_vectors(opened, given, k, removed)
+            found = self._by_vectors(opened, given, k, excluded)
         else:
             assert not isinstance(given, np.ndarray)
             by_words = opened.words.search(given, k if mode == "lexical" else most, opened.db.chunks_of(removed))
             found = by_words
             if mode == "hybrid":
-                found = fuse([self._by_vectors(opened, given, most, removed)[1], by_words[1]], k)
+                found = fuse([self._by_vectors(opened, given, most, excluded)[1], by_words[1]], k)
         return _hits(opened.db, found, length)
 
-    def _by_vectors(self, opened: _Opened, queries: Sequence[str] | np.ndarray, k: int, removed: np.ndarray) -> Found:
+    def _by_vectors(self, opened: _Opened, queries: Sequence[str] | np.ndarray, k: int, excluded: np.ndarray) -> Found:
         if isinstance(queries, np.ndarray):
             if queries.dtype.kind not in "fiu" or not np.isfinite(queries).all():
                 raise DataError("vectors to search for must be finite numbers")
@@ -167,7 +168,7 @@ class Retriever:
         else:
             with self._embedding:  # the model's buffers are of one thread
                 vectors = self.embedder.embed(queries, "query")
-        return nearest_chunks(opened.db, opened.index, vectors, k, removed)
+        return nearest_chunks(opened.db, opened.index, vectors, k, excluded)
 
     def _newest(self) -> _Opened:
         newest = max(version_numbers(self._folder), default=0)

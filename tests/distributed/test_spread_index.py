@@ -17,7 +17,7 @@ from megatron_grit.data.chunks.project import Project  # noqa: E402
 from megatron_grit.data.chunks.versions import read_version  # noqa: E402
 from megatron_grit.errors import NumericsError  # noqa: E402
 from megatron_grit.retrieval.database.versions import open_index  # noqa: E402
-from megatron_grit.retrieval.index.search import SpreadIndex  # noqa: E402
+from megatron_grit.retrieval.index.search import Further, SpreadIndex  # noqa: E402
 from megatron_grit.retrieval.stages.add import add_documents  # noqa: E402
 from megatron_grit.retrieval.stages.query_neighbors import query_neighbors  # noqa: E402
 from megatron_grit.retrieval.stages.tombstone import remove_documents  # noqa: E402
@@ -87,9 +87,9 @@ def query(folder: str, config: Any, group_size: int) -> dict[str, Any]:
         searches = []
         search = SpreadIndex.search
 
-        def counted(self: SpreadIndex, vectors: np.ndarray, k: int) -> Any:
+        def counted(self: SpreadIndex, vectors: np.ndarray, k: int, further: Further | None = None) -> Any:
             searches.append(k)
-            return search(self, vectors, k)
+            return search(self, vectors, k, further)
 
         SpreadIndex.search = counted  # type: ignore[method-assign]
         query_neighbors(project, this, WordEmbedder())

@@ -111,7 +111,8 @@ class RetroDbConfig:
     query_paths: list[str] = knob([], path=True)
     """Prefixes of indexed files whose chunks get neighbors. Empty: those of data_paths."""
     num_neighbors_query: int = knob(200, at_least=1)
-    """Neighbors that are searched. Where filters leave fewer than num_neighbors_save, up to 16 times as many are."""
+    """Neighbors that are searched. Where filters leave fewer than num_neighbors_save, the search is made again without
+    those of the same document and of removed ones; where that leaves too few, up to 16 times as many are searched."""
     num_neighbors_save: int = knob(20, at_least=1)
     """Of these, neighbors that are kept after filtering."""
     max_overlap: float | None = knob(None, at_least=0, at_most=1)

@@ -65,6 +65,10 @@ class TableManifest:
     """Of the index, measured when it was built. None: not measured with this nprobe and ef_search."""
     num_taken_over: int = 0
     """Places whose neighbors an earlier table had."""
+    num_short: int | None = None
+    """Places with fewer than ``num_neighbors``. None: not counted."""
+    num_none: int | None = None
+    """Of these, places with none."""
     sha256: str = ""
     """Of the numbers of ``neighbors.npy``."""
     starts_sha256: str = ""
@@ -318,7 +322,7 @@ def write_table(folder: Path, parts: Iterable[Mapping[str, np.ndarray]], manifes
     Args:
         folder: made where it is not there.
         parts: :data:`COLUMNS` of runs of chunk positions, in order.
-        manifest: what it is of; its checksums are filled in.
+        manifest: what it is of; its checksums and counts are filled in.
     """
     shape, files = (manifest.num_places, manifest.num_neighbors), {}
     with ExitStack() as stack:
@@ -328,7 +332,10 @@ def write_table(folder: Path, parts: Iterable[Mapping[str, np.ndarray]], manifes
             header = {"descr": dtype, "fortran_order": False, "shape": (*shape, *rest)}
             np.lib.format.write_array_header_2_0(file, header)
             files[name] = HashingFile(file)
+        manifest.num_short = manifest.num_none = 0
         for part in parts:
+            manifest.num_short += int((part["neighbors"][:, -1] < 0).sum())
+            manifest.num_none += int((part["neighbors"][:, 0] < 0).sum())
             for name, (dtype, _) in COLUMNS.items():
                 files[name].write(np.ascontiguousarray(part[name], dtype=dtype).tobytes())
     manifest.sha256, manifest.scores_sha256, manifest.sources_sha256 = (

@@ -375,6 +375,7 @@ class VersionedDb(ChunkDb):
 
     Attributes:
         version: the one that was opened.
+        tables: what ``rows`` is made of, each in the order of dataset and document.
         tombstones: uint64, ascending: keys of removed documents, of :func:`document_keys`.
 
     Raises:
@@ -400,6 +401,7 @@ class VersionedDb(ChunkDb):
             tables.append(map_dataset(check_stored(project.folder, segment.table), "chunks"))
             if len(tables[-1]) != segment.num_chunks:
                 raise DataError(f"holds {len(tables[-1])} chunks, not {segment.num_chunks}", path=self.path)
+        self.tables = tables
         self.rows = tables[0] if len(tables) == 1 else cast(np.ndarray, JoinedRows(tables))
         self.tombstones = sorted_keys(removed_documents(project.folder, version))
 

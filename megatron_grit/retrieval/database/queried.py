@@ -288,6 +288,7 @@ class QueriedFile:
             num_taken_over=plan.first - len(plan.again),
         )
         write_table(self.folder, self._parts(plan), manifest)
+        log.info(f"{self.prefix}: neighbors for {manifest.num_places:,} chunks{short_rows(manifest)}")
 
     def earlier_rows(self, plan: Plan, start: int, stop: int) -> Arrays:
         """Rows of the table that is taken over, by position."""
@@ -323,6 +324,13 @@ def _state_of(version: Version) -> dict[str, Any]:
     added: they follow from the chunks, and may be joined."""
     removed = version.tombstones.sha256 if version.tombstones else None
     return {"chunks": version.chunks, "tombstones": removed}
+
+
+def short_rows(manifest: TableManifest) -> str:
+    """How many rows of a table have fewer neighbors than wanted, to read; nothing where all are full."""
+    if not manifest.num_short:
+        return ""
+    return f"; {manifest.num_short:,} have fewer than {manifest.num_neighbors}, {manifest.num_none:,} of them none"
 
 
 def tables_of(project: Project, prefixes: Sequence[str] | None = None, up_to: int | None = None) -> dict[str, Path]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_grit.data.chunks.chunk_db import ChunkDb
+from megatron_grit.data.chunks.chunk_db import ChunkDb, map_dataset
+from megatron_grit.data.chunks.document_ranges import document_ranges
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import (
     AddedChunks,
@@ -21,6 +22,8 @@ from megatron_grit.data.chunks.versions import (
     is_among,
     next_version_number,
     read_version,
+    removed_documents,
+    sorted_keys,
     source_of,
     stored_file,
     version_numbers,
@@ -156,28 +159,38 @@ def open_index(
         index.to_gpus(gpus)
     search = search_of(project, version)
     index.set_search(search.nprobe, search.ef_search)
+    if version.tombstones is not None:
+        removed = sorted_keys(removed_documents(project.folder, version))
+        tables = [map_dataset(project.folder / segment.table.path, "chunks") for segment in version.segments]
+        index.removed = document_ranges(tables, removed).reshape(-1, 2)
     return index
 
 
 def nearest_chunks(
-    db: VersionedDb, index: SearchableIndex, vectors_QD: np.ndarray, k: int, removed: np.ndarray | None = None
+    db: VersionedDb, index: SearchableIndex, vectors_QD: np.ndarray, k: int, excluded: np.ndarray | None = None
 ) -> Found:
-    """The chunks of a version that are nearest to vectors.
+    """The chunks of a version that are nearest to vectors, without those of removed documents.
 
     Args:
         db: the version.
         index: of :func:`open_index`.
         vectors_QD: float32 [Q, D].
         k: chunks of each.
-        removed: keys of documents that are passed over, ascending. None: those that the version has removed.
+        excluded: keys of further documents that are passed over, ascending.
 
     Raises:
         DataError: vectors of another width.
     """
     if vectors_QD.ndim != 2 or vectors_QD.shape[1] != index.dim:
         raise DataError(f"queries are of shape {vectors_QD.shape}; the index takes [Q, {index.dim}]")
-    keys = db.tombstones if removed is None else removed
-    return find_allowed(index, vectors_QD, max(k, 10), k, lambda rows, ids: ~is_among(db.keys(ids), keys))
+    own = np.empty(0, dtype=np.uint64) if excluded is None else excluded
+    keys = np.union1d(db.tombstones, own)
+
+    def passed_over(rows: np.ndarray) -> np.ndarray:
+        ranges = document_ranges(db.tables, own).reshape(1, -1, 2)
+        return np.broadcast_to(ranges, (len(rows), *ranges.shape[1:]))
+
+    return find_allowed(index, vectors_QD, max(k, 10), k, lambda rows, ids: ~is_among(db.keys(ids), keys), passed_over)
 
 
 def version_vectors(db: VersionedDb, worker: Worker, embedder: Embedder) -> SegmentVectors:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 from megatron_grit.errors import ConfigError
 
 MIN_POINTS_PER_LIST = 39
 """Training vectors that k-means wants for each list (faiss's own default, below which it warns)."""
+_KINDS = ("Flat", "PQ", "ScalarQuantizer", "RaBitQ")
+"""Of faiss's classes Index... and IndexIVF... . Those of 4-bit codes in blocks (...FastScan) crash when codes are added
+to their lists; additive quantisers, and LSH that turns vectors, learn something else with each number of threads."""
+GRAPHS = ("IndexHNSWFlat", "IndexHNSWSQ", "IndexHNSWPQ")
+"""Built by one process, which is given vectors in place of codes."""
 _UNTRAINED = re.compile(r"(HNSW\d*_?)?(Flat|SQ(fp16|bf16|8_direct|8_direct_signed))|HNSW\d*|L2norm|Pad\d+")
 """Parts of a factory string that learn nothing from vectors."""
 
@@ -60,3 +66,30 @@ def lists_of(factory: str) -> int | None:
     """Lists of an inverted file; None where there is none."""
     found = re.search(r"IVF(\d+)(k?)", factory)
     return int(found[1]) * (1024 if found[2] else 1) if found else None
+
+
+def check_kind(faiss: Any, index: Any, factory: str) -> None:
+    """Refuse an index that several processes cannot fill, with the same result whatever their number.
+
+    Args:
+        faiss: the module.
+        index: one of its indexes.
+        factory: the string that it was made from.
+
+    Raises:
+        ConfigError: it is such an index.
+    """
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    lists = "" if lists_of(factory) is None else "IVF"
+    kind_of = type(inner).__name__
+    if kind_of not in [f"Index{lists}{name}" for name in _KINDS] and kind_of not in GRAPHS:
+        raise ConfigError(
+            f"index {factory!r} ({kind_of}) is made of more than codes, or of codes that processes could not share "
+            "out; give Flat, PQ, SQ or RaBitQ, after lists (IVF...,) and OPQ or PCA where wanted, or an HNSW graph"
+        )
+    coarse = faiss.downcast_index(inner.quantizer) if lists else None
+    if lists and not isinstance(coarse, (faiss.IndexFlat, faiss.IndexHNSWFlat)):
+        raise ConfigError(
+            f"index {factory!r}: its lists are found by a {type(coarse).__name__}, which is not known here; give "
+            "IVF<lists> or IVF<lists>_HNSW<links>"
+        )

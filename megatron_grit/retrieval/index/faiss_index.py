@@ -24,8 +24,10 @@ import numpy as np
 
 from megatron_grit.config.database.schema import MOST_ON_GPU
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.retrieval.index.factory import MIN_POINTS_PER_LIST, lists_of
+from megatron_grit.retrieval.index.factory import GRAPHS, MIN_POINTS_PER_LIST, check_kind, lists_of
+from megatron_grit.retrieval.index.id_ranges import NO_RANGES, count, drop_members, outside
 from megatron_grit.retrieval.index.manifest import IndexManifest, is_whole, read_manifest, remedy_of
+from megatron_grit.retrieval.index.pair_scores import scored_by_pairs
 from megatron_grit.store.blocks import cannot_write
 from megatron_grit.store.digest import sha256_of_file
 from megatron_grit.store.environment import job_size, local_rank
@@ -35,11 +37,6 @@ from megatron_grit.store.progress import still_at_work
 
 log = get_logger(__name__)
 
-_KINDS = ("Flat", "PQ", "ScalarQuantizer", "RaBitQ")
-"""Of faiss's classes Index... and IndexIVF... . Those of 4-bit codes in blocks (...FastScan) crash when codes are added
-to their lists; additive quantisers, and LSH that turns vectors, learn something else with each number of threads."""
-_GRAPHS = ("IndexHNSWFlat", "IndexHNSWSQ", "IndexHNSWPQ")
-"""Built by one process, which is given vectors in place of codes."""
 _PART = 4096
 """Rows that one thread works on."""
 _LARGEST_PART = 1 << 40
@@ -107,20 +104,7 @@ def new_index(factory: str, metric: str, dim: int) -> Any:
         index = faiss.index_factory(dim, factory, kind)
     except RuntimeError as error:
         raise ConfigError(f"index {factory!r}: faiss does not make one ({_reason(error)})") from None
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-    lists = "" if lists_of(factory) is None else "IVF"
-    kind_of = type(inner).__name__
-    if kind_of not in [f"Index{lists}{name}" for name in _KINDS] and kind_of not in _GRAPHS:
-        raise ConfigError(
-            f"index {factory!r} ({kind_of}) is made of more than codes, or of codes that processes could not share "
-            "out; give Flat, PQ, SQ or RaBitQ, after lists (IVF...,) and OPQ or PCA where wanted, or an HNSW graph"
-        )
-    coarse = faiss.downcast_index(inner.quantizer) if lists else None
-    if lists and not isinstance(coarse, (faiss.IndexFlat, faiss.IndexHNSWFlat)):
-        raise ConfigError(
-            f"index {factory!r}: its lists are found by a {type(coarse).__name__}, which is not known here; give "
-            "IVF<lists> or IVF<lists>_HNSW<links>"
-        )
+    check_kind(faiss, index, factory)
     return index
 
 
@@ -170,7 +154,7 @@ class VectorIndex:
             self._transforms = [faiss.downcast_VectorTransform(chain.at(number)) for number in range(chain.size())]
         self._inner = index if chain is None else faiss.downcast_index(index.index)
         self._ivf = None if lists_of(factory) is None else self._inner
-        self.is_graph = type(self._inner).__name__ in _GRAPHS
+        self.is_graph = type(self._inner).__name__ in GRAPHS
         self._on_gpus: Any = None
 
     @staticmethod
@@ -385,28 +369,50 @@ class VectorIndex:
         """Lists of the inverted file; 1 without one."""
         return 1 if self._ivf is None else int(self._ivf.nlist)
 
-    def search(self, vectors_ND: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Nearest vectors: distances or products, float32 [N, k], and ids, int64 [N, k], -1 where there are fewer."""
+    def search(
+        self, vectors_ND: np.ndarray, k: int, without: np.ndarray | None = None, times: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Nearest vectors. On the CPU where more than queries and k are given.
+
+        Args:
+            vectors_ND: queries.
+            k: vectors of each.
+            without: int64 [R, 2], ranges of ids that are passed over as if they were not there, the first and one after
+                the last of each.
+            times: so many times more lists are visited.
+
+        Returns:
+            Distances or products, float32 [N, k], and ids, int64 [N, k], -1 where there are fewer.
+
+        Raises:
+            DataError: queries of another width.
+        """
         if vectors_ND.shape[1] != self.dim:
             raise DataError(f"queries have {vectors_ND.shape[1]} channels, the index {self.dim}")
-        searched = self._inner if self._on_gpus is None or k > MOST_ON_GPU else self._on_gpus
         queries = self._transform(vectors_ND)
-        scores, ids = searched.search(queries, k)
-        if searched is self._inner and isinstance(searched, _faiss().IndexFlat):
-            scores, ids = self._scored_by_pairs(queries, ids)
+        places = NO_RANGES if without is None else without - self.first_id
+        if not len(places) and times == 1:
+            searched = self._inner if self._on_gpus is None or k > MOST_ON_GPU else self._on_gpus
+            scores, ids = searched.search(queries, k)
+        elif isinstance(self._inner, _faiss().IndexPQ):  # which takes no selector
+            scores, ids = self._inner.search(queries, k + min(count(places), len(self)))
+            scores, ids = drop_members(scores, ids, places, k)
+        else:
+            scores, ids = self._inner.search(queries, k, params=self._parameters(k, places, times))
+        if isinstance(self._inner, _faiss().IndexFlat) and self._on_gpus is None:
+            scores, ids = scored_by_pairs(_faiss(), self._inner, queries, ids)
         return scores, np.where(ids < 0, -1, ids + self.first_id)
 
-    def _scored_by_pairs(self, queries_ND: np.ndarray, ids_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each pair's score computed by itself. Those of a comparison of all come from a matrix product, whose last
-        bits depend on what else is compared: equal vectors would differ, and be found in another order in an index of
-        another size."""
-        scores = np.empty(ids_NK.shape, dtype=np.float32)
-        arrays = queries_ND, scores, ids_NK
-        queries, found, ids = (_faiss().swig_ptr(array) for array in arrays)
-        self._inner.compute_distance_subset(len(queries_ND), queries, ids_NK.shape[1], found, ids)
-        keys = scores if self.metric == "l2" else -scores
-        order = np.lexsort((ids_NK, np.where(ids_NK < 0, np.inf, keys)), axis=1)
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(ids_NK, order, 1)
+    def _parameters(self, k: int, without: np.ndarray, times: int) -> Any:
+        """Of a search that passes over ranges of places."""
+        faiss, selector = _faiss(), outside(_faiss(), without)
+        if self._ivf is not None:
+            return faiss.SearchParametersIVF(sel=selector, nprobe=min(times * self._ivf.nprobe, self.num_lists))
+        if self.is_graph:
+            # A walk that sees only what it may not keep would end with nothing.
+            candidates = max(self._inner.hnsw.efSearch, k) + count(without)
+            return faiss.SearchParametersHNSW(sel=selector, efSearch=min(candidates, len(self)))
+        return faiss.SearchParameters(sel=selector)
 
     def save(self, path: Path, manifest: IndexManifest) -> None:
         """Write the index and its manifest, whole or not at all.

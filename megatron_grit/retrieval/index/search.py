@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_grit.data.chunks.neighbor_table import take_first
 from megatron_grit.errors import DataError
 from megatron_grit.retrieval.index.factory import lists_of
 from megatron_grit.retrieval.index.faiss_index import Gpus, VectorIndex
+from megatron_grit.retrieval.index.id_ranges import NO_RANGES
 from megatron_grit.retrieval.index.manifest import read_manifest
 from megatron_grit.retrieval.work import Worker
 from megatron_grit.store.logs import get_logger
@@ -25,10 +27,28 @@ Found = tuple[np.ndarray, np.ndarray]
 """Scores, float32 [Q, k], and ids, int64 [Q, k]: the best first, -1 where there are fewer."""
 
 
+@dataclass(frozen=True)
+class Further:
+    """What a search does beyond the usual one."""
+
+    without_QR2: np.ndarray
+    """int64 [Q, R, 2]: ranges of ids that are passed over for each query, beside those of removed documents."""
+    times: int = 1
+    """So many times more lists are visited."""
+
+
 class _Shards:
-    """The files of an index that this process holds."""
+    """The files of an index that this process holds.
+
+    Attributes:
+        removed: int64 [R, 2], ranges of ids of removed documents, which a :class:`Further` search passes over.
+        nprobe: lists that are visited.
+    """
 
     shards: list[VectorIndex]
+    metric: str
+    removed: np.ndarray = NO_RANGES
+    nprobe = 1
 
     def to_gpus(self, gpus: Gpus) -> None:
         """As :meth:`VectorIndex.to_gpus`, of what this process holds."""
@@ -37,8 +57,26 @@ class _Shards:
 
     def set_search(self, nprobe: int | None, ef_search: int | None) -> None:
         """As :meth:`VectorIndex.set_search`."""
+        self.nprobe = nprobe or self.nprobe
         for shard in self.shards:
             shard.set_search(nprobe, ef_search)
+
+    def _search_here(self, queries_QD: np.ndarray, k: int, further: Further | None) -> Found:
+        if not self.shards or not len(queries_QD):
+            return _nothing(len(queries_QD), k, self.metric)
+        if further is None:
+            return merge_nearest([shard.search(queries_QD, k) for shard in self.shards], k, self.metric)
+        scores, ids = _nothing(len(queries_QD), k, self.metric)
+        # A search has one selector: queries that pass over the same ids are searched together.
+        flat = further.without_QR2.reshape(len(queries_QD), -1)
+        different, of = np.unique(flat, axis=0, return_inverse=True)
+        for number, ranges in enumerate(different):
+            rows = np.flatnonzero(of.reshape(-1) == number)
+            ranges = np.concatenate([ranges.reshape(-1, 2), self.removed])
+            ranges = ranges[ranges[:, 0] < ranges[:, 1]]
+            parts = [shard.search(queries_QD[rows], k, ranges, further.times) for shard in self.shards]
+            scores[rows], ids[rows] = merge_nearest(parts, k, self.metric)
+        return scores, ids
 
 
 class ShardedIndex(_Shards):
@@ -64,9 +102,9 @@ class ShardedIndex(_Shards):
     def __len__(self) -> int:
         return sum(len(shard) for shard in self.shards)
 
-    def search(self, vectors_ND: np.ndarray, k: int) -> Found:
-        """As :meth:`VectorIndex.search`."""
-        return merge_nearest([shard.search(vectors_ND, k) for shard in self.shards], k, self.metric)
+    def search(self, vectors_ND: np.ndarray, k: int, further: Further | None = None) -> Found:
+        """As :meth:`VectorIndex.search`, with ranges for each query."""
+        return self._search_here(vectors_ND, k, further)
 
     def serving(self) -> AbstractContextManager[None]:
         """As :meth:`SpreadIndex.serving`; nobody waits for this process."""
@@ -113,11 +151,11 @@ class SpreadIndex(_Shards):
     def __len__(self) -> int:
         return self._length
 
-    def search(self, vectors_ND: np.ndarray, k: int) -> Found:
-        """As :meth:`VectorIndex.search`. All processes call it, or are :meth:`serving`; k may differ."""
+    def search(self, vectors_ND: np.ndarray, k: int, further: Further | None = None) -> Found:
+        """As :meth:`ShardedIndex.search`. All processes call it, or are :meth:`serving`; what they give may differ."""
         if vectors_ND.shape[1] != self.dim:
             raise DataError(f"queries have {vectors_ND.shape[1]} channels, the index {self.dim}")
-        found, _ = self._search_together(vectors_ND, k, done=False)
+        found, _ = self._search_together(vectors_ND, k, further, done=False)
         return found
 
     @contextmanager
@@ -126,29 +164,34 @@ class SpreadIndex(_Shards):
         yield
         nothing, all_done = np.empty((0, self.dim), np.float32), False
         while not all_done:
-            _, all_done = self._search_together(nothing, 1, done=True)
+            _, all_done = self._search_together(nothing, 1, None, done=True)
 
-    def _search_together(self, vectors_ND: np.ndarray, k: int, *, done: bool) -> tuple[Found, bool]:
+    def _search_together(
+        self, vectors_ND: np.ndarray, k: int, further: Further | None, *, done: bool
+    ) -> tuple[Found, bool]:
         """One search of all processes; and whether all of them are done."""
         worker = self._worker
         asked = np.ascontiguousarray(vectors_ND if worker.leads else vectors_ND[:0], dtype=np.float32)
-        heads = np.concatenate(worker.gather_arrays(np.array([[len(asked), k, done]])))
+        ranges = np.empty((0, 0, 2), np.int64) if further is None else further.without_QR2[: len(asked)]
+        head = [len(asked), k, done, 0 if further is None else further.times, ranges.shape[1]]
+        heads = np.concatenate(worker.gather_arrays(np.array([head])))
         if not heads[:, 0].any():
             return _nothing(len(vectors_ND), k, self.metric), bool(heads[:, 2].all())
         queries = worker.gather_arrays(asked)
+        passed = [ranges] * worker.world_size
+        if heads[:, 4].any():
+            passed = worker.gather_arrays(np.ascontiguousarray(ranges, dtype=np.int64).reshape(-1))
         # Each process's queries by themselves, as it would search them alone: in other company the last bits differ.
-        answers = [self._search_here(part, most) for part, most in zip(queries, heads[:, 1].tolist(), strict=True)]
+        answers = []
+        for part, own, (size, most, _, times, number) in zip(queries, passed, heads.tolist(), strict=True):
+            theirs = Further(own.reshape(size, number, 2), times) if times else None
+            answers.append(self._search_here(part, most, theirs))
         scores, ids = (
             worker.exchange([answers[leader][which].ravel() for leader in self._asks_for]) for which in range(2)
         )
         shape = len(vectors_ND), k
         parts = [(s.reshape(shape), i.reshape(shape)) for s, i in zip(scores, ids, strict=True)]
         return merge_nearest(parts, k, self.metric), False
-
-    def _search_here(self, queries_QD: np.ndarray, k: int) -> Found:
-        if not self.shards or not len(queries_QD):
-            return _nothing(len(queries_QD), k, self.metric)
-        return merge_nearest([shard.search(queries_QD, k) for shard in self.shards], k, self.metric)
 
 
 SearchableIndex = ShardedIndex | SpreadIndex
@@ -160,8 +203,15 @@ def find_allowed(
     num_query: int,
     num_save: int,
     allowed: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    passed_over: Callable[[np.ndarray], np.ndarray] | None = None,
+    *,
+    more_lists: bool = True,
 ) -> Found:
-    """The nearest chunks that a filter lets through. Where it leaves too few, more are searched.
+    """The nearest chunks that a filter lets through.
+
+    Where it leaves too few, the search is made again without the documents that the filter leaves out whole, however
+    many chunks they have. Where that still leaves too few, more lists are visited if those that were hold no more, else
+    more candidates are searched, up to :data:`MOST_TIMES_MORE` times as many.
 
     Args:
         index: what is searched.
@@ -169,27 +219,54 @@ def find_allowed(
         num_query: candidates of each query at first.
         num_save: chunks that are wanted.
         allowed: given numbers of queries, [R], and candidates, int64 [R, K], -1 for none: bool [R, K].
+        passed_over: given numbers of queries, [R]: ranges of ids that ``allowed`` lets none of through, int64
+            [R, n, 2]; those of removed documents the index knows. None: the filter is of chunks alone.
+        more_lists: whether more lists are visited where those that were hold too few. False: these may be few, as in
+            what came to a database, and what is found is merged with the rest.
 
     Returns:
         Scores and ids, [Q, num_save], nearest first; -1 where there are fewer.
     """
     out_scores, out = _nothing(len(vectors_QD), num_save, index.metric)
-    rows, most = np.arange(len(vectors_QD)), max(1, min(len(index), MOST_TIMES_MORE * num_query))
-    k = min(num_query, most)
+    most = max(1, min(len(index), MOST_TIMES_MORE * num_query))
+    most_times = 1 if index.num_lists == 1 or not more_lists else -(-index.num_lists // index.nprobe)
+    rows = np.arange(len(vectors_QD))
+    ks, times = np.full(len(rows), min(num_query, most)), np.ones(len(rows), dtype=np.int64)
+    is_first = True
     while len(rows):
         short = []
-        # No more candidates at a time than the first search has.
-        at_a_time = max(1, len(vectors_QD) * num_query // k)
-        for part in np.split(rows, range(at_a_time, len(rows), at_a_time)):
-            scores, ids = index.search(vectors_QD[part], k)
+        for part in _alike(rows, ks, times, len(vectors_QD) * num_query):
+            further = None
+            if passed_over is not None and not is_first:
+                further = Further(passed_over(part), int(times[part[0]]))
+            elif times[part[0]] > 1:
+                further = Further(np.empty((len(part), 0, 2), dtype=np.int64), int(times[part[0]]))
+            scores, ids = index.search(vectors_QD[part], int(ks[part[0]]), further)
             keep = (ids >= 0) & allowed(part, ids)
             out[part] = take_first(ids, keep, num_save)
             out_scores[part] = take_first(scores, keep, num_save, _worst(index.metric))
-            short.append(part[(keep.sum(1) < num_save) & (ids[:, -1] >= 0)])
-        if k == most:
-            break
-        rows, k = np.concatenate(short), min(2 * k, most)
+            is_short, is_full = keep.sum(1) < num_save, ids[:, -1] >= 0
+            if passed_over is None or not is_first:
+                # Lists that are too small call for more lists, else more candidates are wanted.
+                deeper, wider = part[is_short & is_full], part[is_short & ~is_full]
+                deeper, wider = deeper[ks[deeper] < most], wider[times[wider] < most_times]
+                ks[deeper] = np.minimum(2 * ks[deeper], most)
+                times[wider] = np.minimum(2 * times[wider], most_times)
+                short += [deeper, wider]
+            elif more_lists:
+                short.append(part[is_short])
+            else:
+                short.append(part[is_short & is_full & (ks[part] < len(index))])
+        rows, is_first = np.sort(np.concatenate(short)), False
     return out_scores, out
+
+
+def _alike(rows: np.ndarray, ks: np.ndarray, times: np.ndarray, most_candidates: int) -> Iterator[np.ndarray]:
+    """Rows that are searched alike, in runs that have no more candidates than the first search."""
+    for k, number in sorted(set(zip(ks[rows].tolist(), times[rows].tolist(), strict=True))):
+        alike = rows[(ks[rows] == k) & (times[rows] == number)]
+        at_a_time = max(1, most_candidates // k)
+        yield from (alike[start : start + at_a_time] for start in range(0, len(alike), at_a_time))
 
 
 def dealt_out(sizes: Sequence[int], count: int) -> list[list[int]]:

@@ -12,12 +12,12 @@ import numpy as np
 
 from megatron_grit.config.database.schema import RetroDbConfig, load_project_config
 from megatron_grit.data.chunks.project import Project
-from megatron_grit.data.chunks.versions import VersionedDb, is_among, read_version
+from megatron_grit.data.chunks.versions import VersionedDb, read_version
 from megatron_grit.data.text.records import BadLine, Record, TextPair, read_records
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.vectors import rows_of
-from megatron_grit.retrieval.database.versions import open_index, version_vectors
+from megatron_grit.retrieval.database.versions import nearest_chunks, open_index, version_vectors
 from megatron_grit.retrieval.index.factory import choose_factory, lists_of, num_training_vectors
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search, new_index
 from megatron_grit.retrieval.index.recall import RECALL_AT, choose_search, without_own
@@ -307,11 +307,7 @@ class DatabaseChunks:
 
     def search(self, vectors_QD: np.ndarray, k: int) -> np.ndarray:
         """As :class:`Corpus` says; removed documents are left out."""
-        ids = self._index.search(vectors_QD, k)[1]
-        removed = is_among(self._db.keys(ids), self._db.tombstones) & (ids >= 0)
-        # The order of what is left does not change.
-        order = np.argsort(removed, axis=1, kind="stable")
-        return np.take_along_axis(np.where(removed, -1, ids), order, 1)
+        return nearest_chunks(self._db, self._index, vectors_QD, k)[1]
 
     def vectors(self, numbers: np.ndarray) -> np.ndarray:
         return unit(self._vectors_of(numbers))

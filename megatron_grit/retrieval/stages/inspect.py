@@ -303,10 +303,13 @@ def _summary_lines(summary: Report) -> Iterator[str]:
     if summary["index"] is not None:
         yield from _index_lines(summary["index"])
     for table in summary["tables"]:
+        short = ""
+        if table["num_short"]:
+            short = f", {table['num_short']:,} with fewer ({table['num_none']:,} with none)"
         recall = "not measured" if table["recall"] is None else f"{table['recall']:.3f}"
         yield (
-            f"neighbors for {table['prefix']}: {table['num_places']:,} chunks x {table['num_neighbors']}, version "
-            f"{table['version']}, nprobe {table['nprobe']}, recall {recall}, query/{table['folder']}"
+            f"neighbors for {table['prefix']}: {table['num_places']:,} chunks x {table['num_neighbors']}{short}, "
+            f"version {table['version']}, nprobe {table['nprobe']}, recall {recall}, query/{table['folder']}"
         )
     for version in summary["versions"]:
         yield f"version {version['number']}: {version['num_chunks']:,} chunks; {', '.join(version['notes'])}"

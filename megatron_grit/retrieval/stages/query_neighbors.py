@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from megatron_grit.data.chunks.chunk_db import ChunkDb, sources_of
+from megatron_grit.data.chunks.document_ranges import document_ranges
 from megatron_grit.data.chunks.neighbor_table import COLUMNS, NeighborTable, read_table_manifest
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import Version, VersionedDb, document_keys, is_among
@@ -62,7 +63,8 @@ class QueryNeighbors(Task):
 
     def describe(self, db: ChunkDb, version: Version | None, *, verify: bool) -> Report:
         """As :class:`Task` says: the tables."""
-        names = "prefix version num_places num_neighbors num_taken_over nprobe ef_search recall".split()
+        names = "prefix version num_places num_neighbors num_short num_none num_taken_over".split()
+        names += "nprobe ef_search recall".split()
         tables = []
         for path in sorted(db.project.folder.glob("query/*/table.json")):
             manifest = read_table_manifest(path.parent)
@@ -157,7 +159,7 @@ class Searcher:
         the index has. Of equal ones the earlier come first, as their ids are smaller."""
         rows = self.file.earlier_rows(self.plan, block.start, block.stop)
         positions = np.setdiff1d(np.arange(block.start, block.stop), self.plan.again, assume_unique=True)
-        found, kept = self._nearest(positions), positions - block.start
+        found, kept = self._nearest(positions, more_lists=False), positions - block.start
         both = {name: np.concatenate([rows[name][kept], found[name]], axis=1) for name in COLUMNS}
         keys = both["scores"] if self.file.db.project.config.metric == "l2" else -both["scores"]
         keys = np.where(both["neighbors"] < 0, np.inf, keys)
@@ -167,15 +169,15 @@ class Searcher:
             rows[name][kept] = np.take_along_axis(values, places, 1)
         return rows
 
-    def _nearest(self, positions: np.ndarray) -> Arrays:
+    def _nearest(self, positions: np.ndarray, more_lists: bool = True) -> Arrays:
         shape = len(positions), self.file.config.num_neighbors_save
         ids, scores = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.float32)
         for first in range(0, len(positions), AT_A_TIME):
             part = slice(first, first + AT_A_TIME)
-            ids[part], scores[part] = self._search(positions[part])
+            ids[part], scores[part] = self._search(positions[part], more_lists)
         return {"neighbors": ids, "scores": scores, "sources": sources_of(self.file.db.rows, ids)}
 
-    def _search(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _search(self, positions: np.ndarray, more_lists: bool) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores, [n, num_neighbors_save]."""
         documents, offsets, tokens = self._chunks(positions)
         decode = self.file.project.tokenizer.decode
@@ -202,9 +204,26 @@ class Searcher:
             return keep
 
         config = self.file.config
-        scores, ids = find_allowed(self.index, vectors, config.num_neighbors_query, config.num_neighbors_save, allowed)
+        scores, ids = find_allowed(
+            self.index,
+            vectors,
+            config.num_neighbors_query,
+            config.num_neighbors_save,
+            allowed,
+            lambda rows: self._own_chunks(documents[rows]),
+            more_lists=more_lists,
+        )
         out[asked], out_scores[asked] = ids, np.where(ids < 0, 0, scores)
         return out, out_scores
+
+    def _own_chunks(self, documents: np.ndarray) -> np.ndarray:
+        """Ranges of ids of the chunks of documents: int64 [n, datasets x tables, 2]."""
+        different, of = np.unique(documents, return_inverse=True)
+        ranges = [
+            document_ranges(self.file.db.tables, document_keys(np.full(len(different), dataset), different))
+            for dataset in self.file.datasets
+        ]
+        return np.concatenate([*ranges, np.empty((len(different), 0, 2), dtype=np.int64)], axis=1)[of]
 
     def _chunks(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         """Document, first token and tokens of chunks by their positions, which ascend."""

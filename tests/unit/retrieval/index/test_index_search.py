@@ -24,7 +24,7 @@ from megatron_grit.errors import ConfigError, DataError  # noqa: E402
 from megatron_grit.retrieval.database.versions import open_index  # noqa: E402
 from megatron_grit.retrieval.index import faiss_index  # noqa: E402
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search, gpus_of_process  # noqa: E402
-from megatron_grit.retrieval.index.search import ShardedIndex, dealt_out, find_allowed, merge_nearest  # noqa: E402
+from megatron_grit.retrieval.index.search import Further, ShardedIndex, dealt_out, find_allowed, merge_nearest  # noqa: E402
 from megatron_grit.retrieval.stages.query_neighbors import index_to_search, query_neighbors  # noqa: E402
 from megatron_grit.retrieval.work import Worker  # noqa: E402
 from tests.unit.retrieval.databases import (  # noqa: E402
@@ -126,9 +126,9 @@ def test_deeper_searches_have_no_more_candidates_than_the_first(seed: int, num_q
     sizes = []
 
     class Counting(ShardedIndex):
-        def search(self, vectors_ND: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        def search(self, vectors_ND: np.ndarray, k: int, further: Further | None = None) -> Any:
             sizes.append(len(vectors_ND) * k)
-            return super().search(vectors_ND, k)
+            return super().search(vectors_ND, k, further)
 
     _, found = find_allowed(
         Counting([index]), vectors[:9], num_query, num_query, lambda rows, ids: ~dropped[np.maximum(ids, 0)]
@@ -140,6 +140,50 @@ def test_deeper_searches_have_no_more_candidates_than_the_first(seed: int, num_q
         reached = np.argsort(((vectors - query) ** 2).sum(1), kind="stable")[:most]
         wanted = [number for number in reached.tolist() if number in allowed][:num_query]
         assert row[row >= 0].tolist() == wanted
+
+
+@pytest.mark.parametrize("starts", [[0], [0, 150, 300]])
+@pytest.mark.parametrize("factory", ["Flat", "SQ8", "PQ4x4", "RaBitQ", "IVF4,Flat", "IVF4_HNSW4,PQ4x4", "HNSW8"])
+def test_ranges_are_passed_over_as_if_they_were_not_there(factory: str, starts: list[int]) -> None:
+    """Beside a search for all vectors, by numpy; few and many ranges, other ones for each query, in one file or more.
+    (A graph of HNSW is walked from elsewhere, so there only what is left out is compared.)"""
+    random = np.random.default_rng(0)
+    vectors = random.standard_normal((400, 16)).astype(np.float32)
+    queries = vectors[:5] + 0.01
+    trained = VectorIndex.train(factory, "l2", vectors)
+    shards = []
+    for start, stop in zip(starts, [*starts[1:], 400], strict=True):
+        shard = VectorIndex(faiss.clone_index(trained.index), factory, "l2")
+        shard.add_codes(shard.encode(vectors[start:stop]), np.arange(start, stop))
+        shards.append(shard)
+    index = ShardedIndex(shards)
+    index.set_search(4, 64)
+    _, ranked = index.search(queries, 400)
+    index.removed = np.array([[390, 395]])
+    for number in (1, 30):
+        firsts = random.integers(0, 380, (5, number))
+        without = np.stack([firsts, firsts + random.integers(0, 20, (5, number))], axis=2)
+        scores, found = index.search(queries, 20, Further(without))
+        for row, ranges, ids in zip(range(5), without.tolist(), found.tolist(), strict=True):
+            gone = {i for first, stop in [*ranges, [390, 395]] for i in range(first, stop)}
+            assert len(ids) == 20 and -1 not in ids and not gone & set(ids)
+            if factory != "HNSW8":
+                assert ids == [i for i in ranked[row].tolist() if i not in gone][:20]
+        assert (np.diff(scores, axis=1) >= 0).all()
+
+
+def test_more_lists_are_visited_where_those_that_were_hold_too_few() -> None:
+    """Two far groups, a list each: around a query of one group only the other one is allowed."""
+    random = np.random.default_rng(0)
+    vectors = (random.standard_normal((100, 4)) + np.repeat([[0], [50]], 50, axis=0)).astype(np.float32)
+    index = VectorIndex.train("IVF2,Flat", "l2", vectors)
+    index.add_codes(index.encode(vectors), np.arange(100))
+    sharded = ShardedIndex([index])
+    sharded.set_search(1, None)
+    passed_over = lambda rows: np.full((len(rows), 1, 2), [0, 50])  # noqa: E731
+    _, found = find_allowed(sharded, vectors[:50], 4, 4, lambda rows, ids: ids >= 50, passed_over)
+    distances = ((vectors[:50, None] - vectors[None]) ** 2).sum(-1)
+    assert (found == np.argsort(distances[:, 50:], axis=1, kind="stable")[:, :4] + 50).all()
 
 
 # --- Where the index is -----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from megatron_grit.config.database.schema import save_project_config
 from megatron_grit.data.chunks.neighbor_table import NeighborTable, read_table_manifest
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import VersionedDb, read_version
@@ -24,6 +25,7 @@ from megatron_grit.retrieval.index.faiss_index import VectorIndex
 from megatron_grit.retrieval.index.overlap import Runs, shared_runs
 from megatron_grit.retrieval.index.recall_queries import RecallQueries
 from megatron_grit.retrieval.index.search import ShardedIndex, find_allowed
+from megatron_grit.retrieval.stages.inspect import inspect_database, report_lines
 from megatron_grit.retrieval.stages.query_neighbors import Searcher, query_neighbors
 from megatron_grit.retrieval.stages.tombstone import remove_documents
 from megatron_grit.retrieval.work import Worker
@@ -95,22 +97,56 @@ def test_never_a_neighbor_from_a_document_of_the_sample(small: Project, data: st
         assert there.tolist() == allowed[:k], "an allowed neighbor was left out, or the order is another one"
 
 
-def test_the_filter_reaches_beyond_the_candidates_of_one_search(tmp_path: Path) -> None:
-    """One document holds nearly all chunks; its own fill the first candidates of each of its chunks."""
-    texts = [" ".join(make_texts(40, seed=1)), *make_texts(3, seed=2, longest=3)]
-    prefix = write_documents(tmp_path / "corpus", texts, tokenizer_of(tmp_path))
-    config = {"num_neighbors_query": 6, "num_neighbors_save": 2, "duplicates": "keep"}
-    project = build(make_project(tmp_path / "db", [prefix], tmp_path, **config), WordEmbedder())
+@pytest.mark.parametrize("index", ["Flat", "IVF8,Flat"])
+def test_a_long_document_of_like_chunks_finds_others(
+    tmp_path: Path, index: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """700 chunks that are nearest to each other, which is more than sixteen times the candidates; by numpy."""
+    words = make_texts(1, seed=1, longest=1)[0].split()
+    random = np.random.default_rng(0)
+    alike = " ".join(" ".join(random.permutation(words)) for _ in range(900))
+    prefix = write_documents(tmp_path / "corpus", [alike, *make_texts(12, seed=2)], tokenizer_of(tmp_path))
+    settings = {"duplicates": "keep", "num_neighbors_save": 4, "index": index, "nprobe": 2 if "IVF" in index else None}
+    project = build(make_project(tmp_path / "db", [prefix], tmp_path, **settings), WordEmbedder())
     db, table = open_table(project)
-    of_first = table.neighbors[: table.starts[1]]
-    assert (np.sum(db.rows[:, 1] == 0)) > 300
-    assert (of_first >= 0).mean() > 0.5 and (db.rows[of_first[of_first >= 0], 1] != 0).all()
+    own = int(np.sum(db.rows[:, 1] == 0))
+    assert own > 16 * project.config.num_neighbors_query and len(db) - own >= 40
+    found = table.neighbors[: table.starts[1]]
+    assert (found >= 0).all() and (db.rows[found, 1] != 0).all()
+    if index == "Flat":
+        vectors = WordEmbedder().embed(db.texts(range(len(db))))
+        distances = ((vectors[:own:70, None] - vectors[None, own:]) ** 2).sum(-1)
+        nearest = np.take_along_axis(distances, found[::70][: len(distances)] - own, 1)
+        assert np.allclose(nearest, np.sort(distances, axis=1)[:, :4], atol=1e-3)
+    assert table.manifest.num_short == table.manifest.num_none == 0 and "have fewer" not in caplog.text
 
 
-def test_one_document_alone_has_no_neighbors(tmp_path: Path) -> None:
+def test_removed_documents_hide_nothing(tmp_path: Path) -> None:
+    """Copies of all that is asked, in more chunks than candidates, are removed."""
+    texts = make_texts(6, seed=3)
+    prefix = write_documents(tmp_path / "corpus", texts + 60 * texts[:3], tokenizer_of(tmp_path))
+    settings = {"duplicates": "keep", "num_neighbors_query": 6, "num_neighbors_save": 5}
+    project = build(make_project(tmp_path / "db", [prefix], tmp_path, **settings), WordEmbedder(), query=False)
+    remove_documents(project, Worker(), ",".join(f"corpus:{number}" for number in range(6, 186)))
+    query_neighbors(project, Worker(), WordEmbedder())
+    _, table = open_table(project)
+    alone = write_documents(tmp_path / "alone", texts, tokenizer_of(tmp_path))
+    other = build(make_project(tmp_path / "other", [alone], tmp_path, **settings), WordEmbedder())
+    assert (table.neighbors[: table.starts[6]] == open_table(other)[1].neighbors).all()
+
+
+def test_one_document_alone_has_no_neighbors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     prefix = write_documents(tmp_path / "corpus", make_texts(1, longest=30), tokenizer_of(tmp_path))
-    _, table = open_table(build(make_project(tmp_path / "db", [prefix], tmp_path), WordEmbedder()))
+    with caplog.at_level("INFO"):
+        project = build(make_project(tmp_path / "db", [prefix], tmp_path), WordEmbedder())
+    _, table = open_table(project)
     assert (table.neighbors == -1).all()
+    count = len(table.neighbors)
+    assert table.manifest.num_short == table.manifest.num_none == count
+    assert f"{count} have fewer than 5, {count} of them none" in caplog.text
+    save_project_config(project.config, project.folder)
+    summary = inspect_database(tmp_path / "db")
+    assert f" x 5, {count} with fewer ({count} with none), version 1" in "\n".join(report_lines(summary))
     assert (table.read([(0, 0)], [(0, 0)], 3) == -1).all()
 
 
