@@ -21,6 +21,7 @@ from megatron_grit.config.kinds import kind_names, kind_options, kind_sources, t
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import expert_width, num_query_groups
 from megatron_grit.errors import ConfigError, MeshError
+from megatron_grit.store.hub import is_hub_name
 
 INDEXED_SUFFIXES = (".idx", ".bin", ".json")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -269,7 +270,7 @@ def _files(config: RunConfig) -> Iterator[Problem]:
                 yield Problem(key, f"{key}: there is no file {entry.path}{suffix}; {remedy}")
     if data.tokenizer is not None:
         tokenizer = Path(data.tokenizer)
-        if not tokenizer.exists():
+        if not tokenizer.exists() and not is_hub_name(data.tokenizer):
             yield Problem("data.tokenizer", f"data.tokenizer: there is no file {tokenizer}")
         elif tokenizer.is_dir() and not any((tokenizer / name).is_file() for name in TOKENIZER_FILES):
             yield Problem("data.tokenizer", f"data.tokenizer: no {' or '.join(TOKENIZER_FILES)} in {tokenizer}")

@@ -14,7 +14,7 @@ class DataConfig:
     """What is read and how it is packed."""
 
     tokenizer: str | None = knob(None, path=True)
-    """SentencePiece .model file, tokenizer.json, or a directory that holds one."""
+    """SentencePiece .model file, tokenizer.json, a directory that holds one, or a model's name on the hub."""
     embedding: list[str] = knob([], path=expand_item)
     """Sources of queries and passages, indexed files of tools/preprocess/build_grit.py: a list of prefixes; or weights
     and prefixes in turn, "0.7 a 0.3 b"; or a .yaml file with a list of path, weight or epochs, and cap

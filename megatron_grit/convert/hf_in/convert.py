@@ -7,10 +7,10 @@ from pathlib import Path
 
 from megatron_grit.config.schema import EmbeddingConfig, ModelConfig, RunConfig
 from megatron_grit.convert.hf_in.embedder import decoder_folder, embedder_defaults
-from megatron_grit.convert.hf_in.reader import local_folder
 from megatron_grit.convert.hf_in.stored_model import open_model
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import CheckpointError
+from megatron_grit.store.hub import local_folder
 
 
 def convert_checkpoint(

@@ -17,7 +17,7 @@ from megatron_grit.config.shape import expert_width, head_channels, num_query_gr
 from megatron_grit.convert.families.registry import load_hf_config, same_value
 from megatron_grit.convert.hf_in.convert import check_tokenizer, grown_vocabulary
 from megatron_grit.convert.hf_in.embedder import decoder_folder, embedder_defaults
-from megatron_grit.convert.hf_in.reader import WeightFolder, local_folder
+from megatron_grit.convert.hf_in.reader import WeightFolder
 from megatron_grit.convert.hf_in.stored_model import open_model, stored_shape
 from megatron_grit.convert.param_map import Conversion
 from megatron_grit.convert.shards import shard_of
@@ -28,6 +28,7 @@ from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.collectives import any_rank
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.store.files import replacing
+from megatron_grit.store.hub import local_folder
 from megatron_grit.store.logs import get_logger
 from megatron_grit.training.checkpoint import NEW_MODULES, list_checkpoints, read_config, tokenizer_path
 from megatron_grit.training.trainer import InitialWeights
@@ -167,10 +168,7 @@ def pretrained_folder(source: str, *, weights: bool = True) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if Path(source).is_dir():
-        return decoder_folder(Path(source))
-    name, _, revision = source.partition("@")
-    return decoder_folder(local_folder(name if revision else source, revision or None, weights=weights))
+    return decoder_folder(local_folder(source, weights=weights))
 
 
 def _merge(shape: ModelConfig, given: ModelConfig, origins: Mapping[str, str], source: str) -> ModelConfig:

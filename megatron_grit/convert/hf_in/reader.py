@@ -1,4 +1,4 @@
-"""Finds a Hugging Face model's directory, and reads its config.json and, one part at a time, its weights.
+"""Reads a Hugging Face model's config.json and, one part at a time, its weights.
 
 Weights are safetensors. Pickle (``pytorch_model.bin``) can run code when it is read: it is refused unless asked for,
 and then read by ``torch.load(weights_only=True)``, which loads tensors only.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,68 +41,6 @@ DTYPES = {
 }
 """Types by their names in safetensors files. Those that pack several numbers into a byte count as bytes."""
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16)
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
-_SMALL_FILES = [
-    "config.json",
-    "generation_config.json",
-    *_TOKENIZERS,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-]
-"""All that says something about a model beside its weights: a name on the hub means what its directory does."""
-_SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
-_OTHER_FILES = ["*/*", "consolidated*"]
-"""Also matched by the patterns, and not wanted: folders, and the same weights in Mistral's own layout."""
-_PICKLE = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-
-
-def local_folder(
-    source: str | Path, revision: str | None = None, *, weights: bool = True, allow_pickle: bool = False
-) -> Path:
-    """A model's local directory; a model named by its id is downloaded from the Hugging Face hub.
-
-    Only the configuration, the tokenizer's files, the chat template and the weights are downloaded, into
-    huggingface_hub's cache.
-
-    Args:
-        source: a directory, or ``organisation/name`` where there is no such directory.
-        revision: branch, tag or commit on the hub.
-        weights: whether weights are needed, too.
-        allow_pickle: also download pickled weights.
-
-    Raises:
-        CheckpointError: there is no such directory, and the model cannot be downloaded.
-    """
-    if Path(source).is_dir():
-        if revision is not None:
-            raise CheckpointError(f"{source}: is a directory, which has no revision {revision}; leave it out")
-        return Path(source)
-    name = str(source)
-    if not _HUB_ID.fullmatch(name) or Path(source).exists():
-        return Path(source)  # whoever reads it says what is missing
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError:
-        raise CheckpointError(
-            f"{name}: is no directory here, and the Hugging Face hub cannot be asked without huggingface_hub; "
-            "pip install huggingface_hub, or give a directory"
-        ) from None
-    patterns = _SMALL_FILES + (_SAFETENSORS if weights else []) + (_PICKLE if weights and allow_pickle else [])
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_FILES))
-    except LocalEntryNotFoundError:
-        reason = "the hub cannot be reached and the model is not in the cache; download it where there is a network"
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-    at = f" at revision {revision}" if revision else ""
-    raise CheckpointError(f"{name}: is no directory here, and not to be had from the Hugging Face hub{at}: {reason}")
 
 
 def read_config_json(path: Path) -> dict[str, Any]:

@@ -107,14 +107,7 @@ def _unknown_token(backend: Any, tokenizer: Tokenizer) -> dict[str, str]:
 def _backend_of(tokenizer: Tokenizer) -> Any:
     if not isinstance(tokenizer, JsonTokenizer):
         return tokenizer_of_sentencepiece(tokenizer.path)
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend.from_file(str(tokenizer.path))
-    if backend.truncation is not None:
-        backend.no_truncation()
-    if backend.padding is not None:
-        backend.no_padding()
-    return backend
+    return tokenizer.backend()
 
 
 def _mark_special(backend: Any, names: Any) -> None:

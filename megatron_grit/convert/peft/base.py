@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_grit.convert.hf_in.pretrained import pretrained_folder
 from megatron_grit.errors import CheckpointError
+from megatron_grit.store.hub import is_hub_name
 from megatron_grit.training.checkpoint import read_state
 
 
@@ -31,7 +32,9 @@ def locate_base(checkpoint: Path, moved_to: str | Path | None = None) -> BaseLoc
     """
     saved = read_state(checkpoint)["base"]
     source = str(saved["source"] if moved_to is None else moved_to)
-    is_huggingface = saved["kind"] == "pretrained" if moved_to is None else (Path(source) / "config.json").is_file()
+    is_huggingface = (Path(source) / "config.json").is_file() or is_hub_name(source)
+    if moved_to is None:
+        is_huggingface = saved["kind"] == "pretrained"
     if is_huggingface:
         return BaseLocation(pretrained_folder(source), True)
     if not Path(source).is_dir():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from megatron_grit.data.text.lines import filled_lines, parse_json
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.files import replacing
+from megatron_grit.store.hub import local_folder
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import Progress
 
@@ -175,13 +176,14 @@ def preprocess(
         raise ConfigError("give a Punkt model or a language, not both")
     how = BuildRun(**{"description": "preprocess_data"} | run)
     tokenizer = load_tokenizer(options.tokenizer)
+    options = replace(options, tokenizer=str(tokenizer.path))  # what a name on the hub means is asked once
     level = "sentence" if split_sentences else "document"
     prefixes = {key: Path(f"{os.fspath(output_prefix)}_{key}_{level}") for key in options.json_keys}
     if split_sentences and options.punkt_model is None:
         model = (
             find_language(lang) if lang else _train_on_corpus(inputs, output_prefix, options.json_keys, how.progress)
         )
-        options = DocumentOptions(**{**vars(options), "punkt_model": str(model)})
+        options = replace(options, punkt_model=str(model))
     facts = IndexedFacts(kind=DOCUMENTS, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
     dtype = token_dtype(tokenizer.vocab_size)
     signature = {
@@ -204,7 +206,7 @@ def find_tokenizer(path: str | os.PathLike[str], kind: str = "auto") -> str:
     """The tokenizer file that a path stands for.
 
     Args:
-        path: a file, or a folder with ``tokenizer.model`` or ``tokenizer.json``.
+        path: a file, a folder with ``tokenizer.model`` or ``tokenizer.json``, or a name on the Hugging Face hub.
         kind: "SentencePieceTokenizer", "HuggingFaceTokenizer", or "auto": whichever it is.
 
     Raises:
@@ -215,7 +217,8 @@ def find_tokenizer(path: str | os.PathLike[str], kind: str = "auto") -> str:
     if kind not in TOKENIZER_FILES:
         raise ConfigError(f"tokenizer type {kind} is none of auto, {', '.join(TOKENIZER_FILES)}")
     name = TOKENIZER_FILES[kind]
-    found = Path(path) / name if Path(path).is_dir() else Path(path)
+    found = local_folder(os.fspath(path), weights=False)
+    found = found / name if found.is_dir() else found
     if found.suffix != Path(name).suffix:
         raise ConfigError(f"{path} is not a {kind}: give a {name} or its folder, or another --tokenizer-type")
     return str(found)

@@ -25,6 +25,7 @@ from megatron_grit.data.text.templates import EMBEDDING_TEMPLATE, render
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.store.digest import sha256_of_file
 from megatron_grit.store.files import check_prefix
+from megatron_grit.store.hub import local_folder
 
 __all__ = ["BuildReport", "Limits", "build_grit", "build_records", "read_texts"]
 
@@ -112,6 +113,7 @@ def build_grit(
         kind=RowKind.GENERATIVE, tokenizer=os.fspath(tokenizer_path), limits=limits or Limits(), **options
     )
     encoder = replace(encoder, held_out=tuple(map(os.fspath, encoder.held_out)))
+    encoder = replace(encoder, tokenizer=str(local_folder(encoder.tokenizer, weights=False)))  # once, for all workers
     facts, dtype = _facts(encoder)  # before the input is read: a wrong option is found at once
     encoder = replace(encoder, kind=kind or _find_kind(files, skip_bad=on_error == "skip"))
     facts = replace(facts, kind=encoder.kind.value)

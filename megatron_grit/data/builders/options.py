@@ -42,7 +42,7 @@ class RecordOptions(BuildOptions):
     output_prefix: str = knob(path=True)
     """PREFIX.bin, .idx, .json, .report.json and .report.png are written."""
     tokenizer: str = knob(path=True)
-    """SentencePiece .model, tokenizer.json, or their folder."""
+    """SentencePiece .model, tokenizer.json, their folder, or a model's name on the Hugging Face hub."""
     template: str = knob("tulu", path=True)
     """Of conversations: chatml, gritlm, llama2, tulu, zephyr, tokenizer for the tokenizer's own, or a .yaml file."""
     generative_max_len: int = knob(2048, at_least=2)
@@ -90,7 +90,7 @@ class DocumentFileOptions(BuildOptions):
     tokenizer_type: Literal["auto", "SentencePieceTokenizer", "HuggingFaceTokenizer"] = "auto"
     """Kind of tokenizer. auto: found from the file."""
     tokenizer_model: str = knob(path=True)
-    """SentencePiece .model, tokenizer.json, or their folder."""
+    """SentencePiece .model, tokenizer.json, their folder, or a model's name on the Hugging Face hub."""
     append_eod: bool = False
     """Put the end of sequence behind each document."""
     split_sentences: bool = False

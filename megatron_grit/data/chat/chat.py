@@ -153,7 +153,7 @@ def chat_beside(tokenizer: Tokenizer) -> Chat | None:
     if found is not None or source is None:
         return found
     return make_chat(
-        JinjaChatFormat.name_of(source), source, tokenizer, f"{folder.name}'s chat template", _stated_ends(folder)
+        JinjaChatFormat.name_of(source), source, tokenizer, "the tokenizer's chat template", _stated_ends(folder)
     )
 
 

@@ -31,6 +31,7 @@ from megatron_grit.data.text.token_offsets import (
 from megatron_grit.data.text.word_cache import WordCache, cuts_at_spaces
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.files import replacing
+from megatron_grit.store.hub import local_folder
 
 CHAT_FILE = "chat.json"
 """How the model of a checkpoint converses; see :mod:`megatron_grit.data.chat.chat`."""
@@ -235,7 +236,7 @@ class JsonTokenizer(Tokenizer):
         if not cuts_at_spaces(json.loads(self.path.read_bytes())):
             return None
         # A tokenizer of its own, because one that knows the separator finds it in texts as well.
-        separating = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        separating = self.backend()
         separating.encode_special_tokens = True
         separating.add_tokens([tokenizers.AddedToken(_SEPARATOR, special=False, normalized=False)])
         words = WordCache(
@@ -259,6 +260,13 @@ class JsonTokenizer(Tokenizer):
             if index is not None:
                 return index
         raise DataError(f"no {key}; name it in tokenizer_config.json beside this file", path=self.path)
+
+    def backend(self) -> Any:
+        """A ``tokenizers.Tokenizer`` of its own that reads texts likewise, but for the names of special tokens, which
+        it reads as these."""
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -337,13 +345,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Read a tokenizer.
 
     Args:
-        path: a SentencePiece ``.model`` file, a ``tokenizer.json``, or a folder with ``tokenizer.model`` or
-            ``tokenizer.json`` (the first is taken where both are there).
+        path: a SentencePiece ``.model`` file, a ``tokenizer.json``, a folder with ``tokenizer.model`` or
+            ``tokenizer.json`` (the first is taken where both are there), or a model's name on the hub.
 
     Raises:
+        CheckpointError: the hub cannot give it.
         DataError: no such file, or not a tokenizer.
     """
-    path = Path(path)
+    path = local_folder(os.fspath(path), weights=False)
     if path.is_dir():
         found = next((path / name for name in _MODEL_NAMES if (path / name).is_file()), None)
         if found is None:

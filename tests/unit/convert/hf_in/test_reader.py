@@ -1,12 +1,9 @@
-"""Directories of Hugging Face models: what is read of a file, what is refused and why, and models from the hub."""
+"""Directories of Hugging Face models: what is read of a file, what is refused and why."""
 
 from __future__ import annotations
 
 import json
-import os
 import struct
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +15,19 @@ from torch import Tensor
 
 from megatron_grit.convert.families import mistral, mixtral
 from megatron_grit.convert.families.registry import hf_state_dict_to_megatron
-from megatron_grit.convert.hf_in import reader
 from megatron_grit.convert.hf_in.convert import convert_checkpoint
 from megatron_grit.convert.hf_in.reader import (
     PickleFolder,
     SafetensorsFolder,
     check_weights,
-    local_folder,
     open_weights,
 )
 from megatron_grit.convert.param_map import Family, Shard
 from megatron_grit.errors import CheckpointError
+from megatron_grit.store.hub import local_folder
 from tests.unit.convert.test_param_map import DENSE, MIXTURE, random_hf
+
+pytestmark = pytest.mark.engine
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -327,98 +325,16 @@ def test_old_pickle_is_read(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
         assert all(torch.equal(weights[name], tensors[name]) for name in tensors)
 
 
-def test_model_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the files that are needed are asked for, at the revision."""
+def test_pickles_of_the_hub_are_fetched_where_they_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
-    asked: list[Any] = []
+    asked: list[set[str]] = []
 
-    def download(name: str, **options: Any) -> str:
-        asked.append((name, options))
+    def download(name: str, *, allow_patterns: list[str], **_: Any) -> str:
+        asked.append(set(allow_patterns))
         return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    assert local_folder("org/name", "v2") == tmp_path
-    assert local_folder("org/name", weights=False, allow_pickle=True) == tmp_path
-    assert local_folder("org/name", allow_pickle=True) == tmp_path
-    small = {"config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
-    small |= {"special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"}
-    small |= {"vocab.json", "merges.txt"}
-    assert [(name, options["revision"]) for name, options in asked] == [("org/name", r) for r in ("v2", None, None)]
-    patterns = [set(options["allow_patterns"]) for _, options in asked]
-    assert patterns[0] == small | {"*.safetensors", "*.safetensors.index.json"}
-    assert patterns[1] == small
-    assert all(set(options["ignore_patterns"]) == {"*/*", "consolidated*"} for _, options in asked)
-    assert patterns[2] == patterns[0] | {"pytorch_model*.bin", "pytorch_model.bin.index.json"}
-
-
-def test_paths_are_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
-    monkeypatch.chdir(tmp_path)
-    Path("org/name").mkdir(parents=True)
-    Path("org/file").touch()
-    for path in ("org/name", "org/file", "./org/other", str(tmp_path / "no" / "thing"), "a/b/c", "name"):
-        assert local_folder(path) == Path(path)
-    with pytest.raises(CheckpointError, match="org/name: is a directory, which has no revision v2"):
-        local_folder("org/name", "v2")
-
-
-def fill_cache(cache: Path, commit: str, files: Path) -> None:
-    """A model in a cache as the hub's client lays it out."""
-    folder = cache / "models--org--name"
-    (folder / "snapshots").mkdir(parents=True)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(commit)
-    files.rename(folder / "snapshots" / commit)
-
-
-OFFLINE = """
-import sys
-from megatron_grit.convert.hf_in.reader import local_folder, open_weights
-from megatron_grit.errors import CheckpointError
-for name in sys.argv[1:]:
-    name, _, revision = name.partition("@")
-    try:
-        folder = local_folder(name, revision or None)
-        print(folder.name, len(open_weights(folder)))
-    except CheckpointError as error:
-        print(error)
-"""
-
-
-def test_cache_without_a_network(tmp_path: Path, source: Path) -> None:
-    pytest.importorskip("huggingface_hub")
-    commit = "a" * 40
-    fill_cache(tmp_path / "cache", commit, source)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
-    names = ["org/name", f"org/name@{commit}", "org/name@other", "org/absent"]
-    result = subprocess.run(
-        [sys.executable, "-c", OFFLINE, *names],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = result.stdout.splitlines()
-    assert lines[0] == lines[1] and lines[0].startswith(f"{commit} ")
-    reason = "the hub cannot be reached and the model is not in the cache"
-    assert f"hub at revision other: {reason}" in lines[2] and "org/name: is no directory here" in lines[2]
-    assert reason in lines[3] and "org/absent: is no directory here" in lines[3]
-
-
-def test_hub_without_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(CheckpointError, match="org/name: is no directory here.*pip install huggingface_hub"):
-        local_folder("org/name")
-
-
-def test_what_the_hub_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-
-    def download(*_: Any, **__: Any) -> str:
-        raise OSError("401: gated\nask for access")
-
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    with pytest.raises(CheckpointError, match="hub: 401: gated ask for access"):
-        reader.local_folder("org/name")
+    for options in ({}, {"allow_pickle": True}, {"allow_pickle": True, "weights": False}):
+        assert local_folder("org/name", **options) == tmp_path
+    assert asked[1] - asked[0] == {"pytorch_model*.bin", "pytorch_model.bin.index.json"}
+    assert not any(pattern.startswith("pytorch_model") for pattern in asked[0] | asked[2])
