@@ -14,8 +14,12 @@ Each case is read as training reads it, without checksums, and must end in one o
 Anything else (another exception, a case over --limit seconds) fails the run. A process that is killed by a signal
 fails it by itself. Damaged text is compared with a plain parser's reading of the same bytes.
 
+With --flips the subject is a retrieval database instead, in whose files single bits are flipped
+(benchmarks/database_flips.py); there nothing may go unnoticed.
+
 Example:
     python -m benchmarks.fault_injection --cases 1000000
+    python -m benchmarks.fault_injection --flips 100000
 """
 
 from __future__ import annotations
@@ -411,10 +415,17 @@ def main() -> int:
     """Parse the command line, run and print a table. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1_000_000)
+    parser.add_argument(
+        "--flips", type=int, default=0, help="bits to flip in a retrieval database, in place of the cases"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=5.0, help="seconds that a case may take")
     parser.add_argument("--json", type=Path, help="write the table there too")
     arguments = parser.parse_args()
+    if arguments.flips:
+        from benchmarks.database_flips import run_flips
+
+        return run_flips(arguments.flips, arguments.seed)
     from tqdm import tqdm
 
     logging.disable(logging.WARNING)  # one for each damaged cache

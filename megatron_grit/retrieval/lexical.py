@@ -6,7 +6,6 @@ The index follows from the chunks and their tokenizer alone. It is made when it 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ import numpy as np
 from megatron_grit.data.chunks.versions import VersionedDb
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.index.search import Found
-from megatron_grit.store.digest import describe_file, digest_of_settings, is_as_described
-from megatron_grit.store.files import write_json
+from megatron_grit.store.content import content_digest
+from megatron_grit.store.digest import describe_file, digest_of_settings
 from megatron_grit.store.folder import OutputFolder
 from megatron_grit.store.progress import Progress
+from megatron_grit.store.sealed import read_sealed, write_sealed
 
 _AT_A_TIME = 4096
 _FILES = "files.json"
@@ -55,17 +55,18 @@ class LexicalIndex:
         index = self._bm25s.BM25(backend="numpy")
         index.index(self._words(self._texts()), show_progress=False)
         index.save(str(folder), show_progress=False)
-        write_json(folder / _FILES, {path.name: describe_file(path) for path in sorted(folder.iterdir())})
+        write_sealed(folder / _FILES, {path.name: describe_file(path) for path in sorted(folder.iterdir())})
 
     def _open(self, folder: Path) -> Any:
         try:
-            files = dict(json.loads((folder / _FILES).read_bytes()))
+            files = read_sealed(folder / _FILES)
         except (OSError, ValueError, TypeError) as error:
             raise DataError(
                 f"cannot be read ({error}); delete its folder, and it is made again", path=folder / _FILES
             ) from None
         for name, entry in files.items():
-            if not is_as_described(folder / name, entry):
+            path = folder / name
+            if not path.is_file() or content_digest(path) != entry["sha256"]:
                 raise DataError("was changed; delete its folder, and it is made again", path=folder / name)
         return self._bm25s.BM25.load(str(folder), mmap=True)
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_grit.errors import DataError, OutputError
+from megatron_grit.store.content import check_once
 from megatron_grit.store.digest import digest_of_arrays, digest_of_settings
 from megatron_grit.store.files import replacing_path
 
@@ -94,13 +95,16 @@ class BlockFolder:
         write_arrays(block.path, arrays, self.signature)
 
     def read(self, block: Block, *names: str) -> Arrays:
-        """Arrays of a block; all of them, checked, where no names are given.
+        """Arrays of a block, all of them where no names are given; compared with their checksum, once by a process
+        where it reads some of them.
 
         Raises:
             DataError: the block is missing, damaged or of another signature.
         """
         if not block.path.is_file():
             raise DataError(f"is missing; {self.remedy}", path=block.path)
+        if names:
+            check_arrays(block.path)
         signature, arrays = _read(block.path, names or None)
         if signature != self.signature:
             raise DataError(f"is of other settings or other data; {self.remedy}", path=block.path)
@@ -190,6 +194,18 @@ def read_arrays(path: Path) -> Arrays:
     _, arrays = _read(path, None)
     assert arrays is not None
     return arrays
+
+
+def check_arrays(path: Path) -> None:
+    """Compare a file that :func:`write_arrays` wrote with its checksum, unless this process did.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        check_once(path, lambda: read_arrays(path))
+    except FileNotFoundError:
+        raise DataError("is missing", path=path) from None
 
 
 def signature_of(path: Path) -> str | None:

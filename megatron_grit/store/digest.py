@@ -12,12 +12,23 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     from typing_extensions import Buffer
 
 _BLOCK_BYTES = 1 << 24
+_hashed = 0
+
+
+def count_hashed(num_bytes: int) -> None:
+    """Count bytes of files and arrays that this process hashed."""
+    global _hashed
+    _hashed += num_bytes
+
+
+def hashed_bytes() -> int:
+    """Bytes of files and arrays that this process hashed so far."""
+    return _hashed
 
 
 def canonical_json(value: object) -> bytes:
@@ -32,11 +43,14 @@ def digest_of_settings(settings: object) -> str:
 
 def digest_of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     """SHA-256 of names, types, shapes and bytes."""
+    import numpy as np  # configurations import this file, and need no arrays
+
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(array.data.cast("B") if array.size else b"")
+        count_hashed(array.nbytes)
     return digest.hexdigest()
 
 
@@ -51,7 +65,9 @@ def digest_of_rows(*arrays: Any, prefix: bytes = b"") -> str:
     for array in arrays:
         step = max(1, _BLOCK_BYTES // max(array[:1].nbytes, 1))
         for start in range(0, len(array), step):
-            digest.update(array[start : start + step].tobytes())
+            content = array[start : start + step].tobytes()
+            digest.update(content)
+            count_hashed(len(content))
     return digest.hexdigest()
 
 
@@ -68,9 +84,11 @@ def sha256_of_file(
     digest, left = hashlib.sha256(), os.path.getsize(path) if num_bytes is None else num_bytes
     with open(path, "rb") as file:
         if num_bytes is None and report is None:
+            count_hashed(left)
             return hashlib.file_digest(file, "sha256").hexdigest()
         while block := file.read(min(left, _BLOCK_BYTES)):
             digest.update(block)
+            count_hashed(len(block))
             left -= len(block)
             if report is not None:
                 report(len(block))

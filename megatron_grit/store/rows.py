@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tokenize import TokenError
 from types import TracebackType
 from typing import BinaryIO
 
@@ -26,6 +27,24 @@ from megatron_grit.store.logs import get_logger
 log = get_logger(__name__)
 
 _BYTES = 1 << 24
+
+
+def read_rows(path: Path, *, mapped: bool = False) -> np.ndarray:
+    """The array of a .npy file.
+
+    Args:
+        path: the file.
+        mapped: leave it on disk; one without rows is read all the same.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no .npy file, or a damaged one.
+    """
+    try:
+        array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (SyntaxError, TokenError, TypeError, OverflowError, MemoryError, EOFError) as error:  # of a damaged header
+        raise ValueError(f"is damaged ({str(error)[:100]})") from None
+    return np.asarray(array)
 
 
 class RowFile:

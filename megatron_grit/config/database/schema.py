@@ -15,7 +15,7 @@ from megatron_grit.config.knob import knob, range_problem
 from megatron_grit.config.options import BatchSize
 from megatron_grit.config.values import convert, describe_type, takes_null
 from megatron_grit.errors import ConfigError
-from megatron_grit.store.files import write_json
+from megatron_grit.store.sealed import CHECKSUM, unseal, write_sealed
 
 CONFIG_FILE = "config.json"
 MOST_ON_GPU = 2048
@@ -174,7 +174,7 @@ def _gpu_problems(config: RetroDbConfig) -> Iterator[str]:
 
 def save_project_config(config: RetroDbConfig, project: Path) -> None:
     """Write ``config.json``."""
-    write_json(project / CONFIG_FILE, dict(sorted(dataclasses.asdict(config).items())))
+    write_sealed(project / CONFIG_FILE, dict(sorted(dataclasses.asdict(config).items())))
 
 
 def load_project_config(project: Path) -> RetroDbConfig | None:
@@ -195,6 +195,8 @@ def load_project_config(project: Path) -> RetroDbConfig | None:
     settings = options_of(RetroDbConfig)
     if any(key.startswith("retro_") for key in values):
         raise ConfigError(f"{path}: is a project of Megatron-LM's Retro tools; {_as_options(values)}")
+    written = dict(values)
+    values.pop(CHECKSUM, None)
     for key, value in values.items():
         if key not in settings:
             hint = suggestion(key, settings) or "; perhaps it is of another version: remove it"
@@ -204,6 +206,12 @@ def load_project_config(project: Path) -> RetroDbConfig | None:
         except ValueError:
             if value is not None:
                 raise ConfigError(f"{path}: {key} must be {describe_type(settings[key].hint)}, not {value!r}") from None
+    try:
+        unseal(written)
+    except ValueError as error:
+        raise ConfigError(
+            f'{path}: {error}; put it back from a copy, or, if you edited it, remove its line "{CHECKSUM}"'
+        ) from None
     config = RetroDbConfig(**values)
     problem = next(_value_problems(config), None)
     if problem is not None:

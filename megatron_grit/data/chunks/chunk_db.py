@@ -5,6 +5,7 @@ Chunk ids are rows of ``db/merged/train.hdf5``, 64 bits wide. Nothing is loaded 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,18 +14,22 @@ import numpy as np
 from megatron_grit.data.chunks.chunking import document_tokens
 from megatron_grit.data.chunks.project import DatasetInfo, Project
 from megatron_grit.errors import DataError
+from megatron_grit.store.blocks import check_arrays
+from megatron_grit.store.content import content_part
+from megatron_grit.store.digest import digest_of_rows
 
 DATASET, DOCUMENT, START, STOP, VISIBLE = range(5)
 """Columns of the table."""
 
 
-def map_dataset(path: Path, name: str, remedy: str = "run --tasks db-build") -> np.ndarray:
+def map_dataset(path: Path, name: str, remedy: str = "run --tasks db-build", *, compare: bool = True) -> np.ndarray:
     """An array of an HDF5 file, by mmap.
 
     Args:
         path: the file.
         name: of the array.
         remedy: what to run when it is not there, for errors.
+        compare: with the checksum that the file holds; False where that was done.
 
     Raises:
         DataError: the file is missing or damaged, or the array is not stored in one piece.
@@ -37,13 +42,22 @@ def map_dataset(path: Path, name: str, remedy: str = "run --tasks db-build") -> 
         with h5py.File(path, "r") as file:
             dataset = file[name]
             offset, shape, dtype = dataset.id.get_offset(), dataset.shape, dataset.dtype
-            if dataset.size == 0:
-                return np.empty(shape, dtype)
-    except (OSError, KeyError, RuntimeError) as error:
+            of_arrays, of_rows = "sha256" in file.attrs, str(file.attrs.get("rows_sha256", ""))
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         raise DataError(f"cannot be read ({error}); delete it and {remedy}", path=path) from None
-    if offset is None or path.stat().st_size < offset + dtype.itemsize * int(np.prod(shape)):
+    if 0 in shape:
+        mapped = np.empty(shape, dtype)
+    elif offset is None or path.stat().st_size < offset + dtype.itemsize * math.prod(shape):
         raise DataError(f"does not hold {name} in one piece; delete it and {remedy}", path=path)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+    else:
+        mapped = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+    if compare and of_arrays:
+        check_arrays(path)
+    # Of a table the rows alone.
+    is_rows = compare and bool(of_rows) and name == "chunks"
+    if is_rows and content_part(path, "rows", lambda: digest_of_rows(mapped)) != of_rows:
+        raise DataError(f"does not match its checksum; delete it and {remedy}", path=path)
+    return mapped
 
 
 class ChunkDb:

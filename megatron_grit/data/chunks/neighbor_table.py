@@ -12,7 +12,6 @@ own document; Megatron's tools those of the sample).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -25,8 +24,11 @@ from megatron_grit.data.chunks.chunking import document_tokens
 from megatron_grit.data.chunks.versions import Source, begins_with, document_keys, is_among, sorted_keys
 from megatron_grit.data.indexed.reader import IndexedFile
 from megatron_grit.errors import DataError
+from megatron_grit.store.content import content_part, thoroughly
 from megatron_grit.store.digest import HashingFile, digest_of_rows
-from megatron_grit.store.files import replacing_path, write_json
+from megatron_grit.store.files import replacing_path
+from megatron_grit.store.rows import read_rows
+from megatron_grit.store.sealed import read_sealed, write_sealed
 
 NONE = -1
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -87,7 +89,7 @@ def read_table_manifest(folder: Path) -> TableManifest:
     """
     path = folder / "table.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_sealed(path)
         return TableManifest(**values | {"source": Source(**values["source"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"cannot be read ({error}); {_REMEDY}", path=path) from None
@@ -101,6 +103,7 @@ class NeighborTable:
         documents_of: uint32 [num_chunks, 3 or more], whose first columns are dataset, document and first token of each
             chunk of the database: ``rows`` of the version that the table is of. Only tables that say nothing of
             documents need it.
+        database: fingerprint of the chunks of that version. None: not compared.
 
     Attributes:
         neighbors: int64 [num_places, num_neighbors], mapped, as all of them are.
@@ -109,12 +112,14 @@ class NeighborTable:
         starts: int64 [num_documents + 1], chunk positions before each document.
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: it is missing or damaged, or of another database.
     """
 
-    def __init__(self, folder: Path, documents_of: np.ndarray | None = None) -> None:
+    def __init__(self, folder: Path, documents_of: np.ndarray | None = None, database: str | None = None) -> None:
         self.folder, self._documents_of = folder, documents_of
         self.manifest = manifest = read_table_manifest(folder)
+        if database not in (None, manifest.database):
+            raise DataError(f"is of another database; {_REMEDY}", path=folder / "table.json")
         shape = (manifest.num_places, manifest.num_neighbors)
         self.neighbors = _mapped(folder / "neighbors.npy", np.int64, shape)
         self.scores = self.sources = None
@@ -122,6 +127,7 @@ class NeighborTable:
             self.scores = _mapped(folder / "scores.npy", np.float32, shape)
             self.sources = _mapped(folder / "sources.npy", np.uint32, (*shape, 3))
         self.starts = _mapped(folder / "starts.npy", np.int64, (manifest.source.num_documents + 1,))
+        self._compare()
 
     def check_source(self, prefix: Path) -> None:
         """Compare the file that is trained on with the one that was queried. Documents may have been appended.
@@ -133,19 +139,26 @@ class NeighborTable:
             raise DataError("has changed since its neighbors were searched; run --tasks query-neighbors", path=prefix)
 
     def verify(self) -> None:
-        """Read the table and compare it with its checksum.
+        """Read all of the table and compare it with its checksum; samples of it were compared when it was opened.
 
         Raises:
             DataError: they differ.
         """
+        with thoroughly():
+            self._compare()
+
+    def _compare(self) -> None:
         for name, array, sha256 in (
             ("neighbors.npy", self.neighbors, self.manifest.sha256),
             ("scores.npy", self.scores, self.manifest.scores_sha256),
             ("sources.npy", self.sources, self.manifest.sources_sha256),
             ("starts.npy", self.starts, self.manifest.starts_sha256),
         ):
-            if array is not None and digest_of_rows(array) != sha256:
-                raise DataError(f"does not match its checksum; {_REMEDY}", path=self.folder / name)
+            if array is None:
+                continue
+            path = self.folder / name
+            if content_part(path, "rows", lambda array=array: digest_of_rows(array)) != sha256:  # type: ignore[misc]
+                raise DataError(f"does not match its checksum; {_REMEDY}", path=path)
 
     def places(self, chunks: Sequence[tuple[int, int]] | np.ndarray) -> np.ndarray:
         """Rows of chunks, by document and first token: int64 [n].
@@ -342,15 +355,15 @@ def write_table(folder: Path, parts: Iterable[Mapping[str, np.ndarray]], manifes
         files[name].entry()["sha256"] for name in ("neighbors", "scores", "sources")
     )
     manifest.starts_sha256 = digest_of_rows(np.load(folder / "starts.npy", mmap_mode="r", allow_pickle=False))
-    write_json(folder / "table.json", asdict(manifest))
+    write_sealed(folder / "table.json", asdict(manifest))
 
 
 def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False) if 0 not in shape else np.load(path)
+        array = read_rows(path, mapped=0 not in shape)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot be read ({error}); {_REMEDY}", path=path) from None
     if array.shape != shape or array.dtype != dtype:
         wanted = f"{np.dtype(dtype)} {shape}"
         raise DataError(f"holds {array.dtype} {array.shape} and not {wanted}; {_REMEDY}", path=path)
-    return np.asarray(array)
+    return array

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.data.indexed.reader import IndexedFile, file_paths, read_meta
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.store.digest import sha256_of_file
+from megatron_grit.store.content import content_digest
 from megatron_grit.store.files import write_json
+from megatron_grit.store.sealed import seal, unseal
 
 
 @dataclass(kw_only=True)
@@ -28,7 +28,7 @@ class DatasetInfo:
     """SHA-256 of the ``.bin``, computed even if no ``.json`` records it."""
     bin_bytes: int = 0
     bin_mtime_ns: int = 0
-    """Of the ``.bin`` when it was cut. If size and mtime are unchanged, its SHA-256 is assumed unchanged."""
+    """Of the ``.bin`` when it was cut."""
     n_docs: int = 0
     n_docs_train: int = 0
     n_chunks: int = 0
@@ -144,7 +144,7 @@ class Project:
 
     def save_infos(self, infos: list[DatasetInfo]) -> None:
         """Write ``indexed_dataset_infos.json``."""
-        write_json(self.infos_path, [asdict(info) for info in infos])
+        write_json(self.infos_path, [seal(asdict(info)) for info in infos])
 
     def infos(self) -> list[DatasetInfo]:
         """The datasets of the database that was built.
@@ -169,7 +169,7 @@ class Project:
             values: list[dict[str, Any]] = json.loads(self.infos_path.read_text(encoding="utf-8"))
             if not isinstance(values, list) or not values:
                 raise ValueError("lists no datasets")
-            infos = [DatasetInfo(**value) for value in values]
+            infos = [DatasetInfo(**unseal(value)) for value in values]
             for name, value in ((name, value) for info in infos for name, value in vars(info).items()):
                 if isinstance(value, str) != (name in ("prefix", "fingerprint", "bin_sha256")):
                     raise ValueError(f"{name} is {value!r}")
@@ -181,10 +181,7 @@ class Project:
 
     def _check_unchanged(self, info: DatasetInfo) -> None:
         path = self.resolve(info.prefix)
-        stat = file_paths(path)[0].stat()
-        same = fingerprint(path) == info.fingerprint and stat.st_size == info.bin_bytes
-        # A copy has other times; then the content decides.
-        if not same or (stat.st_mtime_ns != info.bin_mtime_ns and sha256_of_bin(path) != info.bin_sha256):
+        if fingerprint(path) != info.fingerprint or sha256_of_bin(path) != info.bin_sha256:
             raise DataError(
                 "has changed since the database was built of it; put the old file back, or build another database",
                 path=path,
@@ -193,35 +190,34 @@ class Project:
 
 def fingerprint(prefix: Path) -> str:
     """Of an indexed file's documents: SHA-256 of the ``.bin`` and the ``.idx`` where the ``.json`` tells them; else of
-    the ``.idx`` and the size of the ``.bin``, which a change of single tokens does not alter."""
-    return _fingerprint(prefix, tuple(_stamp(path) for path in file_paths(prefix)))
+    the ``.idx`` and the size of the ``.bin``, which a change of single tokens does not alter.
 
-
-def sha256_of_bin(prefix: Path) -> str:
-    """SHA-256 of the ``.bin``, read whole."""
-    path = file_paths(prefix)[0]
-    return _sha256(path, _stamp(path))
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    if not path.is_file():
-        return -1, -1
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
-@functools.lru_cache(maxsize=256)
-def _fingerprint(prefix: Path, stamps: tuple[tuple[int, int], ...]) -> str:
+    Raises:
+        DataError: a file is not what its ``.json`` says.
+    """
     bin_path, idx_path, json_path = file_paths(prefix)
+    for path in (bin_path, idx_path):
+        if not path.is_file():
+            raise DataError("is missing; build the indexed file again", path=path)
     if json_path.is_file():
         meta = read_meta(prefix)
         if meta.bin_sha256:
-            if (meta.bin_bytes, meta.idx_bytes) != (stamps[0][0], stamps[1][0]):
-                raise DataError("is not as long as its .json says; build the indexed file again", path=bin_path)
+            for path, size, sha256 in (
+                (bin_path, meta.bin_bytes, meta.bin_sha256),
+                (idx_path, meta.idx_bytes, meta.idx_sha256),
+            ):
+                if path.stat().st_size != size:
+                    raise DataError("is not as long as its .json says; build the indexed file again", path=path)
+                if content_digest(path) != sha256:
+                    raise DataError(
+                        "is damaged: it does not match the checksum in its .json; put it back from a copy, or build "
+                        "the indexed file again",
+                        path=path,
+                    )
             return f"bin:{meta.bin_sha256}:{meta.idx_sha256}"
-    return f"idx:{_sha256(idx_path, stamps[1])}:{stamps[0][0]}"
+    return f"idx:{content_digest(idx_path)}:{bin_path.stat().st_size}"
 
 
-@functools.lru_cache(maxsize=256)
-def _sha256(path: Path, stamp: tuple[int, int]) -> str:
-    return sha256_of_file(path)
+def sha256_of_bin(prefix: Path) -> str:
+    """SHA-256 of the ``.bin``."""
+    return content_digest(file_paths(prefix)[0])

@@ -10,8 +10,8 @@ tombstones: their chunks keep their ids, and searches pass them over.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,10 +21,11 @@ import numpy as np
 from megatron_grit.data.chunks.chunk_db import DATASET, DOCUMENT, ChunkDb, map_dataset
 from megatron_grit.data.chunks.joined_rows import JoinedRows
 from megatron_grit.data.chunks.project import DatasetInfo, Project, fingerprint, sha256_of_bin
-from megatron_grit.data.indexed.reader import IndexedFile, file_paths, read_meta
+from megatron_grit.data.indexed.reader import IndexedFile
 from megatron_grit.errors import DataError
+from megatron_grit.store.content import content_digest, content_part, thoroughly
 from megatron_grit.store.digest import digest_of_rows, sha256_of_file
-from megatron_grit.store.files import write_json
+from megatron_grit.store.sealed import read_sealed, write_sealed
 
 _GIVEN_UP = "given_up"
 """Folder of versions that were built over."""
@@ -41,7 +42,7 @@ class Source:
     num_sequences: int
     bin_bytes: int
     bin_mtime_ns: int
-    """If it, the size and the fingerprint are unchanged, the tokens are assumed unchanged."""
+    """When the version was made."""
     bin_sha256: str
     index_sha256: str
     """Of the type of the tokens, the lengths of the sequences and the first sequence of each document."""
@@ -150,7 +151,7 @@ def read_version(folder: Path, number: int | None = None) -> Version:
             path=path,
         )
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = read_sealed(path)
         values["sources"] = [Source(**source) for source in values["sources"]]
         values["segments"] = [_segment(segment) for segment in values["segments"]]
         values["trained"] = StoredFile(**values["trained"])
@@ -168,13 +169,13 @@ def _segment(values: dict[str, Any]) -> AddedChunks:
 
 def write_version(folder: Path, version: Version) -> None:
     """Write a version; it is there when its file is."""
-    write_json(version_path(folder, version.number), dataclasses.asdict(version))
+    write_sealed(version_path(folder, version.number), dataclasses.asdict(version))
 
 
 def stored_file(folder: Path, path: Path, sha256: str | None = None) -> StoredFile:
     """A file of a project with its size and checksum, which is computed where it is not given."""
     name = path.relative_to(folder).as_posix()
-    return StoredFile(path=name, bytes=path.stat().st_size, sha256=sha256 or sha256_of_file(path))
+    return StoredFile(path=name, bytes=path.stat().st_size, sha256=sha256 or content_digest(path))
 
 
 def check_stored(folder: Path, file: StoredFile, *, thorough: bool = False) -> Path:
@@ -183,31 +184,35 @@ def check_stored(folder: Path, file: StoredFile, *, thorough: bool = False) -> P
     Args:
         folder: the project directory.
         file: of a version.
-        thorough: read it and compare its checksum, not only its size.
+        thorough: read all of it, not only samples of what is known of it.
 
     Raises:
         DataError: it is missing or was changed.
     """
     path = folder / file.path
     if not path.is_file():
-        raise DataError("is missing; a version of the database needs it", path=path)
-    if path.stat().st_size != file.bytes or (thorough and sha256_of_file(path) != file.sha256):
         raise DataError(
-            "was changed since this version of the database was made; put it back from a copy (db-build makes those "
-            "in db/merged again)",
+            "is missing; a version of the database needs it (--tasks db-build makes tables of chunks)", path=path
+        )
+    with thoroughly() if thorough else nullcontext():
+        is_same = path.stat().st_size == file.bytes and content_digest(path) == file.sha256
+    if not is_same:
+        raise DataError(
+            "was changed since this version of the database was made; put it back from a copy (--tasks db-build makes "
+            "tables of chunks again)",
             path=path,
         )
     return path
 
 
 def is_damaged(folder: Path, path: Path) -> bool:
-    """Whether a file belongs to the newest version and is no longer what it was; reads it.
+    """Whether a file belongs to the newest version and is no longer what it was.
 
     Raises:
         DataError: the version cannot be read.
     """
     files = read_version(folder).files() if version_numbers(folder) else iter(())
-    return any(folder / file.path == path and sha256_of_file(path) != file.sha256 for file in files)
+    return any(folder / file.path == path and content_digest(path) != file.sha256 for file in files)
 
 
 def additions(folder: Path, version: Version) -> list[Version]:
@@ -252,18 +257,17 @@ def removed_documents(folder: Path, version: Version) -> np.ndarray:
     """
     if version.tombstones is None:
         return np.empty((0, 2), dtype=np.int64)
-    pairs: np.ndarray = np.load(check_stored(folder, version.tombstones, thorough=True), allow_pickle=False)
+    pairs: np.ndarray = np.load(check_stored(folder, version.tombstones), allow_pickle=False)
     return pairs
 
 
 def source_of(prefix: str, path: Path) -> Source:
-    """A dataset as it is now. The ``.bin`` is read where no ``.json`` tells its checksum.
+    """A dataset as it is now.
 
     Raises:
         DataError: it is missing or damaged.
     """
     file = IndexedFile(path)
-    known = read_meta(path).bin_sha256 if file_paths(path)[2].is_file() else None
     return Source(
         prefix=prefix,
         fingerprint=fingerprint(path),
@@ -271,30 +275,36 @@ def source_of(prefix: str, path: Path) -> Source:
         num_sequences=file.num_sequences,
         bin_bytes=file.bin_bytes,
         bin_mtime_ns=file.bin_path.stat().st_mtime_ns,
-        bin_sha256=known or sha256_of_bin(path),
+        bin_sha256=sha256_of_bin(path),
         index_sha256=_index_digest(file, file.num_sequences, file.num_documents),
     )
 
 
 def is_unchanged(path: Path, source: Source) -> bool:
-    """Whether an indexed file is a source and nothing more. It is read only where its time is another one."""
-    stat = file_paths(path)[0].stat()
-    if fingerprint(path) != source.fingerprint or stat.st_size != source.bin_bytes:
-        return False
-    return stat.st_mtime_ns == source.bin_mtime_ns or sha256_of_bin(path) == source.bin_sha256
+    """Whether an indexed file is a source and nothing more.
+
+    Raises:
+        DataError: it is not what its ``.json`` says.
+    """
+    return fingerprint(path) == source.fingerprint and sha256_of_bin(path) == source.bin_sha256
 
 
 def begins_with(path: Path, source: Source) -> bool:
-    """Whether an indexed file begins with the documents of a source; reads it as far as they go."""
+    """Whether an indexed file begins with the documents of a source. What is found of a file is remembered.
+
+    Raises:
+        DataError: it is not what its ``.json`` says, or its index does not hold together.
+    """
     if is_unchanged(path, source):
         return True
-    file = IndexedFile(path)
+    file, size = IndexedFile(path), source.bin_bytes
     return (
         file.num_documents >= source.num_documents
         and file.num_sequences >= source.num_sequences
-        and file.bin_bytes >= source.bin_bytes
+        and file.bin_bytes >= size
         and _index_digest(file, source.num_sequences, source.num_documents) == source.index_sha256
-        and sha256_of_file(file.bin_path, source.bin_bytes) == source.bin_sha256
+        and content_part(file.bin_path, f"first {size} bytes", lambda: sha256_of_file(file.bin_path, size))
+        == source.bin_sha256
     )
 
 
@@ -321,8 +331,14 @@ def shares_documents(path: Path, own: Path, source: Source) -> bool:
 
 
 def _index_digest(file: IndexedFile, num_sequences: int, num_documents: int) -> str:
-    arrays = (file.lengths[:num_sequences], file.documents[: num_documents + 1])
-    return digest_of_rows(*arrays, prefix=file.dtype.str.encode())
+    """Of the first sequences and documents; pointers are compared with the lengths that they follow from."""
+
+    def compute() -> str:
+        file.check_index()
+        arrays = (file.lengths[:num_sequences], file.documents[: num_documents + 1])
+        return digest_of_rows(*arrays, prefix=file.dtype.str.encode())
+
+    return content_part(file.idx_path, f"{num_sequences} sequences, {num_documents} documents", compute)
 
 
 def document_keys(datasets: np.ndarray, documents: np.ndarray) -> np.ndarray:
@@ -398,7 +414,7 @@ class VersionedDb(ChunkDb):
         self.infos = infos_of(version.sources)
         tables = []
         for segment in version.segments:
-            tables.append(map_dataset(check_stored(project.folder, segment.table), "chunks"))
+            tables.append(map_dataset(check_stored(project.folder, segment.table), "chunks", compare=False))
             if len(tables[-1]) != segment.num_chunks:
                 raise DataError(f"holds {len(tables[-1])} chunks, not {segment.num_chunks}", path=self.path)
         self.tables = tables

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,10 @@ from megatron_grit.retrieval.database.versions import search_of
 from megatron_grit.retrieval.work import Worker
 from megatron_grit.store.blocks import Arrays, BlockFolder
 from megatron_grit.store.digest import digest_of_settings
-from megatron_grit.store.files import replacing, write_json
+from megatron_grit.store.files import replacing
 from megatron_grit.store.logs import get_logger
+from megatron_grit.store.rows import read_rows
+from megatron_grit.store.sealed import read_sealed, write_sealed
 
 log = get_logger(__name__)
 
@@ -132,7 +133,7 @@ class QueriedFile:
         self.folder = project.folder / "query" / f"{self.path.name}_{name[:16]}"
 
     def is_done(self, worker: Worker) -> bool:
-        """Whether the table is there and whole; the first process reads it. All processes call it."""
+        """Whether the table is there and whole; the first process looks. All processes call it."""
         return worker.from_first(self._is_done)
 
     def _is_done(self) -> bool:
@@ -152,7 +153,6 @@ class QueriedFile:
             DataError: it is missing, damaged or something else.
         """
         table = NeighborTable(self.folder)
-        table.verify()
         found, config = table.manifest, self.config
         wanted = (self.settings, self.datasets, config.chunk_length, config.num_neighbors_save, int(table.starts[-1]))
         if (found.settings, found.datasets, found.chunk_length, found.num_neighbors, found.num_places) != wanted:
@@ -185,10 +185,10 @@ class QueriedFile:
             DataError: it is missing or damaged.
         """
         try:
-            taken = json.loads((self.folder / "taken_over.json").read_text(encoding="utf-8"))
+            taken = read_sealed(self.folder / "taken_over.json")
             table, first, num_segments = taken["table"], int(taken["num_places"]), int(taken["num_segments"])
-            starts = np.asarray(np.load(self.folder / "starts.npy", mmap_mode="r", allow_pickle=False))
-            again = np.load(self.folder / "again.npy", allow_pickle=False)
+            starts = read_rows(self.folder / "starts.npy", mapped=True)
+            again = read_rows(self.folder / "again.npy")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(
                 f"cannot be read ({error}); delete it and run --tasks query-neighbors", path=self.folder
@@ -222,7 +222,7 @@ class QueriedFile:
             taken |= {"num_places": manifest.num_places, "num_segments": earlier.num_segments}
         with replacing(self.folder / "again.npy", "wb") as file:
             np.save(file, np.concatenate(again), allow_pickle=False)
-        write_json(self.folder / "taken_over.json", taken)
+        write_sealed(self.folder / "taken_over.json", taken)
 
     def _earlier_table(self) -> _Earlier | None:
         """The table of the first documents of this file with this index and these settings from which least is to be
@@ -240,9 +240,7 @@ class QueriedFile:
                 searched = (num_places - manifest.num_places) * len(self.db) + manifest.num_places * num_new
                 rank = searched, len(removed)
                 if best is None or rank < best[0]:
-                    table = NeighborTable(path.parent)
-                    table.verify()
-                    best = rank, _Earlier(table, num_segments, removed)
+                    best = rank, _Earlier(NeighborTable(path.parent), num_segments, removed)
             except DataError as error:
                 log.warning(f"not taken over: {error}")
         return best[1] if best else None

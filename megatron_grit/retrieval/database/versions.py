@@ -121,7 +121,7 @@ def version_to_use(project: Project, worker: Worker, embedder: Embedder) -> Vers
         )
     if worker.is_first:  # what is made of damaged chunks would look like any other
         for segment in version.segments:
-            check_stored(project.folder, segment.table, thorough=True)
+            check_stored(project.folder, segment.table)
     worker.barrier()
     return version
 

@@ -71,7 +71,8 @@ class DuplicateSearch:
         self.mode, self.threshold = config.duplicates, config.near_threshold
         self.bands = choose_bands(config.near_threshold, config.minhash_permutations)
         # A process that works on all parts opens each file often; there are limits to how many may be mapped.
-        self._map = functools.lru_cache(maxsize=_MAPPED_ARRAYS)(map_dataset)
+        # Blocks of chunks are compared with their checksums where keys are made of them, keys when they are written.
+        self._map = functools.lru_cache(maxsize=_MAPPED_ARRAYS)(functools.partial(map_dataset, compare=False))
         self._ends = np.cumsum([len(self._map(block.path, "hashes")) for block in self.blocks], dtype=np.int64)
         """Chunks up to the end of each block."""
         self.num_chunks = int(self._ends[-1]) if self.blocks else 0

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,11 @@ from megatron_grit.config.database.schema import MOST_ON_GPU
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.index.factory import GRAPHS, MIN_POINTS_PER_LIST, check_kind, lists_of
 from megatron_grit.retrieval.index.id_ranges import NO_RANGES, count, drop_members, outside
-from megatron_grit.retrieval.index.manifest import IndexManifest, is_whole, read_manifest, remedy_of
+from megatron_grit.retrieval.index.manifest import IndexManifest, is_whole, read_manifest, remedy_of, write_manifest
 from megatron_grit.retrieval.index.pair_scores import scored_by_pairs
 from megatron_grit.store.blocks import cannot_write
-from megatron_grit.store.digest import sha256_of_file
 from megatron_grit.store.environment import job_size, local_rank
-from megatron_grit.store.files import replacing_path, write_json
+from megatron_grit.store.files import replacing_path
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import still_at_work
 
@@ -424,9 +423,8 @@ class VectorIndex:
         try:
             with replacing_path(path) as temporary:
                 faiss.write_index(self.index, str(temporary))
-                manifest.first_id = self.first_id
-                manifest.bytes, manifest.sha256 = temporary.stat().st_size, sha256_of_file(temporary)
-            write_json(path.with_suffix(".json"), asdict(manifest))
+            manifest.first_id = self.first_id
+            write_manifest(path, manifest)
         except (OSError, RuntimeError) as error:
             raise cannot_write(path, _reason(error)) from None
 

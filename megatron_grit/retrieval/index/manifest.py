@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_grit.errors import DataError
-from megatron_grit.store.digest import is_as_described
+from megatron_grit.store.content import content_digest
+from megatron_grit.store.sealed import read_sealed, write_sealed
 
 
 @dataclass(kw_only=True)
@@ -47,11 +47,17 @@ def read_manifest(path: Path) -> IndexManifest:
     if not file.is_file():
         raise DataError(f"is missing; {remedy_of(path)}", path=file)
     try:
-        return IndexManifest(**json.loads(file.read_text(encoding="utf-8")))
+        return IndexManifest(**read_sealed(file))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"cannot be read ({error}); delete it and {remedy_of(path)}", path=file) from None
 
 
+def write_manifest(path: Path, manifest: IndexManifest) -> None:
+    """Write what is known of an index file that is there; its size and checksum are filled in."""
+    manifest.bytes, manifest.sha256 = path.stat().st_size, content_digest(path)
+    write_sealed(path.with_suffix(".json"), asdict(manifest))
+
+
 def is_whole(path: Path, manifest: IndexManifest) -> bool:
-    """Whether an index file is what its manifest says; reads it."""
-    return is_as_described(path, {"bytes": manifest.bytes, "sha256": manifest.sha256})
+    """Whether an index file is what its manifest says."""
+    return path.is_file() and path.stat().st_size == manifest.bytes and content_digest(path) == manifest.sha256

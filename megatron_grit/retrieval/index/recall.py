@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from megatron_grit.errors import DataError
 from megatron_grit.retrieval.index.search import ShardedIndex
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import still_at_work
+from megatron_grit.store.sealed import read_sealed
 
 log = get_logger(__name__)
 
@@ -230,6 +230,6 @@ def read_search(path: Path) -> SearchSettings:
     if not path.is_file():
         raise DataError("is missing; run --tasks index-add", path=path)
     try:
-        return SearchSettings(**json.loads(path.read_text(encoding="utf-8")))
+        return SearchSettings(**read_sealed(path))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"cannot be read ({error}); delete it and run --tasks index-add", path=path) from None

@@ -8,7 +8,6 @@ was promised. So the queries are drawn from what will be searched for: ``recall_
 from __future__ import annotations
 
 import functools
-import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from megatron_grit.retrieval.database.vectors import ChunkVectors, find_chunks
 from megatron_grit.retrieval.work import Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder
 from megatron_grit.store.digest import digest_of_settings, sha256_of_file
-from megatron_grit.store.files import write_json
+from megatron_grit.store.sealed import read_sealed, write_sealed
 
 NUM_QUERIES = 4000
 
@@ -111,7 +110,7 @@ class RecallQueries:
                     ids=ids,
                     texts=texts,
                 )
-                write_json(self._file, asdict(drawn))
+                write_sealed(self._file, asdict(drawn))
         worker.barrier()
         texts, own = self.drawn.texts, np.array(self.drawn.ids, dtype=np.int64)
         embedder, all_chunks = vectors.embedder, bool((own >= 0).all())
@@ -144,7 +143,7 @@ class RecallQueries:
 
     def _read_file(self) -> DrawnQueries:
         try:
-            return DrawnQueries(**json.loads(self._file.read_text(encoding="utf-8")))
+            return DrawnQueries(**read_sealed(self._file))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(
                 f"cannot be read ({error}); delete it and run --tasks index-add --overwrite index-add", path=self._file

@@ -127,7 +127,7 @@ class Addition:
     Args:
         project: the database.
         before: its newest version.
-        embedder: that of its index.
+        embedder: that of its index. None: no codes are made.
         sources: of the version that it made. None: the files as they are now.
 
     Attributes:
@@ -139,7 +139,7 @@ class Addition:
     """
 
     def __init__(
-        self, project: Project, before: Version, embedder: Embedder, sources: list[Source] | None = None
+        self, project: Project, before: Version, embedder: Embedder | None, sources: list[Source] | None = None
     ) -> None:
         self.project, self.before, self.embedder = project, before, embedder
         number = before.number + 1
@@ -203,6 +203,7 @@ class Addition:
         """
         new = TableDb(self.project, self.table, infos_of(self.sources))
         folder = added_vectors(self.project.folder, self.before.number + 1)
+        assert self.embedder is not None
         return ChunkVectors(self.project, new, self.embedder, self.chunks, folder)
 
     def code_blocks(self, vectors: ChunkVectors) -> Check:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -43,9 +42,9 @@ from megatron_grit.retrieval.dedup.duplicates import EQUAL, SIMILAR, DuplicateSe
 from megatron_grit.retrieval.stages.task import Inputs, Job, Report, Task
 from megatron_grit.retrieval.work import Check, Worker
 from megatron_grit.store.blocks import signature_of
-from megatron_grit.store.digest import digest_of_rows, digest_of_settings
-from megatron_grit.store.files import write_json
+from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.logs import get_logger
+from megatron_grit.store.sealed import read_sealed, write_sealed
 
 log = get_logger(__name__)
 
@@ -97,8 +96,10 @@ class DbBuild(Task):
         if not path.is_file():
             return {"built": None}
         try:
-            built: Report = json.loads(path.read_text(encoding="utf-8"))
+            built: Report = read_sealed(path)
             report_lines(built["datasets"])
+            if set(built) != {"datasets", "near_duplicates"}:
+                raise ValueError(f"has keys {sorted(built)}")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"cannot be read ({error}); delete it and run --tasks db-build", path=path) from None
         return {"built": built}
@@ -206,16 +207,8 @@ def _is_stale(project: Project, cuts: Sequence[Cut]) -> bool:
     if not (project.merged.parent / REPORT_FILE).is_file():
         return True
     path = project.merged / "train.hdf5"
-    # A version knows the whole file; before there is one the rows are compared with what was written.
-    return is_damaged(project.folder, path) or (not version_numbers(project.folder) and not _holds_its_rows(path))
-
-
-def _holds_its_rows(path: Path) -> bool:
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        written = file.attrs.get("rows_sha256")
-    return bool(written == digest_of_rows(map_dataset(path, "chunks")))
+    # The rows were compared with what was written when they were mapped; a version knows the whole file.
+    return is_damaged(project.folder, project.merged / "train.hdf5")
 
 
 def _merge_signature(project: Project, cuts: Sequence[Cut]) -> str:
@@ -246,7 +239,6 @@ def merge_chunks(project: Project, cuts: Sequence[Cut], search: DuplicateSearch)
         info = replace(cut.dataset, bin_sha256=sha256_of_bin(path), bin_bytes=size, bin_mtime_ns=changed)
         infos.append(info)
         report.append({"prefix": info.prefix, "documents": info.n_docs} | dict.fromkeys(COUNTS, 0))
-    num_valid = 0
     for part in parted(project, cuts, state):
         info, counts = infos[part.dataset], report[part.dataset]
         info.n_docs_train += int((~part.held_out).sum())
@@ -254,7 +246,6 @@ def merge_chunks(project: Project, cuts: Sequence[Cut], search: DuplicateSearch)
         info.n_chunks_train += len(part.train)
         info.n_chunks_invalid += len(part.invalid)
         info.n_chunks_duplicate += int((part.state > 0).sum())
-        num_valid += len(part.valid)
         empty = int((part.invalid[:, VISIBLE] == 0).sum())
         added = [empty, len(part.invalid) - empty, *((part.state == kind).sum() for kind in (EQUAL, SIMILAR))]
         for name, count in zip(COUNTS, [*added, len(part.valid), len(part.train)], strict=True):
@@ -264,22 +255,33 @@ def merge_chunks(project: Project, cuts: Sequence[Cut], search: DuplicateSearch)
         raise DataError("no chunk is left; lower min_chunk_tokens or valid_fraction", path=project.folder)
     for info in infos:
         info.ratio = info.n_chunks_train / total
-    signature = _merge_signature(project, cuts)
-    train, valid = (project.merged / f"{name}.hdf5" for name in ("train", "valid"))
-    num_documents = sum(info.n_docs_train for info in infos)
-    with (
-        writing_table(train, total, signature, num_documents) as of_train,
-        writing_table(valid, num_valid, signature) as of_valid,
-    ):
-        for part in parted(project, cuts, state):
-            of_train.add(part.train, part.doc_offsets)
-            of_valid.add(part.valid)
+    write_tables(project, cuts, state)
     examples = _examples(project, cuts, search, state)
-    write_json(project.merged.parent / REPORT_FILE, {"datasets": report, "near_duplicates": examples})
+    write_sealed(project.merged.parent / REPORT_FILE, {"datasets": report, "near_duplicates": examples})
     # The last, for it says that the others are there.
     project.save_infos(infos)
     for line in report_lines(report):
         log.info(line)
+
+
+def write_tables(project: Project, cuts: Sequence[Cut], state: np.ndarray) -> None:
+    """Write ``db/merged/train.hdf5`` and ``valid.hdf5``. In one process.
+
+    Args:
+        project: the database.
+        cuts: what was cut of each dataset.
+        state: of the search for duplicates among them.
+    """
+    sizes = [(len(part.train), len(part.valid), len(part.doc_offsets)) for part in parted(project, cuts, state)]
+    num_train, num_valid, num_documents = (sum(column) for column in zip(*sizes, strict=True))
+    signature = _merge_signature(project, cuts)
+    with (
+        writing_table(project.merged / "train.hdf5", num_train, signature, num_documents) as of_train,
+        writing_table(project.merged / "valid.hdf5", num_valid, signature) as of_valid,
+    ):
+        for part in parted(project, cuts, state):
+            of_train.add(part.train, part.doc_offsets)
+            of_valid.add(part.valid)
 
 
 def report_lines(report: list[dict[str, Any]]) -> list[str]:

@@ -24,9 +24,9 @@ from megatron_grit.retrieval.stages.task import Inputs, Job, Report, Task
 from megatron_grit.retrieval.work import Check, Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder, read_arrays, signature_of, write_arrays
 from megatron_grit.store.digest import digest_of_settings
-from megatron_grit.store.files import write_json
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import Progress
+from megatron_grit.store.sealed import write_sealed
 
 log = get_logger(__name__)
 
@@ -184,7 +184,7 @@ def measure_search(files: IndexFiles) -> SearchSettings:
     settings = dataclasses.replace(
         settings, signature=signature, queries=drawn.source, query_instruction=drawn.query_instruction
     )
-    write_json(files.search, dataclasses.asdict(settings))
+    write_sealed(files.search, dataclasses.asdict(settings))
     log.info(
         f"recall@{settings.recall_at} against exact search: {settings.recall:.3f} "
         f"({settings.recall_low:.3f} to {settings.recall_high:.3f}, {settings.num_queries:,} {settings.queries}) with "

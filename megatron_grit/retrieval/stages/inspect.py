@@ -23,6 +23,7 @@ from megatron_grit.data.chunks.versions import (
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.queried import tables_of
+from megatron_grit.retrieval.database.verification import verify_files
 from megatron_grit.retrieval.database.versions import nearest_chunks, open_index
 from megatron_grit.retrieval.stages.db_build import report_lines as db_build_lines
 from megatron_grit.retrieval.stages.embed import project_embedder
@@ -60,8 +61,8 @@ class Inspector:
         """Counts, versions, index and tables of neighbors.
 
         Args:
-            verify: read every file of the version and every table and compare their checksums; before there is a
-                version, compare the chunks with the blocks that they were merged of.
+            verify: read every file and compare its checksum; before there is a version, compare the chunks with the
+                blocks that they were merged of as well.
 
         Raises:
             DataError: a file is missing or damaged.
@@ -69,7 +70,7 @@ class Inspector:
         folder, version = self.project.folder, self.version
         if version is not None:
             for file in version.files():
-                check_stored(folder, file, thorough=verify)
+                check_stored(folder, file)
         counts = self._chunks_of_datasets()
         summary: Report = {
             "project": str(folder),
@@ -80,6 +81,7 @@ class Inspector:
                 for number, (info, count) in enumerate(zip(self.db.infos, counts, strict=True))
             ],
             "verified": verify,
+            "without_checksum": verify_files(self.project, version) if verify else [],
         }
         for task in TASKS.values():
             summary |= task.describe(self.db, version, verify=verify)
@@ -145,7 +147,7 @@ class Inspector:
         ((prefix, folder),) = tables.items()
         number = read_table_manifest(folder).version
         db = VersionedDb(self.project, read_version(self.project.folder, number))
-        table = NeighborTable(folder, db.rows)
+        table = NeighborTable(folder, db.rows, db.version.chunks)
         place = int(document), int(offset)
         try:
             ids = table.read([place], [(dataset, place[0]) for dataset in table.manifest.datasets], k)[0].tolist()
@@ -315,7 +317,16 @@ def _summary_lines(summary: Report) -> Iterator[str]:
         yield f"version {version['number']}: {version['num_chunks']:,} chunks; {', '.join(version['notes'])}"
     if summary["verified"]:
         has_index = summary["index"] is not None
-        yield "all files match their checksums" if has_index else "the chunks are those that were cut"
+        without = summary["without_checksum"]
+        yield f"all files{' that have one' if without else ''} match their checksum" + (
+            "" if has_index else "; the chunks are those that were cut"
+        )
+        if without:
+            more = f" and {len(without) - 5:,} more" if len(without) > 5 else ""
+            yield (
+                "without a checksum, as earlier releases wrote them, and so not compared: "
+                f"{', '.join(without[:5])}{more}"
+            )
 
 
 def _index_lines(index: Report) -> Iterator[str]:

@@ -15,6 +15,7 @@ from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.index_files import IndexFiles
 from megatron_grit.retrieval.stages.embed import project_embedder
 from megatron_grit.retrieval.stages.preparation import Preparation
+from megatron_grit.retrieval.stages.restore import restore_tables
 from megatron_grit.retrieval.stages.task import Job, Task
 from megatron_grit.retrieval.stages.tasks import TASKS
 from megatron_grit.retrieval.work import Worker, alone_in, worker
@@ -92,7 +93,10 @@ def _run_task(task: Task, prepared: Preparation, worker: Worker, embedder: Embed
     if prepared.validate is not None:
         validate_task(task, job, prepared.validate)
     elif prepared.leaves(task):
-        log.info(f"task {task.name}: left as it is; the task add adds documents")
+        if worker.is_first:
+            log.info(f"task {task.name}: left as it is; the task add adds documents")
+        if task.name == "db-build":
+            restore_tables(project, worker)
     else:
         if task.name == "embed" and "index-train" in prepared.tasks:
             # Known before days of embedding.

@@ -77,5 +77,5 @@ def changed_settings(
         elif setting == "data_paths":
             line += "; where the same files were only moved, leave links to them in the old place"
         elif setting in PATHS:
-            line += "; where the same files were only moved, change it in config.json"
+            line += "; where the same files were only moved, change it in config.json and remove its checksum"
         yield line

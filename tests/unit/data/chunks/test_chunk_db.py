@@ -69,6 +69,7 @@ def test_chunks_beyond_their_document_are_refused(project: Project) -> None:
         row = file["chunks"][2]
         row[3] = 60_000
         file["chunks"][2] = row
+        del file.attrs["rows_sha256"]  # a table that was written with it
     with pytest.raises(DataError, match="beyond their documents' ends"):
         ChunkDb(project).read_tokens(np.array([2]))
 

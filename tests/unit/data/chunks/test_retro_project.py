@@ -38,9 +38,7 @@ def test_a_change_of_one_byte_is_found(project: Project, tmp_path: Path, ending:
     content = bytearray(path.read_bytes())
     content[-1 if ending == "idx" else 40] ^= 1
     path.write_bytes(content)
-    if ending == "idx" and (tmp_path / "a.json").is_file():
-        pytest.skip("the tokens are those of the .bin; reading them checks the index")
-    with pytest.raises(DataError, match="has changed since the database was built"):
+    with pytest.raises(DataError, match="has changed since the database was built|not match the checksum in its .json"):
         project.infos()
 
 

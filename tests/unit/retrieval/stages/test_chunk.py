@@ -97,7 +97,7 @@ def test_a_merge_that_was_killed_finds_nothing_twice(tmp_path: Path, monkeypatch
     folder = project.folder / "db" / "duplicates"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
-            "megatron_grit.retrieval.stages.db_build.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "megatron_grit.retrieval.stages.db_build.write_sealed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         build_chunks(project, Worker())
     assert any(folder.rglob("*.hdf5"))

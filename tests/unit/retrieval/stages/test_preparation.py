@@ -20,6 +20,7 @@ from megatron_grit.retrieval.stages import add, index_add
 from megatron_grit.retrieval.stages import run as stages
 from megatron_grit.retrieval.stages.preparation import Preparation
 from megatron_grit.retrieval.stages.run import run_tasks
+from megatron_grit.store.sealed import read_sealed, write_sealed
 from tests.unit.retrieval.databases import WordEmbedder, make_texts, tokenizer_of, write_documents
 
 TEXTS = make_texts(25)
@@ -133,7 +134,7 @@ def test_an_addition_that_was_refused_leaves_no_trace(project: Path, given: dict
     run_tasks(Preparation(project, "build", {}))
     # Even if a command of before kept it.
     config = project / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"data_paths": [*paths, "typo"]}))
+    write_sealed(config, read_sealed(config) | {"data_paths": [*paths, "typo"]})
     right = [*paths, write_documents(tmp_path / "b", make_texts(9, seed=1), tokenizer_of(tmp_path))]
     with pytest.raises(ConfigError, match="documents are added with --tasks add"):
         run_tasks(Preparation(project, "query-neighbors", {}))

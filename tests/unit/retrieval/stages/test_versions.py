@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from megatron_grit.retrieval.stages.db_build import build_chunks
 from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
 from megatron_grit.retrieval.stages.tombstone import parse_documents, remove_documents
 from megatron_grit.retrieval.work import Worker
+from megatron_grit.store.sealed import read_sealed, write_sealed
 from tests.unit.retrieval.databases import (
     WordEmbedder,
     another,
@@ -429,8 +429,7 @@ def test_an_index_that_was_built_again_is_another_version(project: Project) -> N
     assert version_numbers(project.folder) == [1, 2]
     open_index(project, first)
     path = project.folder / first.segments[0].index[0].path
-    manifest = json.loads(path.with_suffix(".json").read_text())
-    path.with_suffix(".json").write_text(json.dumps(manifest | {"sha256": "0" * 64}))
+    write_sealed(path.with_suffix(".json"), read_sealed(path.with_suffix(".json")) | {"sha256": "0" * 64})
     with pytest.raises(DataError, match="was built again since version 1"):
         open_index(project, first)
 
