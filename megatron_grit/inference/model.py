@@ -33,9 +33,12 @@ from megatron_grit.inference.score import score_tokens
 from megatron_grit.models.decoder import GritDecoder, build_model
 from megatron_grit.parallel.launch import initialize
 from megatron_grit.store.environment import job_size
+from megatron_grit.store.logs import get_logger
 from megatron_grit.training.checkpoint import read_config, read_state, resolve_checkpoint, tokenizer_path
 
 Messages = Sequence[Mapping[str, Any]]
+
+log = get_logger(__name__)
 
 
 class Embeddings(NamedTuple):
@@ -126,6 +129,8 @@ class GritModel:
         )
         model = build_model(config, int(state["vocab_size"]), context)
         load_checkpoint(path, config, [model], context, base)
+        if config.model.retro.num_neighbors:
+            log.info(f"{path} was trained to read neighbors; here it reads none, as with model.retro.gate 0")
         return GritModel(config, model.eval(), tokenizer, chat)
 
     def encode(

@@ -35,12 +35,13 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import CheckpointError
 from megatron_grit.models.adapters import adapted_linears
 from megatron_grit.models.decoder import GritDecoder
+from megatron_grit.models.retro.names import reads
 from megatron_grit.parallel.collectives import any_rank
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState
 from megatron_grit.store.logs import get_logger
 from megatron_grit.training.manifest import verify_manifest
-from megatron_grit.training.megatron_checkpoint import MegatronNames, is_other_state
+from megatron_grit.training.megatron_checkpoint import NUMBERED, MegatronNames, is_other_state
 from megatron_grit.training.restore_checks import check_optimizer_step, optimizer_parts
 from megatron_grit.training.sharded_write import ShardedWrite
 
@@ -220,9 +221,34 @@ def load_weights(path: Path, model: Stage, context: ParallelContext) -> None:
                 f"{path}: holds adapters and not the model that they were trained beside; give it as adapter.load, and "
                 "their base as checkpoint.load or model.pretrained"
             )
-        _load_model(path, path / "weights", base_state(model, context), model)
+        _load_model(path, path / "weights", _state_of(path / "weights", model, context), model)
     else:
         _load_megatron(path, model, context)
+
+
+def _state_of(folder: Path, model: Stage, context: ParallelContext, **metadata: Any) -> dict[str, Any]:
+    """:func:`base_state` as a folder of weights has it: without what reads neighbors where it holds a decoder that does
+    not; those parameters keep their values."""
+    settings = stage_chunks(model)[0].config
+    state = base_state(model, context, **metadata)
+    parts = [state] if len(stage_chunks(model)) == 1 else list(state.values())
+    if not any(reads(name) for part in parts for name in part):
+        return state
+    try:
+        saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    except Exception:  # whatever the engine's reader meets in a damaged file: loading says it
+        return state
+    if any(map(reads, saved)):
+        return state
+    # Layers that are all alike are stacked in a file, and those of this model are not alike.
+    settings.hetereogenous_dist_checkpoint = any(map(NUMBERED.match, saved))
+    try:
+        state = base_state(model, context, **metadata)
+    finally:
+        settings.hetereogenous_dist_checkpoint = True
+    log.info(f"{folder.parent} holds a decoder that reads no neighbors; the parameters that read them start afresh")
+    parts = [state] if len(stage_chunks(model)) == 1 else list(state.values())
+    return _choose(state, [{name for name in part if not reads(name)} for part in parts])
 
 
 def load_adapters(path: Path, model: Stage, context: ParallelContext) -> None:
@@ -240,7 +266,7 @@ def _load_megatron(path: Path, model: Stage, context: ParallelContext) -> None:
     state: dict[str, Any] = {}
     try:
         names = MegatronNames(path)
-        state = base_state(model, context, **names.metadata())
+        state = _state_of(path, model, context, **names.metadata())
         names.rename(state)
         names.check(state, chunks[0].config.num_layers, chunks[0].num_tokens_in_vocab)
     except CheckpointError as error:

@@ -27,7 +27,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor,
 from megatron_grit.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_NUMBERED = re.compile(r"decoder\.layers\.(\d+)\.")
+NUMBERED = re.compile(r"decoder\.layers\.(\d+)\.")
+"""Begins the name of a layer's own tensor; else those of all layers are one."""
 _NORM_OF_DENSE, _NORM_OF_EXPERTS = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
 _LAST_NORM, _LAST_NORM_OF_HYBRID = "decoder.final_layernorm.", "decoder.final_norm."
 _SYMBOLS = {"self_attention.linear_qkv.": "*", "mlp.experts.": "E", "mlp.": "-", "mixer.": "M"}
@@ -97,7 +98,7 @@ class MegatronNames:
 
     def metadata(self) -> dict[str, Any]:
         """What the model's sharded state dict must be told to have the checkpoint's names."""
-        return {"non_homogeneous_layers": True} if any(map(_NUMBERED.match, self._saved)) else {}
+        return {"non_homogeneous_layers": True} if any(map(NUMBERED.match, self._saved)) else {}
 
     def rename(self, state: dict[str, Any]) -> None:
         """Give the model's tensors the checkpoint's names."""
@@ -152,7 +153,7 @@ def _layer_symbols(names: Iterable[str]) -> dict[int, str]:
     """HybridModel's symbol of each layer that has a number in these names, in their order; ? for one not known here."""
     parts: dict[int, set[str]] = {}
     for name in names:
-        if found := _NUMBERED.match(name):
+        if found := NUMBERED.match(name):
             parts.setdefault(int(found[1]), set()).add(name[found.end() :])
     symbols = {}
     for number in sorted(parts):
@@ -162,7 +163,7 @@ def _layer_symbols(names: Iterable[str]) -> dict[int, str]:
 
 
 def _name_of_hybrid(name: str) -> str:
-    found = _NUMBERED.match(name)
+    found = NUMBERED.match(name)
     if found is None:
         return name.replace(_LAST_NORM, _LAST_NORM_OF_HYBRID)
     rest = name[found.end() :]

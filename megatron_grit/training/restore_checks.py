@@ -82,5 +82,6 @@ def check_next_records(path: Path, saved: str | None, present: str | None, step:
         return
     raise CheckpointError(
         f"{path}: step {step + 1} would train on other records than the run that saved it; give it the same data "
-        "files, blend, batch sizes and seed, or set checkpoint.same_data to false to go on with the new ones"
+        "files, blend, batch sizes, seed and data.retro_version, or set checkpoint.same_data to false to go on with "
+        "the new ones"
     )

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.harness import command
 from tests.unit.retrieval.databases import make_texts, tokenizer_of, write_documents
@@ -99,6 +100,21 @@ def test_the_build_in_miniature(repository: Path, tmp_path: Path) -> None:
     train_on_the_same_documents(repository, tmp_path)
 
 
+def test_the_recipe_that_reads(repository: Path, tmp_path: Path) -> None:
+    """What it would train; without a database, placeholders stand for what that decides."""
+    script = str(repository / "examples" / "pretrain_retro.sh")
+    environment = command.environment() | {"DRY_RUN": "1"}
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load(done.stdout)
+    assert config["model"]["retro"]["num_neighbors"] == 2 and config["model"]["num_layers"] == 24
+    assert config["data"]["retro_project"] == "PROJECT_DIR" and config["data"]["split_multiple"] == 1
+    environment["DRY_RUN"] = "0"
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("pretrain_retro.sh: error: set PROJECT_DIR to the directory")
+
+
 def train_on_the_same_documents(repository: Path, tmp_path: Path) -> None:
     """A run that names the database trains on its documents with its tokenizer."""
     arguments = ["-m", "megatron_grit.cli.train", "--model", "tiny_mistral", "--parallel.device", "cpu"]
@@ -111,3 +127,31 @@ def train_on_the_same_documents(repository: Path, tmp_path: Path) -> None:
     assert [step["step"] for step in steps] == [1, 2] and all(step["loss_gen"] > 0 for step in steps)
     config = (tmp_path / "run" / "config.yaml").read_text()
     assert f"{tmp_path}/db/data/corpus_text_document" in config and f"{tmp_path}/db/data/tokenizer.model" in config
+    read_their_neighbors(arguments, tmp_path)
+
+
+def read_their_neighbors(arguments: list[str], tmp_path: Path) -> None:
+    """The same run with a model that reads: it resumes, says so where the database is another, and is exported."""
+    arguments = [*arguments, "--output_dir", str(tmp_path / "reads"), "--checkpoint.save_interval", "2"]
+    arguments += ["--model.retro.num_neighbors", "2", "--model.retro.layers", "[1]"]
+    first = [json.loads(line)["loss_gen"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    done = command.cli([*arguments, "--model.retro.gate", "null"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line) for line in (tmp_path / "reads" / "metrics.jsonl").read_text().splitlines()]
+    # A learned gate is closed at the first step: the samples and the decoder are those of the run before.
+    assert steps[0]["loss_gen"] != steps[1]["loss_gen"] and len(first) == len(steps) == 2
+    config = (tmp_path / "reads" / "config.yaml").read_text()
+    assert "retro_version: 1" in config and "num_neighbors: 2" in config
+    (tmp_path / "db" / "db" / "versions" / "0001.json").rename(tmp_path / "0001.json")
+    gone = command.cli([*arguments, "--training.steps", "4"], cwd=tmp_path)
+    assert gone.returncode == 2 and "megatron-grit: error: " in gone.stderr.splitlines()[-1]
+    (tmp_path / "0001.json").rename(tmp_path / "db" / "db" / "versions" / "0001.json")
+    resumed = command.cli([*arguments, "--model.retro.gate", "null", "--training.steps", "4"], cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    steps = [json.loads(line) for line in (tmp_path / "reads" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    export = ["-m", "megatron_grit.cli.convert", "--from", str(tmp_path / "reads"), "--to", str(tmp_path / "hf")]
+    exported = command.cli(export, cwd=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    assert "without what reads neighbors" in exported.stderr
+    assert "without what reads neighbors" in (tmp_path / "hf" / "README.md").read_text()

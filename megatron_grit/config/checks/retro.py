@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_grit.config.checks.problem import Problem
+from megatron_grit.config.kinds import kind_options, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import neighbor_tokens, reading_layers
 
@@ -50,4 +51,10 @@ def retro_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "model.retro.parity",
             "model.retro.parity core is for comparisons on one pipeline stage without parallel.sequence_parallel",
+        )
+    if config.data.retro_project is None and not all(kind_options(kind).EMBEDS for kind in trained_kinds(config)):
+        yield Problem(
+            "data.retro_project",
+            f"model.retro.num_neighbors is {retro.num_neighbors}, but data.retro_project is not set; give the "
+            "--project-dir of tools/retro/build_db.py",
         )

@@ -50,7 +50,15 @@ def resolve_retro_project(config: RunConfig, origins: Mapping[str, str], *, file
     # Neighbors are those of whole chunks: a piece that began within one would have none.
     if data.split_multiple % project.chunk_length:
         data.split_multiple = project.chunk_length
-    return dataclasses.replace(config, data=data)
+    if not config.model.retro.num_neighbors:
+        return dataclasses.replace(config, data=data)
+    if data.retro_version is None:
+        numbers = [int(path.stem) for path in (folder / "db" / "versions").glob("[0-9]*.json") if path.stem.isdigit()]
+        data.retro_version = max(numbers, default=None)
+    retro = config.model.retro
+    if "model.retro.chunk_length" not in origins:
+        retro = dataclasses.replace(retro, chunk_length=project.chunk_length)
+    return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, retro=retro))
 
 
 def _in_project(folder: Path, path: str, suffix: str = "") -> str:

@@ -25,6 +25,7 @@ from megatron_grit.data.text.tokenizer import BESIDE_TOKENIZER, load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.models.adapters import global_name
 from megatron_grit.models.decoder import GritDecoder
+from megatron_grit.models.retro.names import reads
 from megatron_grit.parallel.collectives import any_rank
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.store.files import replacing
@@ -113,7 +114,7 @@ def pretrained_weights(config: RunConfig) -> InitialWeights | None:
 def load_pretrained(
     config: RunConfig, chunks: Sequence[GritDecoder], context: ParallelContext, *, checked: bool = False
 ) -> int:
-    """Fill the weights of this process's chunks. An embedding head and adapters keep their values.
+    """Fill the weights of this process's chunks. Embedding head, adapters and what reads neighbors keep their values.
 
     Args:
         config: with ``model.pretrained``.
@@ -149,7 +150,7 @@ def fill_chunks(
     conversions = {conversion.megatron: conversion for conversion in plan}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            if name.startswith(NEW_MODULES) or ".adapter." in name:
+            if name.startswith(NEW_MODULES) or ".adapter." in name or reads(name):
                 continue
             conversion = conversions[global_name(chunk, name)]
             made = conversion.make(weights.stored, model, shard_of(chunk, name, parameter))
@@ -173,7 +174,7 @@ def pretrained_folder(source: str, *, weights: bool = True) -> Path:
 
 def _merge(shape: ModelConfig, given: ModelConfig, origins: Mapping[str, str], source: str) -> ModelConfig:
     """The shape of the weights, overridden by given keys that may differ from it."""
-    changes: dict[str, Any] = {"pretrained": source}
+    changes: dict[str, Any] = {"pretrained": source, "retro": given.retro}
     for field in fields(ModelConfig):
         name = field.name
         where = origins.get(f"model.{name}")

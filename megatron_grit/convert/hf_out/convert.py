@@ -27,6 +27,7 @@ from megatron_grit.convert.param_map import Family, Kind
 from megatron_grit.convert.peft.merge import Into, Reader, has_adapters, open_merged
 from megatron_grit.convert.raw_safetensors import RawTensor, write_header
 from megatron_grit.errors import CheckpointError, ConfigError
+from megatron_grit.models.retro.names import reads
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.store.digest import HashingFile, sha256_of_file
 from megatron_grit.store.files import check_room
@@ -190,6 +191,7 @@ def _plan_shards(
         ]
         entries.append(PlannedTensor(name, kind, tuple(described)))
     left_over = sorted(reader.shapes.keys() - {entry.name for entry in entries} - set(reader.head_names))
+    left_over = [name for name in left_over if not reads(name)]
     if left_over:
         raise CheckpointError(f"tensor {left_over[0]} ({len(left_over)} in all) has no place in a {family.name} model")
     shard: list[PlannedTensor] = []

@@ -37,6 +37,10 @@ def write_files(folder: Path, exported: Exported) -> None:
     settings = hf_config(exported)
     write_json(folder / "config.json", settings)
     remarks = write_words(folder, source)
+    if source.model.retro.num_neighbors:
+        without = "without what reads neighbors: it generates as with model.retro.gate 0"
+        log.warning(f"the decoder is exported {without}")
+        remarks.append(f"The decoder {without}.")
     misread = misread_by_transformers(folder, tokenizer)
     missing = misread or why_not_sentence_transformers(config.embedding, family, tokenizer)
     remarks += [] if misread is None else [f"{misread[0].upper()}{misread[1:]}."]

@@ -116,7 +116,7 @@ class GritDataLoader:
         return -(-(stream.fixed_length or row.length) // self._row_multiple) * self._row_multiple
 
     def fingerprint(self, step: int) -> str:
-        """Which records ``step`` is made of, and where they are cut: the same on every rank and at every layout.
+        """Which records ``step`` is made of, where they are cut, which neighbors are read: the same at every layout.
 
         Folders do not count, so that a run can resume after its data was moved.
 
@@ -125,7 +125,7 @@ class GritDataLoader:
         """
         with self._lock:
             segments = [segment for stream in self.streams.values() for segment in stream.segments(step)]
-        digest = hashlib.sha256()
+        digest = hashlib.sha256("".join(stream.read_beside() for stream in self.streams.values()).encode())
         for segment in segments:
             digest.update(f"{Path(segment.name).name}:{segment.start}:{segment.stop}\n".encode())
         return digest.hexdigest()

@@ -95,6 +95,10 @@ class RowStream(ABC):
             DataError: a damaged source.
         """
 
+    def read_beside(self) -> str:
+        """What identifies the data that rows hold beside their segments; empty where there is none."""
+        return ""
+
     @abstractmethod
     def source_counts(self, num_steps: int) -> dict[str, int]:
         """Samples of each source in the first steps."""

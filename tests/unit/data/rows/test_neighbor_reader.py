@@ -1,0 +1,196 @@
+"""Rows with their neighbors, against the table and the database read by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_grit.config.database.run import resolve_retro_project
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.schema.retro import RetroConfig
+from megatron_grit.data.chunks.chunk_db import ChunkDb
+from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.errors import ConfigError, DataError, GritError
+from tests.unit.retrieval.databases import (
+    CHUNK,
+    WordEmbedder,
+    build,
+    make_project,
+    make_texts,
+    tokenizer_of,
+    write_documents,
+)
+
+pytest.importorskip("faiss")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A database of a file of 30 documents and another of 12."""
+    folder = tmp_path_factory.mktemp("neighbors")
+    tokenizer = tokenizer_of(folder)
+    prefixes = [
+        write_documents(folder / name, make_texts(size, size), tokenizer) for name, size in (("a", 30), ("b", 12))
+    ]
+    made = build(make_project(folder / "db", prefixes, folder), WordEmbedder())
+    (made.folder / "config.json").write_text(json.dumps(asdict(made.config)))
+    return made
+
+
+def run_of(project: Project, **settings: object) -> RunConfig:
+    config = RunConfig()
+    config.data.retro_project = str(project.folder)
+    config.data.over_long, config.data.tokens_per_row = "split", 50
+    config.training.objective, config.training.generative_batch_size = "generative", 6
+    config.model.retro = RetroConfig(num_neighbors=2, layers=[0])
+    for key, value in settings.items():
+        section, name = key.split("__")
+        setattr(getattr(config, section), name, value)
+    return resolve_retro_project(config, {})
+
+
+def loader_of(config: RunConfig, project: Project) -> GritDataLoader:
+    return GritDataLoader(config, project.tokenizer)
+
+
+def expected_texts(
+    project: Project, row: PackedRow, segment: tuple[str, int, int, int], start: int, k: int
+) -> list[list[int]] | None:
+    """Tokens of the neighbors of the chunk that begins at a token of the row. None: the chunk is cut off."""
+    prefix, document, first, begin = segment
+    db = ChunkDb(project)
+    dataset = project.config.data_paths.index(prefix)
+    (folder,) = [
+        path
+        for path in (project.folder / "query").glob("*")
+        if json.loads((path / "table.json").read_text())["datasets"] == [dataset]
+    ]
+    neighbors, starts = np.load(folder / "neighbors.npy"), np.load(folder / "starts.npy")
+    chunk = (first + start - begin) // CHUNK
+    file = project.file(dataset)
+    length = int(file.lengths[document])
+    stop = first + segment_length(row, begin)
+    if (chunk + 1) * CHUNK > stop and stop < length:
+        return None
+    if starts[document] + chunk >= starts[document + 1]:
+        return []
+    held = {(project.config.data_paths.index(name), number) for name, number in map(record_of, row.record_ids)}
+    ids = [int(one) for one in neighbors[starts[document] + chunk] if one >= 0]
+    ids = [one for one in ids if tuple(db.rows[one][:2].tolist()) not in held]
+    return [db.tokens(one, num_tokens=2 * CHUNK).tolist() for one in ids[:k]]
+
+
+def record_of(name: str) -> tuple[str, int]:
+    prefix, number = name.rsplit("#", 1)
+    return prefix, int(number)
+
+
+def segment_length(row: PackedRow, begin: int) -> int:
+    bounds = row.cu_seqlens.tolist()
+    return bounds[bounds.index(begin) + 1] - begin
+
+
+def check_row(project: Project, loader: GritDataLoader, row: PackedRow, k: int) -> int:
+    """Every chunk of the row; returns how many neighbors it reads."""
+    neighbors = row.neighbors
+    assert neighbors is not None
+    bounds = row.cu_seqlens.tolist()
+    ends = np.cumsum(neighbors.lengths_U)
+    texts = [part.tolist() for part in np.split(neighbors.tokens_1N[0].numpy(), ends)[:-1]] if len(ends) else []
+    covered: list[int] = []
+    count = 0
+    for (start, stop), places in zip(neighbors.chunk_bounds_C2.tolist(), neighbors.text_of_Ck, strict=True):
+        covered += range(start, stop)
+        index = int(np.searchsorted(bounds, start, side="right")) - 1
+        prefix, document = record_of(row.record_ids[index])
+        first = first_token(project, row, index)
+        assert (first + stop - bounds[index]) % CHUNK == 0 or stop == bounds[index + 1]
+        expected = expected_texts(project, row, (prefix, document, first, bounds[index]), start, k)
+        assert [texts[place] for place in places if place >= 0] == (expected or [])
+        count += len(expected or [])
+    assert covered == list(range(bounds[len(row.record_ids)]))
+    return count
+
+
+def first_token(project: Project, row: PackedRow, index: int) -> int:
+    """Where a segment begins in its document, by its tokens."""
+    prefix, document = record_of(row.record_ids[index])
+    bounds = row.cu_seqlens.tolist()
+    piece = row.tokens_1T[0, bounds[index] : bounds[index + 1]].numpy()
+    file = project.open(prefix)
+    tokens = np.asarray(file.read(*file.sequences(document)))
+    (first,) = [at for at in range(len(tokens) - len(piece) + 1) if (tokens[at : at + len(piece)] == piece).all()][:1]
+    return first
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    multiple=st.sampled_from([8, 16]),
+    row=st.integers(20, 90),
+    k=st.integers(1, 5),
+    conditioning=st.sampled_from(["chunk", "none"]),
+)
+def test_rows_read_what_the_table_says(project: Project, multiple: int, row: int, k: int, conditioning: str) -> None:
+    retro = RetroConfig(num_neighbors=k, layers=[0], encoder_conditioning=conditioning)  # type: ignore[arg-type]
+    config = run_of(project, data__tokens_per_row=row, data__split_multiple=multiple, model__retro=retro)
+    loader = loader_of(config, project)
+    counts = [check_row(project, loader, made, k) for step in range(2) for made in loader.batch(step).rows]
+    assert sum(counts) > 0
+
+
+def test_pieces_that_begin_inside_a_chunk_have_its_rest(project: Project) -> None:
+    config = run_of(project)
+    config.data.split_multiple = 5
+    loader = loader_of(config, project)
+    rows = [row for step in range(4) for row in loader.batch(step).rows]
+    inside = [
+        row for row in rows if any(first_token(project, row, index) % CHUNK for index in range(len(row.record_ids)))
+    ]
+    assert inside and sum(check_row(project, loader, row, 2) for row in inside) > 0
+
+
+def test_the_order_of_the_data_is_that_of_the_decoder_alone(project: Project) -> None:
+    reads, alone = run_of(project), run_of(project, model__retro=RetroConfig())
+    with_them, without = loader_of(reads, project), loader_of(alone, project)
+    for step in range(3):
+        pairs = zip(with_them.batch(step).rows, without.batch(step).rows, strict=True)
+        assert all(a.tokens_1T.equal(b.tokens_1T) and b.neighbors is None for a, b in pairs)
+    assert with_them.fingerprint(0) != without.fingerprint(0)
+
+
+def test_what_does_not_go_together_is_refused(project: Project, tmp_path: Path) -> None:
+    def error(config: RunConfig) -> GritError:
+        with pytest.raises((ConfigError, DataError)) as caught:
+            loader_of(config, project)
+        return caught.value
+
+    config = run_of(project)
+    config.model.retro = replace(config.model.retro, chunk_length=16)
+    assert "model.retro.chunk_length 16 is not that of data.retro_project" in str(error(config))
+    config = run_of(project, model__retro=RetroConfig(num_neighbors=6, layers=[0]))
+    assert "model.retro.num_neighbors 6 is above the 5" in str(error(config))
+    config = run_of(project)
+    config.data.retro_version = 7
+    assert "7" in str(error(config))
+    config = run_of(project)
+    config.data.retro_project = str(tmp_path)
+    assert "holds no config.json" in str(error(config))
+    other = write_documents(tmp_path / "other", make_texts(5, 9), project.tokenizer)
+    config = run_of(project, data__generative=[other])
+    assert "has no neighbors in version 1" in str(error(config))
+    copy = tmp_path / "db"
+    shutil.copytree(project.folder, copy)
+    for path in (copy / "query").glob("*/neighbors.npy"):
+        path.write_bytes(path.read_bytes()[:-8])
+    config = run_of(project)
+    config.data.retro_project = str(copy)
+    assert "neighbors.npy" in str(error(config))
