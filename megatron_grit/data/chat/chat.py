@@ -87,12 +87,27 @@ def make_chat(
     pieces = probe(bind_template(name, source, tokenizer))
     of_answer = [value for role, value in pieces if role is Role.ANSWER]
     found = [value for value in of_answer[of_answer.index("b") if "b" in of_answer else 0 :] if isinstance(value, int)]
+    if not found and (symbol := _symbol(tokenizer, str(of_answer[-1]).strip())) is not None:
+        found = [symbol]
     if not found:
         log.warning(
-            f"chat template {name}: what ends an answer, {str(of_answer[-1])!r}, is no special token of "
-            f"{tokenizer.path}, so generation does not stop there; add it to the tokenizer's special tokens"
+            f"chat template {name}: what ends an answer, {str(of_answer[-1])!r}, is no token that {tokenizer.path} "
+            f"keeps whole, so generation does not stop there; add it to the tokenizer's special tokens"
         )
     return Chat(template=name, source=source, end_ids=tuple(dict.fromkeys(ends + found)), origin=origin)
+
+
+def _symbol(tokenizer: Tokenizer, text: str) -> int | None:
+    """The token that a text is, whatever stands around it: a symbol that a SentencePiece model defines, or an added
+    token that is not called special. None: there is none, or the text may be a word."""
+    if len(text) < 3 or text[0].isalnum() or text[-1].isalnum():
+        return None
+    ids = [
+        {index for index in tokenizer.encode(around.format(text)) if tokenizer.id_to_token(index) == text}
+        for around in ("b{}b", "{}", " {} ", "<{}>", "\n{}.")
+    ]
+    common = set.intersection(*ids)
+    return common.pop() if len(common) == 1 else None
 
 
 def named_chat(name: str, tokenizer: Tokenizer, origin: str) -> Chat:

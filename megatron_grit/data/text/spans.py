@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_grit.data.chat.chat_format import Piece
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.text.special import without_stripped
+from megatron_grit.data.text.special import as_found
 from megatron_grit.data.text.token_offsets import EncodedTexts
 from megatron_grit.data.text.tokenizer import Tokenizer
 
@@ -99,7 +99,7 @@ class SpanTable:
 
 def encode_units(tokenizer: Tokenizer, units: Sequence[Sequence[Piece]]) -> SpanTable:
     """Tokens and roles of units, each a sequence of pieces. Neighbouring pieces of one role make one span."""
-    layout = _Layout([without_stripped(tokenizer, unit) for unit in units])
+    layout = _Layout([as_found(tokenizer, unit) for unit in units])
     encoded = _encode_stretches(tokenizer, layout)
     cuts = layout.cuts(encoded)
     problems = _check_answers(tokenizer, layout, encoded, cuts)

@@ -44,8 +44,28 @@ class SpecialTokens:
         return [part for part in (*parts, text[start:stop]) if part != ""]
 
 
-def without_stripped(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Sequence[Piece]:
-    """Pieces without the white space that special tokens take beside them, whoever wrote it."""
+def as_found(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Sequence[Piece]:
+    """Pieces as the library finds them in the whole string: special tokens that have to be words of their own are text
+    beside a word, and others take the white space beside them, whoever wrote it. BOS and EOS of a template are never
+    text."""
+    return _without_stripped(tokenizer, _only_words(tokenizer, pieces))
+
+
+def _only_words(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Sequence[Piece]:
+    words = tokenizer.single_word - {tokenizer.bos_id, tokenizer.eos_id}
+    if not any(value in words for _, value in pieces):
+        return pieces
+    names = {index: name for name, index in tokenizer.special_tokens.items()}
+    written = [value if isinstance(value, str) else names.get(value, " ") for _, value in pieces]
+    kept: list[Piece] = []
+    for place, (role, value) in enumerate(pieces):
+        beside = written[place - 1][-1:] if place else ""
+        beside += written[place + 1][:1] if place + 1 < len(written) else ""
+        kept.append((role, written[place] if value in words and _WORD.search(beside) else value))
+    return kept
+
+
+def _without_stripped(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Sequence[Piece]:
     if not tokenizer.lstrip and not tokenizer.rstrip:
         return pieces
     kept: list[Piece] = []

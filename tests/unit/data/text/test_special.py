@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_grit.data.chat.chat import make_chat, named_chat
 from megatron_grit.data.chat.chat_templates import TEMPLATES, load_chat_format
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.records import Message, TextPair
@@ -122,14 +123,63 @@ def test_single_word(state: dict[str, Any], tmp_path: Path) -> None:
         assert encode_units(ours, [chat.pieces(messages)]).tokens.tolist() == expected
 
 
+def test_a_named_template_has_text_beside_a_word(state: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = variant(state, tmp_path, {"<|im_end|>": {"single_word": True}})
+    end = ours.special_tokens["<|im_end|>"]
+    for content, count in (("a.", 2), ("a", 0), (".", 2), ("\u00e9", 0)):
+        pieces = load_chat_format("chatml", ours).pieces([Message("user", content), Message("assistant", content)])
+        check(ours, theirs, pieces)
+        assert encode_units(ours, [pieces]).tokens.tolist().count(end) == count
+
+
+def test_symbols_that_a_sentencepiece_model_defines(tmp_path: Path) -> None:
+    """They are tokens wherever they stand, so an answer ends with one, and generation with it."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 3),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        user_defined_symbols=["\n", "<|im_start|>", "<|im_end|>"],
+        minloglevel=2,
+    )
+    ours = load_tokenizer(tmp_path / "tokenizer.model")
+    library = sentencepiece.SentencePieceProcessor(model_file=str(ours.path))
+    end = library.piece_to_id("<|im_end|>")
+    assert named_chat("chatml", ours, "a test").end_ids == (ours.eos_id, end)
+    contents = (" the fox", "jumps over ", "the", "dog.")
+    messages = [Message(role, text) for role, text in zip(("user", "assistant") * 2, contents, strict=True)]
+    pieces = load_chat_format("chatml", ours).pieces(messages)
+    spans = encode_units(ours, [pieces]).spans(0)
+    assert [index for _, ids in spans for index in ids] == library.encode("".join(str(value) for _, value in pieces))
+    answers = [ids for role, ids in spans if role is Role.ANSWER]
+    assert [ids[-1] for ids in answers] == [end, end] and [ids.count(end) for ids in answers] == [1, 1]
+    assert named_chat("tulu", ours, "a test").end_ids == (ours.eos_id,)
+
+
+def test_an_added_token_that_is_not_special_ends_an_answer(state: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = variant(state, tmp_path, {name: {"special": False} for name in ("<|im_end|>", "end")})
+    assert named_chat("chatml", ours, "a test").end_ids == (ours.eos_id, theirs.token_to_id("<|im_end|>"))
+    check(ours, theirs, load_chat_format("chatml", ours).pieces([Message("user", "a"), Message("assistant", "b")]))
+
+
+@pytest.mark.parametrize("end", ["END", "b", "\n", "..", "<|no|>"])
+def test_what_may_be_text_ends_nothing(state: dict[str, Any], tmp_path: Path, end: str) -> None:
+    ours, _ = variant(state, tmp_path, {})
+    template = {"user": "{content}\n", "assistant": "", "answer": "{content}" + end + "|"}
+    assert make_chat("own", template, ours, "a test").end_ids == (ours.eos_id,)
+
+
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_ids_are_those_of_the_whole_string(
     state: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     flags = {name: data.draw(FLAGS, label=name) for name in NAMES}
-    for name in NAMES[:-1]:
-        flags[name]["single_word"] = False  # the templates' tokens: a word beside them changes what a turn is
+    for name in ("<s>", "</s>"):
+        flags[name]["single_word"] = False  # templates give their ids, and not their names
     ours, theirs = variant(state, tmp_path_factory.getbasetemp(), flags, data.draw(st.booleans(), label="metaspace"))
     contents = data.draw(st.lists(WORDS, min_size=4, max_size=4), label="contents")
     roles = ("user", "assistant", "user", "assistant")
