@@ -286,6 +286,8 @@ class Family:
     name: str
     architecture: str
     """``architectures`` in config.json."""
+    model_type: str
+    """``model_type`` there, by which transformers chooses the model's class."""
     entries: tuple[Entry, ...]
     ignored: tuple[str, ...] = ()
     """Patterns of tensors in old checkpoints that are not weights, such as rotary frequencies."""

@@ -39,6 +39,8 @@ def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
     """
     # Where both are there transformers takes rope_scaling, and nothing of rope_parameters.
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"rope_scaling or rope_parameters is {rope!r}, and must be an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _KEYS:
         raise CheckpointError(f"RoPE of type {kind} is not supported, only {', '.join(_KEYS)}")
@@ -46,16 +48,24 @@ def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"RoPE of type {kind} with truncate, mscale or mscale_all_dim is not supported")
     if kind != "default" and (unknown := rope.keys() - _KEYS[kind].keys() - _OTHER_KEYS):
         raise CheckpointError(f"RoPE of type {kind} has no key {sorted(unknown)[0]} here")
-    fields: dict[str, Any] = {"rope_type": kind, "rotary_base": float(rope.get("rope_theta", hf["rope_theta"]))}
-    fields["rotary_percent"] = float(rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)))
+    fields: dict[str, Any] = {"rope_type": kind}
+    fields["rotary_base"] = _number("rope_theta", rope.get("rope_theta", hf["rope_theta"]))
+    percent = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    fields["rotary_percent"] = 1.0 if percent is None else _number("partial_rotary_factor", percent)
     for key, name in _KEYS[kind].items():
         if key == "original_max_position_embeddings":
             fields[name] = rope.get(key) or hf["max_position_embeddings"]
         elif rope.get(key) is not None:
-            fields[name] = rope[key]
+            fields[name] = _number(key, rope[key])
         elif key == "factor":
             raise CheckpointError(f"RoPE of type {kind} has no factor in config.json")
     return fields
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise CheckpointError(f"{name} is {'null' if value is None else repr(value)}, and must be a number")
+    return float(value)
 
 
 def write_rope(model: ModelConfig) -> dict[str, Any]:

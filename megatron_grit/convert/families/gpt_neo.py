@@ -7,20 +7,31 @@ from typing import Any
 from megatron_grit.config.schema import ModelConfig
 from megatron_grit.config.shape import window_of_layer
 from megatron_grit.convert.families.gpt_neox import linear, norm, read_activation
+from megatron_grit.convert.families.keys import Keys, check_heads
 from megatron_grit.convert.families.llama_like import LAYER, copied, has_output_layer, qkv
 from megatron_grit.convert.param_map import Entry, Family, Form, VocabularyRows
+from megatron_grit.errors import CheckpointError
 
 HF_LAYER = "transformer.h.{layer}."
-HF_DEFAULTS: dict[str, Any] = {
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "intermediate_size": None,
-    "window_size": 256,
-    "attention_types": [[["global", "local"], 12]],
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
-}
-"""What transformers takes for a key that is absent from config.json and that changes the arithmetic."""
+KEYS = Keys(
+    defaults={
+        "vocab_size": 50257,
+        "max_position_embeddings": 2048,
+        "hidden_size": 2048,
+        "num_layers": 24,
+        "num_heads": 16,
+        "window_size": 256,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "resid_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+    },
+    nullable={"intermediate_size": int, "attention_types": list},
+    only_given={"attention_layers": list},
+    aliases={"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},
+)
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
@@ -49,8 +60,9 @@ def model_config(hf: dict[str, Any]) -> ModelConfig:
     Raises:
         CheckpointError: an option that changes the arithmetic and is not supported.
     """
-    hf = HF_DEFAULTS | hf
-    kinds = [kind for pattern, times in hf["attention_types"] for kind in times * list(pattern)]
+    hf = KEYS.read(hf)
+    check_heads(hf["hidden_size"], hf["num_heads"])
+    kinds = _kinds(hf)
     windowed = [layer for layer, kind in enumerate(kinds) if kind == "local"]
     return ModelConfig(
         architecture="GPTNeoForCausalLM",
@@ -71,10 +83,28 @@ def model_config(hf: dict[str, Any]) -> ModelConfig:
         tie_embeddings=hf["tie_word_embeddings"],
         sliding_window=hf["window_size"] if windowed else None,
         window_layers=windowed if 0 < len(windowed) < len(kinds) else None,
-        hidden_dropout=hf.get("resid_dropout", 0.0),
-        attention_dropout=hf.get("attention_dropout", 0.0),
-        init_std=hf.get("initializer_range", 0.02),
+        hidden_dropout=hf["resid_dropout"],
+        attention_dropout=hf["attention_dropout"],
+        init_std=hf["initializer_range"],
     )
+
+
+def _kinds(hf: dict[str, Any]) -> list[str]:
+    """ "global" or "local" for each layer: ``attention_layers``, which transformers writes as well, or the patterns of
+    ``attention_types``, each as many times as it says."""
+    patterns = hf["attention_types"] or [[["global", "local"], 12]]
+    try:
+        kinds: list[str] = [kind for names, times in patterns for kind in times * list(names)]
+    except (TypeError, ValueError):
+        raise CheckpointError(f'attention_types is {patterns}, and must be like [[["global", "local"], 12]]') from None
+    kinds = hf.get("attention_layers", kinds)
+    if len(kinds) != hf["num_layers"] or any(kind not in ("global", "local") for kind in kinds):
+        told = ", ".join(map(str, kinds[:4]))
+        raise CheckpointError(
+            f"attention_types, or attention_layers, has {len(kinds)} layers, {told} ...; expected global or local for "
+            f"each of the {hf['num_layers']}"
+        )
+    return kinds
 
 
 def hf_config(model: ModelConfig) -> dict[str, Any]:
@@ -92,7 +122,7 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
         "activation_function": "gelu" if model.activation == "gelu" else "gelu_new",
         "layer_norm_epsilon": model.norm_epsilon,
         "initializer_range": model.init_std,
-        "window_size": model.sliding_window or HF_DEFAULTS["window_size"],
+        "window_size": model.sliding_window or KEYS.defaults["window_size"],
         "attention_types": [[["local" if windowed else "global"], 1] for windowed in has_window],
         "tie_word_embeddings": model.tie_embeddings,
         "resid_dropout": model.hidden_dropout,
@@ -103,6 +133,7 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
 FAMILY = Family(
     name="GPT-Neo",
     architecture="GPTNeoForCausalLM",
+    model_type="gpt_neo",
     entries=ENTRIES,
     ignored=(r".*\.attn\.attention\.(bias|masked_bias)",),
     model_config=model_config,

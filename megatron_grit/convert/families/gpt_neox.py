@@ -10,21 +10,33 @@ from typing import Any, Literal
 
 from megatron_grit.config.schema import ModelConfig
 from megatron_grit.config.shape import has_qkv_bias
+from megatron_grit.convert.families.keys import Keys, check_heads
 from megatron_grit.convert.families.llama_like import LAYER, copied, has_output_layer
 from megatron_grit.convert.param_map import Entry, Family, Form, VocabularyRows
 from megatron_grit.convert.rope_parameters import read_rope, write_rope
 from megatron_grit.errors import CheckpointError
 
 HF_LAYER = "gpt_neox.layers.{layer}."
-HF_DEFAULTS: dict[str, Any] = {
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 0.25,
-    "use_parallel_residual": True,
-    "attention_bias": True,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5,
-}
-"""What transformers takes for a key that is absent from config.json and that changes the arithmetic."""
+KEYS = Keys(
+    defaults={
+        "vocab_size": 50432,
+        "hidden_size": 6144,
+        "num_hidden_layers": 44,
+        "num_attention_heads": 64,
+        "intermediate_size": 24576,
+        "max_position_embeddings": 2048,
+        "rotary_emb_base": 10000.0,
+        "rotary_pct": 0.25,
+        "use_parallel_residual": True,
+        "attention_bias": True,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+    }
+)
 APPROXIMATE_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
@@ -89,9 +101,8 @@ def model_config(hf: dict[str, Any]) -> ModelConfig:
     Raises:
         CheckpointError: an option that changes the arithmetic and is not supported.
     """
-    # The names of both before transformers 5.
-    old = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
-    hf = HF_DEFAULTS | {new: hf[name] for new, name in old.items() if name in hf} | hf
+    hf = KEYS.read(hf)
+    check_heads(hf["hidden_size"], hf["num_attention_heads"])
     bias = hf["attention_bias"]
     shape = ModelConfig(
         architecture="GPTNeoXForCausalLM",
@@ -109,12 +120,14 @@ def model_config(hf: dict[str, Any]) -> ModelConfig:
         add_qkv_bias=bias,
         add_attention_output_bias=bias,
         add_mlp_bias=True,
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-        hidden_dropout=hf.get("hidden_dropout", 0.0),
-        attention_dropout=hf.get("attention_dropout", 0.0),
-        init_std=hf.get("initializer_range", 0.02),
+        tie_embeddings=hf["tie_word_embeddings"],
+        hidden_dropout=hf["hidden_dropout"],
+        attention_dropout=hf["attention_dropout"],
+        init_std=hf["initializer_range"],
     )
-    return replace(shape, **read_rope(hf))
+    # Beside rope_parameters transformers' code of this family reads these names alone.
+    beside = {"rope_theta": hf["rotary_emb_base"], "partial_rotary_factor": hf["rotary_pct"]}
+    return replace(shape, **read_rope(hf | beside))
 
 
 def hf_config(model: ModelConfig) -> dict[str, Any]:
@@ -146,6 +159,7 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
 FAMILY = Family(
     name="GPT-NeoX",
     architecture="GPTNeoXForCausalLM",
+    model_type="gpt_neox",
     entries=ENTRIES,
     ignored=(r".*\.rotary_emb\.inv_freq", r".*\.attention\.(bias|masked_bias)"),
     model_config=model_config,

@@ -7,18 +7,35 @@ from typing import Any
 from megatron_grit.config.schema import ModelConfig
 from megatron_grit.config.shape import head_channels
 from megatron_grit.convert.families.gpt_neox import linear, norm, read_activation
+from megatron_grit.convert.families.keys import Keys, check_heads
 from megatron_grit.convert.families.llama_like import LAYER, copied, has_output_layer, qkv
 from megatron_grit.convert.param_map import Entry, Family, Form, VocabularyRows, ZeroVocabularyRows
+from megatron_grit.errors import CheckpointError
 
 HF_LAYER = "transformer.h.{layer}."
-HF_DEFAULTS: dict[str, Any] = {
-    "rotary_dim": 64,
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "n_inner": None,
-    "n_positions": 2048,
-}
-"""What transformers takes for a key that is absent from config.json and that changes the arithmetic."""
+KEYS = Keys(
+    defaults={
+        "vocab_size": 50400,
+        "n_positions": 2048,
+        "n_embd": 4096,
+        "n_layer": 28,
+        "n_head": 16,
+        "rotary_dim": 64,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": False,
+        "resid_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "initializer_range": 0.02,
+    },
+    nullable={"n_inner": int},
+    aliases={
+        "max_position_embeddings": "n_positions",
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
+)
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
@@ -52,8 +69,11 @@ def model_config(hf: dict[str, Any]) -> ModelConfig:
     Raises:
         CheckpointError: an option that changes the arithmetic and is not supported.
     """
-    hf = HF_DEFAULTS | hf
+    hf = KEYS.read(hf)
+    check_heads(hf["n_embd"], hf["n_head"])
     channels = hf["n_embd"] // hf["n_head"]
+    if hf["rotary_dim"] > channels or hf["rotary_dim"] % 2:
+        raise CheckpointError(f"rotary_dim is {hf['rotary_dim']}, and must be even and at most a head's {channels}")
     return ModelConfig(
         architecture="GPTJForCausalLM",
         num_layers=hf["n_layer"],
@@ -67,14 +87,14 @@ def model_config(hf: dict[str, Any]) -> ModelConfig:
         norm_epsilon=hf["layer_norm_epsilon"],
         activation=read_activation(hf["activation_function"]),
         parallel_residual="one_norm",
-        rotary_percent=(hf["rotary_dim"] or channels) / channels,
+        rotary_percent=hf["rotary_dim"] / channels,
         rotary_interleaved=True,
         add_mlp_bias=True,
         add_output_bias=True,
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-        hidden_dropout=hf.get("resid_pdrop", 0.0),
-        attention_dropout=hf.get("attn_pdrop", 0.0),
-        init_std=hf.get("initializer_range", 0.02),
+        tie_embeddings=hf["tie_word_embeddings"],
+        hidden_dropout=hf["resid_pdrop"],
+        attention_dropout=hf["attn_pdrop"],
+        init_std=hf["initializer_range"],
     )
 
 
@@ -102,6 +122,7 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
 FAMILY = Family(
     name="GPT-J",
     architecture="GPTJForCausalLM",
+    model_type="gptj",
     entries=ENTRIES,
     ignored=(r".*\.attn\.(bias|masked_bias|embed_positions)",),
     model_config=model_config,

@@ -19,6 +19,7 @@ from megatron_grit.config.shape import (
     num_query_groups,
     window_of_layer,
 )
+from megatron_grit.convert.families.keys import check_heads
 from megatron_grit.convert.param_map import Copy, Entry, Form, GatedFC1, GroupedQKV, VocabularyRows
 from megatron_grit.convert.rope_parameters import read_rope, write_rope
 from megatron_grit.errors import CheckpointError
@@ -90,21 +91,40 @@ FEED_FORWARD: tuple[Entry, ...] = (
 )
 
 
+DEFAULTS: dict[str, Any] = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_size": 4096,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+}
+"""What transformers takes for a key that is absent from config.json, in all families but those that say otherwise."""
+NULLABLE: dict[str, type] = {"rope_theta": float, "layer_types": list}
+_LAYER_TYPES = {"attention": "full_attention", "full_attention": "full_attention"}
+_LAYER_TYPES["sliding_attention"] = "sliding_attention"
+"""Types of layers that are known here, and transformers' names of them."""
+
+
 def read_shape(hf: dict[str, Any], architecture: str) -> ModelConfig:
     """A decoder's shape from a config.json whose defaults are filled in; windows, biases and experts are the family's.
 
     Raises:
         CheckpointError: an option that changes the arithmetic and is not supported.
     """
-    if hf.get("hidden_act", "silu") != "silu":
+    if hf["hidden_act"] not in ("silu", "swish"):
         raise CheckpointError(f"hidden_act is {hf['hidden_act']}; only silu is supported")
+    if hf.get("head_dim") is None:
+        check_heads(hf["hidden_size"], hf["num_attention_heads"])
     shape = ModelConfig(
         architecture=architecture,
         num_layers=hf["num_hidden_layers"],
         hidden_size=hf["hidden_size"],
         ffn_hidden_size=hf["intermediate_size"],
         num_attention_heads=hf["num_attention_heads"],
-        num_query_groups=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        num_query_groups=hf["num_key_value_heads"] or hf["num_attention_heads"],
         kv_channels=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
         vocab_size=hf["vocab_size"],
         max_position_embeddings=hf["max_position_embeddings"],
@@ -112,9 +132,9 @@ def read_shape(hf: dict[str, Any], architecture: str) -> ModelConfig:
         norm_epsilon=hf["rms_norm_eps"],
         activation="swiglu",
         position_embedding="rope",
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-        attention_dropout=hf.get("attention_dropout", 0.0),
-        init_std=hf.get("initializer_range", 0.02),
+        tie_embeddings=hf["tie_word_embeddings"],
+        attention_dropout=hf["attention_dropout"],
+        init_std=hf["initializer_range"],
     )
     rope = read_rope(hf)
     if rope["rope_type"] == "default":
@@ -150,10 +170,40 @@ def write_shape(model: ModelConfig, architecture: str, model_type: str) -> dict[
 
 
 def window_layers(hf: dict[str, Any], default: Sequence[bool]) -> list[int]:
-    """Layers with a sliding window: those of ``layer_types``, or the family's rule."""
-    types = hf.get("layer_types")
-    has_window = default if types is None else [kind == "sliding_attention" for kind in types]
-    return [layer for layer, windowed in enumerate(has_window) if windowed]
+    """Layers with a sliding window: those of ``layer_types``, or the family's rule.
+
+    Raises:
+        CheckpointError: not one type for each layer, or one that is not known here.
+    """
+    types = hf["layer_types"]
+    if types is None:
+        return [layer for layer, windowed in enumerate(default) if windowed]
+    if len(types) != hf["num_hidden_layers"]:
+        raise CheckpointError(f"layer_types has {len(types)} entries for {hf['num_hidden_layers']} layers")
+    unknown = [kind for kind in map(str, types) if kind not in _LAYER_TYPES]
+    if unknown:
+        raise CheckpointError(f"layer_types has {unknown[0]!r}; only {', '.join(_LAYER_TYPES)} are supported")
+    return [layer for layer, kind in enumerate(types) if _LAYER_TYPES[kind] == "sliding_attention"]
+
+
+def read_window(hf: dict[str, Any]) -> int | None:
+    """``sliding_window`` of a family whose layers all have it.
+
+    Raises:
+        CheckpointError: it is 0, or ``layer_types`` says that only some layers have one.
+    """
+    window: int | None = hf.get("sliding_window")
+    every = hf["num_hidden_layers"]
+    windowed = len(window_layers(hf, [window is not None] * every))
+    if hf["layer_types"] is not None and windowed != (0 if window is None else every):
+        raise CheckpointError(
+            f"layer_types has {windowed} of {every} layers with a sliding window, and sliding_window is "
+            f"{'null' if window is None else window}: transformers computes with and without its cache differently; "
+            "leave layer_types out, then sliding_window counts for all layers"
+        )
+    if window == 0:
+        raise CheckpointError("sliding_window is 0; give null, or the tokens that a layer sees")
+    return window
 
 
 def layer_types(model: ModelConfig) -> list[str]:

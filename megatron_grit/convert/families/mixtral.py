@@ -11,7 +11,18 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_grit.config.schema import ModelConfig
-from megatron_grit.convert.families.llama_like import DECODER, HF_LAYER, IGNORED, MLP, read_shape, write_shape
+from megatron_grit.convert.families.keys import Keys
+from megatron_grit.convert.families.llama_like import (
+    DECODER,
+    DEFAULTS,
+    HF_LAYER,
+    IGNORED,
+    MLP,
+    NULLABLE,
+    read_shape,
+    read_window,
+    write_shape,
+)
 from megatron_grit.convert.families.mixture import (
     balancing_coefficient,
     from_balancing_coefficient,
@@ -21,15 +32,23 @@ from megatron_grit.convert.families.mixture import (
 from megatron_grit.convert.param_map import Copy, Entry, Family, Form, GatedFC1
 from megatron_grit.errors import CheckpointError
 
-HF_DEFAULTS: dict[str, Any] = {
-    "sliding_window": None,
-    "rope_theta": 1e6,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "router_aux_loss_coef": 0.001,
-    "router_jitter_noise": 0.0,
-}
-"""What transformers takes for a key that is absent from config.json and that changes the arithmetic."""
+KEYS = Keys(
+    defaults=DEFAULTS
+    | {
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096 * 32,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
+        "router_jitter_noise": 0.0,
+    },
+    nullable=NULLABLE | {"head_dim": int, "sliding_window": int},
+    aliases={"num_experts": "num_local_experts"},
+)
 
 EXPERT, HF_EXPERT = MLP + "experts.local_experts.{expert}.", HF_LAYER + "block_sparse_moe.experts.{expert}."
 STACKED_FC1, STACKED_FC2 = stacked_experts(HF_LAYER + "mlp.experts.")
@@ -68,12 +87,12 @@ def model_config(hf: dict[str, Any]) -> ModelConfig:
     Raises:
         CheckpointError: an option that changes the arithmetic and is not supported.
     """
-    hf = HF_DEFAULTS | hf
+    hf = KEYS.read(hf)
     if hf["router_jitter_noise"]:
         raise CheckpointError(f"router_jitter_noise is {hf['router_jitter_noise']}; only 0 is supported")
     shape = replace(
         read_shape(hf, "MixtralForCausalLM"),
-        sliding_window=hf["sliding_window"],
+        sliding_window=read_window(hf),
         num_experts=hf["num_local_experts"],
         moe_top_k=hf["num_experts_per_tok"],
     )
@@ -96,6 +115,7 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
 FAMILY = Family(
     name="Mixtral",
     architecture="MixtralForCausalLM",
+    model_type="mixtral",
     entries=DECODER + EXPERTS,
     ignored=IGNORED,
     model_config=model_config,

@@ -13,16 +13,20 @@ from megatron_grit.config.shape import (
     has_qkv_bias,
     mixture_layers,
 )
+from megatron_grit.convert.families.keys import Keys
 from megatron_grit.convert.families.llama_like import (
     DECODER,
+    DEFAULTS,
     FEED_FORWARD,
     HF_MLP,
     IGNORED,
     MLP,
+    NULLABLE,
     copied,
     gated,
     layer_types,
     read_shape,
+    read_window,
     window_layers,
     write_shape,
 )
@@ -33,22 +37,59 @@ from megatron_grit.convert.families.mixture import (
     stacked_experts,
 )
 from megatron_grit.convert.param_map import Copy, Entry, Family, Form
+from megatron_grit.errors import CheckpointError
 
-DENSE_DEFAULTS: dict[str, Any] = {
+_SHARED_DEFAULTS: dict[str, Any] = DEFAULTS | {
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
     "rope_theta": 10000.0,
     "use_sliding_window": False,
     "sliding_window": 4096,
-    "max_window_layers": 28,
-    "attention_bias": False,
 }
-"""What transformers takes for a key that is absent from config.json and that changes the arithmetic."""
-MIXTURE_DEFAULTS: dict[str, Any] = DENSE_DEFAULTS | {
-    "qkv_bias": True,
+_DENSE_DEFAULTS = _SHARED_DEFAULTS | {"intermediate_size": 22016, "num_key_value_heads": 32, "max_window_layers": 28}
+_MIXTURE_DEFAULTS = _SHARED_DEFAULTS | {
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
     "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
     "norm_topk_prob": False,
     "router_aux_loss_coef": 0.001,
 }
+_NULLABLE = NULLABLE | {"sliding_window": int}
+_HEADS = {"num_key_value_heads": int}
+_GIVEN = {"head_dim": int}
+QWEN2_KEYS = Keys(defaults=_DENSE_DEFAULTS, nullable=_NULLABLE | _HEADS, only_given=_GIVEN)
+QWEN3_KEYS = Keys(defaults=_DENSE_DEFAULTS | {"head_dim": 128, "attention_bias": False}, nullable=_NULLABLE | _HEADS)
+QWEN2_MOE_KEYS = Keys(
+    defaults=_MIXTURE_DEFAULTS
+    | {
+        "intermediate_size": 5632,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_window_layers": 28,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts_per_tok": 4,
+        "num_experts": 60,
+        "qkv_bias": True,
+    },
+    nullable=_NULLABLE | _HEADS | {"mlp_only_layers": list},
+    only_given=_GIVEN,
+)
+QWEN3_MOE_KEYS = Keys(
+    defaults=_MIXTURE_DEFAULTS
+    | {
+        "intermediate_size": 6144,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "num_experts": 128,
+        "attention_bias": False,
+    },
+    nullable=_NULLABLE | {"mlp_only_layers": list},
+    only_given=_GIVEN,
+    aliases={"num_local_experts": "num_experts"},
+)
 
 
 def has_shared_expert(model: ModelConfig) -> bool:
@@ -96,13 +137,28 @@ EXPERTS: tuple[Entry, ...] = (
 
 
 def _with_windows(shape: ModelConfig, hf: dict[str, Any], default: list[bool]) -> ModelConfig:
-    if not hf["use_sliding_window"] or not hf["sliding_window"]:
-        return shape
+    """The shape with the windows of ``layer_types``, or of a rule where it is absent.
+
+    Raises:
+        CheckpointError: layers with a window, which has no width; RoPE of its own for a type of layers.
+    """
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    own = [kind for kind in ("full_attention", "sliding_attention") if kind in rope]
+    if own:
+        raise CheckpointError(f"rope_parameters has RoPE for {own[0]} alone; one RoPE for all layers is supported")
+    window = hf["sliding_window"] if hf["use_sliding_window"] else None
     layers = window_layers(hf, default)
     if not layers:
         return shape
+    if not window:
+        why = (
+            f"sliding_window is {'null' if window is None else 0}"
+            if hf["use_sliding_window"]
+            else "use_sliding_window is false"
+        )
+        raise CheckpointError(f"layer {layers[0]} has a sliding window, and {why}; transformers cannot compute that")
     every = len(layers) == shape.num_layers
-    return replace(shape, sliding_window=hf["sliding_window"], window_layers=None if every else layers)
+    return replace(shape, sliding_window=window, window_layers=None if every else layers)
 
 
 def _windows(model: ModelConfig) -> dict[str, Any]:
@@ -114,21 +170,22 @@ def _windows(model: ModelConfig) -> dict[str, Any]:
 
 
 def _dense_config(hf: dict[str, Any], architecture: str) -> ModelConfig:
-    hf = DENSE_DEFAULTS | hf
     shape = read_shape(hf, architecture)
-    default = [layer >= hf["max_window_layers"] for layer in range(shape.num_layers)]
+    has_windows = hf["use_sliding_window"] and hf["sliding_window"] is not None
+    default = [has_windows and layer >= hf["max_window_layers"] for layer in range(shape.num_layers)]
     return _with_windows(shape, hf, default)
 
 
 def qwen2_config(hf: dict[str, Any]) -> ModelConfig:
     """Shape of Qwen2 from config.json."""
-    return replace(_dense_config(hf, "Qwen2ForCausalLM"), add_qkv_bias=True)
+    return replace(_dense_config(QWEN2_KEYS.read(hf), "Qwen2ForCausalLM"), add_qkv_bias=True)
 
 
 def qwen3_config(hf: dict[str, Any]) -> ModelConfig:
     """Shape of Qwen3 from config.json."""
-    bias = hf.get("attention_bias", False)
-    shape = _dense_config({"head_dim": 128} | hf, "Qwen3ForCausalLM")
+    hf = QWEN3_KEYS.read(hf)
+    bias = hf["attention_bias"]
+    shape = _dense_config(hf, "Qwen3ForCausalLM")
     return replace(shape, qk_norm=True, add_qkv_bias=bias, add_attention_output_bias=bias)
 
 
@@ -137,11 +194,11 @@ def _mixture_config(hf: dict[str, Any], architecture: str) -> ModelConfig:
     dense = [
         layer
         for layer in range(shape.num_layers)
-        if layer in hf["mlp_only_layers"] or (layer + 1) % hf["decoder_sparse_step"]
+        if layer in (hf["mlp_only_layers"] or ()) or (layer + 1) % hf["decoder_sparse_step"]
     ]
     shape = replace(
         shape,
-        num_experts=hf.get("num_experts") or hf["num_local_experts"],
+        num_experts=hf["num_experts"],
         moe_top_k=hf["num_experts_per_tok"],
         moe_ffn_hidden_size=hf["moe_intermediate_size"],
         moe_normalize_top_k=hf["norm_topk_prob"],
@@ -153,25 +210,27 @@ def _mixture_config(hf: dict[str, Any], architecture: str) -> ModelConfig:
 
 def qwen2_moe_config(hf: dict[str, Any]) -> ModelConfig:
     """Shape of Qwen2-MoE from config.json."""
-    hf = MIXTURE_DEFAULTS | {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632} | hf
+    hf = QWEN2_MOE_KEYS.read(hf)
     shape = replace(
         _mixture_config(hf, "Qwen2MoeForCausalLM"),
         add_qkv_bias=hf["qkv_bias"],
         moe_shared_ffn_hidden_size=hf["shared_expert_intermediate_size"],
         moe_shared_expert_gate=True,
     )
-    default = [layer % 2 == 0 and layer < hf["max_window_layers"] for layer in range(shape.num_layers)]
+    has_windows, last = hf["use_sliding_window"], hf["max_window_layers"]
+    default = [has_windows and layer % 2 == 0 and layer < last for layer in range(shape.num_layers)]
     return _with_windows(shape, hf, default)
 
 
 def qwen3_moe_config(hf: dict[str, Any]) -> ModelConfig:
     """Shape of Qwen3-MoE from config.json; its window is for all layers."""
-    hf = MIXTURE_DEFAULTS | {"moe_intermediate_size": 768} | hf
+    hf = QWEN3_MOE_KEYS.read(hf)
     bias = hf["attention_bias"]
+    window = read_window(hf | {"sliding_window": hf["sliding_window"] if hf["use_sliding_window"] else None})
     shape = replace(
         _mixture_config(hf, "Qwen3MoeForCausalLM"), qk_norm=True, add_qkv_bias=bias, add_attention_output_bias=bias
     )
-    return replace(shape, sliding_window=hf["sliding_window"] if hf["use_sliding_window"] else None)
+    return replace(shape, sliding_window=window)
 
 
 def _hf_dense(model: ModelConfig, architecture: str, model_type: str) -> dict[str, Any]:
@@ -231,6 +290,7 @@ def qwen3_moe_hf(model: ModelConfig) -> dict[str, Any]:
 QWEN2 = Family(
     name="Qwen2",
     architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
     entries=DECODER + FEED_FORWARD,
     ignored=IGNORED,
     model_config=qwen2_config,
@@ -239,6 +299,7 @@ QWEN2 = Family(
 QWEN3 = Family(
     name="Qwen3",
     architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
     entries=DECODER + FEED_FORWARD,
     ignored=IGNORED,
     model_config=qwen3_config,
@@ -247,6 +308,7 @@ QWEN3 = Family(
 QWEN2_MOE = Family(
     name="Qwen2-MoE",
     architecture="Qwen2MoeForCausalLM",
+    model_type="qwen2_moe",
     entries=DECODER + FEED_FORWARD + EXPERTS,
     ignored=IGNORED,
     model_config=qwen2_moe_config,
@@ -255,6 +317,7 @@ QWEN2_MOE = Family(
 QWEN3_MOE = Family(
     name="Qwen3-MoE",
     architecture="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
     entries=DECODER + FEED_FORWARD + EXPERTS,
     ignored=IGNORED,
     model_config=qwen3_moe_config,

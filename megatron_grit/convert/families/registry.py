@@ -17,6 +17,9 @@ from megatron_grit.convert.families import gpt_neo, gpt_neox, gptj, llama, mistr
 from megatron_grit.convert.hf_in.reader import read_config_json
 from megatron_grit.convert.param_map import Family
 from megatron_grit.errors import CheckpointError
+from megatron_grit.store.logs import get_logger
+
+log = get_logger(__name__)
 
 FAMILIES: tuple[Family, ...] = (
     mistral.FAMILY,
@@ -45,18 +48,32 @@ def load_hf_config(path: str | Path) -> ModelConfig:
     family = family_of_config(settings, Path(path))
     try:
         return family.model_config(settings)
-    except KeyError as error:
-        raise CheckpointError(f"{Path(path) / 'config.json'}: key {error.args[0]} is missing") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{Path(path) / 'config.json'}: {error}") from None
 
 
 def family_of_config(settings: dict[str, Any], path: Path) -> Family:
-    """The family that ``architectures`` in a config.json names."""
+    """The family of a config.json: as in transformers that of ``model_type``, where ``architectures`` names none or any
+    family that is known here; without a ``model_type`` that of ``architectures``.
+
+    Raises:
+        CheckpointError: a model that is not supported.
+    """
+    file, model_type = path / "config.json", settings.get("model_type")
     architectures = settings.get("architectures") or []
-    for family in FAMILIES:
-        if not {family.architecture, family.base_architecture}.isdisjoint(architectures):
-            return family
-    supported = ", ".join(family.architecture for family in FAMILIES)
-    raise CheckpointError(f"{path / 'config.json'}: architectures is {architectures}; supported: {supported}")
+    named = next((each for each in FAMILIES if {each.architecture, each.base_architecture} & {*architectures}), None)
+    typed = next((each for each in FAMILIES if each.model_type == model_type), None)
+    if named is None and (architectures or typed is None):
+        supported = ", ".join(family.architecture for family in FAMILIES)
+        raise CheckpointError(f"{file}: architectures is {architectures}; supported: {supported}")
+    if typed is None and model_type is not None:
+        supported = ", ".join(family.model_type for family in FAMILIES)
+        raise CheckpointError(f"{file}: model_type is {model_type}, by which transformers goes; supported: {supported}")
+    if named is not None and typed is not None and named is not typed:
+        log.warning(f"{file}: architectures is {architectures}; model_type {model_type} counts, as in transformers")
+    family = typed or named
+    assert family is not None
+    return family
 
 
 def family_of_model(model: ModelConfig) -> Family:
@@ -82,7 +99,7 @@ def describes(family: Family, model: ModelConfig) -> bool:
     model = replace(model, architecture=family.architecture, vocab_size=model.vocab_size or 1)
     try:
         read = family.model_config(family.hf_config(model))
-    except (KeyError, CheckpointError):
+    except CheckpointError:
         return False
     ours, theirs = _resolved(model), _resolved(read)
     return ours.keys() == theirs.keys() and all(same_value(value, theirs[name]) for name, value in ours.items())

@@ -108,7 +108,7 @@ def _open(folder: Path, allow_pickle: bool, tied: bool | None) -> tuple[ModelCon
 
 
 def _is_base(folder: Path, family: Family) -> bool:
-    return family.base_architecture in read_config_json(folder)["architectures"]
+    return family.base_architecture in (read_config_json(folder).get("architectures") or [])
 
 
 def _use_names_of_family(weights: WeightFolder, family: Family) -> bool:

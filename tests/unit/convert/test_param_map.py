@@ -18,7 +18,7 @@ from megatron_grit.errors import CheckpointError
 # Every size is different, and head channels are not hidden size / heads.
 DENSE = ModelConfig(
     num_layers=2,
-    hidden_size=20,
+    hidden_size=30,
     ffn_hidden_size=28,
     num_attention_heads=6,
     num_query_groups=3,
@@ -113,7 +113,7 @@ def test_there_and_back(family: Family, model: ModelConfig) -> None:
 def test_qkv_is_grouped() -> None:
     """Six query heads in three groups of channels 4: q0 q1 k0 v0, q2 q3 k1 v1, q4 q5 k2 v2."""
     tensors = [
-        torch.arange(heads).repeat_interleave(4)[:, None].expand(-1, 20) + offset
+        torch.arange(heads).repeat_interleave(4)[:, None].expand(-1, 30) + offset
         for heads, offset in ((6, 0), (3, 100), (3, 200))
     ]
     joined = GroupedQKV().hf_to_megatron(tensors, DENSE, 0)
@@ -122,14 +122,14 @@ def test_qkv_is_grouped() -> None:
 
 
 def test_gate_comes_before_up() -> None:
-    joined = GatedFC1().hf_to_megatron([torch.zeros(28, 20), torch.ones(28, 20)], DENSE, 0)
-    assert joined.shape == (56, 20) and joined[:28].sum() == 0 and joined[28:].min() == 1
+    joined = GatedFC1().hf_to_megatron([torch.zeros(28, 30), torch.ones(28, 30)], DENSE, 0)
+    assert joined.shape == (56, 30) and joined[:28].sum() == 0 and joined[28:].min() == 1
 
 
 def test_vocabulary_is_padded_with_zeros() -> None:
-    padded = VocabularyRows().hf_to_megatron([torch.ones(70, 20)], DENSE, 0)
-    assert padded.shape == (128, 20) and padded[:70].min() == 1 and padded[70:].abs().max() == 0
-    assert VocabularyRows().megatron_to_hf(padded, DENSE)[0].shape == (70, 20)
+    padded = VocabularyRows().hf_to_megatron([torch.ones(70, 30)], DENSE, 0)
+    assert padded.shape == (128, 30) and padded[:70].min() == 1 and padded[70:].abs().max() == 0
+    assert VocabularyRows().megatron_to_hf(padded, DENSE)[0].shape == (70, 30)
 
 
 def test_experts_in_one_tensor_are_read() -> None:
@@ -180,9 +180,9 @@ def test_dense_weights_with_a_mixture_config() -> None:
 
 def test_wrong_shape() -> None:
     source = random_hf(mistral.FAMILY, DENSE)
-    source["model.layers.0.mlp.up_proj.weight"] = torch.zeros(27, 20)
+    source["model.layers.0.mlp.up_proj.weight"] = torch.zeros(27, 30)
     with pytest.raises(
-        CheckpointError, match=r"up_proj\.weight has shape \[27, 20\], but config.json makes it \[28, 20\]"
+        CheckpointError, match=r"up_proj\.weight has shape \[27, 30\], but config.json makes it \[28, 30\]"
     ):
         dict(mistral.FAMILY.to_megatron(source, DENSE))
 

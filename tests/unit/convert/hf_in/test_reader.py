@@ -84,7 +84,7 @@ def test_parts_of_tensors(tmp_path: Path, tensors: dict[str, Tensor], pickled: b
             assert torch.equal(part, whole[index])
             assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
         assert weights.bytes_read - before == whole.element_size() * (
-            6 * 20 + 7 * 6 + (len(whole) - 60) * 20 + whole.numel()
+            6 * 30 + 7 * 6 + (len(whole) - 60) * 30 + whole.numel()
         )
 
 
@@ -215,7 +215,7 @@ def test_shape_that_config_json_contradicts(source: Path) -> None:
     settings = mistral.hf_config(DENSE) | {"intermediate_size": DENSE.ffn_hidden_size + 4}
     (source / "config.json").write_text(json.dumps(settings))
     message = refused(source)
-    assert "gate_proj.weight has shape [28, 20], but config.json makes it [32, 20]" in message
+    assert "gate_proj.weight has shape [28, 30], but config.json makes it [32, 30]" in message
     assert "of-00002.safetensors: tensor model.layers.0.mlp." in message
 
 

@@ -24,7 +24,7 @@ from megatron_grit.errors import CheckpointError
 LLAMA = ModelConfig(
     architecture="LlamaForCausalLM",
     num_layers=2,
-    hidden_size=20,
+    hidden_size=30,
     ffn_hidden_size=28,
     num_attention_heads=6,
     num_query_groups=3,
@@ -128,8 +128,8 @@ def test_experts_of_transformers_5_are_taken_apart(tmp_path: Path) -> None:
     """lora_A [experts x rank, in] by expert, lora_B [out, rank x experts] by rank: PEFT's ParamWrapper."""
     generator = torch.Generator().manual_seed(2)
     rank, experts = 2, 5
-    gate_up = (torch.randn(experts, rank, 20, generator=generator), torch.randn(experts, 56, rank, generator=generator))
-    down = (torch.randn(experts, rank, 28, generator=generator), torch.randn(experts, 20, rank, generator=generator))
+    gate_up = (torch.randn(experts, rank, 30, generator=generator), torch.randn(experts, 56, rank, generator=generator))
+    down = (torch.randn(experts, rank, 28, generator=generator), torch.randn(experts, 30, rank, generator=generator))
     tensors = {}
     for layer in range(2):
         for suffix, (lora_A, lora_B) in ((".base_layer", gate_up), ("", down)):
@@ -179,7 +179,7 @@ def test_merging_is_the_formula(kind: str) -> None:
     """On queries, keys and values of grouped attention: groups of two queries, a key, a value, of 4 channels."""
     adapter = random_adapter(LLAMA, ["q_proj", "v_proj"], kind=kind)
     site = next(site for site in adapter_sites(LLAMA) if site.leaf == "linear_qkv")
-    weight = torch.randn(48, 20, generator=torch.Generator().manual_seed(3))
+    weight = torch.randn(48, 30, generator=torch.Generator().manual_seed(3))
     found = merged_weight(weight, site, adapter, LLAMA, None).unflatten(0, (3, 16))
     groups = weight.unflatten(0, (3, 16))
     for part, rows in (("q_proj", slice(0, 8)), ("v_proj", slice(12, 16))):
@@ -193,7 +193,7 @@ def test_merging_is_the_formula(kind: str) -> None:
 def test_merging_rounds_once() -> None:
     adapter = random_adapter(LLAMA)
     site = adapter_sites(LLAMA)[0]
-    weight = torch.randn(48, 20).bfloat16()
+    weight = torch.randn(48, 30).bfloat16()
     expected = merged_weight(weight.float(), site, adapter, LLAMA, None).bfloat16()
     assert torch.equal(merged_weight(weight, site, adapter, LLAMA, None), expected)
 
@@ -240,8 +240,8 @@ def factors_of(module: str) -> dict[str, Tensor]:
 TENSORS: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "half": ({f"{QUERY}.lora_B.weight": None}, r"q_proj has lora_A and not both"),
     "wide": (
-        {f"{QUERY}.lora_A.weight": torch.ones(3, 21)},
-        r"lora_A has shape \[3, 21\], this model makes it \[3, 20\]",
+        {f"{QUERY}.lora_A.weight": torch.ones(3, 31)},
+        r"lora_A has shape \[3, 31\], this model makes it \[3, 30\]",
     ),
     "router": (
         {
@@ -297,7 +297,7 @@ def test_what_peft_has_no_form_for() -> None:
     with pytest.raises(CheckpointError, match=r"final_layer_norm was trained and .*weight was not"):
         to_peft(biased, NEOX)
     whole = random_adapter(LLAMA)
-    whole.trained["model.layers.0.mlp.up_proj.weight"] = torch.ones(28, 20)
+    whole.trained["model.layers.0.mlp.up_proj.weight"] = torch.ones(28, 30)
     with pytest.raises(CheckpointError, match="it has an adapter as well"):
         to_peft(whole, LLAMA)
 
