@@ -161,8 +161,7 @@ class SafetensorsFolder(WeightFolder):
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        index = path / "model.safetensors.index.json"
-        super().__init__(path, _safetensors_files(path), index if index.exists() else None)
+        super().__init__(path, _safetensors_files(path), _index_of(path, "model.safetensors"))
 
     def contents(self, file: Path) -> list[tuple[str, Sequence[int], torch.dtype]]:
         from safetensors import SafetensorError, safe_open
@@ -197,8 +196,7 @@ class PickleFolder(WeightFolder):
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         self._open: tuple[Path, dict[str, Tensor]] | None = None
-        index = path / "pytorch_model.bin.index.json"
-        super().__init__(path, _pickle_files(path), index if index.exists() else None)
+        super().__init__(path, _pickle_files(path), _index_of(path, "pytorch_model.bin"))
         self._open = None
 
     def contents(self, file: Path) -> list[tuple[str, Sequence[int], torch.dtype]]:
@@ -287,7 +285,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _safetensors_files(path: Path) -> list[Path]:
-    """The files that model.safetensors.index.json lists; without it model.safetensors, or all that there are."""
+    """model.safetensors, as in transformers; else those that its index lists; without one all that there are."""
     files = _files(path, "model.safetensors", "*.safetensors")
     if not files:
         pickled = sorted(path.glob("*.bin"))
@@ -308,10 +306,18 @@ def _pickle_files(path: Path) -> list[Path]:
     return files
 
 
-def _files(path: Path, single: str, pattern: str) -> list[Path]:
+def _index_of(path: Path, single: str) -> Path | None:
+    """The index of several files. None: there is none, or it does not count beside the single file."""
     index = path / f"{single}.index.json"
-    if not index.exists():
-        return [path / single] if (path / single).is_file() else sorted(path.glob(pattern))
+    return index if index.exists() and not (path / single).is_file() else None
+
+
+def _files(path: Path, single: str, pattern: str) -> list[Path]:
+    if (path / single).is_file():
+        return [path / single]
+    index = _index_of(path, single)
+    if index is None:
+        return sorted(path.glob(pattern))
     files = sorted({path / name for name in _weight_map(index).values()})
     for file in files:
         if not file.is_file():

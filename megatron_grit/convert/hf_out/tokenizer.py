@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_grit.convert.hf_out.sentencepiece_json import tokenizer_of_sentencepiece
-from megatron_grit.data.text.tokenizer import JsonTokenizer, Tokenizer, read_settings, token_name
+from megatron_grit.data.text.tokenizer import JsonTokenizer, Tokenizer
+from megatron_grit.data.text.tokenizer_settings import read_settings, token_name
 from megatron_grit.errors import CheckpointError
 from megatron_grit.store.files import replacing, write_json
 

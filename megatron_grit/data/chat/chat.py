@@ -179,9 +179,12 @@ def _end_ids_beside(tokenizer: Tokenizer, name: str) -> Sequence[int]:
 
 
 def _stated_ends(folder: Path) -> list[int]:
-    """``eos_token_id`` of generation_config.json, as transformers reads it: a number or a list."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
+    """``eos_token_id`` of generation_config.json, a number or a list; of config.json where that file is missing, as in
+    transformers."""
+    path = next(
+        (folder / name for name in ("generation_config.json", "config.json") if (folder / name).is_file()), None
+    )
+    if path is None:
         return []
     try:
         given = json.loads(path.read_bytes()).get("eos_token_id")

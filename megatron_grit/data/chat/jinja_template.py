@@ -29,7 +29,8 @@ from megatron_grit.data.chat.chat_format import PROBES, TOKENIZER, Piece, join_c
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.special import SpecialTokens
-from megatron_grit.data.text.tokenizer import Tokenizer, read_settings, token_name
+from megatron_grit.data.text.tokenizer import Tokenizer
+from megatron_grit.data.text.tokenizer_settings import read_settings, token_name
 from megatron_grit.errors import ConfigError, DataError
 
 _FIRST_MARK = 0xF0000  # the private-use plane A: 65,534 characters, up to four for each message

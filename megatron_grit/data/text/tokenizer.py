@@ -28,18 +28,36 @@ from megatron_grit.data.text.token_offsets import (
     json_widths,
     sentencepiece_widths,
 )
+from megatron_grit.data.text.tokenizer_settings import added_tokens, read_settings, token_name
 from megatron_grit.data.text.word_cache import WordCache, cuts_at_spaces
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.files import replacing
 from megatron_grit.store.hub import local_folder
+from megatron_grit.store.logs import get_logger
+
+log = get_logger(__name__)
 
 CHAT_FILE = "chat.json"
 """How the model of a checkpoint converses; see :mod:`megatron_grit.data.chat.chat`."""
-BESIDE_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja", CHAT_FILE)
+BESIDE_TOKENIZER = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    CHAT_FILE,
+)
 """Files that go with a tokenizer's file: which of its tokens are special, and how conversations are written."""
 _MODEL_NAMES = ("tokenizer.model", "tokenizer.json")
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]", "<|endoftext|>")
 _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "[EOS]", "[SEP]")
+_PROBES = (
+    "",
+    " a  b   c\n\n d\t\r\n",
+    "It's 12,345.678e-9 o'clock; e\u0301 \u00e9 \ufb01 \u2460 \u00a0 \u2003 \u200b x",
+    "\u6f22\u5b57\u304b\u306a \ud55c\uad6d \u0627\u0644 \U0001f600\u200d \0 \x7f",
+    "def f(x):\n    return {'a': [x ** 2, 0xFF]}  # " + "=" * 61,
+)
+"""Texts on which two tokenizers are compared."""
 _SEPARATOR = "\0megatron_grit separator\0"
 _TRICKY_TEXT = (
     " two  three   four    spaces\n after\n   a\tline  \n \u00a0 and \u2003wide  ones, "
@@ -171,8 +189,9 @@ class SentencePieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """A ``tokenizer.json`` of the tokenizers library.
 
-    BOS, EOS and padding come from ``tokenizer_config.json`` beside it, else from the names in common use. Tokens of its
-    ``added_tokens_decoder`` are added, and their properties hold where tokenizer.json has others, as in transformers.
+    BOS, EOS and padding come from ``tokenizer_config.json`` and its companions beside it (:func:`read_settings`), else
+    from the names in common use. Tokens of ``added_tokens_decoder`` are added, and their properties hold where
+    tokenizer.json has others, as in transformers.
     """
 
     def __init__(self, path: Path) -> None:
@@ -188,7 +207,7 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         settings = read_settings(self.path)
-        self._tokenizer.add_tokens(_named_tokens(settings, self.path))
+        self._tokenizer.add_tokens(added_tokens(self.path, settings, self._tokenizer))
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = self._find("bos_token", settings, _BOS_NAMES)
         self.eos_id = self._find("eos_token", settings, _EOS_NAMES)
@@ -286,40 +305,6 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer.id_to_token(int(index)) or f"<{index}>"
 
 
-def read_settings(tokenizer_path: Path) -> dict[str, Any]:
-    """What ``tokenizer_config.json`` beside a tokenizer's file says; nothing where there is none.
-
-    Raises:
-        DataError: it is no JSON object.
-    """
-    path = tokenizer_path.with_name("tokenizer_config.json")
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"not JSON: {error}", path=path) from error
-    if not isinstance(settings, dict):
-        raise DataError("expected a JSON object", path=path)
-    return settings
-
-
-def _named_tokens(settings: dict[str, Any], path: Path) -> list[Any]:
-    """``added_tokens_decoder`` of tokenizer_config.json, by id."""
-    import tokenizers
-
-    named = {token_name(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    try:
-        entries = sorted((int(index), dict(entry)) for index, entry in settings.get("added_tokens_decoder", {}).items())
-        for _, entry in entries:
-            entry.pop("__type", None)
-            entry["special"] = entry.get("special", False) or entry["content"] in named
-        return [tokenizers.AddedToken(**entry) for _, entry in entries]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        where = path.with_name("tokenizer_config.json")
-        raise DataError(f"added_tokens_decoder holds no tokens by id: {error}", path=where) from error
-
-
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Put a tokenizer into a folder: its file as tokenizer.model or tokenizer.json, and what says which of its tokens
     are special and how it writes a conversation.
@@ -334,19 +319,12 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             shutil.copyfile(beside, folder / name)
 
 
-def token_name(value: object) -> str | None:
-    """Name of a token in tokenizer_config.json, which writes it as a string or as an object with ``content``."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Read a tokenizer.
 
     Args:
-        path: a SentencePiece ``.model`` file, a ``tokenizer.json``, a folder with ``tokenizer.model`` or
-            ``tokenizer.json`` (the first is taken where both are there), or a model's name on the hub.
+        path: a SentencePiece ``.model`` file, a ``tokenizer.json``, a folder with one of both, or a model's
+            name on the hub. Where both are there and differ, ``tokenizer.json`` is taken, as by transformers.
 
     Raises:
         CheckpointError: the hub cannot give it.
@@ -354,13 +332,40 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """
     path = local_folder(os.fspath(path), weights=False)
     if path.is_dir():
-        found = next((path / name for name in _MODEL_NAMES if (path / name).is_file()), None)
-        if found is None:
+        found = [path / name for name in _MODEL_NAMES if (path / name).is_file()]
+        if not found:
             raise DataError(f"no {' or '.join(_MODEL_NAMES)} in this folder", path=path)
-        path = found
+        if len(found) == 2:
+            return _load_either(*found)
+        (path,) = found
     if not path.is_file():
         raise DataError("no such tokenizer", path=path)
     return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def _load_either(model: Path, json_file: Path) -> Tokenizer:
+    """The tokenizer of a folder with two: ``tokenizer.json``, as in transformers, unless ``tokenizer.model`` gives the
+    same ids: then that one, whose fingerprint earlier data has."""
+    preferred = JsonTokenizer(json_file)
+    try:
+        other = SentencePieceTokenizer(model)
+    except DataError:
+        return preferred
+    if _are_same(preferred, other):
+        return other
+    log.info(f"{json_file}: counts before {model.name}, which gives other ids")
+    return preferred
+
+
+def _are_same(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers have the same vocabulary and special tokens, and read some texts as the same ids."""
+    facts = [(each.vocab_size, each.bos_id, each.eos_id, each.pad_id) for each in (one, other)]
+    return (
+        facts[0] == facts[1]
+        and all(one.id_to_token(index) == other.id_to_token(index) for index in range(one.vocab_size))
+        and all(one.encode(text) == other.encode(text) for text in _PROBES)
+        and all(one.after_special.encode(text) == other.after_special.encode(text) for text in _PROBES)
+    )
 
 
 def train_sentencepiece(
