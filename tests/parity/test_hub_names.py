@@ -178,7 +178,8 @@ def write_json_tokenizer(folder: Path) -> None:
     added[str(tool)] = {"content": "<tool>", "special": False, "normalized": False}
     settings = names | {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": added}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "special_tokens_map.json").write_text(json.dumps(names))
+    # Not looked at beside added_tokens_decoder.
+    (folder / "special_tokens_map.json").write_text(json.dumps(names | {"eos_token": "<|endoftext|>"}))
     (folder / "added_tokens.json").write_text(json.dumps({"<tool>": tool}))
     (folder / "chat_template.jinja").write_text(CHATML)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 2], "bos_token_id": 2}))
