@@ -115,6 +115,40 @@ def test_ids_and_labels(pair: tuple[str, Tokenizer, Any], turns: list[tuple[str,
         assert encode_prompt(ours, messages[:-1], "tokenizer") == theirs(prompt, add_special_tokens=False)["input_ids"]
 
 
+OWN_DATE = (
+    "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}"
+    "{% else %}{% set day = '1 May' %}{% endif %}"
+)
+DATED = "{{ bos_token + 'Today: ' + DAY + '\n' }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "date_in_data"),
+    [
+        (OWN_DATE + DATED.replace("DAY", "day"), "1 May"),
+        (DATED.replace("DAY", "strftime_now('%d %b %Y')"), "26 Jul 2024"),
+    ],
+    ids=["its own", "none"],
+)
+def test_dates(template: str, date_in_data: str, tmp_path: Path) -> None:
+    """A prompt has today's, as in transformers; data has the same one whenever it is built."""
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    tokenizer = load_tokenizer(chat_json(tmp_path, [TEXT] * 3, special_tokens=SPECIAL, settings=settings))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
+    ours = JinjaChatFormat(tokenizer)
+    messages, values = messages_of(CONVERSATIONS[0])
+    for _ in range(2):  # midnight may fall between the two
+        expected = theirs.apply_chat_template(values[:1], tokenize=False, add_generation_prompt=True)
+        found = encode_prompt(tokenizer, messages[:1], ours)
+        if found == theirs(expected, add_special_tokens=False)["input_ids"]:
+            break
+    else:
+        raise AssertionError(f"{found} is not {expected!r}")
+    text = "".join(part for _, part in ours.pieces(messages) if isinstance(part, str))
+    assert text.startswith(f"Today: {date_in_data}\n") and date_in_data not in expected
+
+
 def with_template(tmp_path: Path, template: str) -> Tokenizer:
     settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": [{"name": "default", "template": template}]}
     return load_tokenizer(chat_json(tmp_path, [TEXT], special_tokens=SPECIAL, settings=settings))

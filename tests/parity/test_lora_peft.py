@@ -219,6 +219,24 @@ def test_a_run_of_higher_rank_and_other_alpha_starts_from_the_same_function(tmp_
         assert apart(our_logits(build(tmp_path, config, context)), theirs) < TOLERANCE
 
 
+@pytest.mark.parametrize("targets", [["up_proj"], ["down_proj"], ["gate_proj", "v_proj"]], ids=str)
+def test_adapters_of_some_projections_of_experts(targets: list[str], tmp_path: Path) -> None:
+    """PEFT leaves out adapters of experts in silence where one of their projections has none."""
+    from megatron_grit.convert.peft.reader import read_peft
+    from megatron_grit.convert.peft.writer import write_peft
+    from megatron_grit.parallel.launch import parallel_job
+
+    make_adapter("mixtral", tmp_path)
+    config = run_config(tmp_path)
+    adapter = read_peft(tmp_path / "adapter", config.model)
+    adapter.tensors = {key: value for key, value in adapter.tensors.items() if key.split(".")[-2] in targets}
+    write_peft(tmp_path / "adapter", adapter, config.model)
+    theirs = their_logits(load_theirs(tmp_path, tmp_path / "adapter"))
+    assert (theirs - their_logits(load_theirs(tmp_path))).abs().max() > 0.1
+    with parallel_job(config.parallel, seed=2) as context:
+        assert apart(our_logits(build(tmp_path, config, context)), theirs) < TOLERANCE
+
+
 def test_experts_are_written_one_by_one(tmp_path: Path) -> None:
     """The names of transformers 4, which vLLM reads as well; an absent gate is one that adds nothing."""
     from megatron_grit.convert.peft.reader import read_peft

@@ -73,45 +73,59 @@ def to_peft(adapter: WholeAdapter, model: ModelConfig) -> tuple[dict[str, Any], 
         CheckpointError: PEFT has no form for it.
     """
     config, sites = adapter.config, adapter_sites(model)
-    rank = _rank(adapter, sites)
+    rank, has_experts = _rank(adapter, sites)
     scaling = config.alpha / (math.sqrt(rank) if config.rslora else rank)
+    # PEFT makes one adapter of gate and up, of twice the rank and twice the alpha: with square roots another scaling.
+    is_plain = config.rslora and has_experts
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": config.alpha,
+        "lora_alpha": config.alpha * (math.sqrt(rank) if is_plain else 1),
         "lora_dropout": config.dropout,
-        "use_rslora": config.rslora,
+        "use_rslora": config.rslora and not is_plain,
         "use_dora": config.kind == "dora",
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
+    dtype = next(iter(adapter.tensors.values())).dtype if adapter.tensors else torch.float32
     tensors: dict[str, Tensor] = {}
     adapted: dict[str, tuple[int, float]] = {}
     for site in sites:
         parts = {part: factors for part in site.parts if (factors := adapter.part(site.linear, part))}
-        if not parts:
+        if not parts and not (has_experts and site.expert is not None):
             continue
-        if site.expert is not None:
+        if model.num_experts is not None and site.leaf in ("linear_fc1", "linear_fc2"):
             _check_experts(config, model)
+        if site.expert is not None:
+            # transformers 5 holds gate and up in one parameter, and PEFT reads adapters of experts only where all of
+            # their projections have one: those that are missing add nothing.
             parts = {
-                part: resized(factors, rank, adapter.scaling(site.linear, part), scaling)
-                for part, factors in parts.items()
+                part: resized(parts[part], rank, adapter.scaling(site.linear, part), scaling)
+                if part in parts
+                else _nothing(part_shape(site, part, model), rank, dtype)
+                for part in site.parts
             }
             settings["lora_dropout"] = 0.0  # PEFT refuses another one for experts
-        written = _fused(site, parts, adapter, model) if site.is_fused else _separate(site, parts)
+        if site.is_fused:
+            written = _fused(site, parts, adapter, model)
+        else:
+            written = {name: parts[part] for part, name in zip(site.parts, site.modules, strict=True) if part in parts}
         for module, factors in written.items():
-            adapted[module] = len(factors["lora_A"]), _alpha(adapter, site, module, len(factors["lora_A"]))
+            own = len(factors["lora_A"])
+            adapted[module] = own, _alpha(adapter, site, module, own) * (math.sqrt(own) if is_plain else 1)
             for factor, tensor in factors.items():
                 suffix = "lora_magnitude_vector" if factor == "magnitude" else f"{factor}.weight"
                 tensors[f"{PREFIX}{module}.{suffix}"] = tensor
     if config.dropout and not settings["lora_dropout"]:
         log.info("PEFT has no dropout for adapters of experts; adapter_config.json says 0")
     settings["rank_pattern"] = patterns_of({name: own for name, (own, _) in adapted.items()}, rank)
-    settings["alpha_pattern"] = patterns_of({name: alpha for name, (_, alpha) in adapted.items()}, config.alpha)
+    settings["alpha_pattern"] = patterns_of(
+        {name: alpha for name, (_, alpha) in adapted.items()}, settings["lora_alpha"]
+    )
     settings["target_modules"] = sorted({module.rpartition(".")[2] for module in adapted})
     settings["modules_to_save"] = _modules_to_save(adapter, model, adapted)
     tensors |= {PREFIX + name: tensor for name, tensor in adapter.trained.items()}
@@ -121,16 +135,6 @@ def to_peft(adapter: WholeAdapter, model: ModelConfig) -> tuple[dict[str, Any], 
         settings["ensure_weight_tying"] = True
         tensors[PREFIX + tied_output(model)] = adapter.trained[words]
     return settings, tensors
-
-
-def _separate(site: Site, parts: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    written = {module: parts[part] for part, module in zip(site.parts, site.modules, strict=True) if part in parts}
-    if site.expert is not None and len(written) < len(site.modules):
-        # transformers 5 holds gate and up in one parameter, and PEFT wants adapters of both: this one adds nothing.
-        ((_, given),) = parts.items()
-        nothing = {name: torch.zeros_like(tensor) for name, tensor in given.items()}
-        written |= {module: nothing for module in site.modules if module not in written}
-    return written
 
 
 def _fused(
@@ -176,10 +180,17 @@ def _alpha(adapter: WholeAdapter, site: Site, module: str, rank: int) -> float:
     return alpha_of(config, first) * (math.sqrt(times) if config.rslora else times)
 
 
-def _rank(adapter: WholeAdapter, sites: Sequence[Site]) -> int:
-    """``r`` of adapter_config.json: the highest of experts, which in PEFT have one rank, or else most projections'."""
+def _rank(adapter: WholeAdapter, sites: Sequence[Site]) -> tuple[int, bool]:
+    """``r`` of adapter_config.json, and whether experts have adapters: then it is the highest of theirs, since PEFT has
+    one rank for them."""
     found = [adapter.part(site.linear, part) for site in sites if site.expert is not None for part in site.parts]
-    return max((len(factors["lora_A"]) for factors in found if factors), default=adapter.config.rank)
+    ranks = [len(factors["lora_A"]) for factors in found if factors]
+    return max(ranks, default=adapter.config.rank), bool(ranks)
+
+
+def _nothing(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    rows, width = shape
+    return {"lora_A": torch.zeros(rank, width, dtype=dtype), "lora_B": torch.zeros(rows, rank, dtype=dtype)}
 
 
 def _check_experts(config: AdapterConfig, model: ModelConfig) -> None:

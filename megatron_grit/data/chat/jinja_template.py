@@ -11,8 +11,9 @@ follows: Qwen3's leaves its ``<think>`` part out. Of these no rendering holds tw
 so only the last one of a rendering is supervised: all that follows the generation prompt. The others are rendered for
 themselves (:func:`~megatron_grit.data.chat.chat_format.renderings`).
 
-The date is not given to templates, because a file that is built twice must be the same; those that ask for it have a
-date of their own for that case.
+``strftime_now`` gives a prompt today's date, as in transformers. In data the date may not change, because a file that
+is built twice must be the same: templates that have a date of their own for where there is no ``strftime_now`` use it,
+the others :data:`DATE_IN_DATA`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,12 @@ from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.data.text.tokenizer_settings import read_settings, token_name
 from megatron_grit.errors import ConfigError, DataError
 
+DATE_IN_DATA = datetime(2024, 7, 26)
+"""The date that templates without one of their own write into data, whenever it is built."""
 _FIRST_MARK = 0xF0000  # the private-use plane A: 65,534 characters, up to four for each message
 _MAX_MESSAGES = 16383
 _ROLE = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ANSWER}
+_NOW = "strftime_now"
 _TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -67,6 +72,8 @@ class JinjaChatFormat:
         self._template = _compile(source, tokenizer.path)
         ends = {self._names["bos_token"]: tokenizer.bos_id, self._names["eos_token"]: tokenizer.eos_id}
         self._special = SpecialTokens(tokenizer, ends)
+        self._date_in_data: datetime | None = None
+        self._date_in_data = None if self._has_own_date() else DATE_IN_DATA
         self.rewrites = False
         self.rewrites = any(self._rewrites([Message("user", "a"), Message("assistant", one)]) for one in PROBES)
         self._lead = "" if self.rewrites else self._find_lead([Message("user", "a"), Message("assistant", "b")])
@@ -76,6 +83,14 @@ class JinjaChatFormat:
     def name_of(source: str) -> str:
         """The name of a template in indexed files."""
         return f"{TOKENIZER}:{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+
+    def _has_own_date(self) -> bool:
+        """Whether the template does without ``strftime_now``."""
+        try:
+            self.render([Message("user", "a"), Message("assistant", "b")])
+        except DataError as error:
+            return _NOW not in str(error)
+        return True
 
     def _rewrites(self, turn: Sequence[Message]) -> bool:
         """Whether the template writes the answer of a turn otherwise once another turn follows."""
@@ -92,8 +107,15 @@ class JinjaChatFormat:
         lead = text[len(prompt) : places[-1].start] if text.startswith(prompt) else ""
         return lead if lead.isspace() else ""
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, date: datetime | None = None
+    ) -> str:
         """The conversation as the template writes it.
+
+        Args:
+            messages: of the conversation.
+            add_generation_prompt: end with the beginning of an answer.
+            date: what ``strftime_now`` says. None: as in data.
 
         Raises:
             DataError: the template refuses it.
@@ -101,6 +123,8 @@ class JinjaChatFormat:
         from jinja2 import TemplateError
 
         values = [{"role": message.role, "content": message.content} for message in messages]
+        now = date or self._date_in_data
+        clock = {} if now is None else {_NOW: now.strftime}
         try:
             return self._template.render(
                 messages=values,
@@ -108,6 +132,7 @@ class JinjaChatFormat:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._names,
+                **clock,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the tokenizer's chat template refuses the conversation: {error}") from error
@@ -118,14 +143,16 @@ class JinjaChatFormat:
         return self._split(messages, add_generation_prompt=False)
 
     def prompt(self, messages: Sequence[Message]) -> list[Piece]:
-        return self._split(messages, add_generation_prompt=True)
+        return self._split(messages, add_generation_prompt=True, date=datetime.now())
 
     def completion(self, prompt: str, completion: str) -> list[Piece]:
         bos: list[Piece] = [(Role.TEMPLATE, self._tokenizer.bos_id)] if self._has_bos else []
         return [*bos, *join_completion(prompt, completion), (Role.ANSWER, self._tokenizer.eos_id)]
 
-    def _split(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[Piece]:
-        text, places = self._locate(messages, add_generation_prompt)
+    def _split(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, date: datetime | None = None
+    ) -> list[Piece]:
+        text, places = self._locate(messages, add_generation_prompt, date)
         begins = {} if add_generation_prompt else self._begins(messages, text, places)
         pieces: list[Piece] = []
         position, answering = 0, -1
@@ -185,17 +212,21 @@ class JinjaChatFormat:
                 continue  # never more than one BOS
             pieces.append((Role.ANSWER if place <= blank else Role.TEMPLATE, value))
 
-    def _locate(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[_Place]]:
+    def _locate(
+        self, messages: Sequence[Message], add_generation_prompt: bool, date: datetime | None = None
+    ) -> tuple[str, list[_Place]]:
         """The rendering, and where what each message says stands in it."""
         if len(messages) > _MAX_MESSAGES:
             raise DataError(f"the conversation has {len(messages)} messages; {_MAX_MESSAGES} is the most")
-        plain = self.render(messages, add_generation_prompt=add_generation_prompt)
+        plain = self.render(messages, add_generation_prompt=add_generation_prompt, date=date)
         # A template that trims its messages takes the marks for text and keeps the white space next to them; then
         # the marks have to stand within that white space. One that looks for tags has to find them where they were.
         ways = (_within_tags, _whole, _trimmed) if self.rewrites else (_whole, _trimmed, _within_tags)
         for parts_of in ways:
             marked, said = _mark(messages, parts_of)
-            found = _find_marks(self.render(marked, add_generation_prompt=add_generation_prompt), plain, said)
+            found = _find_marks(
+                self.render(marked, add_generation_prompt=add_generation_prompt, date=date), plain, said
+            )
             if found is not None:
                 return plain, found
         raise DataError("the tokenizer's chat template changes, repeats or leaves out what a message says")

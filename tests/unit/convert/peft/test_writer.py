@@ -84,7 +84,10 @@ def test_what_is_written_is_read(model: ModelConfig, rslora: bool, tmp_path: Pat
     assert is_peft_folder(tmp_path)
     found = read_peft(tmp_path, model)
     assert same(found, adapter)
-    assert found.config == replace(adapter.config, targets=found.config.targets)
+    if rslora and model is MIXTRAL:  # PEFT scales experts wrongly with square roots
+        assert not found.config.rslora and found.config.alpha == pytest.approx(7.0 * 3**0.5, rel=1e-12)
+    else:
+        assert found.config == replace(adapter.config, targets=found.config.targets)
 
 
 def delta(adapter: WholeAdapter, linear: str, part: str) -> Tensor:
