@@ -189,7 +189,7 @@ run_training() {
 run_job() {
     local nodes="$1" processes="$2" head
     shift 2
-    local command=("$PYTHON" -m torch.distributed.run --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-0}")
+    local command=("$PYTHON" -m megatron_grit.parallel.torchrun --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-0}")
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     if ((nodes == 1)); then
         command+=(--standalone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
 from tests.corpus import tiny_run, write_jsonl
-from tests.harness.command import cli
+from tests.harness.command import cli, environment, python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -140,26 +141,49 @@ def test_inference_commands(tmp_path: Path, corpus: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"texts.txt"}
 
 
-def test_every_rank_of_a_job_ends_and_one_speaks(tmp_path: Path, corpus: Path) -> None:
-    """Under torchrun too: the line once, no traceback of ours, nothing written."""
-    arguments = train_arguments(tmp_path, corpus)
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-        + ["--parallel.pipeline", "4"],
+def job(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Two processes, as the launchers of examples/ start them."""
+    launch = [python(), "-m", "megatron_grit.parallel.torchrun", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*launch, *arguments],
         cwd=ROOT,
+        env=os.environ | environment(),
         capture_output=True,
         text=True,
         timeout=600,
     )
-    assert result.returncode != 0
-    assert result.stderr.count("megatron-grit: error: ") == 1
-    # The environment may lie inside the checkout, and torchrun prints its own traceback: only our files count.
-    ours = [f'File "{ROOT / folder}' for folder in ("megatron_grit", "tools")]
-    assert not any(place in result.stderr for place in ours), result.stderr
-    assert not (tmp_path / "run").exists()
 
 
-def test_an_error_of_one_rank_is_told_by_that_rank(tmp_path: Path) -> None:
+@pytest.mark.processes(2)
+def test_a_job_that_does_not_start_is_one_line(tmp_path: Path, corpus: Path) -> None:
+    """Of all its ranks and of the launcher together; nothing is written."""
+    arguments = train_arguments(tmp_path, corpus)
+    for options, message in (
+        (["--parallel.pipeline", "4"], "start a multiple of 4 processes"),
+        (["--training.stepz", "4"], "unknown option --training.stepz"),
+        (["--data.tokenizer", "nothing"], "there is no file nothing"),
+    ):
+        result = job([*arguments, *options])
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+        assert result.stderr.startswith("megatron-grit: error: ") and message in result.stderr
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.processes(2)
+@pytest.mark.parametrize(
+    ("fault", "status", "lines"),
+    [
+        ("raise DataError('only here', path='shard')", 2, [r"megatron-grit: error: \[rank 1\] shard: only here"]),
+        (
+            "raise ValueError('a fault')",
+            1,
+            [r"\[rank 1\] Traceback.*", r"(\[rank 1\]   .*)+", r"\[rank 1\] ValueError: a fault"],
+        ),
+        ("os.kill(os.getpid(), 9)", 137, [r"torchrun: error: rank 1 \(process \d+\) was ended by SIGKILL; .*dmesg.*"]),
+        ("os._exit(5)", 5, [r"torchrun: error: rank 1 \(process \d+\) ended with status 5; see what it printed above"]),
+    ],
+)
+def test_what_one_rank_meets_is_told_once(tmp_path: Path, fault: str, status: int, lines: list[str]) -> None:
     """Rank 1 alone cannot go on; rank 0 waits for it in a collective and would never say why."""
     program = tmp_path / "one_rank.py"
     program.write_text(
@@ -168,19 +192,13 @@ def test_an_error_of_one_rank_is_told_by_that_rank(tmp_path: Path) -> None:
         "from megatron_grit.errors import DataError\n"
         "def command():\n"
         "    if os.environ['RANK'] == '1':\n"
-        "        raise DataError('only here', path='shard')\n"
+        f"        {fault}\n"
         "    time.sleep(60)\n"
         "sys.exit(guarded(command))\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode != 0
-    assert result.stderr.count("megatron-grit: error: [rank 1] shard: only here") == 1
+    result = job([str(program)])
+    assert result.returncode == status, result.stderr
+    assert re.fullmatch("\n".join(lines), result.stderr.strip(), re.DOTALL), result.stderr
 
 
 def test_write_jsonl_is_what_the_builder_reads(tmp_path: Path, corpus: Path) -> None:

@@ -159,7 +159,7 @@ def test_slurm_starts_one_torchrun_on_each_node(repository: Path, tmp_path: Path
         "--kill-on-bad-exit": "1",
         "--rdzv-endpoint": "node7:29400",
         "--rdzv-id": "11",
-        "-m": "torch.distributed.run",
+        "-m": "megatron_grit.parallel.torchrun",
     }.items():
         assert words[words.index(option) + 1] == value
 
