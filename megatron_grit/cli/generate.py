@@ -10,8 +10,10 @@ import sys
 from dataclasses import dataclass
 
 from megatron_grit.cli.main import command
+from megatron_grit.config.checkpoint_folder import resolve_checkpoint
 from megatron_grit.config.knob import knob
 from megatron_grit.config.options import ModelOptions, SamplingOptions
+from megatron_grit.store.logs import say_loading
 
 
 @dataclass(kw_only=True)
@@ -30,13 +32,16 @@ class GenerateOptions(SamplingOptions, ModelOptions):
 def run(options: GenerateOptions) -> None:
     """Generate and print."""
     from megatron_grit.inference.messages import read_conversations
-    from megatron_grit.inference.model import GritModel
 
     messages = [{"role": "user", "content": options.prompt}]
     if options.system is not None:
         messages.insert(0, {"role": "system", "content": options.system})
     conversations, _ = read_conversations(messages)  # before the model: what cannot be answered is found at once
-    model = GritModel.load(options.checkpoint, device=options.device, chat_template=options.chat_template)
+    path = resolve_checkpoint(options.checkpoint)
+    say_loading()
+    from megatron_grit.inference.model import GritModel
+
+    model = GritModel.load(path, device=options.device, chat_template=options.chat_template)
     (answer,) = model.answer(conversations, options)
     print(answer.text)
 

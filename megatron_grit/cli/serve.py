@@ -10,8 +10,10 @@ import sys
 from dataclasses import dataclass
 
 from megatron_grit.cli.main import command
+from megatron_grit.config.checkpoint_folder import resolve_checkpoint
 from megatron_grit.config.knob import knob
 from megatron_grit.config.options import ModelOptions, ServingLimits
+from megatron_grit.store.logs import say_loading
 
 
 @dataclass(kw_only=True)
@@ -33,6 +35,8 @@ class ServeOptions(ServingLimits, ModelOptions):
 
 def run(options: ServeOptions) -> None:
     """Serve until stopped."""
+    resolve_checkpoint(options.checkpoint)
+    say_loading()
     from megatron_grit.serving.server import serve
 
     serve(**vars(options))

@@ -14,9 +14,7 @@ from megatron_grit.config.database.run import resolve_retro_project
 from megatron_grit.config.parse import TrainArguments, dump_config, parse_train_arguments
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.store.environment import check_job, planned_size
-from megatron_grit.store.logs import get_logger
-
-log = get_logger(__name__)
+from megatron_grit.store.logs import say_loading
 
 
 def resolved(arguments: TrainArguments, *, files: bool) -> RunConfig:
@@ -41,7 +39,7 @@ def _run(argv: list[str] | None) -> None:
     if is_dry:
         print(f"# {mesh_summary(config, world_size)}\n{dump_config(config)}", end="")
         return
-    log.info("loading torch and megatron-core")
+    say_loading()
     from megatron_grit.convert.hf_in.pretrained import pretrained_weights
     from megatron_grit.convert.peft.runtime import peft_adapters
     from megatron_grit.training.trainer import train

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_grit.config.checkpoint_folder import holds_checkpoint
+from megatron_grit.config.checkpoint_folder import holds_checkpoint, resolve_checkpoint
 from megatron_grit.config.knob import knob
 from megatron_grit.errors import ConfigError
+from megatron_grit.store.logs import get_logger, say_loading
+
+log = get_logger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -58,13 +61,18 @@ def convert(options: ConvertOptions) -> Path:
     if options.adapter_only and options.merge:
         raise ConfigError("--merge and --adapter-only exclude each other; give one of them")
     paths = settings.pop("source"), settings.pop("target")
+    if way == "export":
+        resolve_checkpoint(source)
+    say_loading()
     if way == "import":
         from megatron_grit.convert.hf_in.convert import convert_checkpoint
 
+        log.info(f"importing {source}")
         return convert_checkpoint(*paths, **settings)
     from megatron_grit.convert.hf_out.convert import export_checkpoint
     from megatron_grit.convert.peft.merge import export_adapter
 
+    log.info(f"exporting {source}")
     if settings.pop("adapter_only"):
         return export_adapter(*paths)
     return export_checkpoint(*paths, adapters=settings.pop("merge"), **settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_grit.config.checkpoint_folder import resolve_checkpoint
 from megatron_grit.config.options import BatchSize, TextLength
 from megatron_grit.errors import ConfigError
 from megatron_grit.evaluation.bootstrap import Interval
@@ -12,6 +13,9 @@ from megatron_grit.evaluation.tasks import generative as generative_task
 from megatron_grit.evaluation.tasks import retrieval as retrieval_task
 from megatron_grit.evaluation.tasks.task import Lengths
 from megatron_grit.store.files import check_output, write_json
+from megatron_grit.store.logs import get_logger, say_loading
+
+log = get_logger(__name__)
 
 TASKS: dict[str, Any] = {"retrieval": retrieval_task, "generative": generative_task}
 """Each task by the option that gives its data."""
@@ -50,15 +54,17 @@ def evaluate_checkpoint(
     reads = [retrieval, *map(Path, (f"{generative}.bin", f"{generative}.idx", f"{generative}.json"))]
     check_output(output, [path for path in reads if path is not None])
     read = {name: TASKS[name].read(path) for name, path in paths.items() if path is not None}
-    from megatron_grit.inference.model import GritModel
-    from megatron_grit.training.checkpoint import read_state, resolve_checkpoint
-
     path = resolve_checkpoint(checkpoint)
+    say_loading()
+    from megatron_grit.inference.model import GritModel
+    from megatron_grit.training.checkpoint import read_state
+
     state = read_state(path)
     model = GritModel.load(path, device=device)
     figures: dict[str, Any] = {"checkpoint": str(checkpoint), "step": state["step"], "world_size": state["world_size"]}
     intervals: dict[str, Interval] = {}
     for name, data in read.items():
+        log.info(f"measuring {name} on {paths[name]}")
         found = TASKS[name].run(model, data, lengths)
         intervals |= found.intervals
         figures |= found.others

@@ -36,6 +36,8 @@ from megatron_grit.store.environment import job_size
 from megatron_grit.store.logs import get_logger
 from megatron_grit.training.checkpoint import read_config, read_state, resolve_checkpoint, tokenizer_path
 
+log = get_logger(__name__)
+
 Messages = Sequence[Mapping[str, Any]]
 
 log = get_logger(__name__)
@@ -111,6 +113,7 @@ class GritModel:
         if precision is not None:
             _check("precision", TrainingConfig, precision)
         path = resolve_checkpoint(path)
+        log.info(f"loading the model of {path}")
         state, config = read_state(path), read_config(path)
         tokenizer_file = tokenizer_path(path)
         if tokenizer_file is None:

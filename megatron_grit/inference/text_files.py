@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from megatron_grit import compat
+from megatron_grit.config.checkpoint_folder import resolve_checkpoint
 from megatron_grit.data.text.lines import Line, read_lines
 from megatron_grit.errors import DataError
 from megatron_grit.inference.messages import EMPTY_TEXT
 from megatron_grit.store.digest import digest_of_files
 from megatron_grit.store.files import check_output, check_room
-from megatron_grit.store.logs import get_logger
+from megatron_grit.store.logs import get_logger, say_loading
 from megatron_grit.store.progress import Progress
 from megatron_grit.store.rows import RowFile
 
@@ -87,11 +88,13 @@ def encode_file(
     with RowFile(Path(output_path)) as output:
         source = _spooled(output.folder) if input_path == "-" else TextFile(Path(input_path), Path(input_path))
         count, digest = source.survey()  # before the model: a bad line is found at once
+        path = resolve_checkpoint(checkpoint)
+        say_loading()
         from megatron_grit.inference.encode import embedding_width
         from megatron_grit.inference.model import GritModel
 
-        model = GritModel.load(checkpoint, device=device)
-        output.resume([BLOCK, digest, _identity(checkpoint, model), options], count)
+        model = GritModel.load(path, device=device)
+        output.resume([BLOCK, digest, _identity(path, model), options], count)
         check_room(output_path, 4 * embedding_width(model.model) * (count - output.num_rows))
         if output.num_rows:
             log.info(f"{output_path}: resumes after {output.num_rows:,} of {count:,} texts")
@@ -115,11 +118,8 @@ def _spooled(folder: Path) -> TextFile:
     return TextFile(path, _STDIN)
 
 
-def _identity(checkpoint: str | Path, model: Any) -> list[Any]:
+def _identity(path: Path, model: Any) -> list[Any]:
     """What vectors follow from besides the texts and the options: the checkpoint's content, precision, versions."""
-    from megatron_grit.training.checkpoint import resolve_checkpoint
-
-    path = resolve_checkpoint(checkpoint)
     manifest = path / "manifest.json"  # holds the checksums of all the other files
     files = [manifest] if manifest.is_file() else path.rglob("*")
     context = model.model.context

@@ -31,6 +31,12 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
+def say_loading() -> None:
+    """Say that torch is imported, which takes seconds to minutes, unless it is there already."""
+    if "torch" not in sys.modules:
+        get_logger(__name__).info("loading torch and megatron-core")
+
+
 def configure_logging(level: int = logging.INFO) -> None:
     """One line a message on standard error. ``MEGATRON_GRIT_DEBUG=1`` keeps the engine's own messages and warnings."""
     rank = job_rank()

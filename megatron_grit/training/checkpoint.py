@@ -16,7 +16,6 @@ Loading compares what it is about to read with the manifest.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,6 +29,8 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_grit.config.checkpoint_folder import list_checkpoints as list_checkpoints
+from megatron_grit.config.checkpoint_folder import resolve_checkpoint as resolve_checkpoint
 from megatron_grit.config.parse import load_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import CheckpointError
@@ -48,8 +49,6 @@ from megatron_grit.training.sharded_write import ShardedWrite
 log = get_logger(__name__)
 
 FORMAT_VERSION = 1
-_NAME = re.compile(r"step_\d{8,}")
-_REPLACED = ".replaced"
 _SHARDING = "fully_reshardable"
 # Without the second, experts that are split over ranks give the dense and the expert optimizer names of their own.
 _METADATA = {"distrib_optim_sharding_type": _SHARDING, "chained_optim_avoid_prefix": True}
@@ -64,32 +63,6 @@ Stage = GritDecoder | Sequence[GritDecoder]
 def checkpoint_path(output_dir: str | Path, step: int) -> Path:
     """Directory of a step's checkpoint."""
     return Path(output_dir) / "checkpoints" / f"step_{step:08d}"
-
-
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found: dict[str, Path] = {}
-    for path in sorted((Path(output_dir) / "checkpoints").glob("step_*")):
-        # One that was being replaced when the run was killed stands under its other name: the later of the two.
-        name = path.name.removesuffix(_REPLACED)
-        if _NAME.fullmatch(name) and (path / "state.json").is_file():
-            found.setdefault(name, path)
-    return [found[name] for name in sorted(found)]
-
-
-def resolve_checkpoint(path: str | Path) -> Path:
-    """A checkpoint directory, or the newest one of a run's output directory.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(path)
-    if (path / "state.json").is_file():
-        return path
-    found = list_checkpoints(path)
-    if not found:
-        raise CheckpointError(f"{path}: no checkpoint here; expected state.json or checkpoints/step_*/state.json")
-    return found[-1]
 
 
 def started_from(config: RunConfig) -> list[Path]:

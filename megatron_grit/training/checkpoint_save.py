@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_grit import compat
+from megatron_grit.config.checkpoint_folder import REPLACED
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.chat.chat import Chat, write_chat
@@ -48,7 +49,7 @@ from megatron_grit.training.manifest import write_manifest, write_part
 from megatron_grit.training.restore_checks import optimizer_parts, optimizer_step
 from megatron_grit.training.sharded_write import ShardedWrite, write_error
 
-_PARTIAL, _REPLACED, _REMOVED = ".partial", ".replaced", ".removed"
+_PARTIAL, _REMOVED = ".partial", ".removed"
 _SECONDS_FOR_OTHERS = 5.0
 
 log = get_logger(__name__)
@@ -240,7 +241,7 @@ class CheckpointSaver:
         final, folder = pending.final, pending.folder
         try:
             write_manifest(folder, self._context.world_size)
-            replaced = final.with_name(final.name + _REPLACED)
+            replaced = final.with_name(final.name + REPLACED)
             if final.exists():  # a step that was saved before: two renames, so that one of the two is always there
                 shutil.rmtree(replaced, ignore_errors=True)
                 final.rename(replaced)
@@ -292,8 +293,8 @@ def clear_leftovers(output_dir: str | Path, context: ParallelContext) -> None:
     """Remove what a killed run left half written or half deleted, and finish what it was replacing. Collective."""
     if context.rank == 0:
         folder = Path(output_dir) / "checkpoints"
-        for path in folder.glob(f"step_*{_REPLACED}"):
-            final = path.with_name(path.name.removesuffix(_REPLACED))
+        for path in folder.glob(f"step_*{REPLACED}"):
+            final = path.with_name(path.name.removesuffix(REPLACED))
             if final.exists():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -148,8 +148,8 @@ class Doors:
 def doors(trained_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
     folder = tmp_path_factory.mktemp("doors")
     (folder / "manifest.json").write_text("{}")
-    with mock.patch("megatron_grit.training.checkpoint.resolve_checkpoint", Path):
-        yield Doors(GritModel.load(trained_run.output_dir, device="cpu"), folder)
+    (folder / "state.json").write_text("{}")  # which makes it a checkpoint
+    yield Doors(GritModel.load(trained_run.output_dir, device="cpu"), folder)
 
 
 PLAIN = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(str.strip)

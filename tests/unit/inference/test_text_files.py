@@ -20,7 +20,6 @@ from megatron_grit.inference import text_files
 from megatron_grit.inference.model import GritModel
 from megatron_grit.inference.text_files import TextFile, encode_file
 from megatron_grit.store.lock import locked
-from megatron_grit.training import checkpoint
 
 SIZE = 8
 
@@ -45,7 +44,7 @@ def blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[lis
     config = SimpleNamespace(training=SimpleNamespace(precision="fp32"))
     model = SimpleNamespace(encode=encode, model=decoder, config=config)
     monkeypatch.setattr(GritModel, "load", lambda path, device: model)
-    monkeypatch.setattr(checkpoint, "resolve_checkpoint", Path)
+    monkeypatch.setattr(text_files, "resolve_checkpoint", Path)
     monkeypatch.setattr(text_files, "BLOCK", 3)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "manifest.json").write_text("{}")

@@ -176,7 +176,9 @@ def test_a_real_process(trained_run: RunConfig, repository: Path) -> None:
     guard = threading.Timer(200, process.kill)
     guard.start()
     try:
-        line = process.stderr.readline()
+        lines = [process.stderr.readline() for _ in range(3)]
+        assert "loading torch" in lines[0] and "loading the model of" in lines[1]
+        line = lines[2]
         found = re.search(r"serving run on (http://127\.0\.0\.1:\d+)\n", line)
         assert found, line + process.stderr.read()
         with urllib.request.urlopen(f"{found[1]}/health", timeout=60) as response:
