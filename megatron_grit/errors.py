@@ -6,7 +6,9 @@ traceback and exits with status 2; a library caller catches :class:`GritError`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 EXIT_STATUS = 2
 
@@ -20,6 +22,27 @@ class GritError(Exception):
 
 class ConfigError(GritError):
     """A configuration that cannot be run: an unknown key, a wrong value, options that exclude each other."""
+
+
+class ConfigErrors(ConfigError):
+    """Several of them, of which each is a line.
+
+    Args:
+        errors: what is wrong.
+    """
+
+    def __init__(self, errors: Sequence[ConfigError]) -> None:
+        super().__init__("\n".join(map(str, errors)))
+        self.errors = errors
+
+
+def raise_all(errors: Sequence[ConfigError]) -> NoReturn:
+    """Raise errors as one, or the only one itself.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise errors[0] if len(errors) == 1 else ConfigErrors(errors)
 
 
 class MeshError(ConfigError):

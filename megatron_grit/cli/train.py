@@ -9,10 +9,11 @@ from __future__ import annotations
 import sys
 
 from megatron_grit.cli.main import guarded
-from megatron_grit.config.checks.run import check, mesh_summary
+from megatron_grit.config.checks.run import find_errors, mesh_summary
 from megatron_grit.config.database.run import resolve_retro_project
 from megatron_grit.config.parse import TrainArguments, dump_config, parse_train_arguments
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.errors import raise_all
 from megatron_grit.store.environment import check_job, planned_size
 from megatron_grit.store.logs import say_loading
 
@@ -35,7 +36,9 @@ def _run(argv: list[str] | None) -> None:
         check_job()
     world_size = planned_size()
     config = resolved(arguments, files=not arguments.print_config)
-    check(config, world_size, files=not arguments.print_config, origins=arguments.origins)
+    errors = find_errors(config, world_size, files=not arguments.print_config, origins=arguments.origins)
+    if errors:
+        raise_all(errors if is_dry else errors[:1])
     if is_dry:
         print(f"# {mesh_summary(config, world_size)}\n{dump_config(config)}", end="")
         return

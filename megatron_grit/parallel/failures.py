@@ -7,9 +7,12 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from megatron_grit.errors import EXIT_STATUS, GritError, JobError
 from megatron_grit.store.environment import job_rank, job_size, leave_job
@@ -39,18 +42,52 @@ def guarded(
     if problem is not None:
         get_logger(__name__).info(f"runs alone: {problem}")
     try:
-        try:
-            step()
-        finally:
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted{'; the same command resumes' * resumes}", file=sys.stderr)
-        return 130
+        with _terminable():
+            try:
+                step()
+            finally:
+                sys.stdout.flush()
+    except KeyboardInterrupt as error:
+        if job_rank() == 0:  # all ranks are told at once
+            how = "terminated" if isinstance(error, _Terminated) else "interrupted"
+            print(f"{prog}: {how}{'; the same command resumes' * resumes}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and drop_closed_output():
             return 128 + signal.SIGPIPE
         return tell(error, prog)
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a process as Ctrl-C does, so that what is half written is removed; a second one acts as always.
+
+    Not in a job, whose ranks the launcher ends by SIGTERM when one has failed; not in processes that are forked from
+    this one, and not where somebody has another use for it.
+    """
+    is_mine = job_size() == 1 and threading.current_thread() is threading.main_thread()
+    if not is_mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    owner = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != owner:
+            signal.raise_signal(number)
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def tell(error: Exception, prog: str) -> int:
@@ -72,7 +109,8 @@ def tell(error: Exception, prog: str) -> int:
         is_first = getattr(error, "is_first", None)
         if not is_first and (rank or is_first is not None):
             time.sleep(_SECONDS_FOR_THE_FIRST)
-        print(f"{prog}: error: {mark if rank else ''}{error}", file=sys.stderr, flush=True)
+        for each in getattr(error, "errors", [error]):
+            print(f"{prog}: error: {mark if rank else ''}{each}", file=sys.stderr, flush=True)
         return EXIT_STATUS
     text = "".join(traceback.format_exception(error))
     print("".join(f"{mark}{line}" for line in text.splitlines(keepends=True)), file=sys.stderr, end="", flush=True)

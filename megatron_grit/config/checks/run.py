@@ -40,9 +40,19 @@ def check(config: RunConfig, world_size: int, *, files: bool = True, origins: Ma
         MeshError: the layout does not fit the number of processes, the model or the batch.
         ConfigError: any other problem.
     """
+    for error in find_errors(config, world_size, files=files, origins=origins):
+        raise error
+
+
+def find_errors(
+    config: RunConfig, world_size: int, *, files: bool = True, origins: Mapping[str, str] | None = None
+) -> list[ConfigError]:
+    """All problems of a run as errors; arguments as of :func:`check`."""
+    errors = []
     for problem in find_problems(config, world_size, files=files):
         where = (origins or {}).get(problem.key)
-        raise problem.error(f"{where}: {problem.message}" if where else problem.message)
+        errors.append(problem.error(f"{where}: {problem.message}" if where else problem.message))
+    return errors
 
 
 def find_problems(config: RunConfig, world_size: int, *, files: bool = True) -> Iterator[Problem]:
@@ -51,14 +61,18 @@ def find_problems(config: RunConfig, world_size: int, *, files: bool = True) -> 
         found = list(group)
         yield from found
         if found:
-            # What follows divides by these numbers.
+            # What follows divides by these numbers, but for what looks at files.
+            is_readable = not any(problem.key.startswith(("data.", "training.")) for problem in found)
+            if files and is_readable and not list(_data(config)):
+                yield from _files(config)
             return
     yield from _kinds(config, data_parallel_size(config, world_size))
-    yield from _data(config)
+    unreadable = list(_data(config))
+    yield from unreadable
     yield from _contrast(config)
     yield from embedding_problems(config)
     yield from adapter_problems(config)
-    if files:
+    if files and not any(problem.key.startswith("data.") for problem in unreadable):
         yield from _files(config)
 
 
@@ -266,8 +280,8 @@ def _files(config: RunConfig) -> Iterator[Problem]:
                     "if another program wrote .bin and .idx, write it with megatron-grit adopt-indexed --prefix "
                     f"{entry.path} --tokenizer {data.tokenizer or 'TOKENIZER'}"
                 )
-            for suffix in missing:
-                yield Problem(key, f"{key}: there is no file {entry.path}{suffix}; {remedy}")
+            if missing:
+                yield Problem(key, f"{key}: there is no file {entry.path}{missing[0]}; {remedy}")
     if data.tokenizer is not None:
         tokenizer = Path(data.tokenizer)
         if not tokenizer.exists() and not is_hub_name(data.tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from megatron_grit.cli import main as cli
 from megatron_grit.cli import train
 from megatron_grit.errors import DataError
 from megatron_grit.parallel import failures
+from megatron_grit.store.files import replacing
 
 GOOD = ["--model", "tiny_mistral", "--data.embedding=[e]", "--data.generative=[g]", "--data.tokenizer=t"]
 
@@ -42,11 +44,76 @@ def test_print_config_is_a_configuration(capsys: pytest.CaptureFixture[str], tmp
 
 def test_dry_run_looks_for_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([*GOOD, "--dry-run"]) == 2
-    error = capsys.readouterr().err
-    assert error == (
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == (
         "megatron-grit: error: command line: data.embedding: there is no file e.idx; "
-        "make it with tools/preprocess/build_grit.py\n"
+        "make it with tools/preprocess/build_grit.py"
     )
+    assert len(lines) == 3
+
+
+def test_dry_run_tells_everything_that_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    given = ["--parallel.tensor", "3", "--checkpoint.load", "nowhere", "--output_dir", str(tmp_path / "file")]
+    given += ["--model.num_query_groups", "3", "--optimizer.min_lr", "1"]
+    assert train.main([*GOOD, *given, "--dry-run"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("megatron-grit: error: command line: ") for line in lines)
+    for message in (
+        "optimizer.min_lr 1.0 is above optimizer.lr",
+        "data.embedding: there is no file e.idx",
+        "data.generative: there is no file g.idx",
+        "data.tokenizer: there is no file t",
+        "checkpoint.load: there is no directory nowhere",
+        "is a file, not a directory",
+    ):
+        assert sum(message in line for line in lines) == 1, lines
+    assert len(lines) == 6
+    assert train.main([*GOOD, *given]) == 2
+    assert capsys.readouterr().err.splitlines() == lines[:1], "a run stops at the first"
+    assert train.main([*GOOD, "--parallel.tensor", "3", "--loss.num_blocks", "7", "--dry-run"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "is no multiple of tensor 3" in lines[0] and len(lines) > 3
+
+
+@pytest.mark.parametrize(("number", "status", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
+def test_a_signal_is_one_line(
+    number: int, status: int, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is half written is removed, and the signal acts as before once the command is over."""
+    before = signal.getsignal(number)
+
+    def work() -> None:
+        with replacing(tmp_path / "out") as file:
+            file.write("half")
+            signal.raise_signal(number)
+
+    assert cli.guarded(work, "tool", resumes=True) == status
+    assert capsys.readouterr().err == f"tool: {word}; the same command resumes\n"
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(number) is before
+
+
+def test_a_forked_process_is_ended_by_sigterm_as_ever() -> None:
+    def work() -> None:
+        reading, writing = os.pipe()
+        if (child := os.fork()) == 0:
+            os.write(writing, b"!")  # a signal before this line would be lost: Python drops those of a fork
+            time.sleep(60)
+            os._exit(1)
+        os.read(reading, 1)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+    assert cli.guarded(work) == 0
+
+
+def test_a_job_is_ended_by_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks are sent SIGTERM when one has failed: they have nothing to say."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    assert cli.guarded(lambda: seen.append(signal.getsignal(signal.SIGTERM)), joins_job=True) == 0
+    assert seen == [signal.SIG_DFL]
 
 
 @pytest.mark.parametrize(("rank", "speaker"), [("0", "error: command line"), ("1", "error: [rank 1] command line")])
