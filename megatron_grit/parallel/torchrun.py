@@ -21,11 +21,11 @@ from megatron_grit.parallel.failures import guarded
 PROG = "torchrun"
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str] | None) -> int:
     """Start the processes and wait for them. Returns the exit status.
 
     Args:
-        argv: torchrun's command line, without the program.
+        argv: torchrun's command line, without the program. None: that of the process.
 
     Raises:
         ConfigError: options that torchrun does not take together, or nodes that do not meet.
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     if os.environ.get("MEGATRON_GRIT_DEBUG") != "1":
         _silence()
     try:
-        launch(parse_args(list(argv)))
+        launch(parse_args(argv))
     except ChildFailedError as error:
         return _status_of(*error.get_first_failure())
     except SignalException as error:
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = [0]
 
     def step() -> None:
-        status[0] = run(sys.argv[1:] if argv is None else argv)
+        status[0] = run(argv)
 
     return guarded(step, PROG, joins_job=True) or status[0]
 

@@ -8,6 +8,9 @@ from megatron_grit.config.checkpoint_folder import holds_checkpoint
 from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.errors import ConfigError, MeshError
 from megatron_grit.inference.encoders.protocol import Embedder, EmbedderOptions
+from megatron_grit.store.logs import get_logger, say_loading
+
+log = get_logger(__name__)
 
 MESH = ("tensor", "pipeline", "context", "expert")
 """Axes that one of our own models can be sharded along; ``embedder_tensor`` and so on of a database."""
@@ -30,6 +33,8 @@ def load_embedder(
         DataError: a damaged file.
     """
     folder, options = Path(path), options or EmbedderOptions()
+    say_loading()
+    log.info(f"loading the embedder {path}")
     if holds_checkpoint(folder):
         from megatron_grit.inference.encoders.grit import GritEmbedder
         from megatron_grit.inference.model import GritModel
