@@ -147,7 +147,27 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
         ValueError: a number that is not finite.
     """
     with replacing(path) as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        file.write(json_text(value, indent=2, allow_nan=False) + "\n")
+
+
+def json_text(value: object, *, indent: int | None = None, allow_nan: bool = True) -> str:
+    """JSON that can be written as UTF-8. Letters stay as they are, unless a name of a file that is no UTF-8 is in a
+    text: then they are escaped, and a reader gets the name back.
+
+    Args:
+        value: what is written.
+        indent: spaces of a level. None: all on one line.
+        allow_nan: whether a number may be not finite.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=allow_nan)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent, allow_nan=allow_nan)
+    return text
 
 
 def sync_folder(folder: Path) -> None:

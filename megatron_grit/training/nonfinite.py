@@ -24,7 +24,7 @@ from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.errors import NumericsError
 from megatron_grit.parallel.collectives import any_rank, gather_json
 from megatron_grit.parallel.context import ParallelContext
-from megatron_grit.store.files import replacing
+from megatron_grit.store.files import json_text, replacing
 from megatron_grit.store.logs import get_logger
 
 log = get_logger(__name__)
@@ -111,7 +111,7 @@ class NonFiniteGuard:
         if self.context.rank == 0 and self.path.exists():
             kept = list(_records_up_to(self.path, start_step))
             with replacing(self.path) as file:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+                file.writelines(json_text(record) + "\n" for record in kept)
             steps = {record["step"] for record in kept}
             in_a_row = next(n for n in range(len(steps) + 1) if start_step - n not in steps)
             counts = [float(len(steps)), float(in_a_row)]
@@ -168,7 +168,7 @@ class NonFiniteGuard:
         if self.context.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step} | record, ensure_ascii=False) + "\n")
+                file.write(json_text({"step": step} | record) + "\n")
             log.warning(f"step {step} is skipped, {self.num_skipped} so far: {reason}")
         limit = self.config.training.max_skipped_steps
         if self._in_a_row >= limit:

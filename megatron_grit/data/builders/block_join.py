@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -17,6 +16,7 @@ from megatron_grit.data.builders.build_folder import PLACE_DTYPE, BuildFolder
 from megatron_grit.data.indexed.reader import IndexedFile
 from megatron_grit.data.indexed.writer import TokenBlock
 from megatron_grit.errors import DataError
+from megatron_grit.store.files import json_text
 
 DUPLICATE = "duplicate"
 """Reason of a record that repeats an earlier one, in the list of rejected lines."""
@@ -157,6 +157,6 @@ def write_rejected(path: Path, rejected: Iterator[dict[str, Any]], folder: Path)
     temporary = folder / "rejected.jsonl"
     with temporary.open("w", encoding="utf-8") as file:
         while found is not None:
-            file.write(json.dumps(found, ensure_ascii=False) + "\n")
+            file.write(json_text(found) + "\n")
             found = next(rejected, None)
     os.replace(temporary, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import namedtuple
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_grit.errors import ConfigError, OutputError
-from megatron_grit.store.files import check_output, check_prefix, check_room
+from megatron_grit.store.files import check_output, check_prefix, check_room, write_json
 
 
 def test_what_is_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +48,11 @@ def test_missing_bytes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     check_room(tmp_path / "not" / "there", 1000)
     with pytest.raises(OutputError, match="out: needs 3,500 more bytes and 1,000 are free, so 2,500 are missing"):
         check_room(tmp_path / "out", 3500)
+
+
+def test_names_that_are_no_utf_8_are_written_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    for name, is_escaped in (("caf\u00e9", False), (os.fsdecode(b"caf\xff"), True)):
+        write_json(path, {"input": [name]})
+        assert json.loads(path.read_text(encoding="utf-8")) == {"input": [name]}
+        assert ("\\u" in path.read_text(encoding="utf-8")) == is_escaped
