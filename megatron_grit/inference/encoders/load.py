@@ -33,9 +33,8 @@ def load_embedder(
         DataError: a damaged file.
     """
     folder, options = Path(path), options or EmbedderOptions()
-    say_loading()
-    log.info(f"loading the embedder {path}")
     if holds_checkpoint(folder):
+        say_loading()
         from megatron_grit.inference.encoders.grit import GritEmbedder
         from megatron_grit.inference.model import GritModel
 
@@ -43,6 +42,7 @@ def load_embedder(
             raise ConfigError(
                 f"embedder {path}: embedder_pooling is of Hugging Face encoders; ours are pooled as trained"
             )
+        log.info(f"loading the embedder {path}")
         try:
             model = GritModel.load(folder, device=options.device, precision=options.precision, parallel=parallel)
         except MeshError as error:
@@ -54,6 +54,8 @@ def load_embedder(
                 f"embedder {path}: each process holds an encoder of Hugging Face whole, and only a checkpoint of ours "
                 f"can be sharded over several; leave out {_sizes(parallel)}"
             )
+        say_loading()
+        log.info(f"loading the embedder {path}")
         try:
             import transformers  # noqa: F401
         except ImportError:
