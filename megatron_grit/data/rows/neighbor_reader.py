@@ -79,7 +79,7 @@ class NeighborReader:
                     f"model.retro.num_neighbors {self._k} is above the {manifest.num_neighbors} that {path.parent} "
                     "has for each chunk"
                 )
-            table = NeighborTable(path.parent, self._db.rows)
+            table = NeighborTable(path.parent, self._db.rows, self._db.version.chunks)
             table.check_source(prefix)
             return table
         known = f"; there are those of version {sorted(others)}: see data.retro_version" if others else ""
