@@ -35,7 +35,7 @@ from megatron_grit.errors import DataError
 from megatron_grit.retrieval.database.versions import search_of
 from megatron_grit.retrieval.work import Worker
 from megatron_grit.store.blocks import Arrays, BlockFolder
-from megatron_grit.store.digest import digest_of_settings
+from megatron_grit.store.digest import digest_of_rows, digest_of_settings
 from megatron_grit.store.files import replacing
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.rows import read_rows
@@ -189,6 +189,9 @@ class QueriedFile:
             table, first, num_segments = taken["table"], int(taken["num_places"]), int(taken["num_segments"])
             starts = read_rows(self.folder / "starts.npy", mapped=True)
             again = read_rows(self.folder / "again.npy")
+            # Sizes of what follows: a damaged one would have no end of blocks. Earlier releases did not note it.
+            if taken.get("starts", digest_of_rows(starts)) != digest_of_rows(starts):
+                raise ValueError("starts.npy does not match its checksum")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(
                 f"cannot be read ({error}); delete it and run --tasks query-neighbors", path=self.folder
@@ -222,7 +225,8 @@ class QueriedFile:
             taken |= {"num_places": manifest.num_places, "num_segments": earlier.num_segments}
         with replacing(self.folder / "again.npy", "wb") as file:
             np.save(file, np.concatenate(again), allow_pickle=False)
-        write_sealed(self.folder / "taken_over.json", taken)
+        starts = digest_of_rows(read_rows(self.folder / "starts.npy", mapped=True))
+        write_sealed(self.folder / "taken_over.json", taken | {"starts": starts})
 
     def _earlier_table(self) -> _Earlier | None:
         """The table of the first documents of this file with this index and these settings from which least is to be
