@@ -95,9 +95,9 @@ class RetroDbConfig:
     recall_queries: str | None = knob(None, path=True)
     """A text file, a query in each line, that chooses how the index is searched and measures its recall. null: chunks
     of query_paths, or of the database where that is empty or part of it."""
-    num_shards: int = knob(1, at_least=1)
+    num_shards: int | None = knob(None, at_least=1)
     """Files that the index is spread over, each with a run of the chunks; searched one after the other, or by several
-    processes."""
+    processes. null: as few as keep each below 128 GiB, which the process that fills one holds in memory."""
     nprobe: int | None = knob(None, at_least=1)
     """Lists that are visited. null: the fewest that reach recall on a sample."""
     ef_search: int | None = knob(None, at_least=1)

@@ -473,3 +473,21 @@ class IndexedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.discard()
+
+
+def write_texts(prefix: Path, texts: Iterable[Sequence[int]], vocab_size: int, tokenizer_fingerprint: str) -> None:
+    """Write an indexed file of plain texts.
+
+    Args:
+        prefix: path without extension; where a file is, it is refused.
+        texts: tokens of each document, its end-of-document token included.
+        vocab_size: of the tokenizer.
+        tokenizer_fingerprint: of the tokenizer.
+
+    Raises:
+        DataError, OutputError: as for :class:`IndexedWriter`.
+    """
+    with IndexedWriter(prefix, RowKind.GENERATIVE, vocab_size) as writer:
+        for tokens in texts:
+            writer.add([(Role.TEXT, tokens)])
+        writer.finalize(tokenizer_fingerprint=tokenizer_fingerprint, template="none", limits={})

@@ -14,7 +14,13 @@ from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.order.permutation import derive_keys, permute
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.database.vectors import chunks_fingerprint
-from megatron_grit.retrieval.index.factory import choose_factory, lists_of, num_training_vectors
+from megatron_grit.retrieval.index.factory import (
+    MOST_BYTES,
+    choose_factory,
+    index_bytes,
+    lists_of,
+    num_training_vectors,
+)
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, new_index
 from megatron_grit.retrieval.index.manifest import IndexManifest, is_whole, read_manifest
 from megatron_grit.retrieval.index.recall_queries import RecallQueries
@@ -39,7 +45,7 @@ def check_index(config: RetroDbConfig, dim: int, num_chunks: int, *, at_most: bo
     there = f"{'at most ' if at_most else ''}{num_chunks:,} chunks of the database"
     if config.ntrain is not None and config.ntrain > num_chunks:
         raise ConfigError(f"ntrain {config.ntrain:,} is above the {there}; lower it")
-    if config.num_shards > num_chunks:
+    if config.num_shards is not None and config.num_shards > num_chunks:
         raise ConfigError(f"num_shards {config.num_shards} is above the {there}; lower it")
     if factory == "auto":
         if at_most:
@@ -81,7 +87,7 @@ class IndexFiles:
         self.folder = self.root / "faiss-par-add" / factory.replace("/", "_")
         self.trained = self.folder / f"empty_{config.train_load_fraction:.3f}.faissindex"
         name = f"added_{config.train_load_fraction:.3f}_{config.add_load_fraction:.3f}"
-        count = config.num_shards
+        count = config.num_shards or -(-index_bytes(factory, dim, len(db)) // MOST_BYTES)
         self.added = [
             self.folder / (f"{name}.faissindex" if count == 1 else f"{name}_{shard:03d}of{count:03d}.faissindex")
             for shard in range(count)

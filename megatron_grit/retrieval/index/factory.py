@@ -8,6 +8,8 @@ from typing import Any
 
 from megatron_grit.errors import ConfigError
 
+MOST_BYTES = 1 << 37
+"""Of one file of an index, where nobody says how many there are: one process holds it while it is filled."""
 MIN_POINTS_PER_LIST = 39
 """Training vectors that k-means wants for each list (faiss's own default, below which it warns)."""
 _KINDS = ("Flat", "PQ", "ScalarQuantizer", "RaBitQ")
@@ -55,11 +57,42 @@ def choose_factory(num_vectors: int, dim: int, memory_bytes: float) -> str:
 
 
 def num_training_vectors(factory: str, num_vectors: int) -> int:
-    """How many vectors an index is trained on where nobody says: 64 for each list, at least 65,536 for whatever learns
-    from them, such as a quantiser or PCA."""
+    """How many vectors an index is trained on where nobody says: 64 for each list, and of more than a million lists as
+    few as k-means wants; at least 65,536 for whatever learns from them, such as a quantiser or PCA."""
     if all(_UNTRAINED.fullmatch(part) for part in factory.split(",")):
         return 0
-    return min(num_vectors, max(64 * (lists_of(factory) or 0), 65_536))
+    lists = lists_of(factory) or 0
+    return min(num_vectors, max(min(64 * lists, max(MIN_POINTS_PER_LIST * lists, 64 << 20)), 65_536))
+
+
+def code_bytes(factory: str, dim: int) -> int:
+    """Bytes that an index keeps of a vector beside its id, links of a graph included."""
+    width, codes = width_of(factory, dim), factory.split(",")[-1]
+    product = re.fullmatch(r"PQ(\d+)(?:x(\d+))?\w*", codes)
+    if product:
+        return -(-int(product[1]) * int(product[2] or 8) // 8)
+    scalar = re.fullmatch(r"SQ(\d+|fp16|bf16)\w*", codes)
+    if scalar:
+        return -(-width * (16 if scalar[1] in ("fp16", "bf16") else int(scalar[1])) // 8)
+    graph = re.fullmatch(r"HNSW(\d*).*", codes)
+    return 4 * width + (8 * int(graph[1] or 32) + 16 if graph else 0)
+
+
+def index_bytes(factory: str, dim: int, num_vectors: int) -> int:
+    """Bytes of a filled index, about: codes, ids, centres and what turns vectors."""
+    width, lists, codes = width_of(factory, dim), lists_of(factory) or 0, factory.split(",")[-1]
+    links = re.search(r"IVF\d+k?_HNSW(\d+)", factory)
+    graph = lists * (8 * int(links[1]) + 16) if links else 0
+    learned = 4 * dim * dim if "PCA" in factory else 4 * dim * width if "OPQ" in factory else 0
+    product = re.fullmatch(r"PQ\d+(?:x(\d+))?\w*", codes)
+    learned += 4 * width * 2 ** int(product[1] or 8) if product else 0
+    return num_vectors * (code_bytes(factory, dim) + (8 if lists else 0)) + 4 * lists * width + graph + learned
+
+
+def width_of(factory: str, dim: int) -> int:
+    """Channels that are compared, after OPQ or PCA."""
+    turned = re.search(r"(?:OPQ\d+_|PCA\w*?)(\d+),", factory)
+    return int(turned[1]) if turned else dim
 
 
 def lists_of(factory: str) -> int | None:

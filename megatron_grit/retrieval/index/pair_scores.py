@@ -25,6 +25,8 @@ def scored_by_pairs(faiss: Any, flat: Any, queries_ND: np.ndarray, ids_NK: np.nd
     scores = np.empty(ids_NK.shape, dtype=np.float32)
     queries, found, ids = (faiss.swig_ptr(array) for array in (queries_ND, scores, ids_NK))
     flat.compute_distance_subset(len(queries_ND), queries, ids_NK.shape[1], found, ids)
-    keys = scores if flat.metric_type == faiss.METRIC_L2 else -scores
-    order = np.lexsort((ids_NK, np.where(ids_NK < 0, np.inf, keys)), axis=1)
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(ids_NK, order, 1)
+    keys = np.where(ids_NK < 0, np.inf, scores if flat.metric_type == faiss.METRIC_L2 else -scores)
+    rows = np.flatnonzero(~(keys[:, 1:] > keys[:, :-1]).all(axis=1))  # the others are in order
+    order = np.lexsort((ids_NK[rows], keys[rows]), axis=1)
+    scores[rows], ids_NK[rows] = np.take_along_axis(scores[rows], order, 1), np.take_along_axis(ids_NK[rows], order, 1)
+    return scores, ids_NK

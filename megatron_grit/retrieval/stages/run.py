@@ -13,6 +13,7 @@ from megatron_grit.errors import DataError
 from megatron_grit.inference.encoders.load import MESH
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.index_files import IndexFiles
+from megatron_grit.retrieval.estimate.lines import estimate_build, is_worth_it, lines_of
 from megatron_grit.retrieval.stages.embed import project_embedder
 from megatron_grit.retrieval.stages.preparation import Preparation
 from megatron_grit.retrieval.stages.restore import restore_tables
@@ -71,7 +72,18 @@ def dry_run(prepared: Preparation) -> list[str]:
                 lines.append(f"embedder: {config.embedder}, not loaded here, because it is sharded over processes")
             else:
                 embedder = project_embedder(config, alone=True)
-        return lines + prepared.check(embedder) + prepared.losses()
+        lines += prepared.check(embedder)
+        if embedder is not None and not prepared.is_grown and prepared.validate is None:
+            lines += _estimate(Project(prepared.folder, config), prepared, embedder, num_processes)
+        return lines + prepared.losses()
+
+
+def _estimate(project: Project, prepared: Preparation, embedder: Embedder, num_processes: int) -> list[str]:
+    """What the tasks will take, where they take long."""
+    tasks = [name for name in prepared.tasks if name not in prepared.begun() or name in prepared.overwritten]
+    if not tasks or not is_worth_it(project):
+        return []
+    return list(lines_of(estimate_build(project, embedder, tasks, num_processes), tasks))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from megatron_grit.data.chunks.chunk_db import ChunkDb
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.database.index_files import IndexFiles
-from megatron_grit.retrieval.database.vectors import embed_chunks, find_chunks, open_vectors
+from megatron_grit.retrieval.database.vectors import SegmentVectors, embed_chunks, find_chunks, open_vectors
 from megatron_grit.retrieval.index.factory import choose_factory, num_training_vectors
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search
 from megatron_grit.retrieval.index.manifest import read_manifest
@@ -148,7 +148,7 @@ def test_stored_vectors_are_embedded_once_and_give_the_same(project: Project, tm
     rows = np.asarray(db.rows[:30])
     assert (rows[:, 0] == 0).all()
     texts = [*db.texts(range(30)), "none of them"]
-    found = vectors.of_queries(0, np.append(rows[:, 1], 10**6), np.append(rows[:, 2], 0), texts)
+    found = SegmentVectors([vectors]).of_queries(0, np.append(rows[:, 1], 10**6), np.append(rows[:, 2], 0), texts)
     assert embedder.num_embedded == before + 1
     assert np.array_equal(found, Words().embed(texts))
 

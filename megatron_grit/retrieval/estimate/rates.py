@@ -1,0 +1,285 @@
+"""Rates of a build, measured in seconds with the functions that build.
+
+1. A sample of the corpus goes through all tasks, in two sizes, with short random vectors in place of the embedder's:
+   the difference of the two is what a chunk costs beside embedding and comparing (reading, text, checksums, files).
+2. A few hundred chunks of the sample are embedded.
+3. Their vectors, and as many more around them as it takes, are compared, encoded and searched with codes of the kind
+   that the index will have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_grit.config.database.schema import RetroDbConfig
+from megatron_grit.data.chunks.chunk_db import ChunkDb
+from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.indexed.reader import IndexedFile
+from megatron_grit.data.indexed.writer import write_texts
+from megatron_grit.data.text.markers import Side
+from megatron_grit.inference.encoders.protocol import Embedder
+from megatron_grit.retrieval.database.vectors import embed_chunks, open_vectors
+from megatron_grit.retrieval.index.factory import lists_of, width_of
+from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search
+from megatron_grit.retrieval.stages.db_build import build_chunks
+from megatron_grit.retrieval.stages.index_add import add_to_index
+from megatron_grit.retrieval.stages.index_train import train_index
+from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
+from megatron_grit.retrieval.work import Worker
+
+if TYPE_CHECKING:
+    from megatron_grit.inference.model_group import ModelGroup
+
+_SAMPLES = 1 << 18, 1 << 20
+"""Tokens of the two samples of the corpus."""
+_RUNS = 16
+"""Places of the corpus that a sample is read from."""
+_EMBED_SECONDS = 4.0
+_EMBED_AT_A_TIME = 256
+_VECTORS = 10_240
+"""Vectors that are compared: as many as 256 centres want to be trained on."""
+_QUERIES = 1024
+_REPEATS = 3
+"""Of what takes milliseconds; the fastest counts."""
+_WIDTH = 8
+"""Channels of the vectors in place of the embedder's."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Time that something took."""
+
+    wall: float = 0.0
+    """Seconds."""
+    cpu: float = 0.0
+    """Seconds of all of this process's threads."""
+
+    def __sub__(self, other: Spent) -> Spent:
+        return Spent(self.wall - other.wall, self.cpu - other.cpu)
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.wall + other.wall, self.cpu + other.cpu)
+
+    def times(self, count: float) -> Spent:
+        """That of so many."""
+        return Spent(max(0.0, self.wall * count), max(0.0, self.cpu * count))
+
+
+@dataclass(kw_only=True)
+class Rates:
+    """What parts of a build cost, one by one, in one process."""
+
+    chunks_per_token: float
+    """Chunks that are kept, of a token of the corpus."""
+    places_per_token: float
+    """Chunks that neighbors are searched for: repeated and empty ones as well."""
+    documents_per_token: float
+    text_bytes: float
+    """Of a chunk's text."""
+    fixed: dict[str, Spent] = field(default_factory=dict)
+    """Of each task, whatever its size; query-neighbors and index-add without comparing vectors."""
+    per_chunk: dict[str, Spent] = field(default_factory=dict)
+    """Of each task, as ``fixed``."""
+    embed: Spent = Spent()
+    """Of one chunk, reading its text and writing its vector included."""
+    compare: Spent = Spent()
+    """Of one query with one channel of one vector, all with all, as training does and exact search."""
+    scan: Spent = Spent()
+    """Of one query with one vector of the index or of a list, in codes of the index's kind."""
+    ask: Spent = Spent()
+    """Of one query of an index, whatever its size, for as many neighbors as are searched."""
+    encode: Spent = Spent()
+    """Of one vector into such a code."""
+    learn: Spent = Spent()
+    """Of one vector, to train such codes on it."""
+    memory: int = 0
+    """Bytes of this process after a batch was embedded."""
+
+
+class _ShortVectors:
+    """Random vectors of a few channels, which cost nothing."""
+
+    dim, fingerprint, sides_alike = _WIDTH, "short random vectors", True
+    model_group: ModelGroup | None = None
+
+    def embed(self, texts: Sequence[str], side: Side = "passage") -> np.ndarray:
+        return np.random.default_rng(len(texts)).standard_normal((len(texts), _WIDTH), dtype=np.float32)
+
+
+def measure(project: Project, embedder: Embedder, factory: str) -> Rates:
+    """Measure on a project's corpus. Writes to a temporary folder alone.
+
+    Args:
+        project: whose files are there.
+        embedder: of its vectors.
+        factory: string of the index that is to be built.
+
+    Raises:
+        DataError: a file of the corpus is damaged.
+    """
+    with tempfile.TemporaryDirectory(prefix="build-db-") as name, _quiet():
+        folder = Path(name)
+        sizes, spent = [], []
+        for size in _SAMPLES:
+            sample = _sample_project(project, folder / str(size), size)
+            spent.append(_run_tasks(sample))
+            each = _search_of(sample).times(1 / _QUERIES)
+            num_asked = len(np.load(next(sample.folder.glob("query/*/neighbors.npy")), mmap_mode="r"))
+            spent[-1]["query-neighbors"] -= each.times(num_asked)
+            db = ChunkDb(sample)
+            sizes.append((db, sample))
+        (small, _), (large, sample) = sizes
+        file = sample.file(0)
+        num_tokens = file.bin_bytes // file.dtype.itemsize
+        num_places = len(np.load(next(sample.folder.glob("query/*/neighbors.npy")), mmap_mode="r"))
+        texts = large.texts(np.random.default_rng(0).permutation(len(large))[:2048])
+        rates = Rates(
+            chunks_per_token=len(large) / num_tokens,
+            places_per_token=num_places / num_tokens,
+            documents_per_token=file.num_documents / num_tokens,
+            text_bytes=float(np.mean([len(text.encode()) for text in texts])),
+        )
+        for task in spent[0]:
+            each = (spent[1][task] - spent[0][task]).times(1 / max(1, len(large) - len(small)))
+            rates.per_chunk[task] = each
+            rates.fixed[task] = (spent[0][task] - each.times(len(small))).times(1)
+    vectors, rates.embed = _embed(embedder, texts)
+    rates.embed += rates.per_chunk["embed"]
+    rates.memory = resident_bytes()
+    _measure_vectors(rates, _around(vectors), factory, project.config)
+    return rates
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Progress and log of the sample's build would be taken for those of the real one."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def resident_bytes() -> int:
+    """Most memory that this process has had so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _spent(function: Callable[[], object]) -> Spent:
+    began = time.perf_counter(), time.process_time()
+    function()
+    return Spent(time.perf_counter() - began[0], time.process_time() - began[1])
+
+
+def _sample_project(project: Project, folder: Path, num_tokens: int) -> Project:
+    """A project of documents from several places of the corpus."""
+    config, prefix = project.config, folder / "sample"
+    folder.mkdir(parents=True)
+    tokenizer = project.tokenizer
+    texts = (tokens.tolist() for tokens in _documents(project, num_tokens))
+    write_texts(prefix, texts, tokenizer.vocab_size, tokenizer.fingerprint)
+    kept = {name: getattr(config, name) for name in _SETTINGS}
+    return Project(folder / "db", RetroDbConfig(**kept, data_paths=[str(prefix)], index="Flat"))
+
+
+_SETTINGS = (
+    "tokenizer chunk_length min_chunk_tokens duplicates near_threshold minhash_permutations valid_fraction seed "
+    "doc_block_size block_size num_neighbors_query num_neighbors_save max_overlap"
+).split()
+
+
+def _documents(project: Project, num_tokens: int) -> Iterator[np.ndarray]:
+    """Documents of about so many tokens in all, from places spread over all files by their size."""
+    files = [project.open(prefix) for prefix in project.config.data_paths]
+    sizes = np.array([file.bin_bytes // file.dtype.itemsize for file in files])
+    for place in (np.arange(_RUNS) + 0.5) / _RUNS * sizes.sum():
+        number = int(np.searchsorted(np.cumsum(sizes), place, side="right"))
+        file: IndexedFile = files[number]
+        inside = (place - (sizes[:number].sum())) / max(1, sizes[number])
+        left, document = num_tokens // _RUNS, int(inside * file.num_documents)
+        while left > 0 and document < file.num_documents:
+            tokens = file.read(*file.sequences(document))
+            if len(tokens):
+                yield tokens
+            left -= max(1, len(tokens))
+            document += 1
+
+
+def _run_tasks(project: Project) -> dict[str, Spent]:
+    alone, embedder = Worker(), _ShortVectors()
+    tasks: dict[str, Callable[[], object]] = {
+        "db-build": lambda: build_chunks(project, alone),
+        "embed": lambda: embed_chunks(open_vectors(project, alone, embedder), alone),
+        "index-train": lambda: train_index(project, alone, embedder),
+        "index-add": lambda: add_to_index(project, alone, embedder),
+        "query-neighbors": lambda: query_neighbors(project, alone, embedder),
+    }
+    return {name: _spent(task) for name, task in tasks.items()}
+
+
+def _search_of(project: Project) -> Spent:
+    """Of as many queries as are timed, in the index of a sample."""
+    (path,) = project.folder.glob("index/*/*/added_*.faissindex")
+    index = VectorIndex.load(path)
+    queries = np.random.default_rng(1).standard_normal((_QUERIES, _WIDTH), dtype=np.float32)
+    return _least(lambda: index.search(queries, project.config.num_neighbors_query))
+
+
+def _least(function: Callable[[], object]) -> Spent:
+    function()
+    found = [_spent(function) for _ in range(_REPEATS)]
+    return Spent(min(spent.wall for spent in found), min(spent.cpu for spent in found))
+
+
+def _embed(embedder: Embedder, texts: list[str]) -> tuple[np.ndarray, Spent]:
+    """Vectors of as many texts as a few seconds allow, and what one took. The first half of them warms up."""
+    parts: list[np.ndarray] = []
+    spent: list[Spent] = []
+    for start in range(0, len(texts), _EMBED_AT_A_TIME):
+        part = texts[start : start + _EMBED_AT_A_TIME]
+        spent.append(_spent(lambda part=part: parts.append(embedder.embed(part))).times(1 / len(part)))  # type: ignore[misc]
+        if sum(each.wall * len(vectors) for each, vectors in zip(spent, parts, strict=True)) > _EMBED_SECONDS:
+            break
+    warm = spent[len(spent) // 2 :]
+    return np.concatenate(parts), sum(warm, start=Spent()).times(1 / len(warm))
+
+
+def _around(vectors_ND: np.ndarray) -> np.ndarray:
+    """More vectors, each near one of those that are given."""
+    random = np.random.default_rng(0)
+    chosen = vectors_ND[random.integers(0, len(vectors_ND), _VECTORS)]
+    spread = 0.3 * vectors_ND.std(axis=0)
+    return (chosen + spread * random.standard_normal(chosen.shape, dtype=np.float32)).astype(np.float32)
+
+
+def _measure_vectors(rates: Rates, vectors_ND: np.ndarray, factory: str, config: RetroDbConfig) -> None:
+    metric, queries = config.metric, vectors_ND[:_QUERIES]
+    rates.compare = _least(lambda: exact_search(queries, vectors_ND, 1, metric)).times(1 / (_QUERIES * vectors_ND.size))
+    codes = factory.split(",")[-1]
+    width = min(width_of(factory, vectors_ND.shape[1]), vectors_ND.shape[1])
+    inner = np.ascontiguousarray(vectors_ND[:, :width])
+    small = codes if lists_of(factory) is None else f"IVF16,{codes}"
+    trained: list[VectorIndex] = []
+    rates.learn = _spent(lambda: trained.append(VectorIndex.train(small, metric, inner))).times(1 / len(inner))
+    index = trained[0]
+    rates.encode = _least(lambda: index.encode(inner)).times(1 / len(inner))
+    # What a query costs beside comparing is the same in an index of any size: two sizes tell them apart.
+    encoded, few, found = index.encode(inner), len(inner) // 4, []
+    for first, last in ((0, few), (few, len(inner))):
+        index.add_codes(encoded[first:last], np.arange(first, last))
+        index.set_search(16, None)
+        found.append(_least(lambda: index.search(inner[:_QUERIES], config.num_neighbors_query)))
+    rates.scan = (found[1] - found[0]).times(1 / (_QUERIES * (len(inner) - few)))
+    rates.ask = (found[0] - rates.scan.times(_QUERIES * few)).times(1 / _QUERIES)
