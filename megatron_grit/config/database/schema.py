@@ -115,9 +115,9 @@ class RetroDbConfig:
     those of the same document and of removed ones; where that leaves too few, up to 16 times as many are searched."""
     num_neighbors_save: int = knob(20, at_least=1)
     """Of these, neighbors that are kept after filtering."""
-    max_overlap: float | None = knob(None, at_least=0, at_most=1)
+    max_overlap: float | None = knob(0.25, at_least=0, at_most=1)
     """Leave out neighbors of which more than this share of the runs of eight tokens, continuation included, stands in
-    the query's chunk or the one after it. null: none are."""
+    the query's chunk or the one after it: copies, whose continuation is what is to be predicted. null: none are."""
     version: int | None = knob(None, at_least=1)
     """State of the database that is searched, of those in db/versions. null: the newest. Training that began with one
     keeps it."""

@@ -124,6 +124,36 @@ def document_tokens(file: IndexedFile, document: int, begin: int, count: int, eo
     return tokens[:-1] if ends else tokens
 
 
+def read_windows(
+    file: IndexedFile, documents: np.ndarray, starts: np.ndarray, length: int, eod_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`document_tokens` at many places at once.
+
+    Args:
+        file: the tokens.
+        documents: int [n].
+        starts: int [n], first token of each within its document.
+        length: tokens from there on.
+        eod_id: left out where it ends a document.
+
+    Returns:
+        Tokens, [n, length], 0 after a document's end, and how many there are of each, int64 [n].
+
+    Raises:
+        IndexError: no such document.
+        DataError: a damaged file.
+    """
+    begins, lengths = file.extents(documents)
+    starts = np.asarray(starts, dtype=np.int64)
+    counts = np.clip(lengths - starts, 0, length)
+    tokens = np.zeros((len(starts), length), dtype=file.dtype)
+    file.read_into(tokens, begins + starts * file.dtype.itemsize, counts)
+    last = np.flatnonzero((starts + counts == lengths) & (counts > 0))
+    counts[last] -= tokens[last, counts[last] - 1] == eod_id
+    tokens[np.arange(length) >= counts[:, None]] = 0
+    return tokens, counts
+
+
 def _hashes(tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
     content = np.ascontiguousarray(tokens)
     view = content.data.cast("B") if content.size else memoryview(b"")

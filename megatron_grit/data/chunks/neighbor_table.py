@@ -71,6 +71,9 @@ class TableManifest:
     """Places with fewer than ``num_neighbors``. None: not counted."""
     num_none: int | None = None
     """Of these, places with none."""
+    num_copies: int | None = None
+    """Candidates that were left out because they repeat the chunk, of the places that were searched for this table.
+    None: not counted."""
     sha256: str = ""
     """Of the numbers of ``neighbors.npy``."""
     starts_sha256: str = ""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_grit.data.chunks.chunking import document_tokens
+from megatron_grit.data.chunks.chunking import document_tokens, read_windows
 from megatron_grit.data.chunks.neighbor_table import (
     COLUMNS,
     NeighborTable,
@@ -267,6 +267,10 @@ class QueriedFile:
             return None
         return len(tables[0]), np.setdiff1d(self.db.tombstones, removed)
 
+    def windows(self, documents: np.ndarray, begins: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """As :func:`read_windows`."""
+        return read_windows(self.file, documents, begins, count, self.project.tokenizer.eos_id)
+
     def tokens(self, document: int, begin: int, count: int) -> np.ndarray:
         """Tokens of a document from one on, without its end-of-document token; fewer at its end."""
         return document_tokens(self.file, document, begin, count, self.project.tokenizer.eos_id)
@@ -288,9 +292,14 @@ class QueriedFile:
             ef_search=self.search.ef_search,
             recall=self.search.recall,
             num_taken_over=plan.first - len(plan.again),
+            num_copies=sum(
+                int(folder.read(block, "num_copies")["num_copies"][0])
+                for folder in (plan.blocks, plan.updates)
+                for block in folder.blocks
+            ),
         )
         write_table(self.folder, self._parts(plan), manifest)
-        log.info(f"{self.prefix}: neighbors for {manifest.num_places:,} chunks{short_rows(manifest)}")
+        log.info(f"{self.prefix}: neighbors for {manifest.num_places:,} chunks{what_filters_left(manifest)}")
 
     def earlier_rows(self, plan: Plan, start: int, stop: int) -> Arrays:
         """Rows of the table that is taken over, by position."""
@@ -328,11 +337,13 @@ def _state_of(version: Version) -> dict[str, Any]:
     return {"chunks": version.chunks, "tombstones": removed}
 
 
-def short_rows(manifest: TableManifest) -> str:
-    """How many rows of a table have fewer neighbors than wanted, to read; nothing where all are full."""
+def what_filters_left(manifest: TableManifest) -> str:
+    """How many rows of a table have fewer neighbors than wanted, and how many copies were left out, to read."""
+    copies = f"; {manifest.num_copies:,} copies were left out" if manifest.num_copies else ""
     if not manifest.num_short:
-        return ""
-    return f"; {manifest.num_short:,} have fewer than {manifest.num_neighbors}, {manifest.num_none:,} of them none"
+        return copies
+    few = f"; {manifest.num_short:,} have fewer than {manifest.num_neighbors}, {manifest.num_none:,} of them none"
+    return few + copies
 
 
 def tables_of(project: Project, prefixes: Sequence[str] | None = None, up_to: int | None = None) -> dict[str, Path]:

@@ -309,9 +309,12 @@ def merge_nearest(parts: Sequence[Found], k: int, metric: str) -> Found:
         k: neighbors.
         metric: l2, of which the smallest are best, or inner_product.
     """
-    scores = np.concatenate([part[0] for part in parts], axis=1)
-    ids = np.concatenate([part[1] for part in parts], axis=1)
-    scores = np.where(ids < 0, _worst(metric), scores)
+    scores, ids = parts[0]
+    if len(parts) > 1:  # most indexes are one file: nothing is copied then
+        scores = np.concatenate([part[0] for part in parts], axis=1)
+        ids = np.concatenate([part[1] for part in parts], axis=1)
+    if (ids < 0).any():
+        scores = np.where(ids < 0, _worst(metric), scores)
     keys = scores if metric == "l2" else -scores
     if keys.shape[1] > k:
         order = _order_of_best(keys, ids, k)
@@ -319,8 +322,11 @@ def merge_nearest(parts: Sequence[Found], k: int, metric: str) -> Found:
     else:
         # One search's rows are in order but where scores are equal, and those are few.
         rows = np.flatnonzero(~(keys[:, 1:] > keys[:, :-1]).all(axis=1))
-        order = np.lexsort((ids[rows], keys[rows]), axis=1)
-        scores[rows], ids[rows] = np.take_along_axis(scores[rows], order, 1), np.take_along_axis(ids[rows], order, 1)
+        if len(rows):
+            order = np.lexsort((ids[rows], keys[rows]), axis=1)
+            scores, ids = scores.copy(), ids.copy()
+            for values in (scores, ids):
+                values[rows] = np.take_along_axis(values[rows], order, 1)
     missing = k - keys.shape[1]
     if missing <= 0:
         return scores, ids

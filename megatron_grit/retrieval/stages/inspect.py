@@ -308,6 +308,8 @@ def _summary_lines(summary: Report) -> Iterator[str]:
         short = ""
         if table["num_short"]:
             short = f", {table['num_short']:,} with fewer ({table['num_none']:,} with none)"
+        if table["num_copies"]:
+            short += f", {table['num_copies']:,} copies left out"
         recall = "not measured" if table["recall"] is None else f"{table['recall']:.3f}"
         yield (
             f"neighbors for {table['prefix']}: {table['num_places']:,} chunks x {table['num_neighbors']}{short}, "

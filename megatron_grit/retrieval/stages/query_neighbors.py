@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from megatron_grit.retrieval.database.queried import Plan, QueriedFile
 from megatron_grit.retrieval.database.vectors import SegmentVectors
 from megatron_grit.retrieval.database.versions import open_index, version_to_use, version_vectors
 from megatron_grit.retrieval.index.faiss_index import gpus_of_process
-from megatron_grit.retrieval.index.overlap import Runs, shared_runs
+from megatron_grit.retrieval.index.overlap import Copies, Outlines
 from megatron_grit.retrieval.index.search import SearchableIndex, find_allowed
 from megatron_grit.retrieval.stages.task import Inputs, Job, Report, Task
 from megatron_grit.retrieval.work import Check, Worker, compute_blocks
@@ -63,8 +64,8 @@ class QueryNeighbors(Task):
 
     def describe(self, db: ChunkDb, version: Version | None, *, verify: bool) -> Report:
         """As :class:`Task` says: the tables."""
-        names = "prefix version num_places num_neighbors num_short num_none num_taken_over".split()
-        names += "nprobe ef_search recall".split()
+        names = "prefix version num_places num_neighbors num_short num_none num_copies".split()
+        names += "num_taken_over nprobe ef_search recall".split()
         tables = []
         for path in sorted(db.project.folder.glob("query/*/table.json")):
             manifest = read_table_manifest(path.parent)
@@ -151,7 +152,7 @@ class Searcher:
 
     def compute(self, block: Block) -> Arrays:
         """Neighbors of a block of the chunks that are searched in the whole database:
-        :data:`~megatron_grit.data.chunks.neighbor_table.COLUMNS`."""
+        :data:`~megatron_grit.data.chunks.neighbor_table.COLUMNS`; and how many copies were left out, int64 [1]."""
         return self._nearest(self.plan.positions(block.start, block.stop))
 
     def update(self, block: Block) -> Arrays:
@@ -167,18 +168,21 @@ class Searcher:
         for name, values in both.items():
             places = order if values.ndim == 2 else order[..., None]
             rows[name][kept] = np.take_along_axis(values, places, 1)
-        return rows
+        return rows | {"num_copies": found["num_copies"]}
 
     def _nearest(self, positions: np.ndarray, more_lists: bool = True) -> Arrays:
         shape = len(positions), self.file.config.num_neighbors_save
         ids, scores = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.float32)
+        num_copies = np.zeros(1, dtype=np.int64)
         for first in range(0, len(positions), AT_A_TIME):
             part = slice(first, first + AT_A_TIME)
-            ids[part], scores[part] = self._search(positions[part], more_lists)
-        return {"neighbors": ids, "scores": scores, "sources": sources_of(self.file.db.rows, ids)}
+            ids[part], scores[part], number = self._search(positions[part], more_lists)
+            num_copies += number
+        sources = sources_of(self.file.db.rows, ids)
+        return {"neighbors": ids, "scores": scores, "sources": sources, "num_copies": num_copies}
 
-    def _search(self, positions: np.ndarray, more_lists: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and scores, [n, num_neighbors_save]."""
+    def _search(self, positions: np.ndarray, more_lists: bool) -> tuple[np.ndarray, np.ndarray, int]:
+        """Ids and scores, [n, num_neighbors_save], and how many copies were left out."""
         documents, offsets, tokens = self._chunks(positions)
         decode = self.file.project.tokenizer.decode
         texts = [decode(ids.tolist()) for ids in tokens]
@@ -186,12 +190,13 @@ class Searcher:
         shape = len(positions), self.file.config.num_neighbors_save
         out, out_scores = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.float32)
         if not len(asked):
-            return out, out_scores
+            return out, out_scores, 0
         texts, documents, offsets = [texts[number] for number in asked], documents[asked], offsets[asked]
         dataset = self.file.datasets[0] if self.file.datasets else None
         vectors = self.vectors.of_queries(dataset, documents, offsets, texts)
         if self.index is None:
-            return out, out_scores
+            return out, out_scores, 0
+        copies = self._copies(documents, offsets)
 
         def allowed(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
             keys = self.file.db.keys(ids)
@@ -199,8 +204,8 @@ class Searcher:
             for dataset in self.file.datasets:
                 own = document_keys(np.full(len(rows), dataset), documents[rows])
                 keep &= keys != own[:, None]
-            if self.file.config.max_overlap is not None:
-                self._drop_overlapping(documents[rows], offsets[rows], ids, keep)
+            if copies is not None:
+                copies.drop(rows, ids, keep)
             return keep
 
         config = self.file.config
@@ -214,7 +219,7 @@ class Searcher:
             more_lists=more_lists,
         )
         out[asked], out_scores[asked] = ids, np.where(ids < 0, 0, scores)
-        return out, out_scores
+        return out, out_scores, 0 if copies is None else copies.num_dropped
 
     def _own_chunks(self, documents: np.ndarray) -> np.ndarray:
         """Ranges of ids of the chunks of documents: int64 [n, datasets x tables, 2]."""
@@ -240,21 +245,20 @@ class Searcher:
             tokens += [span[offset - begin : offset - begin + length] for offset in offsets[first:last].tolist()]
         return documents, offsets, tokens
 
-    def _drop_overlapping(self, documents: np.ndarray, offsets: np.ndarray, ids: np.ndarray, keep: np.ndarray) -> None:
-        """Clear ``keep`` where a neighbor and its continuation repeat the query's chunk or the one after it. Neighbors
-        are read until enough of them are left."""
-        assert self.file.config.max_overlap is not None
-        span, wanted = 2 * self.file.config.chunk_length, self.file.config.num_neighbors_save
-        seen: dict[int, Runs] = {}
-        for query, (document, offset) in enumerate(zip(documents.tolist(), offsets.tolist(), strict=True)):
-            own = Runs(self.file.tokens(document, offset, span))
-            good = 0
-            for place in np.flatnonzero(keep[query]).tolist():
-                if good == wanted:
-                    keep[query, place:] = False
-                    break
-                neighbor = int(ids[query, place])
-                if neighbor not in seen:
-                    seen[neighbor] = Runs(self.file.db.tokens(neighbor, num_tokens=span))
-                keep[query, place] = shared_runs(seen[neighbor], own) <= self.file.config.max_overlap
-                good += int(keep[query, place])
+    def _copies(self, documents: np.ndarray, offsets: np.ndarray) -> Copies | None:
+        """What leaves out copies of chunks and what follows them."""
+        config = self.file.config
+        if config.max_overlap is None:
+            return None
+        tokens, lengths = self.file.windows(documents, offsets, 2 * config.chunk_length)
+        return Copies(self.outlines, tokens, lengths, config.max_overlap, config.num_neighbors_save)
+
+    @cached_property
+    def outlines(self) -> Outlines:
+        """Of the database's chunks with what follows them."""
+
+        def read(chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            tokens, mask = self.file.db.read_tokens(chunks)
+            return tokens, mask.sum(1)
+
+        return Outlines(read, len(self.file.db))

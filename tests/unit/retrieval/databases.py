@@ -81,7 +81,7 @@ def write_documents(prefix: Path, texts: Sequence[str], tokenizer: Tokenizer) ->
 def make_project(folder: Path, data_paths: Sequence[str], tokenizer_folder: Path, **settings: object) -> Project:
     """A project over indexed files, with small blocks."""
     values = {"chunk_length": CHUNK, "doc_block_size": 7, "block_size": 16, "index": "Flat", "duplicates": "exact"}
-    values |= {"num_neighbors_query": 20, "num_neighbors_save": 5}
+    values |= {"num_neighbors_query": 20, "num_neighbors_save": 5, "max_overlap": None}
     config = RetroDbConfig(data_paths=list(data_paths), tokenizer=str(tokenizer_folder / "tokenizer.model"))
     return Project(folder, dataclasses.replace(config, **values | settings))  # type: ignore[arg-type]
 
