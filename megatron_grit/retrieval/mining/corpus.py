@@ -22,6 +22,7 @@ from megatron_grit.retrieval.index.factory import choose_factory, lists_of, num_
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search, new_index
 from megatron_grit.retrieval.index.recall import RECALL_AT, choose_search, without_own
 from megatron_grit.retrieval.index.search import Found, ShardedIndex, merge_in_turn
+from megatron_grit.retrieval.mining.likeness import normalized
 from megatron_grit.retrieval.stages.embed import project_embedder
 from megatron_grit.retrieval.work import Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder
@@ -66,13 +67,8 @@ class Corpus(Protocol):
         """A passage."""
         ...
 
-    def is_one_of(self, number: int, texts: Sequence[str]) -> bool:
-        """Whether a passage is one of some texts, white space and case aside; for a chunk, a part of one or around it.
-
-        Args:
-            number: of the passage.
-            texts: of :func:`normalized`.
-        """
+    def normalized(self, number: int) -> str:
+        """Text of a passage, white space and case aside."""
         ...
 
     def search(self, vectors_QD: np.ndarray, k: int) -> np.ndarray:
@@ -90,11 +86,6 @@ class Corpus(Protocol):
     def vectors(self, numbers: np.ndarray) -> np.ndarray:
         """Unit vectors of passages by the student, float32 [n, D]."""
         ...
-
-
-def normalized(text: str) -> str:
-    """A text whose white space and case do not count."""
-    return " ".join(text.lower().split())
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -213,8 +204,8 @@ class PassageFiles:
     def passage(self, number: int) -> Passage:
         return self.passages[number]
 
-    def is_one_of(self, number: int, texts: Sequence[str]) -> bool:
-        return self._normalized[number] in texts
+    def normalized(self, number: int) -> str:
+        return self._normalized[number]
 
     def search(self, vectors_QD: np.ndarray, k: int) -> np.ndarray:
         if self._index is None:
@@ -301,9 +292,8 @@ class DatabaseChunks:
     def passage(self, number: int) -> Passage:
         return Passage(None, self._db.texts([number])[0], False)
 
-    def is_one_of(self, number: int, texts: Sequence[str]) -> bool:
-        mine = normalized(self._db.texts([number])[0])
-        return any(mine in text or text in mine for text in texts)
+    def normalized(self, number: int) -> str:
+        return normalized(self._db.texts([number])[0])
 
     def search(self, vectors_QD: np.ndarray, k: int) -> np.ndarray:
         """As :class:`Corpus` says; removed documents are left out."""

@@ -4,6 +4,7 @@ The passages nearest to a query are the best negatives and, where judgements are
 marked. What is left out here:
 
 * known positives of the query, in any record with the same query, and passages with the text of one or of the query;
+* passages that are such a positive over again: a part of it, a near copy, or it with more around it;
 * negatives that the record has already, where these are kept;
 * ranks outside a window, counted without these;
 * passages whose score is too near that of the query's positives: by a margin or a share of the worst one (NV-Retriever,
@@ -40,12 +41,12 @@ from megatron_grit.retrieval.mining.corpus import (
     PassageFiles,
     StoredVectors,
     digest_of_texts,
-    normalized,
     read_passages,
     unit,
 )
 from megatron_grit.retrieval.mining.cross_encoder import load_scorer
 from megatron_grit.retrieval.mining.judges import NO_SCORE, CosineJudge, PairJudge, Rule, query_of
+from megatron_grit.retrieval.mining.likeness import normalized, repeats
 from megatron_grit.retrieval.mining.options import MineOptions, check_options, most_negatives, report_path, work_folder
 from megatron_grit.retrieval.mining.output import plain, with_negatives
 from megatron_grit.retrieval.work import Worker, alone_in, compute_blocks
@@ -58,7 +59,7 @@ log = get_logger(__name__)
 _SPARE = 16
 """Candidates that are searched beyond the last rank, for positives among them."""
 REASONS = (
-    *("known_positive", "equal_text", "kept_negative", "outside_ranks"),
+    *("known_positive", "like_positive", "equal_text", "kept_negative", "outside_ranks"),
     *("near_positive", "teacher", "cross_encoder", NO_SCORE),
 )
 """Why candidates were left out, in the order of the tests."""
@@ -118,6 +119,7 @@ class _Unknown:
 
     left: list[int] = field(default_factory=list)
     num_positives: int = 0
+    num_like: int = 0
     num_equal: int = 0
     num_kept: int = 0
 
@@ -263,6 +265,7 @@ class Miner:
         dropped = dict.fromkeys(REASONS, 0)
         for unknown in found:
             dropped["known_positive"] += unknown.num_positives
+            dropped["like_positive"] += unknown.num_like
             dropped["equal_text"] += unknown.num_equal
             dropped["kept_negative"] += unknown.num_kept
             dropped["outside_ranks"] += min(first - 1, len(unknown.left))
@@ -278,17 +281,21 @@ class Miner:
         return list(out.values())
 
     def _without_known(self, ids: np.ndarray, query: str, kept: Sequence[str], wanted: int) -> _Unknown:
-        """The first passages that are neither a positive of the query, nor the query itself, nor a kept negative."""
-        out, own = _Unknown(), normalized(query)
+        """The first passages that are neither a positive of the query, nor one over again, nor the query itself, nor a
+        kept negative."""
+        out, own, most = _Unknown(), normalized(query), self.options.max_overlap
         for number in ids.tolist():
             if len(out.left) == wanted:
                 break
-            if self.corpus.is_one_of(number, self.known[own]):
+            text = self.corpus.normalized(number)
+            if text in self.known[own]:
                 out.num_positives += 1
-            elif self.corpus.is_one_of(number, [own]):
+            elif text == own:
                 out.num_equal += 1
-            elif self.corpus.is_one_of(number, kept):
+            elif text in kept:
                 out.num_kept += 1
+            elif most is not None and repeats(text, self.known[own], most):
+                out.num_like += 1
             else:
                 out.left.append(number)
         return out

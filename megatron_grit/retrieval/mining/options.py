@@ -44,6 +44,10 @@ class MineOptions:
     """Records that end up with fewer are left out."""
     ranks: tuple[int, int] = knob((10, 100), read=read_ranks)
     """First and last rank of candidates, from 1 on."""
+    max_overlap: float | None = knob(0.5, at_least=0, at_most=1)
+    """A part of a positive of the query is no negative, nor is a passage that shares more of its different runs of
+    three words with one (of the passage and the positive, those of the one with fewer). null: only equal texts are
+    none."""
     margin: float | None = None
     """A negative's score is at least so much below that of the worst positive."""
     max_fraction: float | None = knob(None, above=0, at_most=1)

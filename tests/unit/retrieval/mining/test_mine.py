@@ -25,6 +25,7 @@ from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.mining import corpus as mine_corpus
 from megatron_grit.retrieval.mining import mine
 from megatron_grit.retrieval.mining.cross_encoder import load_scorer
+from megatron_grit.retrieval.mining.likeness import normalized
 from megatron_grit.retrieval.mining.mine import mine_negatives
 from megatron_grit.retrieval.mining.options import MineOptions
 from megatron_grit.retrieval.stages.tombstone import remove_documents
@@ -58,7 +59,7 @@ def words(monkeypatch: pytest.MonkeyPatch) -> list[WordEmbedder]:
 def run(pairs: Path, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     output = pairs.with_name("mined.jsonl")
     values: dict[str, Any] = {"num_negatives": 3, "ranks": (1, 20), "block_size": 16, "min_negatives": 0}
-    values |= {"embedder": "student"} | options
+    values |= {"embedder": "student", "max_overlap": None} | options
     report = mine_negatives(MineOptions(input=[pairs], output=output, **values))
     return [json.loads(line) for line in output.read_text().splitlines()], report
 
@@ -322,7 +323,7 @@ def test_an_output_of_nothing_is_not_written(tmp_path: Path) -> None:
 
 
 def test_a_compressed_output_is_compressed(pairs: Path) -> None:
-    plain, _ = run(pairs)
+    plain, _ = run(pairs, max_overlap=MineOptions.max_overlap)
     contents = set()
     for name in ("a.jsonl.gz", "b.jsonl.gz"):
         output = pairs.with_name(name)
@@ -349,21 +350,21 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 
 def test_chunks_of_a_database(pairs: Path, database: Project) -> None:
-    options = {"embedder": None, "project_dir": database.folder, "sampling": "top", "ranks": (1, 5)}
+    options = {"embedder": None, "project_dir": database.folder, "sampling": "top", "ranks": (1, 5), "max_overlap": 1.0}
     records, report = run(pairs, **options)
     db = ChunkDb(database)
     texts = db.texts(np.arange(len(db)))
-    assert report["num_passages"] == len(db) and report["dropped_candidates"]["known_positive"] > 0
-    known = {q: [mine.normalized(a) for other, a in PAIRS if other == q] for q, _ in PAIRS}
+    assert report["num_passages"] == len(db) and report["dropped_candidates"]["like_positive"] > 0
+    known = {q: [normalized(a) for other, a in PAIRS if other == q] for q, _ in PAIRS}
     vectors = WordEmbedder().embed(texts)
     for record in records:
         query, found = record["query"][1], [text for _, text in record["neg"]]
         assert len(found) == 3
-        assert not any(mine.normalized(text) in answer for text in found for answer in known[query])
+        assert not any(normalized(text) in answer for text in found for answer in known[query])
         # The index compares by distance, and the nearest come first.
         distances = ((vectors - WordEmbedder().embed([query])[0]) ** 2).sum(1)
         order = [texts[place] for place in np.argsort(distances, kind="stable")]
-        allowed = [text for text in order if not any(mine.normalized(text) in answer for answer in known[query])]
+        allowed = [text for text in order if not any(normalized(text) in answer for answer in known[query])]
         assert set(found) <= set(allowed[:10])
     first = records[0]["neg"][0][1]
     document = db.rows[texts.index(first), 1]

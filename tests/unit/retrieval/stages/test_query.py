@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from megatron_grit.config.database.schema import RetroDbConfig, save_project_config
+from megatron_grit.config.database.schema import save_project_config
 from megatron_grit.data.chunks.neighbor_table import NeighborTable, read_table_manifest
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import VersionedDb, read_version
@@ -21,9 +21,7 @@ from megatron_grit.errors import DataError
 from megatron_grit.retrieval.database.queried import QueriedFile, tables_of
 from megatron_grit.retrieval.database.vectors import embed_chunks, open_vectors
 from megatron_grit.retrieval.database.versions import open_index, version_vectors
-from megatron_grit.retrieval.index import overlap
 from megatron_grit.retrieval.index.faiss_index import VectorIndex
-from megatron_grit.retrieval.index.overlap import Outline, shared_at_most, shared_runs
 from megatron_grit.retrieval.index.recall_queries import RecallQueries
 from megatron_grit.retrieval.index.search import ShardedIndex, find_allowed
 from megatron_grit.retrieval.stages.inspect import inspect_database, report_lines
@@ -353,95 +351,6 @@ def test_appended_documents_alone_are_searched(tmp_path: Path) -> None:
     assert embedder.num_queries > grown.num_places, "the neighbors of other documents were taken over"
     with pytest.raises(DataError, match="has changed since its neighbors were searched"):
         old.check_source(Path(asked))
-
-
-def test_overlapping_neighbors_are_left_out(tmp_path: Path) -> None:
-    """A document stands twice, the second time with another beginning, so that chunks are cut elsewhere."""
-    tokenizer = tokenizer_of(tmp_path)
-    texts = make_texts(8, seed=4)
-    texts += ["The socket is new. " + texts[0], "The queue is old. " + texts[1]]
-    prefix = write_documents(tmp_path / "corpus", texts, tokenizer)
-    project = build(make_project(tmp_path / "db", [prefix], tmp_path), WordEmbedder())
-    strict = another(project, max_overlap=0.25)
-    query_neighbors(strict, Worker(), WordEmbedder())
-    db = VersionedDb(strict, read_version(project.folder))
-    worst = []
-    for folder in sorted(project.folder.glob("query/*"), key=lambda path: path.stat().st_mtime_ns):
-        table = NeighborTable(folder)
-        shares = []
-        for document in range(len(texts)):
-            tokens = db.project.file(0).read(*db.project.file(0).sequences(document))[:-1].tolist()
-            for number in range(int(table.starts[document + 1] - table.starts[document])):
-                own = tokens[CHUNK * number : CHUNK * (number + 2)]
-                for neighbor in table.neighbors[table.starts[document] + number].tolist():
-                    theirs = db.tokens(neighbor, num_tokens=2 * CHUNK).tolist() if neighbor >= 0 else []
-                    shares.append(plain_share(theirs, own))
-        worst.append(max(shares))
-    assert worst[0] > 0.5 and worst[1] <= 0.25
-
-
-def plain_share(text: list[int], other: list[int]) -> float:
-    """By comparing every run with every run."""
-    width = min(8, len(text))
-    runs = {tuple(text[i : i + width]) for i in range(len(text) - width + 1)} if text else set()
-    theirs = {tuple(other[i : i + width]) for i in range(len(other) - width + 1)}
-    return len(runs & theirs) / len(runs) if runs else 0.0
-
-
-TOKENS = st.lists(st.integers(0, 2), max_size=30)
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=5))
-def test_shared_runs(pairs: list[tuple[list[int], list[int]]]) -> None:
-    """Beside every run compared with every run; texts of any length in one array."""
-
-    def arrays(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        tokens = np.zeros((len(texts), 30), np.uint16)
-        for row, text in enumerate(texts):
-            tokens[row, : len(text)] = text
-        return tokens, np.array([len(text) for text in texts])
-
-    texts, others = (arrays(list(side)) for side in zip(*pairs, strict=True))
-    wanted = [plain_share(*pair) for pair in pairs]
-    assert np.allclose(shared_runs(*texts, *others), wanted)
-    assert (shared_at_most(Outline.of(*texts), Outline.of(*others)) >= np.array(wanted) - 1e-9).all()
-
-
-@pytest.mark.parametrize("most_kept", [1 << 18, 0])
-def test_copies_are_left_out_and_counted(
-    tmp_path: Path, most_kept: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A passage stands in 40 documents, cut elsewhere in each, so that a copy is nearest and holds what
-    is to be predicted. Beside numpy and every run compared with every run."""
-    monkeypatch.setattr(overlap, "_MOST_KEPT", most_kept)
-    tokenizer = tokenizer_of(tmp_path)
-    passage = tokenizer.decode(tokenizer.encode(" ".join(make_texts(3, seed=6)))[:48])
-    begin = make_texts(1, seed=7, longest=9)[0]
-    texts = [passage, *(begin[: 3 * number] + passage for number in range(40)), *make_texts(30, seed=8)]
-    prefix = write_documents(tmp_path / "corpus", texts, tokenizer)
-    asked = write_documents(tmp_path / "asked", texts[:1], tokenizer)
-    settings = {"chunk_length": 16, "max_overlap": RetroDbConfig.max_overlap, "query_paths": [asked]}
-    project = make_project(tmp_path / "db", [prefix], tmp_path, duplicates="keep", num_neighbors_query=200, **settings)
-    with caplog.at_level("INFO"):
-        build(project, WordEmbedder())
-    db, table = open_table(project)
-    tokens = project.file(0).read(*project.file(0).sequences(0))[:-1].tolist()
-    vectors, num_copies = WordEmbedder().embed(db.texts(range(len(db)))), 0
-    for place, found in enumerate(table.neighbors.tolist()):
-        own = tokens[16 * place : 16 * place + 32]
-        distances = ((vectors - WordEmbedder().embed([tokenizer.decode(own[:16])])) ** 2).sum(1)
-        ranked = [chunk for chunk in np.argsort(distances).tolist() if db.rows[chunk, 1] != 0]
-        is_copy = [plain_share(db.tokens(chunk, num_tokens=32).tolist(), own) > 0.25 for chunk in ranked]
-        left = [chunk for chunk, copy in zip(ranked, is_copy, strict=True) if not copy][:5]
-        assert np.allclose(distances[found], distances[left], atol=1e-4) and set(found) <= set(ranked)
-        num_copies += sum(is_copy[: ranked.index(left[-1])])
-    assert table.manifest.num_copies == num_copies > 40
-    assert f"{num_copies} copies were left out" in caplog.text
-    everything = another(project, max_overlap=None)
-    query_neighbors(everything, Worker(), WordEmbedder())
-    nearest = open_table(everything)[1].neighbors[:, 0]
-    assert all(plain_share(db.tokens(int(chunk), num_tokens=32).tolist(), tokens) > 0.5 for chunk in nearest)
 
 
 @settings(deadline=None, max_examples=40)
