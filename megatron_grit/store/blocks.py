@@ -25,6 +25,8 @@ from megatron_grit.store.digest import digest_of_arrays, digest_of_settings
 from megatron_grit.store.files import replacing_path
 
 Arrays = dict[str, np.ndarray]
+DAMAGED = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, MemoryError, OverflowError)
+"""What h5py raises of a damaged file: names become bytes, arrays types or groups, sizes more than there is memory."""
 
 
 @dataclass(frozen=True)
@@ -224,9 +226,10 @@ def _read(path: Path, names: tuple[str, ...] | None) -> tuple[str, Arrays | None
         with h5py.File(path, "r") as file:
             signature, digest = str(file.attrs["signature"]), str(file.attrs.get("sha256", ""))
             arrays = {name: file[name][()] for name in (file if names is None else names)}
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
+            found = digest_of_arrays(arrays) if names is None else digest
+    except DAMAGED as error:
         raise DataError(f"cannot be read ({_first_line(error)}); delete it and run its task again", path=path) from None
-    if names is None and digest_of_arrays(arrays) != digest:
+    if found != digest:
         raise DataError("does not match its checksum; delete it and run its task again", path=path)
     return signature, arrays
 

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_grit.data.chunks.chunking import document_tokens
 from megatron_grit.data.chunks.project import DatasetInfo, Project
 from megatron_grit.errors import DataError
-from megatron_grit.store.blocks import check_arrays
+from megatron_grit.store.blocks import DAMAGED, check_arrays
 from megatron_grit.store.content import content_part
 from megatron_grit.store.digest import digest_of_rows
 
@@ -43,7 +43,7 @@ def map_dataset(path: Path, name: str, remedy: str = "run --tasks db-build", *, 
             dataset = file[name]
             offset, shape, dtype = dataset.id.get_offset(), dataset.shape, dataset.dtype
             of_arrays, of_rows = "sha256" in file.attrs, str(file.attrs.get("rows_sha256", ""))
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+    except DAMAGED as error:
         raise DataError(f"cannot be read ({error}); delete it and {remedy}", path=path) from None
     if 0 in shape:
         mapped = np.empty(shape, dtype)

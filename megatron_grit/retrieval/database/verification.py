@@ -20,7 +20,7 @@ from megatron_grit.data.chunks.versions import (
 )
 from megatron_grit.errors import DataError
 from megatron_grit.retrieval.index.manifest import is_whole, read_manifest
-from megatron_grit.store.blocks import check_arrays
+from megatron_grit.store.blocks import DAMAGED, check_arrays
 from megatron_grit.store.content import content_digest, thoroughly
 from megatron_grit.store.sealed import CHECKSUM, unseal
 
@@ -71,7 +71,7 @@ def _has_checksum(path: Path) -> bool:
     try:
         with h5py.File(path, "r") as file:
             of_arrays, of_rows = "sha256" in file.attrs, "rows_sha256" in file.attrs
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
+    except DAMAGED as error:
         raise DataError(f"cannot be read ({str(error)[:200]}); delete it and run its task again", path=path) from None
     if of_arrays:
         check_arrays(path)
