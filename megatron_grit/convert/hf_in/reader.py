@@ -137,6 +137,9 @@ class WeightFolder(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.stored[name][()]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
 
