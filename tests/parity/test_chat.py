@@ -249,4 +249,4 @@ def test_an_end_that_is_no_token_is_told(folder: Path, tmp_path: Path, caplog: p
     chat_json(tmp_path, [text for pair in PAIRS for text in pair])
     chat = named_chat("chatml", load_tokenizer(tmp_path), "a test")
     assert chat.end_ids == (load_tokenizer(tmp_path).eos_id,)
-    assert "chatml: what ends an answer, '<|im_end|>', is no special token" in caplog.text
+    assert "chatml: what ends an answer, '<|im_end|>', is no token" in caplog.text
