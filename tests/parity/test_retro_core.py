@@ -12,11 +12,12 @@ from safetensors.numpy import load_file
 from megatron_grit.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.data.rows.batch import PackedRow
-from megatron_grit.data.rows.neighbors import Neighbors, chunk_row, join_texts
+from megatron_grit.data.rows.neighbors import Neighbors, chunk_row
 from megatron_grit.models.decoder import GritDecoder, Output, build_model
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 from tests.golden.retro_core import CASES, HEADS, INNER, LAYERS, RECORDED, VOCAB, WIDTH, Case, draw
+from tests.neighbors import join_texts
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_grit.config.database.schema import CONFIG_FILE, load_project_config
+from megatron_grit.config.database.schema import CONFIG_FILE, load_project_config, version_numbers
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
 
@@ -53,8 +53,7 @@ def resolve_retro_project(config: RunConfig, origins: Mapping[str, str], *, file
     if not config.model.retro.num_neighbors:
         return dataclasses.replace(config, data=data)
     if data.retro_version is None:
-        numbers = [int(path.stem) for path in (folder / "db" / "versions").glob("[0-9]*.json") if path.stem.isdigit()]
-        data.retro_version = max(numbers, default=None)
+        data.retro_version = max(version_numbers(folder), default=None)
     retro = config.model.retro
     if "model.retro.chunk_length" not in origins:
         retro = dataclasses.replace(retro, chunk_length=project.chunk_length)

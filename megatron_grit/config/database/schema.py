@@ -177,6 +177,11 @@ def save_project_config(config: RetroDbConfig, project: Path) -> None:
     write_sealed(project / CONFIG_FILE, dict(sorted(dataclasses.asdict(config).items())))
 
 
+def version_numbers(folder: Path) -> list[int]:
+    """Versions of the project in a folder, ascending."""
+    return sorted(int(path.stem) for path in (folder / "db" / "versions").glob("[0-9]*.json") if path.stem.isdigit())
+
+
 def load_project_config(project: Path) -> RetroDbConfig | None:
     """The configuration of a project directory. None: it has none yet.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_grit.data.chunks.chunking import document_tokens
+from megatron_grit.data.chunks.chunking import document_tokens, windows
 from megatron_grit.data.chunks.project import DatasetInfo, Project
 from megatron_grit.errors import DataError
 from megatron_grit.store.blocks import DAMAGED, check_arrays
@@ -195,11 +195,7 @@ def read_places(
                 "neighbors was read",
                 path=file.bin_path,
             )
-        count = np.minimum(lengths - starts, length)
-        read = np.zeros((len(here), length), dtype=file.dtype)
-        file.read_into(read, begins + starts * file.dtype.itemsize, count)
-        last = np.flatnonzero((starts + count == lengths) & (count > 0))
-        count[last] -= read[last, count[last] - 1] == eod_id
+        read, count = windows(file, begins, lengths, starts, length, eod_id)
         tokens[here] = np.where(np.arange(length) < count[:, None], read, pad_id)
         counts[here] = count
     shape = (*there.shape, length)

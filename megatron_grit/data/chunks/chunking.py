@@ -143,8 +143,13 @@ def read_windows(
         IndexError: no such document.
         DataError: a damaged file.
     """
-    begins, lengths = file.extents(documents)
-    starts = np.asarray(starts, dtype=np.int64)
+    return windows(file, *file.extents(documents), np.asarray(starts, dtype=np.int64), length, eod_id)
+
+
+def windows(
+    file: IndexedFile, begins: np.ndarray, lengths: np.ndarray, starts: np.ndarray, length: int, eod_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`read_windows`, of documents whose extents are known: first byte and tokens of each, int64 [n]."""
     counts = np.clip(lengths - starts, 0, length)
     tokens = np.zeros((len(starts), length), dtype=file.dtype)
     file.read_into(tokens, begins + starts * file.dtype.itemsize, counts)

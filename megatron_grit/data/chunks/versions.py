@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from megatron_grit.config.database.schema import version_numbers
 from megatron_grit.data.chunks.chunk_db import DATASET, DOCUMENT, ChunkDb, map_dataset
 from megatron_grit.data.chunks.joined_rows import JoinedRows
 from megatron_grit.data.chunks.project import DatasetInfo, Project, fingerprint, sha256_of_bin
@@ -102,11 +103,6 @@ class Version:
             yield from segment.index
         if self.tombstones is not None:
             yield self.tombstones
-
-
-def version_numbers(folder: Path) -> list[int]:
-    """Versions of the project in a folder, ascending."""
-    return sorted(int(path.stem) for path in (folder / "db" / "versions").glob("[0-9]*.json") if path.stem.isdigit())
 
 
 def version_path(folder: Path, number: int) -> Path:

@@ -19,6 +19,7 @@ import torch
 from megatron_grit.config.database.schema import CONFIG_FILE, load_project_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import neighbor_tokens
+from megatron_grit.data.chunks.chunk_db import read_places
 from megatron_grit.data.chunks.neighbor_table import NONE, NeighborTable, read_table_manifest
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import VersionedDb, read_version
@@ -105,6 +106,7 @@ class NeighborReader:
         bounds = [0, *itertools.accumulate(segment.length for segment in segments)]
         chunk_bounds_C2, segment_ends_C = chunk_row(bounds, [length - s.start % length for s in segments], length)
         ids_Ck = np.full((len(chunk_bounds_C2), self._k), NONE, dtype=np.int64)
+        sources_Ck3 = np.zeros((*ids_Ck.shape, 3), dtype=np.uint32)
         documents = sorted(
             (dataset, segment.record)
             for segment in segments
@@ -120,9 +122,10 @@ class NeighborReader:
                 chunks.append((segment.record, offset))
             first = last
         for source, (places, chunks) in asked.items():
-            ids_Ck[places] = self._tables[source].read(chunks, documents, self._k)
+            ids_Ck[places], sources_Ck3[places] = self._tables[source].read_sources(chunks, documents, self._k)
         text_of_Ck, texts = self._unique(ids_Ck)
-        tokens_UR, mask_UR = self._db.read_tokens(texts, self._num_tokens)
+        sources_U3 = sources_Ck3[ids_Ck >= 0][texts]
+        tokens_UR, mask_UR = read_places(self._db.project, sources_U3, np.full(len(texts), True), self._num_tokens)
         return Neighbors(
             chunk_bounds_C2=chunk_bounds_C2,
             segment_ends_C=segment_ends_C,
@@ -144,12 +147,12 @@ class NeighborReader:
         return found
 
     def _unique(self, ids_Ck: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which text each neighbor is, and the chunk id of each text; one that is read again is kept once only where
-        the encoder does not look at the chunk that reads it."""
+        """Which text each neighbor is, and which of the neighbors, in their order, each text is taken from; one that is
+        read again is kept once only where the encoder does not look at the chunk that reads it."""
         there = ids_Ck >= 0
         text_of_Ck = np.full(ids_Ck.shape, NONE, dtype=np.int64)
-        texts = ids_Ck[there]
-        text_of_Ck[there] = np.arange(len(texts))
+        texts = np.arange(np.count_nonzero(there))
+        text_of_Ck[there] = texts
         if self._share:
-            texts, text_of_Ck[there] = np.unique(texts, return_inverse=True)
+            _, texts, text_of_Ck[there] = np.unique(ids_Ck[there], return_index=True, return_inverse=True)
         return text_of_Ck, texts

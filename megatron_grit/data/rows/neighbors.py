@@ -60,32 +60,3 @@ def chunk_row(bounds: list[int], first_lengths: list[int], chunk_length: int) ->
         chunks += [pair for pair in zip(starts, stops, strict=True) if pair[0] < pair[1]]
         ends += [end] * sum(a < b for a, b in zip(starts, stops, strict=True))
     return np.array(chunks, dtype=np.int64).reshape(-1, 2), np.array(ends, dtype=np.int64)
-
-
-def join_texts(texts: list[list[np.ndarray | None]], share: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lay the neighbors of all chunks one after another.
-
-    Args:
-        texts: for each chunk its neighbors' tokens; None where there is none.
-        share: a text that comes again is kept once. Only where the encoder does not look at the reading chunk.
-
-    Returns:
-        ``text_of_Ck``, ``lengths_U`` and the tokens, int64 [N], of :class:`Neighbors`.
-    """
-    text_of = np.full((len(texts), max(map(len, texts), default=0)), -1, dtype=np.int64)
-    kept: list[np.ndarray] = []
-    seen: dict[bytes, int] = {}
-    for chunk, neighbors in enumerate(texts):
-        for place, tokens in enumerate(neighbors):
-            if tokens is None or not len(tokens):
-                continue
-            known = seen.get(tokens.tobytes()) if share else None
-            if known is None:
-                known = len(kept)
-                kept.append(tokens)
-                if share:
-                    seen[tokens.tobytes()] = known
-            text_of[chunk, place] = known
-    lengths = np.array([len(tokens) for tokens in kept], dtype=np.int64)
-    joined = np.concatenate(kept).astype(np.int64) if kept else np.zeros(0, dtype=np.int64)
-    return text_of, lengths, joined

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from megatron_grit.config.database.schema import version_numbers
 from megatron_grit.data.chunks.project import Project
-from megatron_grit.data.chunks.versions import AddedChunks, check_stored, read_version, stored_file, version_numbers
+from megatron_grit.data.chunks.versions import AddedChunks, check_stored, read_version, stored_file
 from megatron_grit.errors import ConfigError
 from megatron_grit.retrieval.database.versions import next_version
 from megatron_grit.retrieval.index.faiss_index import VectorIndex

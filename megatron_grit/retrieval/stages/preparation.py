@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_grit.config.blend import read_blend
-from megatron_grit.config.database.schema import CONFIG_FILE, RetroDbConfig, config_problems, load_project_config
+from megatron_grit.config.database.schema import (
+    CONFIG_FILE,
+    RetroDbConfig,
+    config_problems,
+    load_project_config,
+    version_numbers,
+)
 from megatron_grit.config.database.settings import same_value
 from megatron_grit.data.chunks.project import Project
-from megatron_grit.data.chunks.versions import give_up_versions, next_version_number, read_version, version_numbers
+from megatron_grit.data.chunks.versions import give_up_versions, next_version_number, read_version
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.stages.db_build import refuse_other_sources

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from megatron_grit.config.database.schema import load_project_config
+from megatron_grit.config.database.schema import load_project_config, version_numbers
 from megatron_grit.data.chunks.chunk_db import ChunkDb
 from megatron_grit.data.chunks.project import Project
-from megatron_grit.data.chunks.versions import VersionedDb, check_stored, read_version, version_numbers
+from megatron_grit.data.chunks.versions import VersionedDb, check_stored, read_version
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.database import versions
 from megatron_grit.retrieval.stages import add, index_add
