@@ -15,6 +15,7 @@ from megatron_grit.errors import ConfigError, MeshError
 from megatron_grit.parallel.context import ParallelContext, build_mesh, destroy_mesh, mesh_is_built, read_context
 from megatron_grit.parallel.rendezvous import join_job
 from megatron_grit.store.environment import check_job, job_size, local_rank
+from megatron_grit.store.logs import get_logger
 
 _MINUTES_TO_START = 10.0
 
@@ -75,6 +76,12 @@ def select_device(wanted: str) -> torch.device:
     if wanted == "cuda":
         raise ConfigError("parallel.device is cuda, but torch finds no GPU; use auto or cpu")
     return torch.device("cpu")
+
+
+def warn_of_slow_bf16(device: torch.device, precision: str, option: str) -> None:
+    """Say once, on rank 0, that ``option`` is better fp32 on a CPU that has no instructions for bf16."""
+    if device.type == "cpu" and precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        get_logger(__name__).info(f"this processor has no instructions for bf16; {option} fp32 is faster here")
 
 
 def _init_process_group(device: torch.device, timeout_minutes: float) -> None:

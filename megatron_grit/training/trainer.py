@@ -18,7 +18,7 @@ from megatron_grit.models.adapters import count_trainable
 from megatron_grit.models.decoder import GritDecoder, build_chunks
 from megatron_grit.parallel import positions
 from megatron_grit.parallel.context import ParallelContext
-from megatron_grit.parallel.launch import parallel_job
+from megatron_grit.parallel.launch import parallel_job, warn_of_slow_bf16
 from megatron_grit.parallel.watch import JobWatch, is_broken_connection
 from megatron_grit.store.files import write_json
 from megatron_grit.store.lock import locked_folder
@@ -122,6 +122,7 @@ class Trainer:
         self.report = EstimateReport(config, context, vocab_size, MemoryMeter(context.device))
         self.chat = run_chat(config, self.tokenizer, started_from(config), self.loader.metas)
         log.info("building the model")
+        warn_of_slow_bf16(context.device, config.training.precision, "training.precision")
         positions.enter("building the model")
         self.chunks = build_chunks(config, vocab_size, context)
         self.wrapped = wrap_chunks(self.chunks, config.parallel.overlap)

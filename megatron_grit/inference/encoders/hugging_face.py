@@ -27,7 +27,7 @@ from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encoders.protocol import EmbedderOptions, finite
 from megatron_grit.inference.messages import check_texts
 from megatron_grit.inference.model_group import ModelGroup
-from megatron_grit.parallel.launch import select_device
+from megatron_grit.parallel.launch import select_device, warn_of_slow_bf16
 from megatron_grit.store.digest import digest_of_files
 
 _WINDOW = 8192
@@ -61,6 +61,7 @@ class HuggingFaceEmbedder:
             modules.prompts["query"] = options.query_instruction
         self.device = _device(options.device)
         self.precision, self.batch_tokens, self.prompts = precision, options.batch_tokens, modules.prompts
+        warn_of_slow_bf16(self.device, precision, "a precision of")
         self.sides_alike = self.prompts["query"] == self.prompts["passage"]
         self.model_group: ModelGroup | None = None
         self._tokenizer = _load_tokenizer(modules)

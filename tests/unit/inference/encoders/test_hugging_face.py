@@ -187,6 +187,16 @@ def test_bf16_is_near_fp32_and_another_embedder(bert):
     assert exact.fingerprint != rough.fingerprint
 
 
+def test_bf16_without_instructions_for_it_is_said(bert, monkeypatch, caplog):
+    for there, said in ((True, 0), (False, 1)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda there=there: there)
+        caplog.clear()
+        with caplog.at_level("INFO", "megatron_grit"):
+            load_embedder(str(bert), EmbedderOptions(precision="bf16"))
+            load_embedder(str(bert))
+        assert caplog.text.count("no instructions for bf16; a precision of fp32") == said
+
+
 def test_onednn_is_used_where_torch_has_it_and_changes_nothing(bert, monkeypatch):
     from megatron_grit.inference.encoders import hugging_face as encoder
 
