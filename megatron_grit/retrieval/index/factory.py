@@ -45,7 +45,7 @@ def choose_factory(num_vectors: int, dim: int, memory_bytes: float) -> str:
         return f"{coarse},Flat"
     if budget >= dim:
         return f"{coarse},SQ8"
-    sizes = [size for size in (128, 96, 64, 48, 32, 16, 8) if size <= budget and size <= dim]
+    sizes = [size for size in (256, 192, 128, 96, 64, 48, 32, 24, 16, 8) if size <= budget and size <= dim]
     if not sizes:
         raise ConfigError(
             f"{num_vectors:,} vectors do not fit into {memory_bytes / 2**30:.3g} GiB at 8 bytes each; raise "

@@ -141,7 +141,7 @@ class VectorIndex:
         first_id: id of the first vector, where the index holds no ids.
 
     Attributes:
-        is_graph: whether it is an HNSW graph, and not lists or codes alone.
+        inner, is_graph: without what turns vectors; whether it is an HNSW graph, and not lists or codes alone.
     """
 
     def __init__(self, index: Any, factory: str, metric: str, first_id: int = 0) -> None:
@@ -151,9 +151,9 @@ class VectorIndex:
         self._transforms = []
         if chain is not None:
             self._transforms = [faiss.downcast_VectorTransform(chain.at(number)) for number in range(chain.size())]
-        self._inner = index if chain is None else faiss.downcast_index(index.index)
-        self._ivf = None if lists_of(factory) is None else self._inner
-        self.is_graph = type(self._inner).__name__ in GRAPHS
+        self.inner = index if chain is None else faiss.downcast_index(index.index)
+        self._ivf = None if lists_of(factory) is None else self.inner
+        self.is_graph = type(self.inner).__name__ in GRAPHS
         self._on_gpus: Any = None
 
     @staticmethod
@@ -186,7 +186,7 @@ class VectorIndex:
                 with _threads(num_threads), still_at_work(f"training index {factory}"):
                     vectors = made._train_transforms(vectors)
                     made._train_lists(vectors)
-                    made._inner.train(vectors)
+                    made.inner.train(vectors)
             except RuntimeError as error:
                 raise ConfigError(f"index {factory!r} cannot be trained ({_reason(error)})") from None
             index.is_trained = True
@@ -194,7 +194,7 @@ class VectorIndex:
 
     def _check_number(self, num_vectors: int, remedy: str) -> None:
         """Refuse too few vectors to learn from, and say once of few what faiss would print for each clustering."""
-        codes = _faiss().downcast_index(self._inner.storage) if self.is_graph else self._inner
+        codes = _faiss().downcast_index(self.inner.storage) if self.is_graph else self.inner
         product = getattr(codes, "pq", None)
         centres = max(0 if self._ivf is None else self._ivf.nlist, 0 if product is None else product.ksub)
         if any(isinstance(transform, _faiss().OPQMatrix) for transform in self._transforms):
@@ -251,7 +251,8 @@ class VectorIndex:
             vectors = _in_parts(transform.apply, vectors)
         return vectors
 
-    def _transform(self, vectors_ND: np.ndarray) -> np.ndarray:
+    def transformed(self, vectors_ND: np.ndarray) -> np.ndarray:
+        """Vectors as they are before they are encoded."""
         vectors = np.ascontiguousarray(vectors_ND, dtype=np.float32)
         for transform in self._transforms:
             vectors = _in_parts(transform.apply, vectors)
@@ -268,8 +269,8 @@ class VectorIndex:
     def encode(self, vectors_ND: np.ndarray) -> np.ndarray:
         """Codes to add, uint8 [N, bytes], of any process; for a graph the vectors, float32 [N, D]."""
         if self.is_graph:
-            return self._transform(vectors_ND)
-        return _in_parts(self._inner.sa_encode, self._transform(vectors_ND))
+            return self.transformed(vectors_ND)
+        return _in_parts(self.inner.sa_encode, self.transformed(vectors_ND))
 
     def add_codes(self, codes: np.ndarray, ids: np.ndarray) -> None:
         """Add vectors by their codes, with the ids of their chunks.
@@ -295,10 +296,10 @@ class VectorIndex:
         if self.is_graph:
             # From several threads at once the graph would be another one each time.
             with _threads(1):
-                self._inner.add(codes)
+                self.inner.add(codes)
         else:
-            self._inner.add_sa_codes(codes)
-        self.index.ntotal = self._inner.ntotal
+            self.inner.add_sa_codes(codes)
+        self.index.ntotal = self.inner.ntotal
 
     def append(self, other: VectorIndex) -> None:
         """Add the vectors of another index of the same training, with their ids, which follow those that are here. The
@@ -308,13 +309,13 @@ class VectorIndex:
             ConfigError: ids with gaps where the index holds none.
         """
         if self._ivf is not None:
-            self._inner.merge_from(other._inner, 0)
-            self.index.ntotal = self._inner.ntotal
+            self.inner.merge_from(other.inner, 0)
+            self.index.ntotal = self.inner.ntotal
             return
         if self.is_graph:
-            codes = other._inner.reconstruct_n(0, len(other))
+            codes = other.inner.reconstruct_n(0, len(other))
         else:
-            codes = _faiss().vector_to_array(other._inner.codes).reshape(len(other), self._inner.code_size)
+            codes = _faiss().vector_to_array(other.inner.codes).reshape(len(other), self.inner.code_size)
         self.add_codes(codes, other.first_id + np.arange(len(other)))
 
     def to_gpus(self, gpus: Gpus) -> None:
@@ -333,7 +334,7 @@ class VectorIndex:
         options.use_cuvs = False
         options.allowCpuCoarseQuantizer = True
         try:
-            self._on_gpus = faiss.index_cpu_to_gpu_multiple_py(gpus.resources, self._inner, options, gpus.devices)
+            self._on_gpus = faiss.index_cpu_to_gpu_multiple_py(gpus.resources, self.inner, options, gpus.devices)
         except RuntimeError as error:
             raise ConfigError(
                 f"index {self.factory!r} cannot be searched on GPU {gpus.devices[0]} ({_reason(error)}); set "
@@ -359,7 +360,7 @@ class VectorIndex:
 
     def _set(self, name: str, value: int) -> None:
         faiss = _faiss()
-        faiss.ParameterSpace().set_index_parameter(self._inner, name, value)
+        faiss.ParameterSpace().set_index_parameter(self.inner, name, value)
         if self._on_gpus is not None:
             faiss.GpuParameterSpace().set_index_parameter(self._on_gpus, name, value)
 
@@ -388,18 +389,18 @@ class VectorIndex:
         """
         if vectors_ND.shape[1] != self.dim:
             raise DataError(f"queries have {vectors_ND.shape[1]} channels, the index {self.dim}")
-        queries = self._transform(vectors_ND)
+        queries = self.transformed(vectors_ND)
         places = NO_RANGES if without is None else without - self.first_id
         if not len(places) and times == 1:
-            searched = self._inner if self._on_gpus is None or k > MOST_ON_GPU else self._on_gpus
+            searched = self.inner if self._on_gpus is None or k > MOST_ON_GPU else self._on_gpus
             scores, ids = searched.search(queries, k)
-        elif isinstance(self._inner, _faiss().IndexPQ):  # which takes no selector
-            scores, ids = self._inner.search(queries, k + min(count(places), len(self)))
+        elif isinstance(self.inner, _faiss().IndexPQ):  # which takes no selector
+            scores, ids = self.inner.search(queries, k + min(count(places), len(self)))
             scores, ids = drop_members(scores, ids, places, k)
         else:
-            scores, ids = self._inner.search(queries, k, params=self._parameters(k, places, times))
-        if isinstance(self._inner, _faiss().IndexFlat) and self._on_gpus is None:
-            scores, ids = scored_by_pairs(_faiss(), self._inner, queries, ids)
+            scores, ids = self.inner.search(queries, k, params=self._parameters(k, places, times))
+        if isinstance(self.inner, _faiss().IndexFlat) and self._on_gpus is None:
+            scores, ids = scored_by_pairs(_faiss(), self.inner, queries, ids)
         return scores, np.where(ids < 0, -1, ids + self.first_id)
 
     def _parameters(self, k: int, without: np.ndarray, times: int) -> Any:
@@ -409,7 +410,7 @@ class VectorIndex:
             return faiss.SearchParametersIVF(sel=selector, nprobe=min(times * self._ivf.nprobe, self.num_lists))
         if self.is_graph:
             # A walk that sees only what it may not keep would end with nothing.
-            candidates = max(self._inner.hnsw.efSearch, k) + count(without)
+            candidates = max(self.inner.hnsw.efSearch, k) + count(without)
             return faiss.SearchParametersHNSW(sel=selector, efSearch=min(candidates, len(self)))
         return faiss.SearchParameters(sel=selector)
 

@@ -16,9 +16,11 @@ from megatron_grit.errors import DataError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.index_files import IndexFiles, check_index, is_finished
 from megatron_grit.retrieval.database.vectors import ChunkVectors, open_vectors
+from megatron_grit.retrieval.index.factory import index_bytes
 from megatron_grit.retrieval.index.faiss_index import VectorIndex
 from megatron_grit.retrieval.index.recall_queries import RecallQueries
-from megatron_grit.retrieval.stages.task import EMBEDDER_SETTINGS, Inputs, Job, Task
+from megatron_grit.retrieval.index.sizing import too_coarse
+from megatron_grit.retrieval.stages.task import EMBEDDER_SETTINGS, WARNING, Inputs, Job, Task
 from megatron_grit.retrieval.work import Check, Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder, signature_of, write_arrays
 from megatron_grit.store.logs import get_logger
@@ -68,10 +70,19 @@ def index_line(inputs: Inputs) -> Iterator[str]:
     count, at_most = _num_chunks(inputs)
     factory, num_train = check_index(inputs.project.config, inputs.embedder.dim, count, at_most=at_most)
     trained = f", trained on {num_train:,}" if num_train else ""
+    config = inputs.project.config
     if factory == "auto":
         yield "index: auto, chosen when the number of chunks is known"
     else:
-        yield f"index: {factory} of {'at most ' if at_most else ''}{count:,} chunks{trained}"
+        gigabytes = index_bytes(factory, inputs.embedder.dim, count) / 2**30
+        few = "at most " if at_most else ""
+        yield f"index: {factory} of {few}{count:,} chunks{trained}, {few}{gigabytes:.3g} GiB to search"
+        if gigabytes > config.index_memory_gb:
+            yield (
+                f"{WARNING}{gigabytes:.3g} GiB of index {factory} are above index_memory_gb, "
+                f"{config.index_memory_gb:g}; give an index with shorter codes, set index_placement to spread on more "
+                "machines, or raise index_memory_gb"
+            )
 
 
 def _num_chunks(inputs: Inputs) -> tuple[int, bool]:
@@ -126,6 +137,9 @@ def train_index(project: Project, worker: Worker, embedder: Embedder) -> None:
         # The other processes wait, and torchrun gave each of them one thread.
         threads = len(os.sched_getaffinity(0)) if worker.world_size > 1 else None
         index = VectorIndex.train(files.factory, project.config.metric, sample, num_threads=threads)
+        warning = too_coarse(index, sample, len(db), project.config.recall, is_auto=project.config.index == "auto")
+        if warning is not None:  # known before all chunks are embedded
+            log.warning(warning)
         index.save(files.trained, files.manifest(index, count, files.training))
     clear_blocks(worker, project, blocks)
 

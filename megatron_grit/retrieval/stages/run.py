@@ -17,7 +17,7 @@ from megatron_grit.retrieval.estimate.lines import estimate_build, is_worth_it, 
 from megatron_grit.retrieval.stages.embed import project_embedder
 from megatron_grit.retrieval.stages.preparation import Preparation
 from megatron_grit.retrieval.stages.restore import restore_tables
-from megatron_grit.retrieval.stages.task import Job, Task
+from megatron_grit.retrieval.stages.task import WARNING, Job, Task
 from megatron_grit.retrieval.stages.tasks import TASKS
 from megatron_grit.retrieval.work import Worker, alone_in, worker
 from megatron_grit.store.blocks import shares
@@ -41,7 +41,9 @@ def run_tasks(prepared: Preparation) -> None:
         if this.is_first:
             if load_project_config(prepared.folder) != prepared.old:
                 raise DataError("was changed by another command just now; start again", path=prepared.folder)
-            prepared.check(embedder)
+            for line in prepared.check(embedder):
+                if line.startswith(WARNING):
+                    log.warning(line.removeprefix(WARNING))
             if prepared.validate is None:
                 prepared.remove()
                 save_project_config(prepared.kept, prepared.folder)

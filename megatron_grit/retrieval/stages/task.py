@@ -17,6 +17,8 @@ from megatron_grit.retrieval.work import Check, Worker
 
 EMBEDDER_SETTINGS = ("embedder", "embedder_pooling", "embedder_max_length", "embedder_precision", "embedding_dtype")
 """That all vectors of a database follow from."""
+WARNING = "warning: "
+"""With which a line of :meth:`Task.check` begins that a build logs as well."""
 Report = dict[str, Any]
 """What JSON can hold."""
 MOST_TO_COUNT = 10_000_000

@@ -63,6 +63,23 @@ def test_a_build_that_is_done_does_nothing(project: Path) -> None:
     assert files_of(project) == before
 
 
+def test_an_index_that_was_given_is_compared_with_the_memory(
+    tmp_path: Path, given: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A build says it before anything is embedded, a dry run as well."""
+    caplog.set_level("INFO")
+    given |= {"index_memory_gb": 1e-6}
+    (said,) = [
+        line for line in stages.dry_run(Preparation(tmp_path / "db", "build", given)) if line.startswith("warning: ")
+    ]
+    assert "e-05 GiB of index IVF4,Flat are above index_memory_gb, 1e-06; give an index with shorter codes" in said
+    run_tasks(Preparation(tmp_path / "db", "db-build,index-train", given))
+    records = [(record.levelname, record.message) for record in caplog.records]
+    warnings = [message for level, message in records if level == "WARNING" and "index_memory_gb" in message]
+    assert warnings == [said.removeprefix("warning: ")]
+    assert records.index(("WARNING", warnings[0])) < records.index(("INFO", "task db-build"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
