@@ -2,22 +2,24 @@
 
 Example:
     megatron-grit generate --checkpoint runs/grit --prompt "What does json.dumps(obj) do?" --max-new-tokens 64
+    megatron-grit generate --checkpoint runs/retro --retro-project db --prompt "What does json.dumps(obj) do?"
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 
 from megatron_grit.cli.main import command
 from megatron_grit.config.checkpoint_folder import resolve_checkpoint
 from megatron_grit.config.knob import knob
-from megatron_grit.config.options import ModelOptions, SamplingOptions
+from megatron_grit.config.options import ModelOptions, RetroOptions, SamplingOptions
 from megatron_grit.store.logs import say_loading
 
 
 @dataclass(kw_only=True)
-class GenerateOptions(SamplingOptions, ModelOptions):
+class GenerateOptions(RetroOptions, SamplingOptions, ModelOptions):
     """What is answered, and how."""
 
     prompt: str = knob(text=True)
@@ -27,6 +29,9 @@ class GenerateOptions(SamplingOptions, ModelOptions):
     chat_template: str | None = knob(None, path=True)
     """In which the prompt is written: tulu, gritlm, zephyr, llama2, chatml, tokenizer or your own .yaml file. null: the
     checkpoint's."""
+    json: bool = False
+    """Print a JSON object: text, finish_reason, tokens, and sources, what was read of retro_project; else these go to
+    stderr."""
 
 
 def run(options: GenerateOptions) -> None:
@@ -40,10 +45,25 @@ def run(options: GenerateOptions) -> None:
     path = resolve_checkpoint(options.checkpoint)
     say_loading()
     from megatron_grit.inference.model import GritModel
+    from megatron_grit.inference.reading import describe_source, sources_of
 
+    retriever = None
+    if options.retro_project is not None:
+        from megatron_grit.retrieval.reading import open_retriever
+
+        retriever = open_retriever(options.retro_project, path, options.retrieve_every)
     model = GritModel.load(path, device=options.device, chat_template=options.chat_template)
+    if retriever is not None:
+        model.read_from(retriever, options.retrieve_every)
     (answer,) = model.answer(conversations, options)
+    sources = sources_of(answer.readings)
+    if options.json:
+        usage = {"num_prompt_tokens": answer.num_prompt_tokens, "num_tokens": answer.num_tokens}
+        print(json.dumps({"text": answer.text, "finish_reason": answer.finish_reason, **usage, "sources": sources}))
+        return
     print(answer.text)
+    for source in sources:
+        print(f"source: {describe_source(source)}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from megatron_grit.cli.main import command
 from megatron_grit.config.checkpoint_folder import resolve_checkpoint
 from megatron_grit.config.knob import knob
-from megatron_grit.config.options import ModelOptions, ServingLimits
+from megatron_grit.config.options import ModelOptions, RetroOptions, ServingLimits
 from megatron_grit.store.logs import say_loading
 
 
 @dataclass(kw_only=True)
-class ServeOptions(ServingLimits, ModelOptions):
+class ServeOptions(RetroOptions, ServingLimits, ModelOptions):
     """Where requests are answered."""
 
     host: str = "127.0.0.1"

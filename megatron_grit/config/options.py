@@ -61,6 +61,8 @@ class SamplingOptions(Checked):
     """0: the likeliest token each time. Above: sampled, the more freely the higher it is."""
     top_p: float = knob(1.0, above=0, at_most=1)
     """Sample from the smallest set of tokens that holds this probability."""
+    top_k: int | None = knob(None, at_least=1)
+    """Sample from this many of the likeliest tokens, before top_p. null: from all."""
     seed: int = knob(0, at_least=0)
     """Seed of the sampling."""
     stop: list[str] = knob([], verbatim=True, text=True)
@@ -70,6 +72,22 @@ class SamplingOptions(Checked):
         super().__post_init__()
         if len(self.stop) > MAX_STOPS:
             raise ConfigError(f"stop must be at most {MAX_STOPS} texts, not {len(self.stop)}")
+
+
+@dataclass(kw_only=True)
+class RetroOptions(Checked):
+    """What a model that reads neighbors reads."""
+
+    retro_project: str | None = knob(None, path=True)
+    """Retrieval database whose chunks are read: the --project-dir of tools/retro/build_db.py. null: none are."""
+    retrieve_every: int | None = knob(None, at_least=1)
+    """Retrieve after so many tokens of the answer, with the last model.retro.chunk_length of prompt and answer. null:
+    after each chunk_length."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.retrieve_every is not None and self.retro_project is None:
+            raise ConfigError("retrieve_every is of retro_project, which is not given")
 
 
 @dataclass(kw_only=True)

@@ -12,6 +12,7 @@ from megatron_grit.config.options import SamplingOptions
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.errors import DataError
 from megatron_grit.inference.kv_cache import SequenceCache
+from megatron_grit.inference.reading import Reader
 from megatron_grit.models.decoder import GritDecoder, Output
 
 
@@ -24,7 +25,7 @@ class Continuation(NamedTuple):
 
 
 @torch.no_grad()
-def generate_tokens(
+def generate_tokens(  # many: what generation consists of
     model: GritDecoder,
     prompts: Sequence[Sequence[int]],
     options: SamplingOptions,
@@ -33,6 +34,7 @@ def generate_tokens(
     max_positions: int,
     ends: Callable[[list[int]], bool] | None = None,
     before_pass: Callable[[], object] | None = None,
+    reader: Reader | None = None,
 ) -> list[Continuation]:
     """Continue each prompt.
 
@@ -44,6 +46,7 @@ def generate_tokens(
         max_positions: tokens that the model takes, prompt and answer together.
         ends: whether a sequence ends with these new tokens, which are returned.
         before_pass: called before each forward pass; what it raises ends all of them.
+        reader: what neighbors the model reads. None: none.
 
     Raises:
         DataError: a prompt leaves no room for an answer.
@@ -63,10 +66,13 @@ def generate_tokens(
         if before_pass is not None:
             before_pass()
         row = continuation_row([pending[i] for i in cache.active], [lengths[i] for i in cache.active])
+        if reader is not None:
+            known = [[*prompts[i], *outputs[i]] for i in cache.active]
+            row.neighbors = reader.read(cache.active, known, [lengths[i] for i in cache.active])
         logits_TV = model(row.to(model.context.device), Output.LOGITS, cache)
         last = row.cu_seqlens[1:].long() - 1
         logits_BV = logits_TV[last.to(logits_TV.device)].float().cpu()
-        chosen = choose_tokens(logits_BV, options.temperature, options.top_p, generator)
+        chosen = choose_tokens(logits_BV, options.temperature, options.top_p, generator, options.top_k)
         for sequence, token in zip(cache.active, chosen, strict=True):
             lengths[sequence] += len(pending[sequence])
             pending[sequence] = [token]
@@ -99,20 +105,26 @@ def continuation_row(tokens: Sequence[Sequence[int]], lengths: Sequence[int]) ->
     )
 
 
-def choose_tokens(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> list[int]:
+def choose_tokens(
+    logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator, top_k: int | None = None
+) -> list[int]:
     """One token a row: the most likely one, or a sample.
 
     Args:
         logits_BV: fp32 on the CPU.
         temperature: 0 for the most likely token.
-        top_p: nucleus of the sample (arXiv 1904.09751).
+        top_p: nucleus of the sample (arXiv 1904.09751), of the probabilities that ``top_k`` leaves.
         generator: source of randomness.
+        top_k: how many of the most likely tokens are sampled from. None: all.
     """
     if temperature == 0:
         return logits_BV.argmax(-1).tolist()
     # Below 0: no quotient overflows, however small the temperature.
     logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     probabilities, order = logits_BV.softmax(-1).sort(-1, descending=True)
+    if top_k is not None:
+        probabilities[:, top_k:] = 0.0
+        probabilities /= probabilities.sum(-1, keepdim=True)
     outside = probabilities.cumsum(-1) - probabilities > top_p  # the first token is always inside
     picked = torch.multinomial(probabilities.masked_fill(outside, 0.0), 1, generator=generator)
     return order.gather(1, picked).squeeze(1).tolist()

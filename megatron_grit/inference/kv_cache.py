@@ -1,12 +1,16 @@
-"""The KV cache of generation: keys and values of past tokens.
+"""The KV cache of generation: keys and values of past tokens, and of the neighbors that are read.
 
-Shape suffix legend: L = new tokens, K = tokens read so far, G = key-value heads, H = channels of a head.
+Shape suffix legend: L = new tokens, K = tokens so far, or of neighbors, G, J = key-value heads, H = channels of a head,
+D = width.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+_STATES = 0
+"""In place of a layer's number, which count from 1: states that neighbors are conditioned on."""
 
 
 class SequenceCache:
@@ -18,6 +22,7 @@ class SequenceCache:
     def __init__(self, num_sequences: int) -> None:
         self.active = list(range(num_sequences))
         self._buffers: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        self._neighbors: dict[tuple[int, int], Tensor | None] = {}
 
     def extend(self, layer_number: int, segment: int, key_LGH: Tensor, value_LGH: Tensor) -> tuple[Tensor, Tensor]:
         """Append a layer's keys and values of a segment.
@@ -25,20 +30,46 @@ class SequenceCache:
         Returns:
             Keys and values of all its tokens so far, [K, G, H] each; views that the next call may overwrite.
         """
+        keys, values = self._extend(layer_number, segment, torch.stack((key_LGH, value_LGH)))
+        return keys, values
+
+    def extend_states(self, segment: int, states_LD: Tensor) -> Tensor:
+        """Append the states that neighbors of a segment are conditioned on.
+
+        Returns:
+            Those of all its tokens so far, [K, D]; a view that the next call may overwrite.
+        """
+        return self._extend(_STATES, segment, states_LD[None])[0]
+
+    def _extend(self, layer_number: int, segment: int, new: Tensor) -> Tensor:
         place = (layer_number, self.active[segment])
-        new = torch.stack((key_LGH, value_LGH))
         buffer, length = self._buffers.get(place, (new[:, :0], 0))
         total = length + new.shape[1]
         if total > buffer.shape[1]:
             # Twice the room each time: a sequence of n tokens is copied O(n) in all, not O(n^2).
-            grown = new.new_empty(2, max(total, 2 * buffer.shape[1], 64), *new.shape[2:])
+            grown = new.new_empty(len(new), max(total, 2 * buffer.shape[1], 64), *new.shape[2:])
             grown[:, :length] = buffer[:, :length]
             buffer = grown
         buffer[:, length:total] = new
         self._buffers[place] = (buffer, total)
-        return buffer[0, :total], buffer[1, :total]
+        return buffer[:, :total]
+
+    def keep_neighbors(self, layer_number: int, segment: int, key_value_KJH: Tensor | None) -> None:
+        """Keep keys and values, side by side in the last dimension, of what a segment reads from now on.
+
+        Args:
+            layer_number: of a layer that reads.
+            segment: of the pass.
+            key_value_KJH: None: it reads nothing.
+        """
+        self._neighbors[layer_number, self.active[segment]] = key_value_KJH
+
+    def kept_neighbors(self, layer_number: int, segment: int) -> Tensor | None:
+        """What a segment reads. None: nothing."""
+        return self._neighbors.get((layer_number, self.active[segment]))
 
     def keep(self, sequences: list[int]) -> None:
         """Continue only these sequences, in this order, and free the others."""
         self.active = sequences
         self._buffers = {place: entry for place, entry in self._buffers.items() if place[1] in sequences}
+        self._neighbors = {place: entry for place, entry in self._neighbors.items() if place[1] in sequences}

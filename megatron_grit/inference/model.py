@@ -29,6 +29,15 @@ from megatron_grit.inference.encode import embedding_width, encode_tokens
 from megatron_grit.inference.generate import generate_tokens
 from megatron_grit.inference.messages import Conversation, read_conversations, read_texts
 from megatron_grit.inference.model_group import join_model_group
+from megatron_grit.inference.reading import (
+    NeighborSource,
+    Reader,
+    Reading,
+    RetrievedNeighbors,
+    Searches,
+    check_every,
+    given_neighbors,
+)
 from megatron_grit.inference.score import score_tokens
 from megatron_grit.models.decoder import GritDecoder, build_model
 from megatron_grit.parallel.launch import initialize
@@ -57,6 +66,8 @@ class Answer(NamedTuple):
     finish_reason: str
     num_prompt_tokens: int
     num_tokens: int
+    readings: Sequence[Reading] = ()
+    """What was read, by a model that reads neighbors."""
 
 
 class GritModel:
@@ -82,6 +93,9 @@ class GritModel:
         self._chat_format = self.chat.bind(tokenizer)
         self.markers = load_markers(config.embedding, config.model.vocab_size, tokenizer)
         self.model_group = join_model_group(model, config.parallel.timeout_minutes)
+        self._database: RetrievedNeighbors | None = None
+        self._every: int | None = None
+        self._said_unread = False
 
     @staticmethod
     def load(
@@ -132,8 +146,6 @@ class GritModel:
         )
         model = build_model(config, int(state["vocab_size"]), context)
         load_checkpoint(path, config, [model], context, base)
-        if config.model.retro.num_neighbors:
-            log.info(f"{path} was trained to read neighbors; here it reads none, as with model.retro.gate 0")
         return GritModel(config, model.eval(), tokenizer, chat)
 
     def encode(
@@ -245,15 +257,30 @@ class GritModel:
             )
         return None if side is None else side == "query"
 
-    def generate(
+    def read_from(self, retriever: Searches, every: int | None = None) -> None:
+        """Read neighbors from a database, in every answer from now on.
+
+        Args:
+            retriever: a :class:`~megatron_grit.retrieval.retriever.Retriever`.
+            every: retrieve after so many tokens of an answer, 1 to model.retro.chunk_length. None: chunk_length.
+
+        Raises:
+            ConfigError: the model reads no neighbors, or the database is of another tokenizer or chunk length.
+        """
+        self._database = RetrievedNeighbors(retriever, self.config.model, self.tokenizer)
+        self._every = check_every(every, self.config.model)
+
+    def generate(  # many: how an answer is drawn, and what is read for it
         self,
         messages: str | Messages | Sequence[str | Messages],
         *,
         max_new_tokens: int = SamplingOptions.max_new_tokens,
         temperature: float = SamplingOptions.temperature,
         top_p: float = SamplingOptions.top_p,
+        top_k: int | None = SamplingOptions.top_k,
         seed: int = SamplingOptions.seed,
         stop: str | Sequence[str] = (),
+        neighbors: Sequence[str | Sequence[int] | Sequence[str | Sequence[int]]] | None = None,
     ) -> str | list[str]:
         """Answer a prompt, a conversation, or several conversations at once.
 
@@ -262,25 +289,38 @@ class GritModel:
             max_new_tokens: at most this many tokens are generated, and no more than the model has positions.
             temperature: 0 for the most likely token at each position, else it divides the logits.
             top_p: nucleus to sample from, above 0 and at most 1.
+            top_k: sample from so many of the likeliest tokens. None: from all.
             seed: of the sampling.
             stop: texts, at most 4; an answer ends before the first of them.
+            neighbors: what is read in place of the database of :meth:`read_from`, by a model that reads: at most
+                model.retro.num_neighbors texts, or lists of token ids, which every chunk reads; for several
+                conversations a list of them for each.
 
         Returns:
             The answer; a list of them for several conversations.
 
         Raises:
-            DataError: a conversation that does not end with the user, or leaves no room for an answer.
-            ConfigError: an option that is out of its range, or the model is sharded over several processes.
+            DataError: a conversation that does not end with the user, or leaves no room for an answer; too many
+                neighbors, or an empty one.
+            ConfigError: an option that is out of its range, the model is sharded over several processes, or neighbors
+                are given to one that reads none.
         """
         conversations, single = read_conversations(messages)
         options = SamplingOptions(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
+            top_k=top_k,
             seed=seed,
             stop=[stop] if isinstance(stop, str) else stop,  # type: ignore[arg-type]
         )
-        answers = [answer.text for answer in self.answer(conversations, options)]
+        source = None
+        if neighbors is not None:
+            several: Any = [neighbors] if single else neighbors
+            if len(several) != len(conversations):
+                raise DataError(f"neighbors must be a list for each of the {len(conversations)} conversations")
+            source = given_neighbors(self.config.model, self.tokenizer, several)
+        answers = [answer.text for answer in self.answer(conversations, options, source=source)]
         return answers[0] if single else answers
 
     def answer(
@@ -288,6 +328,8 @@ class GritModel:
         conversations: Sequence[Conversation],
         options: SamplingOptions,
         before_pass: Callable[[], object] | None = None,
+        *,
+        source: NeighborSource | None = None,
     ) -> list[Answer]:
         """As :meth:`generate`, for conversations that were checked.
 
@@ -295,9 +337,11 @@ class GritModel:
             conversations: of :func:`~megatron_grit.inference.messages.read_conversations`.
             options: how.
             before_pass: called before each forward pass; what it raises ends the call.
+            source: of neighbors. None: the database of :meth:`read_from`.
         """
         self._refuse_sharded("generate")
         prompts = [self.prompt_tokens(conversation) for conversation in conversations]
+        reader = self._reader(prompts, source or self._database)
         outputs = generate_tokens(
             self.model,
             prompts,
@@ -306,14 +350,32 @@ class GritModel:
             max_positions=self.config.model.max_position_embeddings,
             ends=(lambda tokens: _stop_at(self.tokenizer.decode(tokens), options.stop) >= 0) if options.stop else None,
             before_pass=before_pass,
+            reader=reader,
         )
         answers = []
-        for prompt, output in zip(prompts, outputs, strict=True):
+        readings = [[] for _ in prompts] if reader is None else reader.readings
+        for prompt, output, read in zip(prompts, outputs, readings, strict=True):
             text = self.tokenizer.decode(output.tokens)
             end = _stop_at(text, options.stop)
             text = text if end < 0 else text[:end]
-            answers.append(Answer(text, output.finish_reason, len(prompt), len(output.tokens)))
+            answers.append(Answer(text, output.finish_reason, len(prompt), len(output.tokens), read))
         return answers
+
+    def _reader(self, prompts: list[list[int]], source: NeighborSource | None) -> Reader | None:
+        """Reads for these prompts. None: the model reads nothing, which is said once where it could."""
+        retro = self.config.model.retro
+        if source is not None and retro.gate != 0:
+            every = self._every or retro.chunk_length
+            return Reader(source, retro.chunk_length, every, [len(prompt) for prompt in prompts])
+        why = "model.retro.gate is 0" if source is not None else "give neighbors, or a database (--retro-project)"
+        self._say_unread(f"generates without them: {why}")
+        return None
+
+    def _say_unread(self, what: str) -> None:
+        """Say once that neighbors are not read, of a model that could."""
+        if self.config.model.retro.num_neighbors and not self._said_unread:
+            self._said_unread = True
+            log.info(f"this model was trained to read neighbors, and {what}")
 
     def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation, in the model's chat template, up to where its answer begins.
@@ -338,6 +400,7 @@ class GritModel:
             ConfigError: the model is sharded over several processes.
         """
         self._refuse_sharded("token_losses")
+        self._say_unread("is measured without them")
         BatchSize(batch_tokens=batch_tokens)
         records = IndexedRecords(prefix)
         if records.kind is not RowKind.GENERATIVE:

@@ -18,12 +18,14 @@ from torch import Tensor
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import padded_vocabulary
 from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.data.rows.neighbors import Neighbors
 from megatron_grit.models.adapters import has_trained, insert_adapters, reach_back, select_trainable
 from megatron_grit.models.attention import AttentionMode, KeyValueCache, PackedSegments
 from megatron_grit.models.biases import drop_biases
 from megatron_grit.models.embedding_head import build_head, embed_segments
 from megatron_grit.models.layer_specs import block_spec, transformer_config
 from megatron_grit.models.pooling import PositionWeights
+from megatron_grit.models.retro.passes import PassSegments, pass_plan
 from megatron_grit.models.retro.plan import RetroSegments, plan_of
 from megatron_grit.models.rope import RotaryAngles
 from megatron_grit.models.row_share import RowShare
@@ -170,6 +172,8 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
         retro = self.retro
         if row.neighbors is None or not retro.num_neighbors:
             return segments, None
+        if segments.cache is not None:
+            return self._read_in_pass(row.neighbors, segments)
         neighbors = row.neighbors.padded(self._shards)
         plan = plan_of(neighbors, row.tokens_1T.shape[1], retro, row.tokens_1T.device)
         if plan is None:
@@ -182,6 +186,16 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
             states, texts = self._received.split([size // self._shards for size in sizes])
             self.decoder.set_input_tensor(states)
         return RetroSegments(**vars(segments), plan=plan), texts
+
+    def _read_in_pass(self, neighbors: Neighbors, segments: PackedSegments) -> tuple[PackedSegments, Tensor | None]:
+        """As :meth:`_read_neighbors`, in a pass of generation."""
+        assert self.pre_process and self.post_process, "generation is of a model that one process holds"
+        conditioned = self.retro.encoder_conditioning == "chunk"
+        plan = pass_plan(neighbors, segments.lengths, conditioned, neighbors.tokens_1N.device)
+        texts = None
+        if plan.encoding is not None:
+            texts = self.embedding(input_ids=neighbors.tokens_1N, position_ids=plan.encoding.positions_N[None])
+        return PassSegments(**vars(segments), plan=plan), texts
 
     def _output_weight(self) -> Tensor | None:
         """The embedding's weight, where the output layer has none of its own."""

@@ -23,6 +23,7 @@ from megatron_grit.data.chunks.versions import (
     sorted_keys,
     version_numbers,
 )
+from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError, GritError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.inference.messages import check_texts
@@ -115,6 +116,16 @@ class Retriever:
     def metric(self) -> str:
         """Of dense scores: l2, of which the smallest are best, or inner_product."""
         return str(self._opened.index.metric)
+
+    @property
+    def chunk_length(self) -> int:
+        """Tokens of a chunk."""
+        return self._opened.db.project.config.chunk_length
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the documents."""
+        return self._opened.db.project.tokenizer
 
     @property
     def version(self) -> int:

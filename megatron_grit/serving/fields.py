@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 EMBEDDINGS = {"input", "model", "instruction", "side", "dimensions", "encoding_format"}
 """What ``/v1/embeddings`` does."""
-CHAT = {"messages", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"}
+CHAT = {"messages", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "stop"}
 """What ``/v1/chat/completions`` does."""
 HARMLESS = {
     *("user", "metadata", "safety_identifier", "service_tier", "prediction", "parallel_tool_calls"),
@@ -129,7 +129,7 @@ def read_sampling(body: Json, most_new_tokens: int) -> SamplingOptions:
             raise RequestError(message, field)
     if len(set(lengths.values())) > 1:
         raise RequestError("max_tokens and max_completion_tokens are two names of one limit; give one", "max_tokens")
-    values = {field: read_value(body, field, SamplingOptions) for field in ("temperature", "top_p", "seed")}
+    values = {field: read_value(body, field, SamplingOptions) for field in ("temperature", "top_p", "top_k", "seed")}
     stop = body.get("stop")
     stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if (problem := value_problem(SamplingOptions, "stop", stop)) is not None:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 from megatron_grit.config.options import ServingLimits
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.model import GritModel
+from megatron_grit.retrieval.reading import open_retriever
 from megatron_grit.serving.fields import Json, error_body, read_body
 from megatron_grit.serving.request_log import RequestLog
 from megatron_grit.serving.service import Job, Service
 from megatron_grit.store.logs import get_logger
+from megatron_grit.training.checkpoint import resolve_checkpoint
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -163,6 +165,8 @@ def serve(  # many: the options of a verb
     max_new_tokens: int = ServingLimits.max_new_tokens,
     log_json: bool = False,
     chat_template: str | None = None,
+    retro_project: str | Path | None = None,
+    retrieve_every: int | None = None,
 ) -> None:
     """Load a model and answer requests until SIGINT or SIGTERM.
 
@@ -175,9 +179,11 @@ def serve(  # many: the options of a verb
         max_new_tokens: longest answer in tokens.
         log_json: write a JSON object for each request, in place of a line of text.
         chat_template: as of :meth:`GritModel.load`.
+        retro_project: retrieval database that chat answers read, by a model that was trained to.
+        retrieve_every: as of :meth:`GritModel.read_from`.
 
     Raises:
-        ConfigError: starlette or uvicorn is missing, or the address cannot be used.
+        ConfigError: starlette or uvicorn is missing, the address cannot be used, or the model cannot read the database.
         CheckpointError: there is no checkpoint, or it is damaged.
     """
     try:
@@ -192,7 +198,12 @@ def serve(  # many: the options of a verb
             listener.bind((host, port))
         except (OSError, OverflowError) as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
+        retriever = None
+        if retro_project is not None:
+            retriever = open_retriever(retro_project, resolve_checkpoint(checkpoint), retrieve_every)
         model = GritModel.load(checkpoint, device=device, chat_template=chat_template)
+        if retriever is not None:
+            model.read_from(retriever, retrieve_every)
         name = name or Path(checkpoint).resolve().name
         service = Service(model, name, max_length=max_length, max_new_tokens=max_new_tokens)
         config = uvicorn.Config(

@@ -13,6 +13,7 @@ from megatron_grit.config.options import EmbeddingOptions, ServingLimits
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.messages import read_messages, read_texts
 from megatron_grit.inference.model import GritModel
+from megatron_grit.inference.reading import sources_of
 from megatron_grit.serving import fields
 from megatron_grit.serving.fields import Json, RequestError, check_fields, read_value
 
@@ -104,7 +105,8 @@ class Service:
             usage = {"prompt_tokens": answer.num_prompt_tokens, "completion_tokens": answer.num_tokens}
             usage["total_tokens"] = answer.num_prompt_tokens + answer.num_tokens
             head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
-            return head | {"model": self.name, "choices": [choice], "usage": usage}
+            sources = {"sources": read} if (read := sources_of(answer.readings)) else {}
+            return head | {"model": self.name, "choices": [choice], "usage": usage} | sources
 
         return job
 

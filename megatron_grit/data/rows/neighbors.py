@@ -17,7 +17,8 @@ class Neighbors:
     """The chunks of a packed row and the texts that they read.
 
     A chunk lies in one segment. The chunks of a segment follow each other from its first token to its last; the first
-    and the last may be shorter than the others.
+    and the last may be shorter than the others. In generation they may overlap, where neighbors are retrieved more
+    often than a chunk has tokens, and begin before the row, in tokens that a cache holds.
     """
 
     chunk_bounds_C2: np.ndarray

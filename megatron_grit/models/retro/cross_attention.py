@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_grit.models.attention import attend
 from megatron_grit.models.biases import TrainedBiasLinear
+from megatron_grit.models.retro.passes import NeighborCache, PassPlan
 from megatron_grit.models.retro.plan import Groups
 
 
@@ -89,9 +92,46 @@ class GroupedCrossAttention(MegatronModule):
         )
         flat = output_GNQH.transpose(1, 2).reshape(-1, self.heads * self.channels)
         flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
-        output, bias = self.linear_proj(flat[groups.place_of_query][:, None])
+        return self._project(flat[groups.place_of_query], groups.has_query)
+
+    def read_pass(
+        self, asking_A1D: Tensor, asked_B1D: Tensor | None, plan: PassPlan, cache: NeighborCache, layer_number: int
+    ) -> Tensor:
+        """As :meth:`forward`, in a pass of generation; what each segment read last is kept for its next tokens.
+
+        Args:
+            asking_A1D: states of the new tokens.
+            asked_B1D: states of new neighbors. None: there are none.
+            plan: of the pass.
+            cache: what is kept.
+            layer_number: of the layer.
+        """
+        query_ANH = self.linear_q(asking_A1D)[0].view(-1, self.heads, self.channels)
+        asked = None if asked_B1D is None else self.linear_kv(asked_B1D)[0].view(-1, self.groups, 2 * self.channels)
+        parts, reading = [], np.full(len(query_ANH), False)
+        at = 0
+        for read in plan.reads:
+            if read.texts is not None:
+                found = None if asked is None or not len(read.texts) else asked[read.texts.start : read.texts.stop]
+                cache.keep_neighbors(layer_number, read.segment, found)
+            kept = cache.kept_neighbors(layer_number, read.segment)
+            if kept is None or not len(read.tokens):
+                continue
+            if at < read.tokens.start:
+                parts.append(query_ANH.new_zeros(read.tokens.start - at, *query_ANH.shape[1:]))
+            at, reading[read.tokens.start : read.tokens.stop] = read.tokens.stop, True
+            query = query_ANH[read.tokens.start : read.tokens.stop]
+            key, value = kept.chunk(2, -1)
+            parts.append(attend(query, key, value, causal=False, scale=self.config.softmax_scale))
+        parts.append(query_ANH.new_zeros(len(query_ANH) - at, *query_ANH.shape[1:]))
+        flat = torch.cat(parts).view(-1, self.heads * self.channels)
+        return self._project(flat, None if reading.all() else torch.from_numpy(reading))
+
+    def _project(self, flat: Tensor, has_query: Tensor | None) -> Tensor:
+        """The gated output of what tokens read, [A, N * H]; no bias where a token reads nothing."""
+        output, bias = self.linear_proj(flat[:, None])
         if bias is not None:
-            output = output + bias * self._share(groups.has_query).to(output)[:, None, None]
+            output = output + (bias if has_query is None else bias * self._share(has_query).to(output)[:, None, None])
         return output * (self.fixed_gate if self.fixed_gate is not None else torch.tanh(self.gate))
 
     def _share(self, values_A: Tensor) -> Tensor:

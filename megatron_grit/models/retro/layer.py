@@ -23,7 +23,8 @@ from torch import Tensor
 from megatron_grit.config.schema import ModelConfig
 from megatron_grit.models.norms import norm_class
 from megatron_grit.models.retro.cross_attention import GroupedCrossAttention, unused
-from megatron_grit.models.retro.plan import Groups, NeighborPlan, RetroSegments
+from megatron_grit.models.retro.passes import Chunk, NeighborCache, PassPlan, PassSegments
+from megatron_grit.models.retro.plan import EncodingPlan, Groups, RetroSegments
 from megatron_grit.models.rope import RotaryAngles
 
 
@@ -66,7 +67,10 @@ class CrossLayer(TransformerLayer):
             asked: states that are attended to.
             groups: who attends to what.
         """
-        output = self.cross_attention(normed, asked, groups)
+        return self.add(states, normed, self.cross_attention(normed, asked, groups))
+
+    def add(self, states: Tensor, normed: Tensor, output: Tensor) -> Tensor:
+        """States with what cross-attention has read."""
         residual = normed if self.parity else states
         after: Tensor = self.self_attn_bda(self.training, False)((output, None), residual, self.hidden_dropout)
         return after
@@ -110,13 +114,15 @@ class NeighborEncoder(MegatronModule):
         self.layers = torch.nn.ModuleList(
             build_module(spec, config=config, layer_number=number) for number, spec in enumerate(specs, 1)
         )
+        self.is_conditioned = model.retro.encoder_conditioning == "chunk"
+        """Whether its first layer attends to the chunk that reads a neighbor."""
         with_angles = model.position_embedding == "rope" and model.retro.parity == "none"
         self.rotary_angles = RotaryAngles(model, device) if with_angles else None
         for layer in self.layers:
             if isinstance(layer, EncoderLayer):
                 layer.parity = model.retro.parity == "core"
 
-    def forward(self, texts_N1D: Tensor, chunks_T1D: Tensor, plan: NeighborPlan) -> Tensor:
+    def forward(self, texts_N1D: Tensor, chunks_T1D: Tensor, plan: EncodingPlan) -> Tensor:
         """States of the neighbors, [N, 1, D].
 
         Args:
@@ -170,6 +176,10 @@ class RetroLayer(CrossLayer):
         """
         states = self.attend_to_itself(hidden_states, options)
         segments, context = options.get("packed_seq_params"), options.get("context")
+        if isinstance(segments, PassSegments):
+            assert segments.plan is not None and segments.cache is not None
+            states, context = self._read_pass(states, context, segments.lengths, segments.plan, segments.cache)
+            return self._forward_mlp(states, padding_mask=options.get("padding_mask")), context
         plan = segments.plan if isinstance(segments, RetroSegments) else None
         if plan is None or context is None:
             states = states + unused(self.pre_cross_attn_layernorm, states) + unused(self.cross_attention, states)
@@ -181,6 +191,29 @@ class RetroLayer(CrossLayer):
                 context = self.encoder(context, normed, plan)
             states = self.read(states, normed, context, plan.reading)
         return self._forward_mlp(states, padding_mask=options.get("padding_mask")), context
+
+    def _read_pass(
+        self, states: Tensor, texts: Tensor | None, lengths: list[int], plan: PassPlan, cache: NeighborCache
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`forward` in a pass of generation: states after cross-attention, and the encoded new neighbors."""
+        normed = self.pre_cross_attn_layernorm(states)
+        if self.encoder is not None:
+            chunks = self._chunks(normed, lengths, plan.chunks, cache) if self.encoder.is_conditioned else normed
+            if plan.encoding is not None:
+                assert texts is not None
+                texts = self.encoder(texts, chunks, plan.encoding)
+        output = self.cross_attention.read_pass(normed, texts, plan, cache, self.layer_number)
+        return self.add(states, normed, output), texts
+
+    @staticmethod
+    def _chunks(normed: Tensor, lengths: list[int], chunks: list[Chunk], cache: NeighborCache) -> Tensor:
+        """States that new neighbors are conditioned on, chunk after chunk."""
+        kept = [cache.extend_states(segment, part) for segment, part in enumerate(normed[:, 0].split(lengths))]
+        parts = []
+        for chunk in chunks:
+            end = len(kept[chunk.segment])
+            parts.append(kept[chunk.segment][end - chunk.before_end.start : end - chunk.before_end.stop])
+        return torch.cat(parts)[:, None] if parts else normed
 
 
 @functools.cache

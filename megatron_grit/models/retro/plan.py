@@ -47,18 +47,24 @@ class Groups:
         return self.place_of_query < self.query_index_GQ.numel()
 
 
-@dataclass(frozen=True)
-class NeighborPlan:
-    """How a row and its neighbors attend to each other, on the device of the model."""
+@dataclass(frozen=True, kw_only=True)
+class EncodingPlan:
+    """How neighbors are encoded, on the device of the model."""
 
-    reading: Groups
-    """Tokens of the row attend to neighbors."""
     conditioning: Groups | None
     """Tokens of neighbors attend to the chunk that they were retrieved for. None: they do not."""
     texts: PackedSegments
     """The neighbors as a packed row; attention inside each is bidirectional."""
     positions_N: Tensor
     """int64 [N]; restart at 0 in each text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighborPlan(EncodingPlan):
+    """How a row and its neighbors attend to each other."""
+
+    reading: Groups
+    """Tokens of the row attend to neighbors."""
 
 
 @dataclass
@@ -100,6 +106,27 @@ def plan_of(neighbors: Neighbors, row_length: int, retro: RetroConfig, device: t
     return NeighborPlan(
         reading=_groups(readers, read, row_length, device),
         conditioning=_groups(read, chunks, num_tokens, device) if retro.encoder_conditioning == "chunk" else None,
+        texts=PackedSegments.of_row(
+            to_device(bounds, device), max(lengths), AttentionMode.BIDIRECTIONAL, lengths=lengths
+        ),
+        positions_N=to_device(torch.cat([torch.arange(length) for length in lengths]), device),
+    )
+
+
+def encoding_plan(
+    lengths: list[int], read: list[np.ndarray], asked: list[np.ndarray] | None, device: torch.device
+) -> EncodingPlan:
+    """How some texts are encoded.
+
+    Args:
+        lengths: of the texts.
+        read: places of tokens of texts, in groups.
+        asked: what each group is conditioned on: places in another sequence. None: nothing.
+        device: where the model computes.
+    """
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return EncodingPlan(
+        conditioning=None if asked is None else _groups(read, asked, sum(lengths), device),
         texts=PackedSegments.of_row(
             to_device(bounds, device), max(lengths), AttentionMode.BIDIRECTIONAL, lengths=lengths
         ),
