@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_grit.data.chunks.chunking import document_tokens, windows
+from megatron_grit.data.chunks.chunking import document_tokens, padded, read_runs
 from megatron_grit.data.chunks.project import DatasetInfo, Project
 from megatron_grit.errors import DataError
 from megatron_grit.store.blocks import DAMAGED, check_arrays
@@ -180,23 +180,50 @@ def read_places(
     Raises:
         DataError: a place beyond the end of its document; a damaged file.
     """
-    places, wanted = sources.reshape(-1, sources.shape[-1]), np.flatnonzero(there.reshape(-1))
-    eod_id = project.tokenizer.eos_id
-    tokens = np.full((len(places), length), pad_id, dtype=np.int32)
+    places, wanted = sources.reshape(-1, sources.shape[-1]), there.reshape(-1)
     counts = np.zeros(len(places), dtype=np.int64)
-    for dataset in np.unique(places[wanted, DATASET]).tolist():
-        here = wanted[places[wanted, DATASET] == dataset]
-        file, starts = project.file(dataset), places[here, START].astype(np.int64)
-        begins, lengths = file.extents(places[here, DOCUMENT])
-        stops = places[here, STOP] if places.shape[1] > STOP else starts + 1
-        if (np.maximum(stops, starts + 1) > lengths).any():
-            raise DataError(
-                "chunks go beyond their documents' ends; run --tasks db-build, or query-neighbors if a table of "
-                "neighbors was read",
-                path=file.bin_path,
-            )
-        read, count = windows(file, begins, lengths, starts, length, eod_id)
-        tokens[here] = np.where(np.arange(length) < count[:, None], read, pad_id)
-        counts[here] = count
+    tokens, counts[wanted] = read_texts(project, places[wanted], length)
     shape = (*there.shape, length)
-    return tokens.reshape(shape), (np.arange(length) < counts[:, None]).reshape(shape)
+    rows = padded(tokens.astype(np.int32), counts, length, pad_id)
+    return rows.reshape(shape), (np.arange(length) < counts[:, None]).reshape(shape)
+
+
+def read_texts(project: Project, sources: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`read_places`, one text after another.
+
+    Args:
+        project: whose documents they are.
+        sources: as there, [n, 3 or 4].
+        length: most tokens of each.
+
+    Returns:
+        Tokens of all, [sum of counts], and how many there are of each, int64 [n].
+
+    Raises:
+        DataError: as there.
+    """
+    datasets = set(sources[:, DATASET].tolist())
+    if len(datasets) == 1:
+        return _texts_of(project, datasets.pop(), sources, length)
+    counts, parts = np.zeros(len(sources), dtype=np.int64), []
+    for dataset in datasets:
+        here = sources[:, DATASET] == dataset
+        tokens, counts[here] = _texts_of(project, dataset, sources[here], length)
+        parts.append((here, tokens))
+    merged = np.empty(counts.sum(), dtype=np.result_type(np.int32, *(tokens for _, tokens in parts)))
+    for here, tokens in parts:
+        merged[np.repeat(here, counts)] = tokens
+    return merged, counts
+
+
+def _texts_of(project: Project, dataset: int, sources: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    file, starts = project.file(dataset), sources[:, START].astype(np.int64)
+    begins, lengths = file.extents(sources[:, DOCUMENT])
+    stops = np.maximum(sources[:, STOP], starts + 1) if sources.shape[1] > STOP else starts + 1
+    if (stops > lengths).any():
+        raise DataError(
+            "chunks go beyond their documents' ends; run --tasks db-build, or query-neighbors if a table of "
+            "neighbors was read",
+            path=file.bin_path,
+        )
+    return read_runs(file, begins, lengths, starts, length, project.tokenizer.eos_id)

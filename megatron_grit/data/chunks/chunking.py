@@ -143,20 +143,32 @@ def read_windows(
         IndexError: no such document.
         DataError: a damaged file.
     """
-    return windows(file, *file.extents(documents), np.asarray(starts, dtype=np.int64), length, eod_id)
+    begins, lengths = file.extents(documents)
+    tokens, counts = read_runs(file, begins, lengths, np.asarray(starts, dtype=np.int64), length, eod_id)
+    return padded(tokens, counts, length), counts
 
 
-def windows(
+def read_runs(
     file: IndexedFile, begins: np.ndarray, lengths: np.ndarray, starts: np.ndarray, length: int, eod_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As :func:`read_windows`, of documents whose extents are known: first byte and tokens of each, int64 [n]."""
-    counts = np.clip(lengths - starts, 0, length)
-    tokens = np.zeros((len(starts), length), dtype=file.dtype)
-    file.read_into(tokens, begins + starts * file.dtype.itemsize, counts)
-    last = np.flatnonzero((starts + counts == lengths) & (counts > 0))
-    counts[last] -= tokens[last, counts[last] - 1] == eod_id
-    tokens[np.arange(length) >= counts[:, None]] = 0
+    """As :func:`read_windows`, of documents whose extents are known (first byte and tokens of each, int64 [n]), and one
+    run after another: [sum of counts], and the counts, int64 [n]."""
+    counts = np.minimum(np.maximum(lengths - starts, 0), length)
+    tokens = file.read_runs(begins + starts * file.dtype.itemsize, counts)
+    closing = (starts + counts == lengths) & (counts > 0)
+    if closing.any():
+        last = np.cumsum(counts)[closing] - 1
+        is_eod = tokens[last] == eod_id
+        tokens = np.delete(tokens, last[is_eod])
+        counts[closing] -= is_eod
     return tokens, counts
+
+
+def padded(tokens: np.ndarray, counts: np.ndarray, length: int, pad_id: int = 0) -> np.ndarray:
+    """Runs one after another, [sum of counts], as rows: [n, length], ``pad_id`` behind each."""
+    rows = np.full((len(counts), length), pad_id, dtype=tokens.dtype)
+    rows[np.arange(length) < counts[:, None]] = tokens
+    return rows
 
 
 def _hashes(tokens: np.ndarray, places: np.ndarray) -> np.ndarray:

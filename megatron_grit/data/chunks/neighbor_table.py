@@ -21,7 +21,8 @@ import numpy as np
 
 from megatron_grit.data.chunks.chunk_db import sources_of
 from megatron_grit.data.chunks.chunking import document_tokens
-from megatron_grit.data.chunks.versions import Source, begins_with, document_keys, is_among, sorted_keys
+from megatron_grit.data.chunks.sample_documents import SampleDocuments
+from megatron_grit.data.chunks.versions import Source, begins_with, document_keys
 from megatron_grit.data.indexed.reader import IndexedFile
 from megatron_grit.errors import DataError
 from megatron_grit.store.content import content_part, thoroughly
@@ -181,26 +182,6 @@ class NeighborTable:
             raise IndexError(f"document {document} has no chunk at token {offset}")
         return np.asarray(self.starts[safe] + chunk) if len(pairs) else chunk
 
-    def chunks_in(self, document: int, first: int, stop: int) -> np.ndarray:
-        """Chunks that begin in a piece of a document, as :meth:`read` takes them: int64 [n, 2].
-
-        What a piece that begins inside a chunk has before its first chunk has no neighbors: those of the whole chunk
-        were found for text that the piece does not show.
-
-        Args:
-            document: its number.
-            first: first token of the piece in its document.
-            stop: the one after its last.
-
-        Raises:
-            IndexError: no such document.
-        """
-        if not 0 <= document < self.manifest.source.num_documents:
-            raise IndexError(f"document {document} of {self.manifest.source.num_documents}")
-        length, count = self.manifest.chunk_length, int(self.starts[document + 1] - self.starts[document])
-        numbers = np.arange(-(-first // length), min(-(-stop // length), count))
-        return np.stack([np.full(len(numbers), document), length * numbers], axis=1)
-
     def read(
         self,
         chunks: Sequence[tuple[int, int]] | np.ndarray,
@@ -242,14 +223,30 @@ class NeighborTable:
             IndexError: no chunk begins at one of the tokens.
             DataError: an older table, and the chunks' documents were not given.
         """
-        places, keys = self.places(chunks), sorted_keys(sample_documents)
-        ids_NK, sources_NK3 = np.full((len(places), k), NONE), np.zeros((len(places), k, 3), np.uint32)
-        rows, most = np.arange(len(places)), self.manifest.num_neighbors
-        width = min(k, most)
+        places, pairs = self.places(chunks), np.asarray(sample_documents, dtype=np.int64).reshape(-1, 2)
+        documents = SampleDocuments(np.zeros(len(pairs), np.int64), document_keys(pairs[:, 0], pairs[:, 1]))
+        return self.nearest(places, np.zeros(len(places), np.int64), documents, k)
+
+    def nearest(
+        self, places: np.ndarray, samples: np.ndarray, documents: SampleDocuments, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`read_sources`, of chunks of several samples.
+
+        Args:
+            places: of the chunks, int64 [n], as of :meth:`places`.
+            samples: int64 [n], number of the sample of each.
+            documents: of the samples.
+            k: neighbors of a chunk.
+        """
+        most = self.manifest.num_neighbors
+        width, rows = min(k, most), np.arange(len(places))
+        ids, sources, keep = self._candidates(places, samples, documents, width)
+        if width == k:  # most rows need no more
+            ids_NK, sources_NK3, rows = ids, sources, np.flatnonzero(~keep.all(1))
+            ids, sources, keep = ids[rows], sources[rows], keep[rows]
+        else:
+            ids_NK, sources_NK3 = np.full((len(places), k), NONE), np.zeros((len(places), k, 3), np.uint32)
         while len(rows):
-            ids = np.asarray(self.neighbors[places[rows], :width])
-            sources = self._sources_of(places[rows], ids)
-            keep = (ids >= 0) & ~is_among(document_keys(sources[..., 0], sources[..., 1]), keys)
             order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
             there = np.take_along_axis(keep, order, 1)
             ids_NK[rows, : order.shape[1]] = np.where(there, np.take_along_axis(ids, order, 1), NONE)
@@ -257,9 +254,17 @@ class NeighborTable:
             sources_NK3[rows, : order.shape[1]] = np.where(there[..., None], found, 0)
             if width == most:
                 break
-            rows = rows[(there.sum(1) < k) & (ids[:, -1] >= 0)]
-            width = min(2 * width, most)
+            rows, width = rows[(there.sum(1) < k) & (ids[:, -1] >= 0)], min(2 * width, most)
+            ids, sources, keep = self._candidates(places[rows], samples[rows], documents, width)
         return ids_NK, sources_NK3
+
+    def _candidates(
+        self, places: np.ndarray, samples: np.ndarray, documents: SampleDocuments, width: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The first ids of rows and their sources, and whether there is one and its sample does not hold it."""
+        ids = self.neighbors[places, :width]
+        sources = self._sources_of(places, ids)
+        return ids, sources, (ids >= 0) & ~documents.hold(samples, document_keys(sources[..., 0], sources[..., 1]))
 
     def _sources_of(self, places: np.ndarray, ids_NK: np.ndarray) -> np.ndarray:
         if self.sources is not None:

@@ -171,9 +171,14 @@ class GenerativeStream(RowStream):
 
     def make_row(self, row: PlannedRow, row_length: int, pad_id: int) -> PackedRow:
         """As in the base class."""
-        made = make_row(row.segments, row.slots, row_length, pad_id, self.kind)
+        return make_row(row.segments, row.slots, row_length, pad_id, self.kind)
+
+    def make_rows(self, rows: Sequence[PlannedRow], row_lengths: Sequence[int], pad_id: int) -> list[PackedRow]:
+        """As in the base class; all rows read their neighbors at once."""
+        made = super().make_rows(rows, row_lengths, pad_id)
         if self._neighbors is not None:
-            made.neighbors = self._neighbors.read(row.segments)
+            for row, neighbors in zip(made, self._neighbors.read([row.segments for row in rows]), strict=True):
+                row.neighbors = neighbors
         return made
 
     def read_beside(self) -> str:

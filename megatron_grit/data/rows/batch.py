@@ -40,10 +40,6 @@ class PackedRow:
     """bool [1, T]; True on padding."""
     record_ids: list[str] = field(default_factory=list)
     """Name of each segment's record, for messages: "prefix#index"."""
-    origins: list[tuple[int, int, int]] = field(default_factory=list)
-    """Where each segment is from: number of its source among those of the kind (the prefix in
-    ``RowStream.sources.names``), document, and first token there. With them neighbors are looked up
-    (:class:`~megatron_grit.data.chunks.neighbor_table.NeighborTable`). Empty: not from files."""
     segment_lengths: list[int] | None = None
     """Length of each segment, padding's included, known to the host; :meth:`to` fills it in. Kernels are launched by it
     without waiting for a GPU to hand ``cu_seqlens`` back."""

@@ -96,10 +96,7 @@ class GritDataLoader:
         mine = slice(self._dp_rank, None, self._dp_size)
         parts = {
             kind: BatchPart(
-                rows=[
-                    stream.make_row(row, length, self._pad_id)
-                    for row, length in zip(planned[kind][mine], lengths[kind][mine], strict=True)
-                ],
+                rows=stream.make_rows(planned[kind][mine], lengths[kind][mine], self._pad_id),
                 counts=stream.counts(planned[kind], self._dp_size),
             )
             for kind, stream in self.streams.items()

@@ -9,7 +9,6 @@ Shape suffix legend: C = chunks of a row, k = neighbors of a chunk, R = tokens o
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,14 +18,18 @@ import torch
 from megatron_grit.config.database.schema import CONFIG_FILE, load_project_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import neighbor_tokens
-from megatron_grit.data.chunks.chunk_db import read_places
-from megatron_grit.data.chunks.neighbor_table import NONE, NeighborTable, read_table_manifest
+from megatron_grit.data.chunks.chunk_db import read_texts
+from megatron_grit.data.chunks.neighbor_table import NONE, NeighborTable, TableManifest, read_table_manifest
 from megatron_grit.data.chunks.project import Project
-from megatron_grit.data.chunks.versions import VersionedDb, read_version
+from megatron_grit.data.chunks.sample_documents import SampleDocuments
+from megatron_grit.data.chunks.versions import VersionedDb, document_keys, read_version
 from megatron_grit.data.order.sources import Sources
 from megatron_grit.data.rows.neighbors import Neighbors, chunk_row
 from megatron_grit.data.rows.segments import Segment
 from megatron_grit.errors import ConfigError, DataError
+
+_BEYOND = np.iinfo(np.int64).max
+"""Where a segment ends that holds the end of its document: its last chunk is whole, however short."""
 
 
 class NeighborReader:
@@ -62,14 +65,16 @@ class NeighborReader:
         )
         self._share = retro.encoder_conditioning == "none"
         self._db = VersionedDb(project, read_version(project.folder, config.data.retro_version))
-        self._tables = [self._table(project, Path(name)) for name in sources.names]
+        folders = [path.parent for path in sorted((project.folder / "query").glob("*/table.json"))]
+        manifests = [(folder, read_table_manifest(folder)) for folder in folders]
+        self._tables = [self._table(project, manifests, Path(name)) for name in sources.names]
+        self._datasets = [table.manifest.datasets for table in self._tables]
         self._sources = sources
 
-    def _table(self, project: Project, prefix: Path) -> NeighborTable:
+    def _table(self, project: Project, manifests: Sequence[tuple[Path, TableManifest]], prefix: Path) -> NeighborTable:
         number = self._db.version.number
         others = set()
-        for path in sorted((project.folder / "query").glob("*/table.json")):
-            manifest = read_table_manifest(path.parent)
+        for folder, manifest in manifests:
             if project.resolve(manifest.source.prefix).resolve() != prefix.resolve():
                 continue
             if manifest.version != number:
@@ -77,10 +82,10 @@ class NeighborReader:
                 continue
             if manifest.num_neighbors < self._k:
                 raise ConfigError(
-                    f"model.retro.num_neighbors {self._k} is above the {manifest.num_neighbors} that {path.parent} "
+                    f"model.retro.num_neighbors {self._k} is above the {manifest.num_neighbors} that {folder} "
                     "has for each chunk"
                 )
-            table = NeighborTable(path.parent, self._db.rows, self._db.version.chunks)
+            table = NeighborTable(folder, self._db.rows, self._db.version.chunks)
             table.check_source(prefix)
             return table
         known = f"; there are those of version {sorted(others)}: see data.retro_version" if others else ""
@@ -94,65 +99,69 @@ class NeighborReader:
         """Of the version's chunks and of the tables: what is read for a row is the same while it is."""
         return ":".join([self._db.version.chunks, *(table.manifest.sha256 for table in self._tables)])
 
-    def read(self, segments: Sequence[Segment]) -> Neighbors:
-        """What a row of some segments reads.
+    def read(self, rows: Sequence[Sequence[Segment]]) -> list[Neighbors]:
+        """What rows of some segments read.
 
-        Neighbors from a document that the row holds are left out.
+        Neighbors from a document that the row holds are left out. Several rows are read at once, which costs little
+        more than one.
 
         Raises:
             DataError: a damaged file.
         """
-        length = self._chunk_length
-        bounds = [0, *itertools.accumulate(segment.length for segment in segments)]
-        chunk_bounds_C2, segment_ends_C = chunk_row(bounds, [length - s.start % length for s in segments], length)
-        ids_Ck = np.full((len(chunk_bounds_C2), self._k), NONE, dtype=np.int64)
+        numbers = [(n, s.source, s.record, s.start, s.stop, s.length) for n, row in enumerate(rows) for s in row]
+        row_S, source_S, record_S, start_S, stop_S, length_S = np.array(numbers, dtype=np.int64).reshape(-1, 6).T
+        length, bounds = self._chunk_length, np.concatenate(([0], np.cumsum(length_S)))
+        bounds_C2, ends_C = chunk_row(bounds, length - start_S % length, length)
+        segment_C = np.searchsorted(bounds, bounds_C2[:, 0], side="right") - 1
+        chunk_C = (bounds_C2[:, 0] + (start_S - bounds[:-1])[segment_C]) // length
+        ids_Ck = np.full((len(bounds_C2), self._k), NONE, dtype=np.int64)
         sources_Ck3 = np.zeros((*ids_Ck.shape, 3), dtype=np.uint32)
-        documents = sorted(
-            (dataset, segment.record)
-            for segment in segments
-            for dataset in self._tables[segment.source].manifest.datasets
-        )
-        asked: dict[int, tuple[list[int], list[tuple[int, int]]]] = {}
-        first = 0
-        for segment, start, end in zip(segments, bounds[:-1], bounds[1:], strict=True):
-            last = first + int(np.searchsorted(chunk_bounds_C2[first:, 0], end))
-            places, chunks = asked.setdefault(segment.source, ([], []))
-            for place, offset in self._whole_chunks(segment, chunk_bounds_C2[first:last, 0] - start):
-                places.append(first + place)
-                chunks.append((segment.record, offset))
-            first = last
-        for source, (places, chunks) in asked.items():
-            ids_Ck[places], sources_Ck3[places] = self._tables[source].read_sources(chunks, documents, self._k)
-        text_of_Ck, texts = self._unique(ids_Ck)
-        sources_U3 = sources_Ck3[ids_Ck >= 0][texts]
-        tokens_UR, mask_UR = read_places(self._db.project, sources_U3, np.full(len(texts), True), self._num_tokens)
-        return Neighbors(
-            chunk_bounds_C2=chunk_bounds_C2,
-            segment_ends_C=segment_ends_C,
-            text_of_Ck=text_of_Ck,
-            lengths_U=mask_UR.sum(1),
-            tokens_1N=torch.from_numpy(tokens_UR[mask_UR].astype(np.int64))[None],
-        )
-
-    def _whole_chunks(self, segment: Segment, starts: np.ndarray) -> list[tuple[int, int]]:
-        """Number and offset in the document of the segment's chunks that end where the database's do."""
-        length, table = self._chunk_length, self._tables[segment.source]
-        known = int(table.starts[segment.record + 1] - table.starts[segment.record])
-        _, document_length = self._sources[segment.source].file.extents(np.array(segment.record))
-        found = []
-        for place, start in enumerate(starts.tolist()):
-            chunk = (segment.start + start) // length
-            if chunk < known and ((chunk + 1) * length <= segment.stop or segment.stop == document_length):
-                found.append((place, chunk * length))
+        documents, row_C = self._documents(numbers), row_S[segment_C]
+        for source in set(source_S.tolist()):
+            table, of_source = self._tables[source], source_S == source
+            _, lengths = self._sources[source].file.extents(record_S[of_source])
+            last_S = np.zeros_like(stop_S)  # first token after the whole chunks
+            last_S[of_source] = np.where(stop_S[of_source] == lengths, _BEYOND, stop_S[of_source])
+            chosen = np.flatnonzero((chunk_C + 1) * length <= last_S[segment_C])
+            records = record_S[segment_C[chosen]]
+            places, stops = table.starts[records] + chunk_C[chosen], table.starts[records + 1]
+            chosen, places = chosen[places < stops], places[places < stops]
+            ids_Ck[chosen], sources_Ck3[chosen] = table.nearest(places, row_C[chosen], documents, self._k)
+        text_of_Ck, texts = self._unique(ids_Ck, row_C)
+        tokens, lengths_U = read_texts(self._db.project, sources_Ck3[ids_Ck >= 0][texts], self._num_tokens)
+        tokens_N, ends_N = tokens.astype(np.int64), np.concatenate(([0], np.cumsum(lengths_U)))
+        found, first_C, first_U = [], 0, 0
+        begins = bounds[np.searchsorted(row_S, np.arange(len(rows)))].tolist()
+        edges = np.searchsorted(row_C, np.arange(1, len(rows) + 1)).tolist()
+        for begin, last_C in zip(begins, edges, strict=True):
+            of_row = text_of_Ck[first_C:last_C]
+            last_U = max(int(of_row.max(initial=NONE)) + 1, first_U)
+            found.append(
+                Neighbors(
+                    chunk_bounds_C2=bounds_C2[first_C:last_C] - begin,
+                    segment_ends_C=ends_C[first_C:last_C] - begin,
+                    text_of_Ck=np.where(of_row >= 0, of_row - first_U, NONE),
+                    lengths_U=lengths_U[first_U:last_U],
+                    tokens_1N=torch.from_numpy(tokens_N[ends_N[first_U] : ends_N[last_U]])[None],
+                )
+            )
+            first_C, first_U = last_C, last_U
         return found
 
-    def _unique(self, ids_Ck: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which text each neighbor is, and which of the neighbors, in their order, each text is taken from; one that is
-        read again is kept once only where the encoder does not look at the chunk that reads it."""
+    def _documents(self, segments: Sequence[tuple[int, ...]]) -> SampleDocuments:
+        """Those of segments (row, source, record, ...), as the database numbers them."""
+        held = [(row, dataset, record) for row, source, record, *_ in segments for dataset in self._datasets[source]]
+        rows, datasets, records = np.array(held, dtype=np.int64).reshape(-1, 3).T
+        return SampleDocuments(rows, document_keys(datasets, records))
+
+    def _unique(self, ids_Ck: np.ndarray, row_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which text each neighbor is, and which of the neighbors, in their order, each text is taken from; one that a
+        row reads again is kept once only where the encoder does not look at the chunk that reads it."""
         there = ids_Ck >= 0
         text_of_Ck = np.full(ids_Ck.shape, NONE, dtype=np.int64)
         texts = np.arange(np.count_nonzero(there))
         text_of_Ck[there] = texts
         if self._share:
-            _, texts, text_of_Ck[there] = np.unique(ids_Ck[there], return_index=True, return_inverse=True)
+            of_row = (ids_Ck + row_C[:, None] * len(self._db))[there]
+            _, texts, text_of_Ck[there] = np.unique(of_row, return_index=True, return_inverse=True)
         return text_of_Ck, texts

@@ -5,6 +5,7 @@ Shape suffix legend: C = chunks of a row, k = neighbors of a chunk, U = texts, N
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,7 +43,9 @@ class Neighbors:
         return replace(self, tokens_1N=torch.nn.functional.pad(self.tokens_1N, (0, missing)))
 
 
-def chunk_row(bounds: list[int], first_lengths: list[int], chunk_length: int) -> tuple[np.ndarray, np.ndarray]:
+def chunk_row(
+    bounds: Sequence[int] | np.ndarray, first_lengths: Sequence[int] | np.ndarray, chunk_length: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Split the segments of a row into chunks.
 
     Args:
@@ -54,10 +57,14 @@ def chunk_row(bounds: list[int], first_lengths: list[int], chunk_length: int) ->
     Returns:
         ``chunk_bounds_C2`` and ``segment_ends_C`` of :class:`Neighbors`.
     """
-    chunks, ends = [], []
-    for start, end, first in zip(bounds[:-1], bounds[1:], first_lengths, strict=True):
-        starts = [start, *range(start + first, end, chunk_length)]
-        stops = [*starts[1:], end]
-        chunks += [pair for pair in zip(starts, stops, strict=True) if pair[0] < pair[1]]
-        ends += [end] * sum(a < b for a, b in zip(starts, stops, strict=True))
-    return np.array(chunks, dtype=np.int64).reshape(-1, 2), np.array(ends, dtype=np.int64)
+    edges = np.asarray(bounds, dtype=np.int64)
+    starts_S, ends_S = edges[:-1], edges[1:]
+    firsts_S = starts_S + np.asarray(first_lengths, dtype=np.int64) - chunk_length  # where a whole first chunk began
+    counts_S = -((firsts_S - ends_S) // chunk_length) * (ends_S > starts_S)
+    segment_C = np.repeat(np.arange(len(counts_S)), counts_S)
+    number_C = np.arange(len(segment_C)) - (np.cumsum(counts_S) - counts_S)[segment_C]
+    begins_C, ends_C = (firsts_S[segment_C] + number_C * chunk_length), ends_S[segment_C]
+    bounds_C2 = np.empty((len(segment_C), 2), dtype=np.int64)
+    np.maximum(begins_C, starts_S[segment_C], out=bounds_C2[:, 0])
+    np.minimum(begins_C + chunk_length, ends_C, out=bounds_C2[:, 1])
+    return bounds_C2, ends_C

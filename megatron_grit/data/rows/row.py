@@ -67,5 +67,4 @@ def start_row(
         max_seqlen=int(sizes.max()),
         padding_mask_1T=torch.from_numpy(every >= num_tokens)[None],
         record_ids=[segment.name for segment in segments],
-        origins=[(segment.source, segment.record, segment.start) for segment in segments],
     )

@@ -95,6 +95,14 @@ class RowStream(ABC):
             DataError: a damaged source.
         """
 
+    def make_rows(self, rows: Sequence[PlannedRow], row_lengths: Sequence[int], pad_id: int) -> list[PackedRow]:
+        """Rows of one step, as of :meth:`make_row`, each padded to its length.
+
+        Raises:
+            DataError: as there.
+        """
+        return [self.make_row(row, length, pad_id) for row, length in zip(rows, row_lengths, strict=True)]
+
     def read_beside(self) -> str:
         """What identifies the data that rows hold beside their segments; empty where there is none."""
         return ""

@@ -93,24 +93,6 @@ def test_places_of_chunks(table: NeighborTable) -> None:
     assert table.places([]).shape == (0,) and table.read([], [(0, 0)], 2).shape == (0, 2)
 
 
-def test_chunks_of_a_piece(table: NeighborTable) -> None:
-    """Those that begin in it; a closing end-of-document token begins none."""
-    found = {
-        piece: table.chunks_in(*piece).tolist() for piece in [(0, 0, 9), (0, 4, 9), (0, 5, 9), (0, 1, 4), (2, 0, 6)]
-    }
-    assert found == {
-        (0, 0, 9): [[0, 0], [0, 4], [0, 8]],
-        (0, 4, 9): [[0, 4], [0, 8]],
-        (0, 5, 9): [[0, 8]],
-        (0, 1, 4): [],
-        (2, 0, 6): [[2, 0], [2, 4]],
-    }
-    assert table.chunks_in(1, 0, 5).tolist() == [[1, 0]], "a token after the last chunk"
-    assert table.read(table.chunks_in(0, 5, 9), [], 2).tolist() == table.neighbors[2:3, :2].tolist()
-    with pytest.raises(IndexError, match="document 3 of 3"):
-        table.chunks_in(3, 0, 1)
-
-
 @pytest.mark.parametrize("chunk", [(0, 2), (0, 12), (1, 4), (3, 0), (-1, 0), (2, -4)])
 def test_a_place_that_is_none_is_named(table: NeighborTable, chunk: tuple[int, int]) -> None:
     with pytest.raises(IndexError, match=f"document {chunk[0]} has no chunk at token {chunk[1]}"):

@@ -16,9 +16,13 @@ from megatron_grit.config.database.run import resolve_retro_project
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.data.chunks.chunk_db import ChunkDb
+from megatron_grit.data.chunks.neighbor_table import TableManifest, read_table_manifest
 from megatron_grit.data.chunks.project import Project
+from megatron_grit.data.kinds.generative import GenerativeStream
+from megatron_grit.data.order.sources import OpenFiles
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.rows.neighbor_reader import NeighborReader
 from megatron_grit.errors import ConfigError, DataError, GritError
 from tests.unit.retrieval.databases import (
     CHUNK,
@@ -156,6 +160,35 @@ def test_pieces_that_begin_inside_a_chunk_have_its_rest(project: Project) -> Non
         row for row in rows if any(first_token(project, row, index) % CHUNK for index in range(len(row.record_ids)))
     ]
     assert inside and sum(check_row(project, loader, row, 2) for row in inside) > 0
+
+
+@pytest.mark.parametrize("conditioning", ["chunk", "none"])
+def test_rows_read_at_once_read_what_each_reads_alone(project: Project, conditioning: str) -> None:
+    """Rows of one or two documents, so that what one row leaves out another one reads."""
+    retro = RetroConfig(num_neighbors=2, layers=[0], encoder_conditioning=conditioning)  # type: ignore[arg-type]
+    config = run_of(project, model__retro=retro, data__tokens_per_row=40)
+    stream = GenerativeStream(config, project.tokenizer, OpenFiles())
+    reader = NeighborReader(config, stream.sources)
+    rows = [row.segments for row in stream.rows(0)]
+    assert len(rows) > 3
+    for together, row in zip(reader.read(rows), rows, strict=True):
+        (alone,) = reader.read([row])
+        for name, value in vars(alone).items():
+            assert np.array_equal(np.asarray(getattr(together, name)), np.asarray(value)), name
+    assert reader.read([]) == []
+
+
+def test_manifests_are_read_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many sources there are."""
+    read: list[Path] = []
+
+    def counting(folder: Path) -> TableManifest:
+        read.append(folder)
+        return read_table_manifest(folder)
+
+    monkeypatch.setattr("megatron_grit.data.rows.neighbor_reader.read_table_manifest", counting)
+    stream = GenerativeStream(run_of(project), project.tokenizer, OpenFiles())
+    assert len(stream.sources) == 2 and len(read) == len(set(read)) == 2
 
 
 def test_the_order_of_the_data_is_that_of_the_decoder_alone(project: Project) -> None:
