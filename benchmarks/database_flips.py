@@ -53,7 +53,7 @@ from megatron_grit.retrieval.stages.db_build import DbBuild, build_chunks
 from megatron_grit.retrieval.stages.index_add import add_to_index
 from megatron_grit.retrieval.stages.index_train import train_index
 from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
-from megatron_grit.retrieval.stages.restore import restore_tables
+from megatron_grit.retrieval.stages.restore import restore_index, restore_tables
 from megatron_grit.retrieval.stages.tombstone import remove_documents
 from megatron_grit.retrieval.work import Worker
 from megatron_grit.store.blocks import read_arrays
@@ -365,6 +365,7 @@ def repair(folder: Path, tokenizer: Tokenizer) -> None:
     """
     reading, worker, embedder = Reading(folder, tokenizer), Worker(), WordEmbedder()
     restore_tables(reading.project, worker)
+    restore_index(reading.project, worker, embedder)
     query_neighbors(reading.project, worker, embedder)
 
 

@@ -28,6 +28,7 @@ from megatron_grit.store.content import content_digest, content_part, thoroughly
 from megatron_grit.store.digest import digest_of_rows, sha256_of_file
 from megatron_grit.store.sealed import read_sealed, write_sealed
 
+_REMEDY = "--tasks db-build makes tables of chunks again, index-add index files; put another file back from a copy"
 _GIVEN_UP = "given_up"
 """Folder of versions that were built over."""
 
@@ -187,15 +188,12 @@ def check_stored(folder: Path, file: StoredFile, *, thorough: bool = False) -> P
     """
     path = folder / file.path
     if not path.is_file():
-        raise DataError(
-            "is missing; a version of the database needs it (--tasks db-build makes tables of chunks)", path=path
-        )
+        raise DataError(f"is missing; a version of the database needs it ({_REMEDY})", path=path)
     with thoroughly() if thorough else nullcontext():
         is_same = path.stat().st_size == file.bytes and content_digest(path) == file.sha256
     if not is_same:
         raise DataError(
-            "was changed since this version of the database was made; put it back from a copy (--tasks db-build makes "
-            "tables of chunks again)",
+            f"was changed since this version of the database was made ({_REMEDY})",
             path=path,
         )
     return path

@@ -18,6 +18,7 @@ from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import (
     AddedChunks,
     Source,
+    StoredFile,
     TableDb,
     Version,
     VersionedDb,
@@ -230,15 +231,23 @@ class Addition:
             compute,
         )
 
+    def fill_index(self, codes: BlockFolder) -> StoredFile:
+        """Write the index of the new chunks. In one process.
+
+        Args:
+            codes: the blocks of :meth:`code_blocks`, all there.
+        """
+        folder = self.project.folder
+        trained = folder / self.before.trained.path
+        index = fill(trained, codes, 0, codes.num_items, self.before.num_chunks)
+        manifest = replace(read_manifest(trained), chunks=self.chunks, num_vectors=len(index))
+        index.save(self._added, manifest)
+        return stored_file(folder, self._added, manifest.sha256)
+
     def finish(self, codes: BlockFolder) -> None:
         """Fill the index of the new chunks, where there are any, and write the version. In one process."""
-        folder, index_files = self.project.folder, []
-        if codes.num_items:
-            trained = folder / self.before.trained.path
-            index = fill(trained, codes, 0, codes.num_items, self.before.num_chunks)
-            manifest = replace(read_manifest(trained), chunks=self.chunks, num_vectors=len(index))
-            index.save(self._added, manifest)
-            index_files = [stored_file(folder, self._added, manifest.sha256)]
+        folder = self.project.folder
+        index_files = [self.fill_index(codes)] if codes.num_items else []
         segment = AddedChunks(table=stored_file(folder, self.table), num_chunks=codes.num_items, index=index_files)
         counts = [(cut.blocks.num_items, cut.dataset.prefix) for cut in self.cuts if cut.blocks.num_items]
         note = "added " + ", ".join(f"{count} documents of {prefix}" for count, prefix in counts)

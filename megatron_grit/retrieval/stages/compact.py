@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_grit.config.database.schema import version_numbers
 from megatron_grit.data.chunks.project import Project
-from megatron_grit.data.chunks.versions import AddedChunks, check_stored, read_version, stored_file
+from megatron_grit.data.chunks.versions import AddedChunks, StoredFile, Version, check_stored, read_version, stored_file
 from megatron_grit.errors import ConfigError
 from megatron_grit.retrieval.database.versions import next_version
 from megatron_grit.retrieval.index.faiss_index import VectorIndex
@@ -61,20 +62,34 @@ def join_additions(project: Project, worker: Worker) -> None:
 def _join(project: Project) -> None:
     folder, before = project.folder, read_version(project.folder)
     first, added = before.segments[0], before.segments[1:]
-    files = [file for segment in added for file in segment.index]
+    files = files_to_join(before)
     if len(files) < 2:
         log.info(f"version {before.number} has {len(files)} index files of additions: there is nothing to join")
         return
-    trained = folder / before.trained.path
-    index = VectorIndex.load(trained, embedder=before.embedder)
-    for file in files:
-        index.append(VectorIndex.load(check_stored(folder, file), embedder=before.embedder))
-    path = trained.parent / f"compact_v{before.number + 1:04d}.faissindex"
-    manifest = replace(read_manifest(trained), chunks=before.chunks, num_vectors=len(index))
-    index.save(path, manifest)
-    joined = stored_file(folder, path, manifest.sha256)
+    joined = write_joined(folder, before)
     segments: list[AddedChunks] = [replace(segment, index=[], num_covered=0) for segment in added]
     segments[0] = replace(added[0], index=[joined], num_covered=len(added))
     note = f"joined {len(files)} index files"
     version = next_version(folder, before, note, segments=[first, *segments])
     log.info(f"version {version.number} of the database: {note}")
+
+
+def files_to_join(before: Version) -> list[StoredFile]:
+    """Those of all additions of a version."""
+    return [file for segment in before.segments[1:] for file in segment.index]
+
+
+def write_joined(folder: Path, before: Version) -> StoredFile:
+    """Write the index file that is joined of those of a version. In one process.
+
+    Raises:
+        DataError: one of them is missing or damaged.
+    """
+    trained = folder / before.trained.path
+    index = VectorIndex.load(trained, embedder=before.embedder)
+    for file in files_to_join(before):
+        index.append(VectorIndex.load(check_stored(folder, file), embedder=before.embedder))
+    path = trained.parent / f"compact_v{before.number + 1:04d}.faissindex"
+    manifest = replace(read_manifest(trained), chunks=before.chunks, num_vectors=len(index))
+    index.save(path, manifest)
+    return stored_file(folder, path, manifest.sha256)

@@ -88,7 +88,7 @@ def add_to_index(project: Project, worker: Worker, embedder: Embedder) -> None:
     Raises:
         DataError: the trained index is missing, damaged or of another embedder.
     """
-    db = ChunkDb(project)
+    db = built_chunks(project)
     files = IndexFiles(project, db, embedder.fingerprint, embedder.dim)
     trained = VectorIndex.load(files.trained, embedder=files.embedder, chunks=files.chunks)
     if read_manifest(files.trained).signature != files.training:
@@ -96,7 +96,7 @@ def add_to_index(project: Project, worker: Worker, embedder: Embedder) -> None:
             "was trained with other settings; run --tasks index-build --overwrite index-train", path=files.trained
         )
     adding = files.adding()
-    vectors = open_vectors(project, worker, embedder)
+    vectors = open_vectors(project, worker, embedder, db)
     is_added = worker.from_first(lambda: _is_added(files, adding))
     if not is_added:
         files.queries.prepare(vectors, worker)

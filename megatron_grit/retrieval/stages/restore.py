@@ -1,4 +1,5 @@
-"""Tables of chunks made again of their blocks, where documents were added since: what the task db-build then does."""
+"""What is damaged made again, where documents were added since: tables of chunks of their blocks, as the task db-build
+then does, and index files of their vectors, as index-add does."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from megatron_grit.data.chunks.chunk_db import map_dataset
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import (
     StoredFile,
+    Version,
     built_version,
     check_stored,
     infos_of,
@@ -17,10 +19,15 @@ from megatron_grit.data.chunks.versions import (
     version_numbers,
 )
 from megatron_grit.errors import DataError
+from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.cuts import cut_chunks, cuts_of, find_duplicates
+from megatron_grit.retrieval.database.vectors import embed_chunks
 from megatron_grit.retrieval.stages.add import Addition
+from megatron_grit.retrieval.stages.compact import files_to_join, write_joined
 from megatron_grit.retrieval.stages.db_build import write_tables
-from megatron_grit.retrieval.work import Worker
+from megatron_grit.retrieval.stages.index_add import add_to_index
+from megatron_grit.retrieval.stages.index_train import clear_blocks
+from megatron_grit.retrieval.work import Worker, compute_blocks
 from megatron_grit.store.logs import get_logger
 
 log = get_logger(__name__)
@@ -48,6 +55,58 @@ def restore_tables(project: Project, worker: Worker) -> None:
             cut_chunks(project, addition.cuts, worker)
             addition.leave_out(worker)
             _compare(project, worker, table)
+
+
+def restore_index(project: Project, worker: Worker, embedder: Embedder) -> None:
+    """Make those index files of the newest version again that are missing or damaged. All processes call it.
+
+    Raises:
+        DataError: what is made is not what the version was made of; the trained index is damaged.
+    """
+    folder = project.folder
+    versions = [read_version(folder, number) for number in version_numbers(folder)]
+    damaged = worker.from_first(lambda: _damaged(folder, versions))
+    for number, (version, files) in enumerate(zip(versions, damaged, strict=True)):
+        if not files:
+            continue
+        _announce(worker, files[0])
+        if len(version.segments) == 1:
+            add_to_index(project, worker, embedder)
+        elif len(version.segments) > len(versions[number - 1].segments):
+            _restore_addition(Addition(project, versions[number - 1], embedder, version.sources), worker)
+        elif worker.is_first:
+            write_joined(folder, versions[number - 1])
+        for file in files:
+            _compare(project, worker, file)
+
+
+def _damaged(folder: Path, versions: list[Version]) -> list[list[StoredFile]]:
+    """Of each version the index files that came with it and are no longer whole, as far as the newest needs them."""
+    needed = {file.path: file for file in _files_of(versions[-1])}
+    found: list[list[StoredFile]] = [[] for _ in versions]
+    for number in reversed(range(len(versions))):
+        version, before = versions[number], versions[number - 1] if number else None
+        earlier = [file.path for file in _files_of(before)] if before else []
+        own = [file for file in _files_of(version) if file.path not in earlier and file.path in needed]
+        found[number] = [file for file in own if not _is_whole(folder, file)]
+        if before and found[number] and 1 < len(version.segments) == len(before.segments):
+            needed |= {file.path: file for file in files_to_join(before)}
+    return found
+
+
+def _files_of(version: Version) -> list[StoredFile]:
+    return [file for segment in version.segments for file in segment.index]
+
+
+def _restore_addition(addition: Addition, worker: Worker) -> None:
+    vectors = addition.vectors()
+    embed_chunks(vectors, worker)
+    what, codes, compute, _ = addition.code_blocks(vectors)
+    compute_blocks(codes, compute, worker, what)
+    if worker.is_first:
+        addition.fill_index(codes)
+    worker.barrier()
+    clear_blocks(worker, addition.project, codes)
 
 
 def _restore_first(project: Project, worker: Worker) -> None:
@@ -80,7 +139,7 @@ def _is_valid_whole(project: Project) -> bool:
 
 def _announce(worker: Worker, table: StoredFile) -> None:
     if worker.is_first:
-        log.warning(f"{table.path}: is missing or damaged, so it is made again of its blocks")
+        log.warning(f"{table.path}: is missing or damaged, so it is made again")
 
 
 def _compare(project: Project, worker: Worker, table: StoredFile) -> None:

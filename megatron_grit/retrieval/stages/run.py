@@ -16,7 +16,7 @@ from megatron_grit.retrieval.database.index_files import IndexFiles
 from megatron_grit.retrieval.estimate.lines import estimate_build, is_worth_it, lines_of
 from megatron_grit.retrieval.stages.embed import project_embedder
 from megatron_grit.retrieval.stages.preparation import Preparation
-from megatron_grit.retrieval.stages.restore import restore_tables
+from megatron_grit.retrieval.stages.restore import restore_index, restore_tables
 from megatron_grit.retrieval.stages.task import WARNING, Job, Task
 from megatron_grit.retrieval.stages.tasks import TASKS
 from megatron_grit.retrieval.work import Worker, alone_in, worker
@@ -111,6 +111,8 @@ def _run_task(task: Task, prepared: Preparation, worker: Worker, embedder: Embed
             log.info(f"task {task.name}: left as it is; the task add adds documents")
         if task.name == "db-build":
             restore_tables(project, worker)
+        elif task.name == "index-add":
+            restore_index(project, group, job.embedder)
     else:
         if task.name == "embed" and "index-train" in prepared.tasks:
             # Known before days of embedding.

@@ -27,7 +27,7 @@ from megatron_grit.retrieval.database.versions import open_index
 from megatron_grit.retrieval.index import manifest
 from megatron_grit.retrieval.stages.db_build import build_chunks
 from megatron_grit.retrieval.stages.inspect import inspect_database, report_lines
-from megatron_grit.retrieval.stages.restore import restore_tables
+from megatron_grit.retrieval.stages.restore import restore_index, restore_tables
 from megatron_grit.retrieval.work import Worker
 from megatron_grit.store import content
 from megatron_grit.store.content import forget_opened
@@ -104,6 +104,25 @@ def test_tables_of_a_grown_database_are_made_again(campaign: Campaign, table: st
     restore_tables(project_of(campaign), Worker())
     assert path.read_bytes() == campaign.files[f"db/{table}"]
     assert not (campaign.folder / "db" / "db" / "duplicates").exists()
+
+
+@pytest.mark.parametrize("is_gone", [False, True], ids=["damaged", "gone"])
+def test_index_files_of_a_grown_database_are_made_again(campaign: Campaign, is_gone: bool) -> None:
+    """That of the first build and that of the addition, by the task index-add; the trained index is not made again."""
+    folder = campaign.folder / "db"
+    paths = [folder / file.path for segment in read_version(folder).segments for file in segment.index]
+    assert len(paths) == 2 and "added_v" in paths[1].name
+    for path in paths:
+        path.unlink() if is_gone else path.write_bytes(path.read_bytes()[:-9] + b"x" * 9)
+        forget_opened()
+        with pytest.raises(DataError, match="index-add index files"):
+            open_index(project_of(campaign), read_version(folder))
+        restore_index(project_of(campaign), Worker(), WordEmbedder())
+        assert path.read_bytes() == campaign.files[path.relative_to(campaign.folder).as_posix()]
+    open_index(project_of(campaign), read_version(folder))
+    assert {path.name for path in paths[1].parent.iterdir()} == {
+        Path(name).name for name in campaign.files if Path(name).parent == paths[1].parent.relative_to(campaign.folder)
+    } | {".digests"} & {path.name for path in paths[1].parent.iterdir()}
 
 
 def test_a_table_that_would_be_another_is_refused(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:

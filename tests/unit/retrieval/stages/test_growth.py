@@ -23,6 +23,7 @@ from megatron_grit.retrieval.index.faiss_index import VectorIndex
 from megatron_grit.retrieval.stages.add import add_documents
 from megatron_grit.retrieval.stages.compact import join_additions
 from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
+from megatron_grit.retrieval.stages.restore import restore_index
 from megatron_grit.retrieval.stages.tombstone import remove_documents
 from megatron_grit.retrieval.work import Worker
 from tests.unit.retrieval.databases import (
@@ -162,9 +163,19 @@ def test_joined_files_find_what_they_found(tmp_path: Path, compared: Counter[str
     assert len(open_index(another(project), last, first_segment=2)) == sum(s.num_chunks for s in last.segments[2:])
     validate("compact", another(project), Worker(), None, 1.0)
     path = project.folder / after.segments[1].index[0].path
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"x")
     with pytest.raises(DataError, match="was changed since"):
         validate("compact", another(project), Worker(), None, 1.0)
+    # It is joined again, of a file that is made again as well; a file that no one needs stays away.
+    (project.folder / before.segments[2].index[0].path).unlink()
+    unneeded = project.folder / before.segments[1].index[0].path
+    restore_index(another(project), Worker(), WordEmbedder())
+    assert path.read_bytes() == content
+    validate("compact", another(project), Worker(), None, 1.0)
+    unneeded.unlink()
+    restore_index(another(project), Worker(), WordEmbedder())
+    assert not unneeded.exists()
 
 
 def test_an_addition_is_rounded_as_a_first_build_is(tmp_path: Path) -> None:
