@@ -83,6 +83,10 @@ def test_sampling() -> None:
     torch.testing.assert_close(frequencies, logits.exp()[0], rtol=0, atol=0.05)
     nucleus = {choose_tokens(logits, 1.0, 0.7, generator)[0] for _ in range(500)}
     assert nucleus == {0, 1}
+    likeliest = torch.tensor([choose_tokens(logits, 1.0, 1.0, generator, 2)[0] for _ in range(2000)])
+    torch.testing.assert_close(likeliest.bincount() / 2000, torch.tensor([0.625, 0.375]), rtol=0, atol=0.05)
+    # The nucleus is one of what is left: 0.625 of the two likeliest is more than 0.6.
+    assert {choose_tokens(logits, 1.0, 0.6, generator, 2)[0] for _ in range(200)} == {0}
     assert choose_tokens(logits, 0.0, 1.0, generator) == [0]
 
 
@@ -135,6 +139,7 @@ def test_what_is_called_before_a_pass_ends_it(model: GritDecoder) -> None:
         ({"max_new_tokens": True}, "max_new_tokens must be int, at least 1, not True"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0"),
         ({"top_p": np.float32(1.5)}, "top_p must be above 0 and at most 1, not 1.5"),
+        ({"top_k": 0}, "top_k must be at least 1, not 0"),
         ({"seed": 2**63}, "seed must be at least 0 and at most 9223372036854775807"),
         ({"seed": None}, "seed must be int, at least 0, not None"),
         ({"seed": -1}, "seed must be at least 0, not -1"),

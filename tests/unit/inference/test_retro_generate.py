@@ -146,3 +146,55 @@ def test_chunks_that_end_elsewhere_are_seen(
     assert_equals_reading_again(model, [13, 6], 5, 1, monkeypatch)
     with pytest.raises(AssertionError):
         assert_equals_reading_again(model, [13, 6], 5, 1, monkeypatch, shift)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"add_bias_linear": True, "position_embedding": "learned_absolute", "normalization": "layernorm"},
+        {"num_query_groups": 4, "sliding_window": 4, "activation": "gelu"},
+        {"experts": 4},
+    ],
+    ids=["biases", "window", "experts"],
+)
+def test_decoders_of_all_kinds(
+    context: ParallelContext, monkeypatch: pytest.MonkeyPatch, shape: dict[str, Any]
+) -> None:
+    model = build(context, shape=shape, gate=None)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".gate", "bias")):
+            torch.nn.init.uniform_(parameter, 0.5, 1.0)  # one that is closed, or of zeros, hides what is wrong
+    assert_equals_reading_again(model, [13, 3], 2, 4, monkeypatch)
+
+
+def test_what_goes_on_reads_its_own(context: ParallelContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a sequence of the batch ends, the others keep their neighbors."""
+    model, source = build(context), DrawnNeighbors(2, 5, 9)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11] * 12]
+    free, _ = generated(model, prompts, 3, source, monkeypatch)
+    reader = Reader(source, 5, 3, [len(prompt) for prompt in prompts])
+    options = SamplingOptions(max_new_tokens=NEW)
+    limited = generate_tokens(model, prompts, options, stop_ids=(), max_positions=16, reader=reader)
+    assert [output.tokens for output in limited] == [free[0][:13], free[1][:9], free[2][:4]]
+    # The last token is not read again, so it retrieves nothing.
+    assert [[reading.token for reading in readings] for readings in reader.readings] == [
+        [0, 3, 6, 9, 12],
+        [0, 3, 6],
+        [-5, 0, 3],
+    ]
+
+
+def test_a_closed_gate_and_missing_neighbors_are_the_decoder_alone(
+    context: ParallelContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, closed = build(context), build(context, gate=0.0)
+    closed.load_state_dict(model.state_dict())
+    prompts = [[5, 17, 3, 9, 22, 41, 8], [60]]
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "read", lambda *_: None)
+        expected, alone = generated(model, prompts, 5, None, monkeypatch)
+    for other, source in ((closed, DrawnNeighbors(2, 5, 1)), (model, DrawnNeighbors(0, 5, 1))):
+        outputs, logits = generated(other, prompts, 5, source, monkeypatch)
+        assert outputs == expected and all(map(torch.equal, logits, alone))
+    read, _ = generated(model, prompts, 5, DrawnNeighbors(2, 5, 1), monkeypatch)
+    assert read != expected
