@@ -139,11 +139,11 @@ class Remembering:
         return np.stack(found) if found else np.empty((0, self.dim), np.float32)
 
 
-def make_tokenizer(texts: Sequence[str], path: Path) -> None:
+def make_tokenizer(texts: Sequence[str], path: Path, vocabulary: int = 4096) -> None:
     """A byte-level BPE tokenizer whose tokens give the text back to the byte."""
     from tokenizers import Tokenizer, decoders
 
-    train_tokenizer(iter(texts), path, 4096)
+    train_tokenizer(iter(texts), path, vocabulary)
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(path))

@@ -24,7 +24,8 @@ _LABELS = {
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl. If a resumed run repeated a step, its last line counts.
+    """Lines of metrics.jsonl. If a resumed run repeated a step, its last line counts; figures that it has not, such as
+    those of the loss on held-out texts, are added.
 
     Raises:
         DataError: a missing file, a malformed line, or no lines.
@@ -33,7 +34,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     for line in filled_lines(path):
         record = line.value()
         try:
-            by_step[int(record["step"])] = record
+            step = int(record["step"])
+            by_step[step] = by_step.get(step, {}) | record
         except (ValueError, KeyError, TypeError) as error:
             raise line.error(f"not a line of metrics: {error!r}") from error
     if not by_step:

@@ -16,6 +16,17 @@ from megatron_grit.store.files import replacing
 from megatron_grit.store.progress import Progress
 
 _NOT_PLOTTED = ("step", "seconds")
+VALIDATION = "valid_"
+"""What the names of figures of :mod:`~megatron_grit.training.validation.loss` begin with."""
+
+
+def _plots(record: dict[str, Any]) -> dict[str, Any]:
+    """Names and values for plots: train/loss, valid/loss."""
+    return {
+        f"valid/{name.removeprefix(VALIDATION)}" if name.startswith(VALIDATION) else f"train/{name}": value
+        for name, value in record.items()
+        if name not in _NOT_PLOTTED
+    }
 
 
 class Callback(Protocol):
@@ -60,9 +71,11 @@ class MetricsFile:
         self.file = path.open("a")
 
     def after_step(self, record: dict[str, Any]) -> None:
-        """Append the record at every interval, and of a step whose numbers are not finite, which JSON has as null."""
+        """Append the record at every interval, after a validation, and of a step whose numbers are not finite, which
+        JSON has as null."""
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        if record["step"] % self.interval == 0 or None in finite.values():
+        is_measured = any(name.startswith(VALIDATION) for name in record)
+        if record["step"] % self.interval == 0 or is_measured or None in finite.values():
             self.file.write(json.dumps(finite) + "\n")
             self.file.flush()
 
@@ -95,9 +108,8 @@ class TensorBoard:
 
     def after_step(self, record: dict[str, Any]) -> None:
         """Add each metric."""
-        for name, value in record.items():
-            if name not in _NOT_PLOTTED:
-                self.writer.add_scalar(f"train/{name}", value, record["step"])
+        for name, value in _plots(record).items():
+            self.writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         """Flush and close."""
@@ -118,8 +130,7 @@ class WeightsAndBiases:
 
     def after_step(self, record: dict[str, Any]) -> None:
         """Log each metric."""
-        metrics = {f"train/{name}": value for name, value in record.items() if name not in _NOT_PLOTTED}
-        self.run.log(metrics, step=record["step"])
+        self.run.log(_plots(record), step=record["step"])
 
     def close(self) -> None:
         """End the run."""

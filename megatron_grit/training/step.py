@@ -136,20 +136,7 @@ class TrainStep:
     def _run_schedule(
         self, forward_step: Callable[..., Any], items: list[Any], row_length: int, *, forward_only: bool
     ) -> list[dict[str, Tensor]]:
-        """Run the engine's schedule; returns what the loss functions reported, on the last stage."""
-        interleaved = len(self.chunks) > 1
-        if interleaved:
-            group_size = rows_in_turn(len(items), self.context.pipeline_size)
-            self.chunks[0].config.microbatch_group_size_per_vp_stage = group_size
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(items) for _ in self.chunks] if interleaved else iter(items),
-            model=self.chunks if interleaved else self.chunks[0],
-            num_microbatches=len(items),
-            seq_length=row_length,
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        return run_schedule(self.chunks, self.context, forward_step, items, row_length, forward_only=forward_only)
 
     def _reduce_metrics(self, reported: list[dict[str, Tensor]], num_rows: int) -> dict[str, float]:
         names = metric_names(objective.kind for objective in self.objectives)
@@ -177,6 +164,39 @@ class TrainStep:
         if self.context.sequence_parallel:  # each tensor parallel rank logged the part of its tokens
             torch.distributed.all_reduce(total, group=self.context.tensor_group)
         return float(sum_over_replicas(total, self.context)) / self.context.data_size
+
+
+def run_schedule(
+    chunks: Sequence[Any],
+    context: ParallelContext,
+    forward_step: Callable[..., Any],
+    items: list[Any],
+    row_length: int,
+    *,
+    forward_only: bool,
+) -> list[dict[str, Tensor]]:
+    """Run the engine's schedule; returns what the loss functions reported, on the last stage.
+
+    Args:
+        chunks: of this process, as they are to be called.
+        context: its place in the mesh.
+        forward_step: takes the next item through a chunk; see the engine's ``forward_backward_func``.
+        items: of this data parallel rank, one a row; an interleaved pipeline takes no fewer than it has stages.
+        row_length: T of the longest row.
+        forward_only: there is no backward pass.
+    """
+    interleaved = len(chunks) > 1
+    if interleaved:
+        chunks[0].config.microbatch_group_size_per_vp_stage = rows_in_turn(len(items), context.pipeline_size)
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(items) for _ in chunks] if interleaved else iter(items),
+        model=list(chunks) if interleaved else chunks[0],
+        num_microbatches=len(items),
+        seq_length=row_length,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
 
 
 def rows_in_turn(num_rows: int, num_stages: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -31,7 +32,7 @@ from megatron_grit.training.base_weights import (
     describe_base,
     prepare_base,
 )
-from megatron_grit.training.callbacks import Callback, build_callbacks
+from megatron_grit.training.callbacks import Callback, MetricsFile, build_callbacks
 from megatron_grit.training.checkpoint import (
     Restored,
     check_same_model,
@@ -56,6 +57,7 @@ from megatron_grit.training.optimizer import (
 from megatron_grit.training.restore_checks import check_next_records, check_random_states
 from megatron_grit.training.step import TrainStep
 from megatron_grit.training.stop import StopRequest
+from megatron_grit.training.validation.loss import Validation, describe
 
 log = get_logger(__name__)
 
@@ -129,6 +131,7 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.wrapped)
         self.schedule = build_schedule(config, self.optimizer)
         self.step = TrainStep(config, context, self.wrapped, self.optimizer)
+        self.validation = Validation(config, self.tokenizer, context, self.wrapped) if config.data.valid else None
         self.saver = CheckpointSaver(config, context, self.tokenizer, self.loader.fingerprint, self._saved, self.chat)
         self.restored: Restored | None = None
 
@@ -139,6 +142,8 @@ class Trainer:
         log.info("loading weights")
         positions.enter("restoring")
         start = self._restore()
+        if config.training.skip_train:
+            return self._only_validate(start)
         if self.context.rank == 0:
             save_config(config, Path(config.output_dir) / "config.yaml")
         log.info(mesh_summary(config, self.context.world_size))
@@ -158,6 +163,28 @@ class Trainer:
         finally:
             for callback in callbacks:
                 callback.close()
+
+    def _only_validate(self, step: int) -> None:
+        """Measure the weights that are there, and add a line to metrics.jsonl."""
+        config, output = self.config, Path(self.config.output_dir)
+        if self.restored is None and self.initial_weights is None and config.checkpoint.load is None:
+            raise ConfigError(
+                f"training.skip_train measures a checkpoint, and {output} holds none; set checkpoint.load"
+            )
+        figures = self.validate(step)
+        if self.context.rank == 0:
+            output.mkdir(parents=True, exist_ok=True)
+            file = MetricsFile(output / "metrics.jsonl", 1, start_step=sys.maxsize)
+            file.after_step({"step": step} | figures)
+            file.close()
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Loss and perplexity on ``data.valid`` after a step. Collective."""
+        assert self.validation is not None
+        positions.enter("validation", step)
+        figures = self.validation()
+        log.info(f"step {step}: {describe(figures)}")
+        return figures
 
     def _restore(self) -> int:
         """Weights and step to start from."""
@@ -251,6 +278,9 @@ class Trainer:
                     "seconds": seconds,
                 }
             )
+            every = config.training.valid_interval
+            if self.validation is not None and (trained == last or (every and trained % every == 0)):
+                record |= self.validate(trained)
             for callback in callbacks:
                 callback.after_step(record)
             interval = config.checkpoint.save_interval

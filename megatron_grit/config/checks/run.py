@@ -69,6 +69,7 @@ def find_problems(config: RunConfig, world_size: int, *, files: bool = True) -> 
     yield from _kinds(config, data_parallel_size(config, world_size))
     unreadable = list(_data(config))
     yield from unreadable
+    yield from _validation(config)
     yield from _contrast(config)
     yield from embedding_problems(config)
     yield from adapter_problems(config)
@@ -247,6 +248,22 @@ def _contrast(config: RunConfig) -> Iterator[Problem]:
         yield Problem("loss.grit_world_size", "loss.grit_world_size has an effect only with loss.emb_grad_scale grit")
 
 
+def _validation(config: RunConfig) -> Iterator[Problem]:
+    if config.data.valid:
+        if all(kind_options(kind).EMBEDS for kind in trained_kinds(config)):
+            yield Problem(
+                "data.valid",
+                "data.valid measures the loss of next tokens, which training.objective "
+                f"{config.training.objective} does not train; leave it out",
+            )
+        return
+    for name in ("valid_interval", "skip_train"):
+        if getattr(config.training, name):
+            yield Problem(
+                f"training.{name}", f"training.{name} measures the loss on data.valid; give the texts to measure it on"
+            )
+
+
 def _data(config: RunConfig) -> Iterator[Problem]:
     objective, data, kinds = config.training.objective, config.data, trained_kinds(config)
     for kind in kinds:
@@ -264,15 +281,33 @@ def _data(config: RunConfig) -> Iterator[Problem]:
         except ConfigError as error:
             yield Problem(key, str(error))
             return
+    yield from _held_out(config)
     if data.tokenizer is None:
         yield Problem("data.tokenizer", "data.tokenizer is not set; give the file or directory of the tokenizer")
 
 
+def _held_out(config: RunConfig) -> Iterator[Problem]:
+    key = "data.valid"
+    trained: set[Path] = set()
+    try:
+        entries = read_blend(config.data.valid, key)
+    except ConfigError as error:
+        yield Problem(key, str(error))
+        return
+    for kind in trained_kinds(config):
+        trained |= {Path(entry.path).resolve() for entry in read_blend(kind_sources(config, kind), key)}
+    for entry in entries:
+        if entry.weight or entry.epochs or entry.cap:
+            yield Problem(key, f"{key}: {entry.path} has a weight, epochs or a cap, but each record is read once")
+        if Path(entry.path).resolve() in trained:
+            yield Problem(key, f"{key}: {entry.path} is trained on as well; give texts that are not")
+
+
 def _files(config: RunConfig) -> Iterator[Problem]:
     data = config.data
-    for kind in trained_kinds(config):
-        key = kind_options(kind).DATA
-        for entry in read_blend(kind_sources(config, kind), key):
+    sources = {kind_options(kind).DATA: kind_sources(config, kind) for kind in trained_kinds(config)}
+    for key, prefixes in (sources | {"data.valid": data.valid}).items():
+        for entry in read_blend(prefixes, key):
             missing = [suffix for suffix in INDEXED_SUFFIXES if not Path(entry.path + suffix).is_file()]
             remedy = "make it with tools/preprocess/build_grit.py"
             if missing == [".json"]:

@@ -46,6 +46,8 @@ def resolve_retro_project(config: RunConfig, origins: Mapping[str, str], *, file
             "leave it out"
         )
     documents = [_in_project(folder, prefix, ".idx") for prefix in project.query_paths or project.data_paths]
+    held_out = {Path(prefix).resolve() for prefix in data.valid}
+    documents = [prefix for prefix in documents if Path(prefix).resolve() not in held_out]
     data = dataclasses.replace(data, tokenizer=data.tokenizer or tokenizer, generative=data.generative or documents)
     # Neighbors are those of whole chunks: a piece that began within one would have none.
     if data.split_multiple % project.chunk_length:

@@ -22,13 +22,18 @@ class DataConfig:
     size."""
     generative: list[str] = knob([], path=expand_item)
     """Sources of texts or conversations, in the same notation. Each batch mixes all sources."""
+    valid: list[str] = knob([], path=expand_item)
+    """Texts or conversations that are not trained on, in the same notation without weights: their next-token loss and
+    perplexity are measured at the end, and every training.valid_interval steps. Each is read once, whole: what is
+    longer than a row is split."""
     chat_template: str | None = knob(None, path=True)
     """How the model converses when it generates: tulu, gritlm, zephyr, llama2, chatml, tokenizer for the one that comes
     with the tokenizer, or your own .yaml file. null: that of the conversations in generative, else of the base, else of
     the tokenizer, else gritlm. Kept in every checkpoint."""
     retro_project: str | None = knob(None, path=True)
     """Directory of a retrieval database (tools/retro/build_db.py): the run trains on the documents that get neighbors
-    there, with their tokenizer. generative, where it is given, takes the place of these documents."""
+    there, with their tokenizer, but for those of valid. generative, where it is given, takes the place of these
+    documents."""
     retro_version: int | None = knob(None, at_least=1)
     """Version of retro_project whose neighbors a run with model.retro reads. null: the newest at the start, which is
     kept in every checkpoint."""

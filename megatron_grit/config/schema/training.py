@@ -47,6 +47,11 @@ class TrainingConfig:
     """Before the first step, prove on this run's model and data that no token sees another segment, padding, or the
     future in a causal pass, that the bidirectional pass sees all of a text, that pooling and labels follow the roles,
     that ranks with the same weights hold the same, and that weights are finite (docs/audit.md)."""
+    valid_interval: int | None = knob(None, at_least=1)
+    """Steps between measurements of the loss on data.valid. null: only after the last step."""
+    skip_train: bool = False
+    """Train and save nothing: measure the loss of the newest checkpoint of output_dir, or else of checkpoint.load or
+    model.pretrained, on data.valid."""
     max_minutes: float | None = knob(None, above=0)
     """Save and stop after the first step that ends this number of minutes after the start; the same command resumes.
     null: no limit."""

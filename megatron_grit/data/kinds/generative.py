@@ -103,7 +103,8 @@ class GenerativeStream(RowStream):
                 f"data.split_multiple {self._multiple} needs rows of {self._multiple + 1} tokens at least; raise "
                 "data.tokens_per_row or model.max_position_embeddings"
             )
-        self._neighbors = NeighborReader(config, self.sources) if config.model.retro.num_neighbors else None
+        self.neighbors = NeighborReader(config, self.sources) if config.model.retro.num_neighbors else None
+        """Reads what the chunks of the rows read. None: they read nothing."""
         entries, seed = self.sources.entries, config.training.seed
         order = RecordOrder(self.sources.sizes, [entry.cap for entry in entries], stream_key(seed, self.record_draws))
         weights = blend_weights(entries, order.sizes)
@@ -176,14 +177,14 @@ class GenerativeStream(RowStream):
     def make_rows(self, rows: Sequence[PlannedRow], row_lengths: Sequence[int], pad_id: int) -> list[PackedRow]:
         """As in the base class; all rows read their neighbors at once."""
         made = super().make_rows(rows, row_lengths, pad_id)
-        if self._neighbors is not None:
-            for row, neighbors in zip(made, self._neighbors.read([row.segments for row in rows]), strict=True):
+        if self.neighbors is not None:
+            for row, neighbors in zip(made, self.neighbors.read([row.segments for row in rows]), strict=True):
                 row.neighbors = neighbors
         return made
 
     def read_beside(self) -> str:
         """As in the base class."""
-        return "" if self._neighbors is None else self._neighbors.identity()
+        return "" if self.neighbors is None else self.neighbors.identity()
 
     def _slots(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Source and record of each slot of the stream: int64 each."""
@@ -195,18 +196,24 @@ class GenerativeStream(RowStream):
         sources, records = self._slots(start, start + self._num_sequences)
         segments = []
         for source, record in zip(sources.tolist(), records.tolist(), strict=True):
-            roles, lengths = self._spans(source, record)
-            length = sum(lengths)
-            for begin, end in self._ranges(source, record, roles, lengths):
-                segments.append(self._segment(source, record, roles, lengths, begin, end))
-            if length <= self.sources.longest_segment and not segments[-1].num_labels:
-                raise self._nothing(source, record)
+            segments += self.segments_of(source, record)
         if not segments:
             raise DataError(
                 f"step {step}: all of its {self._num_sequences} sequences are too long, and data.over_long is "
                 f"{self._policy}; raise data.tokens_per_row"
             )
         return segments
+
+    def segments_of(self, source: int, record: int) -> list[Segment]:
+        """As in the base class."""
+        roles, lengths = self._spans(source, record)
+        found = [
+            self._segment(source, record, roles, lengths, begin, end)
+            for begin, end in self._ranges(source, record, roles, lengths)
+        ]
+        if sum(lengths) <= self.sources.longest_segment and not found[-1].num_labels:
+            raise self._nothing(source, record)
+        return found
 
     def _piece(self, piece: tuple[int, int, int, int, int]) -> Segment:
         source, record, start, stop, _ = piece

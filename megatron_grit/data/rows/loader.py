@@ -56,20 +56,23 @@ class GritDataLoader:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._row_multiple = row_multiple
         self._equal_rows = equal_rows
-        multiple = config.data.num_rows_multiple or dp_size
-        if multiple % dp_size:
+        self._lock = threading.Lock()  # files are closed and opened as they are needed
+        self.streams = self._open(config, tokenizer)
+        """The stream of each kind that the run trains."""
+
+    def _open(self, config: RunConfig, tokenizer: Tokenizer) -> dict[str, RowStream]:
+        multiple = config.data.num_rows_multiple or self._dp_size
+        if multiple % self._dp_size:
             raise ConfigError(
-                f"data.num_rows_multiple {multiple} is not a multiple of the data parallel size {dp_size}"
+                f"data.num_rows_multiple {multiple} is not a multiple of the data parallel size {self._dp_size}"
             )
         if config.training.seed < 0:
             raise ConfigError(f"training.seed {config.training.seed} is negative")
-        self._lock = threading.Lock()  # files are closed and opened as they are needed
         open_files = OpenFiles()
-        self.streams: dict[str, RowStream] = {
+        return {
             kind: load_kind(KINDS, kind).STREAM(config, tokenizer, open_files, multiple)
             for kind in trained_kinds(config)
         }
-        """The stream of each kind that the run trains."""
 
     @property
     def metas(self) -> dict[str, IndexedMeta]:
@@ -110,7 +113,7 @@ class GritDataLoader:
         )
 
     def _padded(self, row: PlannedRow, stream: RowStream) -> int:
-        return -(-(stream.fixed_length or row.length) // self._row_multiple) * self._row_multiple
+        return -(-max(stream.fixed_length or row.length, 1) // self._row_multiple) * self._row_multiple
 
     def fingerprint(self, step: int) -> str:
         """Which records ``step`` is made of, where they are cut, which neighbors are read: the same at every layout.

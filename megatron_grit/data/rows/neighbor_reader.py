@@ -67,8 +67,9 @@ class NeighborReader:
         self._db = VersionedDb(project, read_version(project.folder, config.data.retro_version))
         folders = [path.parent for path in sorted((project.folder / "query").glob("*/table.json"))]
         manifests = [(folder, read_table_manifest(folder)) for folder in folders]
-        self._tables = [self._table(project, manifests, Path(name)) for name in sources.names]
-        self._datasets = [table.manifest.datasets for table in self._tables]
+        self.tables = [self._table(project, manifests, Path(name)) for name in sources.names]
+        """The neighbor table of each source."""
+        self._datasets = [table.manifest.datasets for table in self.tables]
         self._sources = sources
 
     def _table(self, project: Project, manifests: Sequence[tuple[Path, TableManifest]], prefix: Path) -> NeighborTable:
@@ -97,7 +98,7 @@ class NeighborReader:
 
     def identity(self) -> str:
         """Of the version's chunks and of the tables: what is read for a row is the same while it is."""
-        return ":".join([self._db.version.chunks, *(table.manifest.sha256 for table in self._tables)])
+        return ":".join([self._db.version.chunks, *(table.manifest.sha256 for table in self.tables)])
 
     def read(self, rows: Sequence[Sequence[Segment]]) -> list[Neighbors]:
         """What rows of some segments read.
@@ -118,7 +119,7 @@ class NeighborReader:
         sources_Ck3 = np.zeros((*ids_Ck.shape, 3), dtype=np.uint32)
         documents, row_C = self._documents(numbers), row_S[segment_C]
         for source in set(source_S.tolist()):
-            table, of_source = self._tables[source], source_S == source
+            table, of_source = self.tables[source], source_S == source
             _, lengths = self._sources[source].file.extents(record_S[of_source])
             last_S = np.zeros_like(stop_S)  # first token after the whole chunks
             last_S[of_source] = np.where(stop_S[of_source] == lengths, _BEYOND, stop_S[of_source])

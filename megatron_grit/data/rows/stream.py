@@ -78,6 +78,14 @@ class RowStream(ABC):
             raise ConfigError(f"{self.kind} batch: {error}") from None
         return [PlannedRow(segments=[segments[slot] for slot in slots], slots=slots) for slots in packed]
 
+    def segments_of(self, source: int, record: int) -> list[Segment]:
+        """What becomes of one record of a kind whose next tokens are predicted.
+
+        Raises:
+            DataError: a record that breaks the grammar, has nothing to predict, or is too long.
+        """
+        raise NotImplementedError(f"rows of {self.kind} are made of more than one record")
+
     @abstractmethod
     def counts(self, rows: Sequence[PlannedRow], data_size: int) -> Any:
         """What the losses are divided by.

@@ -108,6 +108,12 @@ CONTRADICTIONS = [
     (["data.packing=window", "training.generative_rows=3"], "generative_rows 3 is no multiple of 2"),
     (["training.generative_rows=4"], "has an effect only with data.packing window"),
     (["data.tokenizer=null"], "data.tokenizer is not set"),
+    (["training.valid_interval=5"], "training.valid_interval measures the loss on data.valid; give the texts"),
+    (["training.skip_train=true"], "training.skip_train measures the loss on data.valid; give the texts"),
+    (["data.valid=[v]", "training.objective=embedding"], "which training.objective embedding does not train"),
+    (["data.valid=[v, ./g]"], "./g is trained on as well"),
+    (["data.valid=['0.5 v 0.5 w']"], "v has a weight, epochs or a cap"),
+    (["data.valid=[nowhere.yaml]"], "nowhere.yaml: cannot read this blend file"),
     (["model.retro.num_neighbors=2", "model.num_layers=4"], "no layer reads"),
     (
         ["model.retro.num_neighbors=2", "model.retro.layers=[40]"],

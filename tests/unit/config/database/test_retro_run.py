@@ -59,3 +59,9 @@ def test_a_directory_that_is_none(tmp_path: Path) -> None:
     assert resolve(tmp_path / "nowhere", files=False).generative == []
     arguments = parse_train_arguments([])
     assert resolve_retro_project(arguments.config, arguments.origins) == arguments.config
+
+
+def test_held_out_documents_are_not_trained_on(project: Path) -> None:
+    config = RetroDbConfig(data_paths=["data/own"], query_paths=["data/own", "held/out"], tokenizer="t.model")
+    save_project_config(config, project)
+    assert resolve(project, "--data.valid", "[./held/out]").generative == [str(project / "data" / "own")]

@@ -1,0 +1,1 @@
+"""Loss on texts that are not trained on."""
