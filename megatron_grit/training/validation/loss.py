@@ -78,6 +78,7 @@ class Validation:
             rows_multiple=context.pipeline_size if len(wrapped) > 1 else 1,
         )
         names = self.loader.stream.sources.names
+        self._place_of = {name: place for place, name in enumerate(names)}
         shared = Counter(Path(name).name for name in names)
         self._names = [name if shared[Path(name).name] > 1 else Path(name).name for name in names]
         self._reads = bool(config.model.retro.num_neighbors)
@@ -127,7 +128,7 @@ class Validation:
         assert row.loss_mask_1T is not None
         sizes = np.diff(row.cu_seqlens.numpy())
         sources = np.zeros(len(sizes), dtype=np.int64)  # padding comes last
-        sources[: len(row.origins)] = [source for source, _, _ in row.origins]
+        sources[: len(row.record_ids)] = [self._place_of[record.rpartition("#")[0]] for record in row.record_ids]
         groups_T = np.repeat(sources, sizes) * len(_BUCKETS)
         if self._reads:
             overlap_T = read_overlap(row, self._config.model.retro.chunk_length)

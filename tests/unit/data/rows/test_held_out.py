@@ -8,6 +8,7 @@ import pytest
 
 from megatron_grit.config.schema import DataConfig, RunConfig, TrainingConfig
 from megatron_grit.data.indexed.records import IndexedRecords
+from megatron_grit.data.indexed.roles import Role, supervised
 from megatron_grit.data.rows import held_out
 from megatron_grit.data.rows.batch import StepBatch
 from megatron_grit.data.rows.held_out import HeldOutLoader
@@ -41,16 +42,15 @@ def steps_of(
     return [list(loader.iterate(0, loader.stream.num_steps)) for loader in loaders]
 
 
-def labels_of(steps: list[StepBatch]) -> Counter[tuple[int, int]]:
-    """How often each token of each record is predicted, by its place."""
-    found: Counter[tuple[int, int]] = Counter()
+def labels_of(steps: list[StepBatch]) -> Counter[tuple[str, int]]:
+    """How often each token is predicted, by its record."""
+    found: Counter[tuple[str, int]] = Counter()
     for row in (row for step in steps for row in step.rows):
-        ends = [0, *row.cu_seqlens.tolist()[1:]]
-        assert row.loss_mask_1T is not None
-        for (_, record, first), start, end in zip(row.origins, ends, ends[1:], strict=False):
-            found.update(
-                (record, first + place + 1) for place in range(end - start) if row.loss_mask_1T[0, start + place] > 0
-            )
+        bounds = row.cu_seqlens.tolist()
+        assert row.loss_mask_1T is not None and row.labels_1T is not None
+        for record, start, end in zip(row.record_ids, bounds, bounds[1:], strict=False):
+            mask, labels = row.loss_mask_1T[0, start:end] > 0, row.labels_1T[0, start:end]
+            found.update((record, token) for token in labels[mask].tolist())
     return found
 
 
@@ -60,19 +60,21 @@ def test_each_label_comes_once(
 ) -> None:
     """Also where records are longer than a row, whatever the run does with its own."""
     by_rank = steps_of(indexed_prefixes, tokenizer, ranks, rows_multiple)
-    labels = sum((labels_of(steps) for steps in by_rank), Counter[tuple[int, int]]())
-    source = IndexedRecords(indexed_prefixes["gen"])
-    from megatron_grit.data.indexed.roles import Role, supervised
-
-    expected, longest = set(), 0
+    source, expected, longest = IndexedRecords(indexed_prefixes["gen"]), Counter[tuple[str, int]](), 0
     for record in range(len(source)):
         roles, lengths = source.spans(record)
         of_tokens = [role for role, length in zip(roles, lengths, strict=True) for _ in range(length)]
-        expected |= {(record, place) for place, role in enumerate(of_tokens) if place and supervised(Role(role))}
+        tokens = source.tokens(record, 0, len(of_tokens)).tolist()
+        name = f"{indexed_prefixes['gen']}#{record}"
+        expected.update(
+            (name, token)
+            for place, (token, role) in enumerate(zip(tokens, of_tokens, strict=True))
+            if place and supervised(Role(role))
+        )
         longest = max(longest, sum(lengths))
-    assert longest > LIMIT and set(labels) == expected and set(labels.values()) == {1}
+    assert longest > LIMIT and sum(map(labels_of, by_rank), Counter[tuple[str, int]]()) == expected
     for steps in zip(*by_rank, strict=True):
         assert len({len(step.rows) for step in steps}) == 1 and not len(steps[0].rows) % rows_multiple
         assert all(step.parts["generative"].counts == steps[0].parts["generative"].counts for step in steps)
     assert len(by_rank[0]) > 2
-    assert sum(step.parts["generative"].counts.num_labels for step in by_rank[0]) == len(expected)
+    assert sum(step.parts["generative"].counts.num_labels for step in by_rank[0]) == expected.total()
