@@ -28,7 +28,7 @@ def read_conversations(given: Any) -> tuple[list[Conversation], bool]:
     """
     if isinstance(given, str):
         return [read_messages(given)], True
-    if isinstance(given, Sequence) and given and isinstance(given[0], Mapping):
+    if isinstance(given, Mapping) or (isinstance(given, Sequence) and given and isinstance(given[0], Mapping)):
         return [read_messages(given)], True
     if not isinstance(given, Sequence) or not given:
         raise DataError("there is nothing to answer; give a prompt, messages, or several of them")

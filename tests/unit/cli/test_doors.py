@@ -85,7 +85,9 @@ class Doors:
 
     def generate(self, messages: Any, options: dict[str, Any]) -> Result:
         given = {name: value for name, value in options.items() if value is not UNGIVEN}
-        return refused(lambda: self.model.generate([messages], **given)[0])
+        # A list of one message is one conversation, so what is no list goes in as it is.
+        several = messages if isinstance(messages, dict) else [messages]
+        return refused(lambda: self.model.generate(several, **given)[0])
 
     def generate_command(self, messages: Any, options: dict[str, Any]) -> Result:
         argv = [f"--{message['role'].replace('user', 'prompt')}={message['content']}" for message in messages]

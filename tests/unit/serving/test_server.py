@@ -155,7 +155,8 @@ def test_an_answer_ends_at_its_stop(client: TestClient, model: GritModel, monkey
         (CHAT, {"messages": [QUESTION], "stop": ["a"] * 5}, "stop must be at most 4 texts, not 5"),
         (CHAT, {"messages": [QUESTION], "stop": [1]}, "stop must be a list"),
         (CHAT, {"messages": [QUESTION], "stop": [""]}, "stop must not be empty"),
-        (CHAT, {"messages": [QUESTION], "top_k": 5}, "unknown field top_k"),
+        (CHAT, {"messages": [QUESTION], "top_k": 0}, "top_k must be at least 1"),
+        (CHAT, {"messages": [QUESTION], "min_p": 0.1}, "unknown field min_p"),
     ],
 )
 def test_a_body_that_cannot_be_used(client: TestClient, path: str, body: dict[str, Any], message: str) -> None:
