@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tests.harness import cost, engine, shards
+from tests.harness import cost, engine, engine_calls, shards
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,12 +37,15 @@ DEAR_FOLDERS = ("tests/distributed/", "tests/e2e/")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cpu", action="store_true", help="print CPU seconds of folders and of the dearest files")
+    parser.addoption("--cpu", action="store_true", help="print CPU seconds of folders, dearest files and tests")
+    parser.addoption("--engine-calls", action="store_true", help="compare the mark of the engine with what tests call")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--cpu"):
         config.pluginmanager.register(cost.Cost(config), "cost")
+    if config.getoption("--engine-calls"):
+        config.pluginmanager.register(engine_calls.plugin(), "engine_calls")
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -66,8 +69,15 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Any:
+    """What is not marked touches no engine, nor do its fixtures."""
+    with nullcontext() if item.get_closest_marker("engine") else engine.refused():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Any:
-    """What is not marked touches no engine."""
+    """See :func:`pytest_runtest_setup`."""
     with nullcontext() if item.get_closest_marker("engine") else engine.refused():
         return (yield)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.corpus import sentences, tiny_run
 from tests.harness.ranks import run_on_ranks
 from tests.unit.retrieval.databases import make_texts, write_documents
 
-TEXTS = [f"{answer} {question}" if i % 3 else answer for i, (question, answer) in enumerate(sentences(30))]
+TEXTS = [f"{answer} {question}" if i % 3 else answer for i, (question, answer) in enumerate(sentences(15))]
 CALLS: dict[str, tuple[list[str], str, Side]] = {
     "instructed": (TEXTS, "Find the sentence that answers", "query"),
     "plain": (TEXTS, "", "passage"),
@@ -87,10 +88,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunConfig]:
     return configs
 
 
-def in_one_process(config: RunConfig) -> dict[str, np.ndarray]:
+@cache
+def in_one_process(run: str) -> dict[str, np.ndarray]:
     from megatron_grit.inference.model import GritModel
 
-    model = GritModel.load(config.output_dir, device="cpu")
+    model = GritModel.load(run, device="cpu")
     assert (model.model_group.size, model.model_group.num_groups, model.model_group.leads) == (1, 1, True)
     return {
         call: model.encode(texts, instruction, side=side, batch_tokens=BATCH_TOKENS)
@@ -106,7 +108,7 @@ def furthest(found: dict[str, Any], expected: dict[str, np.ndarray]) -> float:
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_vectors_are_those_of_one_process(runs: dict[str, RunConfig], tmp_path: Path, case: str) -> None:
     config, world_size = runs[case.split(",")[0]], int(case.split()[1])
-    expected = in_one_process(config)
+    expected = in_one_process(config.output_dir)
     results = run_on_ranks(embed, world_size, tmp_path, str(config.output_dir), LAYOUTS[case])
     for name in LAYOUTS[case]:
         groups = [result[name]["group"] for result in results]

@@ -80,7 +80,7 @@ def gradients(case: str, layout: dict[str, Any], directory: str, name: str) -> d
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
         wrapped = DistributedDataParallel(model.config, ddp, model)
         model.config.finalize_model_grads_func = finalize_model_grads
-        batch = make_batch(context.data_rank, context.data_size, rows=4)
+        batch = make_batch(context.data_rank, context.data_size, rows=2)
         for row in batch.rows_of("embedding"):
             assert row.slots_S is not None and row.pool_mask_T is not None
             row.is_query_S = row.slots_S < batch.counts_of("embedding").num_queries
@@ -98,7 +98,7 @@ def all_gradients(
     whole = mock.patch("megatron_grit.models.embedding_head._ScaleGradient.apply", lambda values, scale: values)
     with whole if damaged else nullcontext():
         return {
-            name: {case: gradients(case, layout, directory, name) for case in CASES} for name, layout in layouts.items()
+            name: {case: gradients(case, layout, directory, name) for case in cases} for name, layout in layouts.items()
         }
 
 

@@ -24,14 +24,15 @@ class Commands:
     Args:
         tree: root of the checkout.
         folder: where the commands run.
+        python: the interpreter; tests have one that forks, which holds this checkout's modules.
     """
 
-    def __init__(self, tree: Path, folder: Path) -> None:
-        self.tree, self.folder = tree.resolve(), folder.resolve()
+    def __init__(self, tree: Path, folder: Path, python: str = sys.executable) -> None:
+        self.tree, self.folder, self.python = tree.resolve(), folder.resolve(), python
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         self.environment |= {
             "PYTHONPATH": str(self.tree),
-            "PYTHON": sys.executable,
+            "PYTHON": python,
             "OMP_NUM_THREADS": "1",
             "TORCHDYNAMO_DISABLE": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -40,11 +41,11 @@ class Commands:
 
     def tool(self, name: str, *options: str) -> str:
         """Standard output of ``tools/NAME``."""
-        return self.run(sys.executable, str(self.tree / "tools" / name), *options)
+        return self.run(self.python, str(self.tree / "tools" / name), *options)
 
     def verb(self, name: str, *options: str) -> str:
         """Standard output of ``megatron-grit NAME``."""
-        return self.run(sys.executable, "-m", f"megatron_grit.cli.{name}", *options)
+        return self.run(self.python, "-m", f"megatron_grit.cli.{name}", *options)
 
     def launcher(self, name: str, *options: str, **environment: str) -> str:
         """Standard output of ``examples/NAME``."""
@@ -67,7 +68,7 @@ class Commands:
         """Text without the paths of this machine and without versions."""
         text = re.sub(r"^\| versions \|.*$", "| versions |", text, flags=re.MULTILINE)
         # An environment may lie in the checkout.
-        text = text.replace(sys.executable, "PYTHON")
+        text = text.replace(self.python, "PYTHON").replace(sys.executable, "PYTHON")
         return text.replace(str(self.folder), "FOLDER").replace(str(self.tree), "TREE")
 
     def settle(self) -> None:

@@ -311,15 +311,16 @@ def versions() -> dict[str, str]:
     return found | {name: version(name) for name in names}
 
 
-def record(tree: Path, folder: Path, names: list[str]) -> Iterator[tuple[str, Any]]:
+def record(tree: Path, folder: Path, names: list[str], python: str = sys.executable) -> Iterator[tuple[str, Any]]:
     """Make the parts of these names, and those that they need, one after the other.
 
     Args:
         tree: checkout whose commands are run.
         folder: empty folder to work in.
         names: of :data:`PARTS`.
+        python: as for :class:`Commands`.
     """
-    commands = Commands(tree, folder)
+    commands = Commands(tree, folder, python)
     wanted = {other for name in names for other in (*NEEDS.get(name, ()), name)}
     for name, function in PARTS.items():
         if name in wanted:

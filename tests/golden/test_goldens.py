@@ -12,13 +12,14 @@ pytest.importorskip("transformers")
 
 from tests.golden.parts import record  # noqa: E402
 from tests.golden.record import compare, differences  # noqa: E402
+from tests.harness.command import python  # noqa: E402
 
 CHEAP = ["indexed", "converted", "database", "imported", "exported", "weight_diff", "flags"]
 
 
 @pytest.fixture(scope="module")
 def found(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return dict(record(repository, tmp_path_factory.mktemp("goldens"), CHEAP))
+    return dict(record(repository, tmp_path_factory.mktemp("goldens"), CHEAP, python()))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""``pytest --cpu``: CPU seconds of each folder and of the dearest files, those of the processes they start included.
+"""``pytest --cpu``: CPU seconds of each folder, of the dearest files and tests, and of the processes they start.
 
 What a test has started and not yet waited for is counted with the test during which it is waited for; what is left at
 the end is in the total alone.
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-DEAREST = 25  # files to print
+DEAREST = 60  # files, and tests, to print
 
 
 def process_seconds(pid: int) -> float:
@@ -51,6 +51,7 @@ class Cost:
         self.config = config
         self.last = seconds()
         self.by_file: Counter[str] = Counter()
+        self.by_test: Counter[str] = Counter()
         self.others: Counter[str] = Counter()
 
     def pytest_collection_finish(self) -> None:
@@ -65,7 +66,9 @@ class Cost:
         return report
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        self.by_file[report.nodeid.partition("::")[0]] += getattr(report, "cpu_seconds", 0.0)
+        spent = getattr(report, "cpu_seconds", 0.0)
+        self.by_file[report.nodeid.partition("::")[0]] += spent
+        self.by_test[report.nodeid] += spent
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
@@ -86,6 +89,9 @@ class Cost:
         for file, spent in self.by_file.items():
             parts = file.split("/")
             folders["/".join(parts[: 3 if parts[1:2] == ["unit"] else 2])] += spent
+        rows += folders.most_common()
         terminalreporter.section("CPU seconds")
-        for name, spent in rows + folders.most_common() + self.by_file.most_common(DEAREST):
+        for counted in (self.by_file, self.by_test):
+            rows += counted.most_common(DEAREST)
+        for name, spent in rows:
             terminalreporter.write_line(f"{spent:9.1f}  {name}")

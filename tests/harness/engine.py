@@ -1,15 +1,16 @@
 """Which tests touch the engine: they are run with each megatron-core that is supported, the others with one.
 
-A test file touches it that imports a module whose import brings megatron-core, or one of the layers below, or that
-starts processes; helpers of the tests that it imports are looked at too. What a function of the package imports when it
-is called is not seen in its text: while an unmarked test runs, such an import fails, and says that the file is to be
-marked ``pytestmark = pytest.mark.engine``.
+A test file touches it that imports a module whose import brings megatron-core, or that starts ranks or forked commands;
+helpers of the tests that it imports are looked at too. What a function of the package imports when it is called is not
+seen in its text, nor what a process does that a test starts: while an unmarked test runs, such an import fails, there
+and here, and says that the test, or its file, is to be marked with ``pytest.mark.engine``.
 """
 
 from __future__ import annotations
 
 import builtins
 import importlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,15 +23,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = "megatron"
-LAYERS = ("parallel", "models", "losses", "training", "inference", "serving", "cli")
-"""Whose modules count, whatever they import."""
-FOLDERS = ("distributed", "e2e", "gpu", "parity")
+FOLDERS = ("distributed", "e2e", "gpu")
 """Whose tests count, whatever they import."""
 OURS = ("megatron_grit", "tests", "benchmarks", "examples", "tools")
 _IMPORT = re.compile(
     r"^([ \t]*)(?:from[ \t]+([\w.]+)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)|import[ \t]+([\w.]+))", re.MULTILINE
 )
-_PROCESSES = re.compile(r"\b(?:subprocess|sys\.executable|run_on_ranks|multiprocessing)\b")
+STARTED = ("tests.harness.ranks", "tests.harness.command")
+"""Modules that count because processes with the engine are forked by them."""
+REFUSING = Path(__file__).with_name("refusing")
 
 
 def modules_of(text: str, *, everywhere: bool) -> set[str]:
@@ -63,7 +64,7 @@ def _needs(path: Path, everywhere: bool) -> frozenset[str]:
 
 @cache
 def is_engine_module(module: str) -> bool:
-    """Whether importing it brings the engine, or it is of a layer that counts."""
+    """Whether importing it brings the engine, or processes that have it."""
     seen, todo = set(), [module]
     while todo:
         name = todo.pop()
@@ -71,7 +72,7 @@ def is_engine_module(module: str) -> bool:
             continue
         seen.add(name)
         parts = name.split(".")
-        if parts[0] == ENGINE or (parts[0] == "megatron_grit" and parts[1:2] and parts[1] in LAYERS):
+        if parts[0] == ENGINE or name in STARTED:
             return True
         path = path_of(name)
         if path is not None and parts[0] in OURS:
@@ -80,15 +81,19 @@ def is_engine_module(module: str) -> bool:
 
 
 @cache
+def starts_processes(path: Path) -> bool:
+    """Whether the tests of a file start ranks or forked commands, or are of a folder that counts."""
+    return path.relative_to(ROOT).parts[1] in FOLDERS or any(name in STARTED for name in _needs(path, True))
+
+
+@cache
 def touches(path: Path) -> bool:
     """Whether the tests of a file touch the engine."""
-    if path.relative_to(ROOT).parts[1] in FOLDERS:
+    if starts_processes(path):
         return True
     conftests = [folder / "conftest.py" for folder in path.parents if folder.is_relative_to(ROOT / "tests" / "unit")]
-    for file in (path, *filter(Path.is_file, conftests)):
-        if any(map(is_engine_module, _needs(file, True))):
-            return True
-    return bool(_PROCESSES.search(path.read_text(encoding="utf-8")))
+    files = (path, *filter(Path.is_file, conftests))
+    return any(is_engine_module(module) for file in files for module in _needs(file, True))
 
 
 def mark(items: list[pytest.Item]) -> None:
@@ -99,13 +104,24 @@ def mark(items: list[pytest.Item]) -> None:
 
 
 @contextmanager
+def _processes_refuse() -> Iterator[None]:
+    before = os.environ.get("PYTHONPATH", "")
+    path = os.environ["PYTHONPATH"] = f"{REFUSING}{os.pathsep}{before}"
+    try:
+        yield
+    finally:
+        if os.environ.get("PYTHONPATH") == path:  # else a fixture has set it
+            os.environ["PYTHONPATH"] = before
+
+
+@contextmanager
 def refused() -> Iterator[None]:
-    """No import of the engine's modules, not even of loaded ones."""
+    """No import of the engine's modules, not even of loaded ones, in this process and in those that it starts."""
     find, import_module = builtins.__import__, importlib.import_module
 
     def look_at(name: str) -> None:
         if name.partition(".")[0] in (ENGINE, "megatron_grit") and is_engine_module(name):
-            pytest.fail(f"the test imports {name} and is not marked: add pytestmark = pytest.mark.engine to its file")
+            pytest.fail(f"the test imports {name} and is not marked: mark it, or its file, with pytest.mark.engine")
 
     def guarded(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
         if name.startswith(ENGINE) and not level:
@@ -118,6 +134,7 @@ def refused() -> Iterator[None]:
         return import_module(name, package)
 
     with (
+        _processes_refuse(),
         mock.patch.object(builtins, "__import__", guarded),
         mock.patch.object(importlib, "import_module", guarded_module),
     ):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,19 +15,19 @@ import pytest
 from tests.harness import engine, shards
 from tests.harness.slots import FOLDER, NUM_SLOTS, slots
 
-pytestmark = pytest.mark.engine
-
 
 @pytest.mark.parametrize(
     ("module", "touches"),
     [
         ("megatron.core.parallel_state", True),
-        ("megatron_grit.models.pooling", True),
+        ("megatron_grit.models.decoder", True),
         ("megatron_grit.convert.peft.merge", True),
         ("megatron_grit.config.parse", False),
         ("megatron_grit.data.rows.loader", False),
         ("tests.rows", False),
+        ("megatron_grit.retrieval.work", False),
         ("tests.distributed.grid_run", True),
+        ("tests.harness.ranks", True),
     ],
 )
 def test_which_modules_bring_the_engine(module: str, touches: bool) -> None:
@@ -39,24 +41,24 @@ def test_imports_are_read_wherever_they_are() -> None:
     assert "megatron.core" in engine.modules_of(source, everywhere=True)
 
 
+@pytest.mark.engine
 def test_an_unmarked_test_cannot_touch_the_engine() -> None:
     """The control: without the refusal the same imports pass."""
-    from megatron_grit.parallel import context
-
+    code = "import megatron_grit.parallel.launch; from megatron.core import parallel_state"
     with engine.refused():
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert process.returncode == 70 and "mark the test" in process.stderr
         import megatron_grit.config.parse
 
         assert megatron_grit.config.parse
         for statement in (
             "import megatron.core",
-            "from megatron_grit.parallel import context",
-            "from megatron_grit import models",
+            "from megatron_grit.models import decoder",
             "import importlib; importlib.import_module('megatron_grit.training.step')",
         ):
             with pytest.raises(pytest.fail.Exception, match="is not marked"):
                 exec(statement)
-    exec("from megatron_grit import models")
-    assert context
+    exec("from megatron_grit.models import decoder")
 
 
 def test_shards_are_all_files_once(repository: Path) -> None:

@@ -78,6 +78,7 @@ def modules_of(root: Path) -> list[str]:
     return [".".join(path.parts).removesuffix(".__init__") for path in paths]
 
 
+@pytest.mark.engine
 def test_every_module_imports(repository: Path) -> None:
     modules = modules_of(repository)
     assert {"megatron_grit", "megatron_grit.cli.train", "megatron_grit.data.rows.batch"} <= set(modules)

@@ -8,7 +8,10 @@ import sys
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the backend stays out")
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the backend stays out"),
+]
 
 PROGRAM = """
 import os

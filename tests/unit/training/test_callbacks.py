@@ -92,6 +92,7 @@ def test_weights_and_biases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert step == 7 and metrics["train/loss"] == 2.5 and "train/step" not in metrics
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("package", "setting"), [("wandb", "wandb_project"), ("torch.utils.tensorboard", "tensorboard")]
 )

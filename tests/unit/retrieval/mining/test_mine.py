@@ -156,6 +156,7 @@ def test_scores_of_a_cross_encoder(pairs: Path, tmp_path: Path) -> None:
         load_scorer(tmp_path / "bad.jsonl")
 
 
+@pytest.mark.engine
 def test_a_cross_encoder_of_hugging_face(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -431,6 +432,7 @@ def minilm() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 def test_mined_negatives_of_cranfield_are_seldom_relevant(
     shared_data: Path, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
