@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_ENCODINGS = 256
+"""Encodings of neighbors that are kept, where these follow from their tokens alone."""
 _STATES = 0
 """In place of a layer's number, which count from 1: states that neighbors are conditioned on."""
 
@@ -23,6 +25,7 @@ class SequenceCache:
         self.active = list(range(num_sequences))
         self._buffers: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._neighbors: dict[tuple[int, int], Tensor | None] = {}
+        self._encodings: dict[bytes, Tensor] = {}
 
     def extend(self, layer_number: int, segment: int, key_LGH: Tensor, value_LGH: Tensor) -> tuple[Tensor, Tensor]:
         """Append a layer's keys and values of a segment.
@@ -67,6 +70,28 @@ class SequenceCache:
     def kept_neighbors(self, layer_number: int, segment: int) -> Tensor | None:
         """What a segment reads. None: nothing."""
         return self._neighbors.get((layer_number, self.active[segment]))
+
+    def has_encoding(self, text: bytes) -> bool:
+        """Whether a text's encoding is kept."""
+        return text in self._encodings
+
+    def join_encodings(self, texts: list[bytes], encoded: dict[bytes, Tensor]) -> Tensor:
+        """Keep encodings, of which those that were used last stay.
+
+        Args:
+            texts: tokens of texts, each kept or in ``encoded``.
+            encoded: of texts, [K, 1, D] each.
+
+        Returns:
+            The encodings of ``texts``, one after another.
+        """
+        self._encodings |= encoded
+        for text in texts:
+            self._encodings[text] = self._encodings.pop(text)
+        joined = torch.cat([self._encodings[text] for text in texts])
+        for text in list(self._encodings)[:-_ENCODINGS]:
+            del self._encodings[text]
+        return joined
 
     def keep(self, sequences: list[int]) -> None:
         """Continue only these sequences, in this order, and free the others."""

@@ -5,6 +5,7 @@ Shape suffix legend: T = tokens of a row, S = segments, D = hidden size, V = voc
 
 from __future__ import annotations
 
+import typing
 from enum import StrEnum
 
 import torch
@@ -25,7 +26,7 @@ from megatron_grit.models.biases import drop_biases
 from megatron_grit.models.embedding_head import build_head, embed_segments
 from megatron_grit.models.layer_specs import block_spec, transformer_config
 from megatron_grit.models.pooling import PositionWeights
-from megatron_grit.models.retro.passes import PassSegments, pass_plan
+from megatron_grit.models.retro.passes import NeighborCache, PassSegments, pass_plan
 from megatron_grit.models.retro.plan import RetroSegments, plan_of
 from megatron_grit.models.rope import RotaryAngles
 from megatron_grit.models.row_share import RowShare
@@ -191,10 +192,10 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
         """As :meth:`_read_neighbors`, in a pass of generation."""
         assert self.pre_process and self.post_process, "generation is of a model that one process holds"
         conditioned = self.retro.encoder_conditioning == "chunk"
-        plan = pass_plan(neighbors, segments.lengths, conditioned, neighbors.tokens_1N.device)
-        texts = None
+        cache = typing.cast(NeighborCache, segments.cache)
+        plan, texts = pass_plan(neighbors, segments.lengths, conditioned, cache), None
         if plan.encoding is not None:
-            texts = self.embedding(input_ids=neighbors.tokens_1N, position_ids=plan.encoding.positions_N[None])
+            texts = self.embedding(input_ids=plan.tokens_1N, position_ids=plan.encoding.positions_N[None])
         return PassSegments(**vars(segments), plan=plan), texts
 
     def _output_weight(self) -> Tensor | None:

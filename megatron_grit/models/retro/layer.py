@@ -202,6 +202,8 @@ class RetroLayer(CrossLayer):
             if plan.encoding is not None:
                 assert texts is not None
                 texts = self.encoder(texts, chunks, plan.encoding)
+            if plan.texts:
+                texts = cache.join_encodings(plan.texts, plan.parts(texts))
         output = self.cross_attention.read_pass(normed, texts, plan, cache, self.layer_number)
         return self.add(states, normed, output), texts
 

@@ -37,6 +37,14 @@ class NeighborCache(KeyValueCache, Protocol):
         """What was kept last. None: the segment reads nothing."""
         ...
 
+    def has_encoding(self, text: bytes) -> bool:
+        """Whether a text was encoded, and its encoding is kept."""
+        ...
+
+    def join_encodings(self, texts: list[bytes], encoded: dict[bytes, Tensor]) -> Tensor:
+        """Keep the encodings of some texts; return those of several one after another."""
+        ...
+
 
 class Read(NamedTuple):
     """Tokens of a segment that read the same neighbors."""
@@ -64,7 +72,19 @@ class PassPlan:
     chunks: list[Chunk]
     """Of new neighbors, where they are conditioned."""
     encoding: EncodingPlan | None
-    """None: there are no new neighbors."""
+    """None: nothing is encoded."""
+    tokens_1N: Tensor
+    """int64 [1, N]: of the texts that are encoded."""
+    texts: list[bytes]
+    """Tokens of all new neighbors, where they are not conditioned: such a text is encoded once in all passes."""
+    encoded: list[bytes]
+    """Of these the ones that are encoded."""
+
+    def parts(self, states: Tensor | None) -> dict[bytes, Tensor]:
+        """The states of each text that is encoded, of those of all."""
+        if states is None or self.encoding is None:
+            return {}
+        return dict(zip(self.encoded, states.split(self.encoding.texts.lengths), strict=True))
 
 
 @dataclass
@@ -75,14 +95,14 @@ class PassSegments(PackedSegments):
     cache: NeighborCache | None = None
 
 
-def pass_plan(neighbors: Neighbors, lengths: list[int], conditioned: bool, device: torch.device) -> PassPlan:
+def pass_plan(neighbors: Neighbors, lengths: list[int], conditioned: bool, cache: NeighborCache) -> PassPlan:
     """The plan of a pass.
 
     Args:
         neighbors: that are new. A chunk ends in the pass, and may begin before it. Texts lie in the order of chunks.
         lengths: tokens of each segment of the pass.
         conditioned: whether neighbors are conditioned on their chunk.
-        device: where the model computes.
+        cache: what earlier passes have encoded.
     """
     reads, chunks, begin, text_end, number = [], [], 0, 0, 0
     for segment, length in enumerate(lengths):
@@ -98,10 +118,18 @@ def pass_plan(neighbors: Neighbors, lengths: list[int], conditioned: bool, devic
             number += 1
         reads.append(Read(segment, range(at, end), texts))
         begin = end
+    tokens_1N, sizes, device = neighbors.tokens_1N, neighbors.lengths_U.tolist(), neighbors.tokens_1N.device
     if not chunks:
-        return PassPlan(reads, [], None)
-    sizes = [len(chunk.before_end) for chunk in chunks]
-    asked = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-    read = [np.arange(*(part.texts.start, part.texts.stop)) for part in reads if part.texts]
-    plan = encoding_plan(neighbors.lengths_U.tolist(), read, asked if conditioned else None, device)
-    return PassPlan(reads, chunks if conditioned else [], plan)
+        return PassPlan(reads, [], None, tokens_1N, [], [])
+    if conditioned:
+        ends = np.cumsum([len(chunk.before_end) for chunk in chunks])
+        asked = np.split(np.arange(ends[-1]), ends[:-1])
+        read = [np.arange(part.texts.start, part.texts.stop) for part in reads if part.texts]
+        return PassPlan(reads, chunks, encoding_plan(sizes, read, asked, device), tokens_1N, [], [])
+    parts = tokens_1N[0].split(sizes)
+    names = [part.cpu().numpy().tobytes() for part in parts]
+    unknown = {name: part for name, part in zip(names, parts, strict=True) if not cache.has_encoding(name)}
+    if not unknown:
+        return PassPlan(reads, [], None, tokens_1N, names, [])
+    plan = encoding_plan([len(part) for part in unknown.values()], [], None, device)
+    return PassPlan(reads, [], plan, torch.cat(list(unknown.values()))[None], names, list(unknown))

@@ -16,8 +16,9 @@ from megatron_grit.config.options import SamplingOptions
 from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.data.rows.neighbors import Neighbors
-from megatron_grit.inference import generate
+from megatron_grit.inference import generate, kv_cache
 from megatron_grit.inference.generate import continuation_row, generate_tokens
+from megatron_grit.inference.kv_cache import SequenceCache
 from megatron_grit.inference.reading import Passage, Reader, Window
 from megatron_grit.models.decoder import GritDecoder, Output, build_model
 from megatron_grit.parallel.context import ParallelContext
@@ -165,6 +166,30 @@ def test_decoders_of_all_kinds(
         if name.endswith((".gate", "bias")):
             torch.nn.init.uniform_(parameter, 0.5, 1.0)  # one that is closed, or of zeros, hides what is wrong
     assert_equals_reading_again(model, [13, 3], 2, 4, monkeypatch)
+
+
+def test_what_is_not_conditioned_is_encoded_once(context: ParallelContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(context, encoder_conditioning="none")
+    texts = [[9, 8, 7], [6, 5, 4, 3], [2]]
+
+    class Changing:
+        def find(self, windows: Sequence[Window]) -> list[list[Passage]]:
+            return [
+                [Passage(texts[number % 3]) for number in (len(window.tokens), window.tokens[-1])] for window in windows
+            ]
+
+    seen: list[int] = []
+    model.decoder.layers[1].encoder.register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))
+    prompts = [[5, 17, 3, 9, 22, 41, 8], [60]]
+    expected, _ = generated(model, prompts, 1, Changing(), monkeypatch)
+    assert sum(seen) == sum(map(len, texts)) and len(seen) <= 3
+    with monkeypatch.context() as patch:
+        patch.setattr(SequenceCache, "has_encoding", lambda *_: False)
+        assert generated(model, prompts, 1, Changing(), monkeypatch)[0] == expected
+    assert len(seen) > NEW
+    with monkeypatch.context() as patch:  # the oldest go
+        patch.setattr(kv_cache, "_ENCODINGS", 1)
+        assert generated(model, prompts, 1, Changing(), monkeypatch)[0] == expected
 
 
 def test_what_goes_on_reads_its_own(context: ParallelContext, monkeypatch: pytest.MonkeyPatch) -> None:
