@@ -169,8 +169,8 @@ def write_arrays(path: Path, arrays: Arrays, signature: str) -> None:
     # Made in memory: where a disk fills up under HDF5 the process crashes.
     image = io.BytesIO()
     with h5py.File(image, "w") as file:
-        file.attrs["signature"] = signature
-        file.attrs["sha256"] = digest_of_arrays(arrays)
+        set_text(file, "signature", signature)
+        set_text(file, "sha256", digest_of_arrays(arrays))
         for name in sorted(arrays):
             file.create_dataset(name, data=arrays[name])
     try:
@@ -178,6 +178,22 @@ def write_arrays(path: Path, arrays: Arrays, signature: str) -> None:
             temporary.write_bytes(image.getbuffer())
     except OSError as error:
         raise cannot_write(path, error) from None
+
+
+def set_text(file: Any, name: str, text: str) -> None:
+    """Set an attribute of an open HDF5 file. Strings of a fixed length stand beside their names; those of any length,
+    which h5py makes of a str, stand in a heap, and HDF5 crashes or reads for ever where a bit of a heap is another."""
+    file.attrs[name] = np.bytes_(text.encode())
+
+
+def text_of(file: Any, name: str, default: str | None = None) -> str:
+    """An attribute that :func:`set_text` wrote, or an earlier release.
+
+    Raises:
+        KeyError: there is none, and no ``default``.
+    """
+    value = file.attrs[name] if default is None else file.attrs.get(name, default)
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def cannot_write(path: Path, reason: object) -> OutputError:
@@ -224,7 +240,7 @@ def _read(path: Path, names: tuple[str, ...] | None) -> tuple[str, Arrays | None
 
     try:
         with h5py.File(path, "r") as file:
-            signature, digest = str(file.attrs["signature"]), str(file.attrs.get("sha256", ""))
+            signature, digest = text_of(file, "signature"), text_of(file, "sha256", "")
             arrays = {name: file[name][()] for name in (file if names is None else names)}
             found = digest_of_arrays(arrays) if names is None else digest
     except DAMAGED as error:

@@ -29,21 +29,24 @@ log = get_logger(__name__)
 _BYTES = 1 << 24
 
 
-def read_rows(path: Path, *, mapped: bool = False) -> np.ndarray:
+def read_rows(path: Path, dtype: type, *, mapped: bool = False) -> np.ndarray:
     """The array of a .npy file.
 
     Args:
         path: the file.
+        dtype: of its numbers; a checksum of them does not tell a header that says another one.
         mapped: leave it on disk; one without rows is read all the same.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no .npy file, or a damaged one.
+        ValueError: it is no .npy file, or a damaged one, or one of another type.
     """
     try:
         array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except (SyntaxError, TokenError, TypeError, OverflowError, MemoryError, EOFError) as error:  # of a damaged header
         raise ValueError(f"is damaged ({str(error)[:100]})") from None
+    if array.dtype != dtype:
+        raise ValueError(f"holds {array.dtype} and not {np.dtype(dtype)}")
     return np.asarray(array)
 
 

@@ -14,11 +14,12 @@ import numpy as np
 from megatron_grit.data.chunks.chunking import document_tokens, padded, read_runs
 from megatron_grit.data.chunks.project import DatasetInfo, Project
 from megatron_grit.errors import DataError
-from megatron_grit.store.blocks import DAMAGED, check_arrays
+from megatron_grit.store.blocks import DAMAGED, check_arrays, text_of
 from megatron_grit.store.content import content_part
 from megatron_grit.store.digest import digest_of_rows
 
-DATASET, DOCUMENT, START, STOP, VISIBLE = range(5)
+_COLUMNS = 5
+DATASET, DOCUMENT, START, STOP, VISIBLE = range(_COLUMNS)
 """Columns of the table."""
 
 
@@ -42,9 +43,13 @@ def map_dataset(path: Path, name: str, remedy: str = "run --tasks db-build", *, 
         with h5py.File(path, "r") as file:
             dataset = file[name]
             offset, shape, dtype = dataset.id.get_offset(), dataset.shape, dataset.dtype
-            of_arrays, of_rows = "sha256" in file.attrs, str(file.attrs.get("rows_sha256", ""))
+            of_arrays, of_rows = "sha256" in file.attrs, text_of(file, "rows_sha256", "")
     except DAMAGED as error:
         raise DataError(f"cannot be read ({error}); delete it and {remedy}", path=path) from None
+    # Of a table the rows alone have a checksum, which does not tell a header that says another type.
+    is_table = bool(of_rows) and name == "chunks"
+    if is_table and (dtype != np.uint32 or shape[1:] != (_COLUMNS,)):
+        raise DataError(f"holds {dtype} {shape} and not uint32 [chunks, {_COLUMNS}]; delete it and {remedy}", path=path)
     if 0 in shape:
         mapped = np.empty(shape, dtype)
     elif offset is None or path.stat().st_size < offset + dtype.itemsize * math.prod(shape):
@@ -53,9 +58,7 @@ def map_dataset(path: Path, name: str, remedy: str = "run --tasks db-build", *, 
         mapped = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
     if compare and of_arrays:
         check_arrays(path)
-    # Of a table the rows alone.
-    is_rows = compare and bool(of_rows) and name == "chunks"
-    if is_rows and content_part(path, "rows", lambda: digest_of_rows(mapped)) != of_rows:
+    if compare and is_table and content_part(path, "rows", lambda: digest_of_rows(mapped)) != of_rows:
         raise DataError(f"does not match its checksum; delete it and {remedy}", path=path)
     return mapped
 

@@ -368,10 +368,10 @@ def write_table(folder: Path, parts: Iterable[Mapping[str, np.ndarray]], manifes
 
 def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     try:
-        array = read_rows(path, mapped=0 not in shape)
+        array = read_rows(path, dtype, mapped=0 not in shape)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot be read ({error}); {_REMEDY}", path=path) from None
-    if array.shape != shape or array.dtype != dtype:
+    if array.shape != shape:
         wanted = f"{np.dtype(dtype)} {shape}"
         raise DataError(f"holds {array.dtype} {array.shape} and not {wanted}; {_REMEDY}", path=path)
     return array

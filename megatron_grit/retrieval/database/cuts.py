@@ -19,7 +19,7 @@ from megatron_grit.errors import ConfigError
 from megatron_grit.retrieval.dedup.buckets import mix64
 from megatron_grit.retrieval.dedup.duplicates import ChunkBlock, DuplicateSearch
 from megatron_grit.retrieval.work import Check, Worker, compute_blocks
-from megatron_grit.store.blocks import Arrays, Block, BlockFolder, cannot_write
+from megatron_grit.store.blocks import Arrays, Block, BlockFolder, cannot_write, set_text
 from megatron_grit.store.files import replacing_path
 
 _MARGIN = 1 << 20
@@ -235,7 +235,7 @@ def writing_table(path: Path, num_rows: int, signature: str, num_documents: int 
     if num_bytes + _MARGIN > free:
         raise cannot_write(path, f"it takes {num_bytes + _MARGIN:,} bytes, {free:,} are free")
     with replacing_path(path) as temporary, h5py.File(temporary, "w") as file:
-        file.attrs["signature"] = signature
+        set_text(file, "signature", signature)
         rows = file.create_dataset("chunks", (num_rows, 5), dtype="u4")
         file.create_dataset("n_written", data=np.array([num_rows], dtype=np.uint64))
         offsets = None
@@ -243,4 +243,4 @@ def writing_table(path: Path, num_rows: int, signature: str, num_documents: int 
             offsets = file.create_dataset("doc_offsets", (num_documents, 3), dtype="u8")
         tables = _Tables(rows, offsets)
         yield tables
-        file.attrs["rows_sha256"] = tables.digest.hexdigest()
+        set_text(file, "rows_sha256", tables.digest.hexdigest())

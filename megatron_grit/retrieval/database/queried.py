@@ -187,8 +187,8 @@ class QueriedFile:
         try:
             taken = read_sealed(self.folder / "taken_over.json")
             table, first, num_segments = taken["table"], int(taken["num_places"]), int(taken["num_segments"])
-            starts = read_rows(self.folder / "starts.npy", mapped=True)
-            again = read_rows(self.folder / "again.npy")
+            starts = read_rows(self.folder / "starts.npy", np.int64, mapped=True)
+            again = read_rows(self.folder / "again.npy", np.int64)
             # Sizes of what follows: a damaged one would have no end of blocks. Earlier releases did not note it.
             if taken.get("starts", digest_of_rows(starts)) != digest_of_rows(starts):
                 raise ValueError("starts.npy does not match its checksum")
@@ -225,14 +225,14 @@ class QueriedFile:
             taken |= {"num_places": manifest.num_places, "num_segments": earlier.num_segments}
         with replacing(self.folder / "again.npy", "wb") as file:
             np.save(file, np.concatenate(again), allow_pickle=False)
-        starts = digest_of_rows(read_rows(self.folder / "starts.npy", mapped=True))
+        starts = digest_of_rows(read_rows(self.folder / "starts.npy", np.int64, mapped=True))
         write_sealed(self.folder / "taken_over.json", taken | {"starts": starts})
 
     def _earlier_table(self) -> _Earlier | None:
         """The table of the first documents of this file with this index and these settings from which least is to be
         searched: by the number of chunks that queries are compared with, then by the documents removed since."""
         best: tuple[tuple[int, int], _Earlier] | None = None
-        num_places = int(np.load(self.folder / "starts.npy", mmap_mode="r", allow_pickle=False)[-1])
+        num_places = int(read_rows(self.folder / "starts.npy", np.int64, mapped=True)[-1])
         for path in sorted(self.folder.parent.glob("*/table.json")):
             try:
                 manifest = read_table_manifest(path.parent)

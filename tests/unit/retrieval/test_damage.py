@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from megatron_grit.data.chunks.neighbor_table import NeighborTable
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import VersionedDb, read_version
 from megatron_grit.errors import ConfigError, DataError, GritError
+from megatron_grit.retrieval.database.cuts import writing_table
 from megatron_grit.retrieval.database.queried import tables_of
 from megatron_grit.retrieval.database.verification import verify_files
 from megatron_grit.retrieval.database.versions import open_index
@@ -30,6 +32,7 @@ from megatron_grit.retrieval.stages.inspect import inspect_database, report_line
 from megatron_grit.retrieval.stages.restore import restore_index, restore_tables
 from megatron_grit.retrieval.work import Worker
 from megatron_grit.store import content
+from megatron_grit.store.blocks import set_text, text_of
 from megatron_grit.store.content import forget_opened
 from megatron_grit.store.digest import hashed_bytes
 from megatron_grit.store.sealed import CHECKSUM
@@ -82,6 +85,45 @@ def test_a_document_boundary_and_a_token(campaign: Campaign, name: str) -> None:
                 VersionedDb(project_of(campaign), read_version(campaign.folder / "db"))
             with pytest.raises(DataError):
                 inspect_database(campaign.folder / "db", verify=True)
+
+
+def test_a_header_that_says_another_type(campaign: Campaign) -> None:
+    """Strings of 8 bytes in place of int64, whose bytes are the same."""
+    name = next(name for name in campaign.files if "query" in name and name.endswith("starts.npy"))
+    assert campaign.files[name][22:26] == b"'<i8"
+    with campaign.flipped(Flip(name, 24, 3)):
+        for found in campaign.read(["neighbors", "resumption"]).values():
+            assert isinstance(found, DataError) and "holds |S8 and not int64" in str(found)
+
+
+def test_no_file_holds_a_heap(campaign: Campaign) -> None:
+    """HDF5 crashes, or reads without end, where a bit of a heap of strings is another."""
+    import h5py
+
+    files = [content for name, content in campaign.files.items() if name.endswith(".hdf5")]
+    assert len(files) > 10 and not any(b"GCOL" in content for content in files)
+    with h5py.File(io.BytesIO(), "w") as file:
+        set_text(file, "short", "text")
+        file.attrs["long"] = "text"
+        assert [text_of(file, name) for name in ("short", "long")] == ["text", "text"], "earlier releases' as well"
+
+
+def test_the_type_of_a_table_is_compared(tmp_path: Path) -> None:
+    """Every bit of the message that holds it; the checksum is of the bytes of the rows alone."""
+    rows, path = np.arange(35, dtype=np.uint32).reshape(7, 5), tmp_path / "train.hdf5"
+    with writing_table(path, len(rows), "signature", 3) as table:
+        table.add(rows, np.arange(9).reshape(3, 3))
+    content, refused = path.read_bytes(), 0
+    for place in range(8 * 940, 8 * 1060):
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            found = map_dataset(path, "chunks")
+            assert found.dtype == rows.dtype and np.array_equal(found, rows), place
+        except DataError:
+            refused += 1
+    assert refused > 100
 
 
 @pytest.mark.parametrize("ending", ["bin", "idx"])

@@ -18,7 +18,7 @@ from megatron_grit.retrieval.stages import run as stages
 from megatron_grit.retrieval.stages.preparation import Preparation
 from megatron_grit.retrieval.stages.run import run_tasks
 from megatron_grit.retrieval.stages.tasks import GROUPS, changed_settings, expand_tasks, with_following
-from megatron_grit.store.blocks import read_arrays, write_arrays
+from megatron_grit.store.blocks import read_arrays, text_of, write_arrays
 from tests.unit.retrieval.databases import WordEmbedder, make_texts, tokenizer_of, write_documents
 
 
@@ -184,7 +184,7 @@ def test_validation_finds_a_changed_block(project: Path, pattern: str, name: str
 
     path = sorted(project.glob(pattern))[0]
     with h5py.File(path) as file:
-        signature = str(file.attrs["signature"])
+        signature = text_of(file, "signature")
     arrays = read_arrays(path)
     arrays[name].ravel()[0] += 1
     write_arrays(path, arrays, signature)
