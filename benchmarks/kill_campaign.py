@@ -37,7 +37,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.killable_runs import KEEP, PHASES, STEPS, Job, Plan, free_port, make_config, write_data
+from benchmarks.killable_runs import (
+    KEEP,
+    PHASES,
+    STEPS,
+    Job,
+    Plan,
+    free_port,
+    make_config,
+    make_retro_config,
+    write_data,
+    write_database,
+)
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import CheckpointConfig
 from megatron_grit.training import checkpoint
@@ -71,12 +82,16 @@ class Campaign:
         asynchronous: as ``checkpoint.asynchronous``.
         num_ranks: processes of a run.
         draw: random numbers.
+        reads: whether the model reads neighbors.
     """
 
-    def __init__(self, folder: Path, asynchronous: bool, num_ranks: int, draw: random.Random) -> None:
+    def __init__(
+        self, folder: Path, asynchronous: bool, num_ranks: int, draw: random.Random, reads: bool = False
+    ) -> None:
         self.name = f"{'asynchronous' if asynchronous else 'synchronous'}, {num_ranks} rank{'s' * (num_ranks > 1)}"
+        self.name += ", reads neighbors" * reads
         self.output = folder / self.name.replace(", ", "_").replace(" ", "_")
-        self.config = make_config(folder, self.output, asynchronous)
+        self.config = (make_retro_config if reads else make_config)(folder, self.output, asynchronous)
         self.num_ranks, self.draw, self.tally = num_ranks, draw, Tally()
         self.points = draw.sample(range(1, POINTS + 1), POINTS)
         self.floor = 0
@@ -273,6 +288,7 @@ def print_table(tallies: dict[str, Tally]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="of forked runs, three in four of one rank")
+    parser.add_argument("--retro", type=int, default=24, help="of forked runs that read neighbors, half of one rank")
     parser.add_argument("--torchrun", type=int, default=4, help="kills of runs of two ranks under torchrun")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the table here too")
@@ -292,6 +308,12 @@ def main() -> int:
             if share:
                 tallies[campaign.name] = campaign.run(share)
                 print(f"{campaign.name}: {campaign.tally.kills} kills, {len(campaign.tally.wrong)} wrong", flush=True)
+        if options.retro:
+            write_database(folder)
+        for ranks in (1, 2) if options.retro else ():
+            campaign = Campaign(folder, True, ranks, draw, reads=True)
+            tallies[campaign.name] = campaign.run((options.retro + ranks - 1) // 2)
+            print(f"{campaign.name}: {campaign.tally.kills} kills, {len(campaign.tally.wrong)} wrong", flush=True)
         if options.torchrun:
             tallies["asynchronous, torchrun, 2 ranks"] = kill_torchrun(campaigns[2], options.torchrun)
     print_table(tallies)

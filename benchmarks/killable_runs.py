@@ -11,10 +11,12 @@ import itertools
 import json
 import logging
 import mmap
+import multiprocessing
 import os
 import random
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import free_port
+from benchmarks.retro_kill_campaign import write_inputs
+from megatron_grit.config.database.run import resolve_retro_project
 from megatron_grit.config.schema import ModelConfig, RunConfig
+from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.data.builders.grit_builder import build_grit
 from megatron_grit.data.text.tokenizer import train_sentencepiece
 from megatron_grit.parallel.launch import parallel_job
@@ -69,6 +74,35 @@ def make_config(folder: Path, output: Path, asynchronous: bool) -> RunConfig:
     config.checkpoint.save_interval, config.checkpoint.keep = 1, KEEP
     config.checkpoint.asynchronous, config.training.audit = asynchronous, "off"
     return config
+
+
+def write_database(folder: Path) -> None:
+    """Documents and a retrieval database of them, in ``retro``. Made by other processes: this one is to be forked."""
+    fork = multiprocessing.get_context("fork")
+    writer = fork.Process(target=_build_database, args=(folder / "retro",))
+    writer.start()
+    writer.join()
+    if writer.exitcode:
+        raise SystemExit(f"{folder / 'retro'}: the database could not be built")
+
+
+def _build_database(folder: Path) -> None:
+    folder.mkdir()
+    settings = write_inputs(folder, fewest_words=8)
+    options = [
+        f"--{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in settings.items()
+    ]
+    command = [sys.executable, "-m", "megatron_grit.cli.retro.build_db", "--project-dir", str(folder / "db"), *options]
+    subprocess.run([*command, "--tasks", "build"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def make_retro_config(folder: Path, output: Path, asynchronous: bool) -> RunConfig:
+    """As :func:`make_config`, with a second layer that reads neighbors from :func:`write_database`'s."""
+    config = make_config(folder, output, asynchronous)
+    config.training.objective, config.data.generative, config.data.tokenizer = "generative", [], None
+    config.data.retro_project, config.data.over_long = str(folder / "retro" / "db"), "split"
+    config.model.retro = RetroConfig(num_neighbors=2, layers=[1], gate=None, encoder_hidden_dropout=0.1)
+    return resolve_retro_project(config, {})
 
 
 class Phase:

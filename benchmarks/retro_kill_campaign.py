@@ -43,11 +43,11 @@ POINTS = 70
 MAX_SECONDS = 300.0
 
 
-def write_inputs(folder: Path, num_documents: int = 120) -> dict[str, Any]:
+def write_inputs(folder: Path, num_documents: int = 120, fewest_words: int = 0) -> dict[str, Any]:
     """Documents, their tokenizer and a tiny random encoder. Returns the settings of a build of them."""
     draw = random.Random(1)
     words = ["".join(draw.choices(_SYLLABLES, k=draw.randint(1, 3))) for _ in range(300)]
-    texts = [" ".join(draw.choices(words, k=draw.randint(0, 120))) for _ in range(num_documents)]
+    texts = [" ".join(draw.choices(words, k=draw.randint(fewest_words, 120))) for _ in range(num_documents)]
     texts += texts[:5]
     train_sentencepiece([*filter(None, texts)], folder / "tokenizer", 400)
     tokenizer = load_tokenizer(folder / "tokenizer.model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import numbers
 import os
@@ -31,7 +32,11 @@ def convert(hint: Any, value: Any) -> Any:
             return None
         parts = tuple(part for part in parts if part is not types.NoneType)
         fitting = [part for part in parts if (typing.get_origin(part) in (list, tuple)) == isinstance(value, list)]
-        return convert((fitting or parts)[0], value)
+        *first, last = fitting or parts
+        for part in first:
+            with contextlib.suppress(ValueError):
+                return convert(part, value)
+        return convert(last, value)
     if origin is typing.Literal and isinstance(value, str) and value in parts:
         return value
     if origin in (list, tuple) and isinstance(value, list):

@@ -90,6 +90,13 @@ def any_rank(flag: bool, context: ParallelContext) -> bool:
     return bool(value.item() > 0)
 
 
+def from_rank_0(number: int, context: ParallelContext) -> int:
+    """The number that the job's first process has, on all of them."""
+    value = torch.tensor([number], device=context.device)
+    dist.broadcast(value, src=0)
+    return int(value.item())
+
+
 def all_ranks_arrive(name: str, context: ParallelContext, seconds: float) -> bool:
     """Whether every process of the job comes to this place within a time; false where one is stuck or gone.
 

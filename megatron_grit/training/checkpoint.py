@@ -16,8 +16,8 @@ Loading compares what it is about to read with the manifest.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -253,10 +253,7 @@ def _load_model(path: Path, folder: Path, state: dict[str, Any], model: Stage, *
     try:
         loaded, missing, unexpected = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
     except _LOAD_ERRORS as error:
-        raise CheckpointError(
-            f"{path}: does not fit this model or is damaged ({_reason(error)}); compare its config.yaml with the model "
-            "section in use"
-        ) from error
+        raise CheckpointError(f"{path}: does not fit this model or is damaged ({_reason(error)}){_COMPARE}") from error
     missing = {name for name in missing if "_extra_state" not in name}
     unexpected = {name for name in unexpected if "_extra_state" not in name}
     if is_megatron:
@@ -269,11 +266,14 @@ def _load_model(path: Path, folder: Path, state: dict[str, Any], model: Stage, *
         named = ", ".join(sorted(missing | unexpected)[:4])
         raise CheckpointError(
             f"{path}: is of another model; {len(missing)} of its tensors are not in this one and {len(unexpected)} are "
-            f"missing from it, such as {named}"
+            f"missing from it, such as {named}{_COMPARE if (path / 'config.yaml').is_file() else ''}"
         )
     chunks = stage_chunks(model)
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded if len(chunks) == 1 else loaded[f"chunk{number}"], strict=False)
+
+
+_COMPARE = "; compare its config.yaml with the model section in use"
 
 
 def _reason(error: BaseException) -> str:
@@ -284,6 +284,10 @@ def _reason(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
+_MAKES: dict[str, Callable[[Any], bool]] = {"num_neighbors": bool, "gate": lambda gate: gate is None}
+"""Options of ``model.retro`` that may change unless it changes which parameters there are."""
+
+
 def check_same_model(path: Path, config: RunConfig) -> None:
     """Refuse to go on from a checkpoint whose model the configuration does not describe.
 
@@ -292,13 +296,24 @@ def check_same_model(path: Path, config: RunConfig) -> None:
     """
     saved = read_config(path)
     for section in ("model", "embedding", "adapter", "training"):
-        for field in fields(getattr(config, section)):
-            before, now = (getattr(getattr(run, section), field.name) for run in (saved, config))
-            if before != now and not field.metadata.get("may_change", section == "training"):
-                raise CheckpointError(
-                    f"{path}: was trained with {section}.{field.name} {before}, and this run has {now}; choose "
-                    "another output_dir, or set checkpoint.resume to false to start afresh in this one"
-                )
+        for name, before, now in _changed(section, getattr(saved, section), getattr(config, section)):
+            raise CheckpointError(
+                f"{path}: was trained with {name} {before}, and this run has {now}; choose another output_dir, or set "
+                "checkpoint.resume to false to start afresh in this one"
+            )
+
+
+def _changed(section: str, saved: Any, present: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Options of a section that differ and may not, with both values; those of sections in it as well."""
+    for field in fields(present):
+        before, now = getattr(saved, field.name), getattr(present, field.name)
+        if is_dataclass(now):
+            yield from _changed(f"{section}.{field.name}", before, now)
+            continue
+        makes = _MAKES.get(field.name)
+        may_change = field.metadata.get("may_change", section == "training")
+        if before != now and not (may_change and (makes is None or makes(before) == makes(now))):
+            yield f"{section}.{field.name}", before, now
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +327,8 @@ class Restored:
     """Random states that were put back. None: the layout is another one, the generators are those of a fresh start."""
     next_records: str | None
     """Fingerprint of the records of the next step. None: not known."""
+    versions_read: list[dict[str, Any]]
+    """Versions of the retrieval database by step, as the data loader told them; empty where none was read."""
 
 
 def load_training_state(path: Path, model: Stage, optimizer: Any, context: ParallelContext) -> Restored:
@@ -323,10 +340,13 @@ def load_training_state(path: Path, model: Stage, optimizer: Any, context: Paral
     verify_manifest(path, context)
     state = read_state(path)
     _load_model(path, path / "weights", saved_state(model, context), model)
-    next_records = state.get("next_records")
+    data: dict[str, Any] = {
+        "next_records": state.get("next_records"),
+        "versions_read": state.get("versions_read", []),
+    }
     if state["step"] == 0:
         optimizer.reload_model_params()
-        return Restored(path=path, step=0, random=None, next_records=next_records)
+        return Restored(path=path, step=0, random=None, **data)
     if not (path / "optimizer").is_dir():
         raise CheckpointError(f"{path}: holds weights only; start from it with checkpoint.load")
     _load_optimizer(path, optimizer, model, context, state.get("optimizer_step"))
@@ -335,7 +355,7 @@ def load_training_state(path: Path, model: Stage, optimizer: Any, context: Paral
     if state["world_size"] == context.world_size and state["parallel"] == layout_of(context):
         random = safetensors.torch.load_file(str(random_file(path, context.rank)))
         RandomState.from_tensors(random).restore()
-    return Restored(path=path, step=int(state["step"]), random=random, next_records=next_records)
+    return Restored(path=path, step=int(state["step"]), random=random, **data)
 
 
 def _load_optimizer(path: Path, optimizer: Any, model: Stage, context: ParallelContext, step: int | None) -> None:

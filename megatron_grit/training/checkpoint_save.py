@@ -27,6 +27,7 @@ from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.chat.chat import Chat, write_chat
 from megatron_grit.data.chat.run_chat import run_chat
+from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.text.tokenizer import Tokenizer, copy_tokenizer
 from megatron_grit.errors import CheckpointError, GritError
 from megatron_grit.parallel.collectives import all_ranks_arrive, any_rank, gather_json
@@ -81,7 +82,7 @@ class CheckpointSaver:
         config: the resolved configuration.
         context: this process's place in the mesh.
         tokenizer: copied beside the weights.
-        fingerprint: of the records of a step, for state.json; called on rank 0, in the thread that writes.
+        loader: says in state.json which records come next; asked on rank 0, in the thread that writes.
         chat: how the model converses. None: as a run of this configuration learns it.
         on_saved: told the step and directory of a checkpoint, on every rank, as soon as it is whole.
     """
@@ -91,12 +92,12 @@ class CheckpointSaver:
         config: RunConfig,
         context: ParallelContext,
         tokenizer: Tokenizer,
-        fingerprint: Callable[[int], str] | None = None,
+        loader: GritDataLoader | None = None,
         on_saved: Callable[[int, Path], None] | None = None,
         chat: Chat | None = None,
     ) -> None:
         self._config, self._context, self._tokenizer = config, context, tokenizer
-        self._fingerprint, self._on_saved = fingerprint, on_saved
+        self._loader, self._on_saved = loader, on_saved
         self._chat = chat or run_chat(config, tokenizer, started_from(config))
         self._pending: _Pending | None = None
         self.base: dict[str, Any] | None = None
@@ -224,13 +225,15 @@ class CheckpointSaver:
         except Exception as error:  # told by all ranks, from the thread that trains
             pending.error = write_error(folder, error)
 
-    def _next_records(self, step: int) -> dict[str, str]:
-        if self._fingerprint is None:
+    def _next_records(self, step: int) -> dict[str, Any]:
+        if self._loader is None:
             return {}
+        versions = self._loader.versions_read()
+        found: dict[str, Any] = {"versions_read": versions} if versions else {}
         # What is wrong with the next step's data is told when it is trained on.
         with suppress(GritError):
-            return {"next_records": self._fingerprint(step)}
-        return {}
+            found["next_records"] = self._loader.fingerprint(step)
+        return found
 
     def _agree(self, problem: CheckpointError | None, path: Path) -> None:
         if any_rank(problem is not None, self._context):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.errors import CheckpointError
 from megatron_grit.parallel.random import RandomState
 
@@ -85,3 +87,33 @@ def check_next_records(path: Path, saved: str | None, present: str | None, step:
         "files, blend, batch sizes, seed and data.retro_version, or set checkpoint.same_data to false to go on with "
         "the new ones"
     )
+
+
+def check_versions_read(path: Path, saved: Sequence[Mapping[str, Any]], loader: GritDataLoader, step: int) -> None:
+    """Compare what a run is about to read from its retrieval database with what the checkpoint says of it.
+
+    Args:
+        path: the checkpoint, for messages.
+        saved: ``versions_read`` of state.json; empty: not known.
+        loader: of this run.
+        step: first step to train, from 0.
+
+    Raises:
+        CheckpointError: another version is read, or the chunks or neighbors of the version are others now.
+        ConfigError, DataError: it is gone or damaged.
+    """
+    present = loader.versions_read()
+    if not saved or not present:
+        return
+    was, now = (next(each for each in reversed(record) if each["first_step"] <= step) for record in (saved, present))
+    remedy = "or set checkpoint.same_data to false to go on with what is there"
+    if was["version"] != now["version"]:
+        raise CheckpointError(
+            f"{path}: step {step + 1} of the run that saved it reads version {was['version']} of the retrieval "
+            f"database, and this run version {now['version']}; set data.retro_version to {was['version']}, {remedy}"
+        )
+    if was["identity"] != loader.open_version(now["version"]):
+        raise CheckpointError(
+            f"{path}: version {was['version']} of data.retro_project has other chunks or neighbors than the run that "
+            f"saved it read; put its files back from a copy, {remedy}"
+        )

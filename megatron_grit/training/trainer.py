@@ -13,6 +13,7 @@ from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.chat.run_chat import run_chat
 from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.rows.version_follower import VersionFollower
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError
 from megatron_grit.models.adapters import count_trainable
@@ -54,7 +55,7 @@ from megatron_grit.training.optimizer import (
     set_learning_rate,
     wrap_chunks,
 )
-from megatron_grit.training.restore_checks import check_next_records, check_random_states
+from megatron_grit.training.restore_checks import check_next_records, check_random_states, check_versions_read
 from megatron_grit.training.step import TrainStep
 from megatron_grit.training.stop import StopRequest
 from megatron_grit.training.validation.loss import Validation, describe
@@ -132,7 +133,9 @@ class Trainer:
         self.schedule = build_schedule(config, self.optimizer)
         self.step = TrainStep(config, context, self.wrapped, self.optimizer)
         self.validation = Validation(config, self.tokenizer, context, self.wrapped) if config.data.valid else None
-        self.saver = CheckpointSaver(config, context, self.tokenizer, self.loader.fingerprint, self._saved, self.chat)
+        others = [] if self.validation is None else [self.validation.loader]
+        self.follower = VersionFollower(config, context, self.loader, others)
+        self.saver = CheckpointSaver(config, context, self.tokenizer, self.loader, self._saved, self.chat)
         self.restored: Restored | None = None
 
     def run(self) -> None:
@@ -142,6 +145,8 @@ class Trainer:
         log.info("loading weights")
         positions.enter("restoring")
         start = self._restore()
+        keeps_data = self.restored is not None and config.checkpoint.same_data
+        self.follower.start(self.restored.versions_read if self.restored is not None and keeps_data else None)
         if config.training.skip_train:
             return self._only_validate(start)
         if self.context.rank == 0:
@@ -161,6 +166,7 @@ class Trainer:
                 self.saver.finish_after_error()
             raise
         finally:
+            self.follower.close()
             for callback in callbacks:
                 callback.close()
 
@@ -182,6 +188,7 @@ class Trainer:
         """Loss and perplexity on ``data.valid`` after a step. Collective."""
         assert self.validation is not None
         positions.enter("validation", step)
+        self.validation.loader.read_as(self.loader, max(step - 1, 0))
         figures = self.validation()
         log.info(f"step {step}: {describe(figures)}")
         return figures
@@ -245,7 +252,10 @@ class Trainer:
             return
         if restored.random is not None:
             check_random_states(restored.path, restored.random)
-        if restored.next_records is not None and self.config.checkpoint.same_data:
+        if not self.config.checkpoint.same_data:
+            return
+        check_versions_read(restored.path, restored.versions_read, self.loader, start)
+        if restored.next_records is not None:
             check_next_records(restored.path, restored.next_records, self.loader.fingerprint(start), start)
 
     def _loop(self, start: int, callbacks: list[Callback], stop: StopRequest) -> None:
@@ -284,6 +294,8 @@ class Trainer:
             for callback in callbacks:
                 callback.after_step(record)
             interval = config.checkpoint.save_interval
+            positions.at("looking for a version of the database")
+            self.follower.after_step(trained)
             positions.at("agreeing on a stop")
             stopping = stop.on_any_rank()
             positions.at("saving")

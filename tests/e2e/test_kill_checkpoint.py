@@ -16,7 +16,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
 def campaign(tmp_path: Path, *options: str) -> tuple[int, str, dict[str, dict[str, object]]]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kill_campaign", "--torchrun", "0", *options]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.kill_campaign",
+        "--torchrun",
+        "0",
+        "--retro",
+        "0",
+        *options,
+    ]
     command += ["--json", str(tmp_path / "table.json")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     return result.returncode, result.stdout + result.stderr, json.loads((tmp_path / "table.json").read_text())

@@ -115,6 +115,27 @@ def test_the_recipe_that_reads(repository: Path, tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("pretrain_retro.sh: error: set PROJECT_DIR to the directory")
 
 
+def test_the_options_of_megatrons_script(repository: Path, tmp_path: Path) -> None:
+    script = ["bash", str(repository / "tools" / "retro" / "examples" / "pretrain_model.sh"), "--lr", "3e-4"]
+    environment = command.environment() | {"DRY_RUN": "1", "SCALE": "tiny"}
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        words = [*script, *options]
+        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    done = run("--micro-batch-size", "4", "--model.retro.gate", "null")
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load(done.stdout)
+    assert config["optimizer"]["lr"] == 3e-4 and config["model"]["retro"]["num_neighbors"] == 2
+    assert config["model"]["retro"]["gate"] is None and config["data"]["tokens_per_row"] == 513
+    assert "without meaning here: --micro-batch-size" in done.stderr
+    refused = run("--fp16")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines() == [
+        "pretrain_model.sh: error: --fp16: write --bf16, or leave it out for fp32",
+    ]
+
+
 def train_on_the_same_documents(repository: Path, tmp_path: Path) -> None:
     """A run that names the database trains on its documents with its tokenizer."""
     arguments = ["-m", "megatron_grit.cli.train", "--model", "tiny_mistral", "--parallel.device", "cpu"]

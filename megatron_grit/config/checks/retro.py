@@ -13,6 +13,12 @@ from megatron_grit.config.shape import neighbor_tokens, reading_layers
 def retro_problems(config: RunConfig) -> Iterator[Problem]:
     """What in ``model.retro`` contradicts itself or the rest of the run."""
     model, retro, parallel = config.model, config.model.retro, config.parallel
+    if config.data.retro_version is not None and config.data.retro_project is None:
+        yield Problem(
+            "data.retro_version",
+            f"data.retro_version is {config.data.retro_version}, but data.retro_project is not set; give the "
+            "--project-dir of tools/retro/build_db.py, or leave it out",
+        )
     if not retro.num_neighbors:
         return
     outside = [layer for layer in retro.layers or () if not 0 <= layer < model.num_layers]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
+from megatron_grit.config.checkpoint_folder import list_checkpoints
 from megatron_grit.config.database.schema import CONFIG_FILE, load_project_config, version_numbers
+from megatron_grit.config.parse import load_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
 
@@ -29,7 +32,7 @@ def resolve_retro_project(config: RunConfig, origins: Mapping[str, str], *, file
     if project is None:
         if files:
             raise ConfigError(
-                f"data.retro_project {folder}: holds no {CONFIG_FILE}; give the --project-dir of "
+                f"data.retro_project {folder}: holds no {CONFIG_FILE}; give the one --project-dir of "
                 "tools/retro/build_db.py"
             )
         return config
@@ -55,11 +58,20 @@ def resolve_retro_project(config: RunConfig, origins: Mapping[str, str], *, file
     if not config.model.retro.num_neighbors:
         return dataclasses.replace(config, data=data)
     if data.retro_version is None:
-        data.retro_version = max(version_numbers(folder), default=None)
+        data.retro_version = _version_of_checkpoint(config) or max(version_numbers(folder), default=None)
     retro = config.model.retro
     if "model.retro.chunk_length" not in origins:
         retro = dataclasses.replace(retro, chunk_length=project.chunk_length)
     return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, retro=retro))
+
+
+def _version_of_checkpoint(config: RunConfig) -> int | Literal["newest"] | None:
+    """What the checkpoint that the run resumes from has as data.retro_version."""
+    found = list_checkpoints(config.output_dir) if config.checkpoint.resume else []
+    if not found or not (found[-1] / "config.yaml").is_file():
+        return None
+    saved = load_config(found[-1] / "config.yaml")
+    return saved.data.retro_version if saved.model.retro.num_neighbors else None
 
 
 def _in_project(folder: Path, path: str, suffix: str = "") -> str:

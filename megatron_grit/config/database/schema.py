@@ -194,7 +194,7 @@ def load_project_config(project: Path) -> RetroDbConfig | None:
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
+        raise ConfigError(f"{path}: cannot be read ({error}); put it back from a copy") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no settings of a database ({{...}}); put it back from a copy")
     settings = options_of(RetroDbConfig)

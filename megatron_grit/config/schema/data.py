@@ -34,9 +34,10 @@ class DataConfig:
     """Directory of a retrieval database (tools/retro/build_db.py): the run trains on the documents that get neighbors
     there, with their tokenizer, but for those of valid. generative, where it is given, takes the place of these
     documents."""
-    retro_version: int | None = knob(None, at_least=1)
-    """Version of retro_project whose neighbors a run with model.retro reads. null: the newest at the start, which is
-    kept in every checkpoint."""
+    retro_version: int | Literal["newest"] | None = knob(None, at_least=1)
+    """Version of retro_project whose neighbors a run with model.retro reads. newest: a newer one is taken between two
+    steps, once all sources have neighbors in it. null: the newest at the start. Every checkpoint says what its steps
+    read, and a run that resumes reads that."""
     embedding_temperature: float = knob(1.0, above=0)
     """Sources of embedding are drawn in proportion to weight ** (1 / embedding_temperature); above 1, small sources are
     drawn more often."""

@@ -144,7 +144,7 @@ def read_version(folder: Path, number: int | None = None) -> Version:
     if not path.is_file():
         gone = "was given up when the database was built again" if number in _given_up(folder) else "is missing"
         raise DataError(
-            f"{gone}; versions that are there: {', '.join(map(str, numbers)) or 'none, run --tasks index-build'}",
+            f"{gone}; versions that are there: {', '.join(map(str, numbers)) or 'none, run --tasks build'}",
             path=path,
         )
     try:

@@ -18,7 +18,7 @@ from megatron_grit.data.order.blend import RecordOrder, blend_weights
 from megatron_grit.data.order.sampler import GenerativeSampler, Stream, stream_key
 from megatron_grit.data.order.sources import OpenFiles, SourceRules, Sources
 from megatron_grit.data.rows.batch import PackedRow
-from megatron_grit.data.rows.neighbor_reader import NeighborReader
+from megatron_grit.data.rows.neighbor_versions import NeighborVersions
 from megatron_grit.data.rows.row import PADDING_ROLE, start_row
 from megatron_grit.data.rows.row_plan import PIECE, RowPlan
 from megatron_grit.data.rows.segments import Segment, labels_between, ranges, spans_between, too_long
@@ -103,8 +103,8 @@ class GenerativeStream(RowStream):
                 f"data.split_multiple {self._multiple} needs rows of {self._multiple + 1} tokens at least; raise "
                 "data.tokens_per_row or model.max_position_embeddings"
             )
-        self.neighbors = NeighborReader(config, self.sources) if config.model.retro.num_neighbors else None
-        """Reads what the chunks of the rows read. None: they read nothing."""
+        if config.model.retro.num_neighbors:
+            self.neighbors = NeighborVersions(config, self.sources)
         entries, seed = self.sources.entries, config.training.seed
         order = RecordOrder(self.sources.sizes, [entry.cap for entry in entries], stream_key(seed, self.record_draws))
         weights = blend_weights(entries, order.sizes)
@@ -173,18 +173,6 @@ class GenerativeStream(RowStream):
     def make_row(self, row: PlannedRow, row_length: int, pad_id: int) -> PackedRow:
         """As in the base class."""
         return make_row(row.segments, row.slots, row_length, pad_id, self.kind)
-
-    def make_rows(self, rows: Sequence[PlannedRow], row_lengths: Sequence[int], pad_id: int) -> list[PackedRow]:
-        """As in the base class; all rows read their neighbors at once."""
-        made = super().make_rows(rows, row_lengths, pad_id)
-        if self.neighbors is not None:
-            for row, neighbors in zip(made, self.neighbors.read([row.segments for row in rows]), strict=True):
-                row.neighbors = neighbors
-        return made
-
-    def read_beside(self) -> str:
-        """As in the base class."""
-        return "" if self.neighbors is None else self.neighbors.identity()
 
     def _slots(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Source and record of each slot of the stream: int64 each."""

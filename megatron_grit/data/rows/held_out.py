@@ -38,7 +38,7 @@ class HeldOutStream(RowStream):
         self._stream: RowStream = load_kind(KINDS, held_out_kind(config)).STREAM(
             _held_out(config), tokenizer, OpenFiles()
         )
-        self.sources = self._stream.sources
+        self.sources, self.neighbors = self._stream.sources, self._stream.neighbors
         sizes = self.sources.sizes
         self._source_R = np.repeat(np.arange(len(sizes)), sizes)
         places_R = np.concatenate([np.arange(size) for size in sizes])
@@ -79,12 +79,6 @@ class HeldOutStream(RowStream):
         """As in the base class."""
         return self._stream.make_row(row, row_length, pad_id)
 
-    def make_rows(self, rows: Sequence[PlannedRow], row_lengths: Sequence[int], pad_id: int) -> list[PackedRow]:
-        """As in the base class; the empty rows come last."""
-        full = sum(bool(row.segments) for row in rows)
-        made = self._stream.make_rows(rows[:full], row_lengths[:full], pad_id) if full else []
-        return made + super().make_rows(rows[full:], row_lengths[full:], pad_id)
-
     def source_counts(self, num_steps: int) -> dict[str, int]:
         """As in the base class."""
         counts = np.bincount(self._source_R[: self._bounds[num_steps]], minlength=len(self.sources))
@@ -105,6 +99,17 @@ class HeldOutLoader(GritDataLoader):
     def _open(self, config: RunConfig, tokenizer: Tokenizer) -> dict[str, RowStream]:
         self.stream = HeldOutStream(config, tokenizer, self._dp_size * self._rows_multiple)
         return {held_out_kind(config): self.stream}
+
+    def read_as(self, loader: GritDataLoader, step: int) -> None:
+        """Read the version of the retrieval database that a run reads.
+
+        Args:
+            loader: of the run.
+            step: of the run, from 0.
+        """
+        for change in loader.versions_read():
+            if change["first_step"] <= step:
+                self.read_versions([change | {"first_step": 0}])
 
 
 def held_out_kind(config: RunConfig) -> str:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_grit.config.kinds import load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.reader import IndexedMeta
 from megatron_grit.data.order.sources import OpenFiles
-from megatron_grit.data.rows.batch import BatchPart, StepBatch
+from megatron_grit.data.rows.batch import BatchPart, PackedRow, StepBatch
+from megatron_grit.data.rows.neighbor_versions import NeighborVersions, VersionChange
 from megatron_grit.data.rows.stream import PlannedRow, RowStream
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError
@@ -99,7 +101,7 @@ class GritDataLoader:
         mine = slice(self._dp_rank, None, self._dp_size)
         parts = {
             kind: BatchPart(
-                rows=stream.make_rows(planned[kind][mine], lengths[kind][mine], self._pad_id),
+                rows=self._make_rows(stream, planned[kind][mine], lengths[kind][mine], step),
                 counts=stream.counts(planned[kind], self._dp_size),
             )
             for kind, stream in self.streams.items()
@@ -111,6 +113,17 @@ class GritDataLoader:
             num_tokens=sum(row.length for rows in planned.values() for row in rows),
             num_padded_tokens=sum(sum(every) for every in lengths.values()),
         )
+
+    def _make_rows(
+        self, stream: RowStream, rows: Sequence[PlannedRow], lengths: Sequence[int], step: int
+    ) -> list[PackedRow]:
+        made = [stream.make_row(row, length, self._pad_id) for row, length in zip(rows, lengths, strict=True)]
+        full = [number for number, row in enumerate(rows) if row.segments]
+        if stream.neighbors is not None and full:
+            found = stream.neighbors.at(step).read([rows[number].segments for number in full])
+            for number, neighbors in zip(full, found, strict=True):
+                made[number].neighbors = neighbors
+        return made
 
     def _padded(self, row: PlannedRow, stream: RowStream) -> int:
         return -(-max(stream.fixed_length or row.length, 1) // self._row_multiple) * self._row_multiple
@@ -125,10 +138,61 @@ class GritDataLoader:
         """
         with self._lock:
             segments = [segment for stream in self.streams.values() for segment in stream.segments(step)]
-        digest = hashlib.sha256("".join(stream.read_beside() for stream in self.streams.values()).encode())
+            beside = [versions.at(step).identity() for versions in self._neighbors]
+        digest = hashlib.sha256("".join(beside).encode())
         for segment in segments:
             digest.update(f"{Path(segment.name).name}:{segment.start}:{segment.stop}\n".encode())
         return digest.hexdigest()
+
+    @property
+    def _neighbors(self) -> list[NeighborVersions]:
+        return [stream.neighbors for stream in self.streams.values() if stream.neighbors is not None]
+
+    def versions_read(self) -> list[dict[str, Any]]:
+        """Which version of ``data.retro_project`` is read from which step on, for a checkpoint and
+        :meth:`read_versions`: ``first_step`` from 0, ``version``, and ``identity`` of its chunks and neighbors,
+        "" for one that was not opened. An empty list where rows have no neighbors."""
+        every = self._neighbors
+        return [
+            {
+                "first_step": change.first_step,
+                "version": change.version,
+                "identity": ":".join(versions.identities.get(change.version, "") for versions in every),
+            }
+            for change in (every[0].changes if every else ())
+        ]
+
+    def read_versions(self, record: Sequence[Mapping[str, Any]]) -> None:
+        """Read the versions that :meth:`versions_read` told, perhaps of another run."""
+        changes = [VersionChange(first_step=int(each["first_step"]), version=int(each["version"])) for each in record]
+        with self._lock:
+            for versions in self._neighbors:
+                versions.changes = list(changes)
+
+    def open_version(self, number: int) -> str:
+        """Open a version of the database for a later step. Returns its identity.
+
+        Raises:
+            ConfigError, DataError: a source has no neighbors in it, or it cannot be read.
+        """
+        for versions in self._neighbors:
+            versions.open(number)
+        return ":".join(versions.identities[number] for versions in self._neighbors)
+
+    def change_version(self, number: int, num_trained: int) -> int:
+        """Read another version as soon as no rank has made rows of the step. Returns the first such step, from 0.
+
+        Args:
+            number: the version.
+            num_trained: steps that were trained; the same on all ranks.
+        """
+        ahead = self._data.prefetch_steps
+        first = num_trained + (ahead + 1 if ahead else 0)  # in the queue, and the one that waits to be put there
+        with self._lock:
+            for versions in self._neighbors:
+                kept = [change for change in versions.changes if change.first_step < first]
+                versions.changes = [*kept, VersionChange(first_step=first, version=number)]
+        return first
 
     def source_counts(self, num_steps: int) -> dict[str, dict[str, int]]:
         """Samples that each source gives to the first steps, by kind and prefix."""

@@ -30,6 +30,7 @@ from megatron_grit.errors import ConfigError, DataError
 
 _BEYOND = np.iinfo(np.int64).max
 """Where a segment ends that holds the end of its document: its last chunk is whole, however short."""
+_QUERY = "tools/retro/build_db.py --tasks query-neighbors"
 
 
 class NeighborReader:
@@ -38,13 +39,14 @@ class NeighborReader:
     Args:
         config: the run, with ``model.retro.num_neighbors`` above 0.
         sources: of the rows; each has a neighbor table of the version.
+        version: of the database. None: the newest.
 
     Raises:
         ConfigError: no database, or one of other chunks or with fewer neighbors.
         DataError: a table that is missing, damaged, or of another version or file.
     """
 
-    def __init__(self, config: RunConfig, sources: Sources) -> None:
+    def __init__(self, config: RunConfig, sources: Sources, version: int | None = None) -> None:
         retro, folder = config.model.retro, config.data.retro_project
         settings = None if folder is None else load_project_config(Path(folder))
         if folder is None or settings is None:
@@ -55,7 +57,7 @@ class NeighborReader:
         if settings.chunk_length != retro.chunk_length:
             raise ConfigError(
                 f"model.retro.chunk_length {retro.chunk_length} is not that of data.retro_project {folder}, "
-                f"{settings.chunk_length}"
+                f"{settings.chunk_length}; leave it out, or build a database with --chunk_length {retro.chunk_length}"
             )
         project = Project(Path(folder), settings)
         self._k, self._chunk_length, self._num_tokens = (
@@ -64,7 +66,7 @@ class NeighborReader:
             neighbor_tokens(config.model),
         )
         self._share = retro.encoder_conditioning == "none"
-        self._db = VersionedDb(project, read_version(project.folder, config.data.retro_version))
+        self._db = VersionedDb(project, read_version(project.folder, version))
         folders = [path.parent for path in sorted((project.folder / "query").glob("*/table.json"))]
         manifests = [(folder, read_table_manifest(folder)) for folder in folders]
         self.tables = [self._table(project, manifests, Path(name)) for name in sources.names]
@@ -84,17 +86,29 @@ class NeighborReader:
             if manifest.num_neighbors < self._k:
                 raise ConfigError(
                     f"model.retro.num_neighbors {self._k} is above the {manifest.num_neighbors} that {folder} "
-                    "has for each chunk"
+                    f"has for each chunk; lower it, or run {_QUERY} with --num_neighbors_save {self._k} or more"
+                )
+            if manifest.chunk_length != self._chunk_length:
+                raise DataError(
+                    f"is of chunks of {manifest.chunk_length} tokens, and config.json of the database says "
+                    f"{self._chunk_length}; put config.json back from a copy, or build another database",
+                    path=folder / "table.json",
                 )
             table = NeighborTable(folder, self._db.rows, self._db.version.chunks)
             table.check_source(prefix)
             return table
         known = f"; there are those of version {sorted(others)}: see data.retro_version" if others else ""
+        queried = project.config.query_paths or project.config.data_paths
+        is_queried = prefix.resolve() in [project.resolve(each).resolve() for each in queried]
+        remedy = "" if is_queried else "add it to its query_paths and "
         raise DataError(
-            f"has no neighbors in version {number} of {project.folder}; add it to its query_paths and run "
-            f"tools/retro/build_db.py --tasks query-neighbors{known}",
-            path=prefix,
+            f"has no neighbors in version {number} of {project.folder}; {remedy}run {_QUERY}{known}", path=prefix
         )
+
+    @property
+    def version(self) -> int:
+        """Number of the version."""
+        return self._db.version.number
 
     def identity(self) -> str:
         """Of the version's chunks and of the tables: what is read for a row is the same while it is."""

@@ -13,6 +13,7 @@ import numpy as np
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.order.sources import Sources
 from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.data.rows.neighbor_versions import NeighborVersions
 from megatron_grit.data.rows.packing import pack
 from megatron_grit.data.rows.segments import Segment
 from megatron_grit.errors import ConfigError
@@ -50,6 +51,9 @@ class RowStream(ABC):
     sources: Sources
     fixed_length: int | None = None
     """Tokens that every row is padded to; None: as many as the row's segments have, or those of the longest row."""
+
+    neighbors: NeighborVersions | None = None
+    """What the rows read beside their segments; None: nothing."""
 
     def __init__(self, config: RunConfig, num_rows_multiple: int) -> None:
         self._tokens_per_row, self._num_rows_multiple = config.data.tokens_per_row, num_rows_multiple
@@ -102,18 +106,6 @@ class RowStream(ABC):
         Raises:
             DataError: a damaged source.
         """
-
-    def make_rows(self, rows: Sequence[PlannedRow], row_lengths: Sequence[int], pad_id: int) -> list[PackedRow]:
-        """Rows of one step, as of :meth:`make_row`, each padded to its length.
-
-        Raises:
-            DataError: as there.
-        """
-        return [self.make_row(row, length, pad_id) for row, length in zip(rows, row_lengths, strict=True)]
-
-    def read_beside(self) -> str:
-        """What identifies the data that rows hold beside their segments; empty where there is none."""
-        return ""
 
     @abstractmethod
     def source_counts(self, num_steps: int) -> dict[str, int]:

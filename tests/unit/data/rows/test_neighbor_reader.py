@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_grit.config.checks.run import find_errors
 from megatron_grit.config.database.run import resolve_retro_project
+from megatron_grit.config.parse import parse_train_arguments
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.data.chunks.chunk_db import ChunkDb
@@ -23,7 +28,7 @@ from megatron_grit.data.order.sources import OpenFiles
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.rows.neighbor_reader import NeighborReader
-from megatron_grit.errors import ConfigError, DataError, GritError
+from megatron_grit.errors import ConfigError, DataError
 from tests.unit.retrieval.databases import (
     CHUNK,
     WordEmbedder,
@@ -200,30 +205,124 @@ def test_the_order_of_the_data_is_that_of_the_decoder_alone(project: Project) ->
     assert with_them.fingerprint(0) != without.fingerprint(0)
 
 
-def test_what_does_not_go_together_is_refused(project: Project, tmp_path: Path) -> None:
-    def error(config: RunConfig) -> GritError:
-        with pytest.raises((ConfigError, DataError)) as caught:
-            loader_of(config, project)
-        return caught.value
+def remove_table(project: Project) -> None:
+    shutil.rmtree(project.folder / "query")
 
-    config = run_of(project)
-    config.model.retro = replace(config.model.retro, chunk_length=16)
-    assert "model.retro.chunk_length 16 is not that of data.retro_project" in str(error(config))
-    config = run_of(project, model__retro=RetroConfig(num_neighbors=6, layers=[0]))
-    assert "model.retro.num_neighbors 6 is above the 5" in str(error(config))
-    config = run_of(project)
-    config.data.retro_version = 7
-    assert "7" in str(error(config))
-    config = run_of(project)
-    config.data.retro_project = str(tmp_path)
-    assert "holds no config.json" in str(error(config))
-    other = write_documents(tmp_path / "other", make_texts(5, 9), project.tokenizer)
-    config = run_of(project, data__generative=[other])
-    assert "has no neighbors in version 1" in str(error(config))
-    copy = tmp_path / "db"
-    shutil.copytree(project.folder, copy)
-    for path in (copy / "query").glob("*/neighbors.npy"):
+
+def shorten_table(project: Project) -> None:
+    for path in (project.folder / "query").glob("*/neighbors.npy"):
         path.write_bytes(path.read_bytes()[:-8])
-    config = run_of(project)
-    config.data.retro_project = str(copy)
-    assert "neighbors.npy" in str(error(config))
+
+
+def flip_table(project: Project) -> None:
+    for path in (project.folder / "query").glob("*/sources.npy"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\1")
+
+
+def garble_manifest(project: Project) -> None:
+    for path in (project.folder / "query").glob("*/table.json"):
+        path.write_text("{")
+
+
+def other_chunks(project: Project) -> None:
+    (project.folder / "config.json").write_text(json.dumps(asdict(project.config) | {"chunk_length": 16}))
+
+
+def garble_config(project: Project) -> None:
+    (project.folder / "config.json").write_text("{")
+
+
+def without_versions(project: Project) -> None:
+    shutil.rmtree(project.folder / "db" / "versions")
+
+
+def untouched(project: Project) -> None:
+    pass
+
+
+# What is done to the database, options of the run, and the message: the file or option, and what to do.
+BAD: dict[str, tuple[Callable[[Project], None], list[str], str]] = {
+    "other corpus": (
+        untouched,
+        ["--data.generative", "[OTHER]"],
+        r"other: has no neighbors in version 1 of .*; add it to its query_paths and run .* --tasks query-neighbors",
+    ),
+    "other version": (untouched, ["--data.retro_version", "7"], r"0007.json: is missing; versions that are there: 1"),
+    "version alone": (
+        untouched,
+        ["--data.retro_project", "null", "--data.retro_version", "1", "--model.retro.num_neighbors", "0"],
+        r"data.retro_version is 1, but data.retro_project is not set; .* or leave it out",
+    ),
+    "other tokenizer": (
+        untouched,
+        ["--data.tokenizer", "x.model"],
+        r"data.tokenizer x.model is not that of data.retro_project .*; leave it out",
+    ),
+    "other chunk length": (
+        untouched,
+        ["--model.retro.chunk_length", "16"],
+        r"chunk_length 16 is not that of data.retro_project .*, 8; leave it out",
+    ),
+    "too many neighbors": (
+        untouched,
+        ["--model.retro.num_neighbors", "6"],
+        r"num_neighbors 6 is above the 5 that .* has for each chunk; lower it, or run .* --num_neighbors_save 6",
+    ),
+    "no database": (
+        untouched,
+        ["--data.retro_project", "null"],
+        r"data.retro_project is not set; give the --project-dir",
+    ),
+    "no directory": (
+        untouched,
+        ["--data.retro_project", "x"],
+        r"data.retro_project x: holds no config.json; give the one",
+    ),
+    "two databases": (untouched, ["--data.retro_project", "[x, y]"], r"\[x, y\]: holds no config.json; give the one"),
+    "half built": (without_versions, [], r"0001.json: is missing; versions that are there: none, run --tasks build"),
+    "no table": (remove_table, [], r"/a: has no neighbors in version 1 of .*; run .* --tasks query-neighbors$"),
+    "short table": (shorten_table, [], r"neighbors.npy: cannot be read .*; run --tasks query-neighbors"),
+    "flipped table": (flip_table, [], r"sources.npy: does not match its checksum; run --tasks query-neighbors"),
+    "garbled manifest": (garble_manifest, [], r"table.json: cannot be read .*; run --tasks query-neighbors"),
+    "edited config": (other_chunks, [], r"table.json: is of chunks of 8 tokens, and .* 16; put config.json back"),
+    "garbled config": (garble_config, [], r"config.json: cannot be read .*; put it back from a copy"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_read_is_one_line(name: str, project: Project, tmp_path: Path) -> None:
+    damage, options, message = BAD[name]
+    shutil.copytree(project.folder, tmp_path / "db")
+    copy = Project(tmp_path / "db", project.config)
+    damage(copy)
+    other = write_documents(tmp_path / "other", make_texts(5, 9), project.tokenizer)
+    words = [
+        "--data.retro_project",
+        str(copy.folder),
+        "--model.retro.num_neighbors",
+        "2",
+        "--model.retro.layers",
+        "[0]",
+    ]
+    words += ["--training.objective", "generative", "--data.tokens_per_row", "50", "--parallel.device", "cpu"]
+    words += [word.replace("OTHER", other) for word in options]
+    with pytest.raises((ConfigError, DataError)) as caught:
+        arguments = parse_train_arguments(words)
+        config = resolve_retro_project(arguments.config, arguments.origins)
+        problems = [problem for problem in find_errors(config, 1) if "data.tokenizer" not in str(problem)]
+        if problems:
+            raise problems[0]
+        loader_of(config, project)
+    assert re.search(message, str(caught.value)) and "\n" not in str(caught.value), str(caught.value)
+
+
+def test_no_file_is_opened_for_a_chunk(project: Project) -> None:
+    loader = loader_of(run_of(project), project)
+    loader.batch(0)
+    with (
+        mock.patch("builtins.open") as opened,
+        mock.patch("os.open") as opened_too,
+        mock.patch("numpy.memmap.__new__") as mapped,
+    ):
+        assert sum(len(row.neighbors.lengths_U) for step in range(1, 4) for row in loader.batch(step).rows)
+    assert not opened.called and not opened_too.called and not mapped.called

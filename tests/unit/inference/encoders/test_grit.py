@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,13 +10,19 @@ import pytest
 
 from megatron_grit.config.database.schema import RetroDbConfig, config_problems
 from megatron_grit.config.schema import ParallelConfig, RunConfig
+from megatron_grit.config.schema.retro import RetroConfig
+from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError, MeshError
 from megatron_grit.inference.encoders.grit import GritEmbedder
 from megatron_grit.inference.encoders.load import MESH, load_embedder
 from megatron_grit.inference.encoders.protocol import EmbedderOptions
 from megatron_grit.inference.model import GritModel
 from megatron_grit.inference.model_group import ModelGroup
+from megatron_grit.models.decoder import build_model
+from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.retrieval.work import Worker
+from megatron_grit.training.checkpoint import load_weights, resolve_checkpoint
+from megatron_grit.training.checkpoint_save import save_checkpoint
 from tests.corpus import sentences
 
 
@@ -95,6 +102,23 @@ def test_a_checkpoint_of_ours_embeds_as_the_model_itself(trained_run):
         named = "".join(rf".*embedder_{name} {sizes.get(name, 1)}" for name in MESH)
         with pytest.raises(MeshError, match=f"embedder .*run with{named}: .*({message})"):
             load_embedder(str(config.output_dir), EmbedderOptions(device="cpu"), parallel=ParallelConfig(**sizes))
+
+
+def test_a_model_that_reads_neighbors_embeds_as_its_decoder_does(trained_run, tmp_path):
+    """Its bidirectional pass has none, so one checkpoint is both retriever and reader."""
+    reads = copy.deepcopy(trained_run)
+    reads.output_dir, reads.model.retro = str(tmp_path), RetroConfig(num_neighbors=2, chunk_length=8, layers=[0, 1])
+    tokenizer = load_tokenizer(reads.data.tokenizer)
+    with parallel_job(ParallelConfig(device="cpu"), seed=1) as context:
+        model = build_model(reads, tokenizer.vocab_size, context)
+        load_weights(resolve_checkpoint(trained_run.output_dir), [model], context)
+        save_checkpoint(reads, context, [model], None, tokenizer, 1)
+    decoder, reader = (
+        load_embedder(str(run.output_dir), EmbedderOptions(device="cpu")) for run in (trained_run, reads)
+    )
+    texts = [answer for _, answer in sentences(12)]
+    assert reader.dim == 64 and reader.fingerprint != decoder.fingerprint
+    np.testing.assert_array_equal(reader.embed(texts), decoder.embed(texts))
 
 
 def test_sizes_of_the_mesh_are_checked():

@@ -1,0 +1,110 @@
+"""A run that takes newer versions of its retrieval database: rank 0 looks for them, and all ranks hear of one after the
+same step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_grit.config.database.schema import version_numbers
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.rows.neighbor_versions import NEWEST
+from megatron_grit.errors import GritError
+from megatron_grit.parallel.collectives import from_rank_0
+from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.store.logs import get_logger
+
+SECONDS = 5.0
+"""Between two looks."""
+
+log = get_logger(__name__)
+
+
+class VersionFollower:
+    """Takes newer versions between steps, with ``data.retro_version newest``; does nothing otherwise.
+
+    A version is opened in a thread on rank 0 before it is announced, so that no step waits for a large table to be
+    compared with its checksums. One whose neighbors were not searched yet is passed over.
+
+    Args:
+        config: the run.
+        context: this process's place in the mesh.
+        loader: of this process.
+        others: that read the same version; a newer one is taken when they can read it too.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        context: ParallelContext,
+        loader: GritDataLoader,
+        others: Sequence[GritDataLoader] = (),
+    ) -> None:
+        self._folder = Path(config.data.retro_project or "")
+        self._context, self._loader, self._others = context, loader, others
+        self._follows = config.data.retro_version == NEWEST and bool(loader.versions_read())
+        self._told: set[int] = set()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.found = 0
+        """Newest version that rank 0 can read."""
+
+    def start(self, record: Sequence[Mapping[str, Any]] | None) -> None:
+        """Begin with what a checkpoint read, or where there is none with what rank 0 found. Collective.
+
+        Args:
+            record: of :meth:`GritDataLoader.versions_read`; the same on all ranks.
+        """
+        if not self._follows:
+            return
+        if record:
+            self._loader.read_versions(record)
+        else:
+            first = from_rank_0(self._loader.versions_read()[0]["version"], self._context)
+            self._loader.read_versions([{"first_step": 0, "version": first}])
+        self.found = int(self._loader.versions_read()[-1]["version"])
+        log.info(f"neighbors are read from version {self.found} of {self._folder}, and from newer ones as they come")
+
+    def after_step(self, num_trained: int) -> None:
+        """Take the version that rank 0 found, if it is a newer one. Collective.
+
+        Args:
+            num_trained: steps that were trained.
+        """
+        if not self._follows:
+            return
+        if self._context.rank == 0 and self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="grit-retro-versions", daemon=True)
+            self._thread.start()
+        last = int(self._loader.versions_read()[-1]["version"])
+        number = from_rank_0(self.found, self._context)
+        if number > last:
+            first = self._loader.change_version(number, num_trained)
+            log.info(f"neighbors are read from version {number} of {self._folder} from step {first + 1} on")
+
+    def look(self) -> None:
+        """Open the newest of the versions that came since."""
+        for number in reversed([number for number in version_numbers(self._folder) if number > self.found]):
+            try:
+                for loader in (self._loader, *self._others):
+                    loader.open_version(number)
+            except GritError as error:
+                if number not in self._told:
+                    self._told.add(number)
+                    log.info(f"version {number} of {self._folder} is not read yet: {error}")
+                continue
+            self.found = number
+            return
+
+    def _work(self) -> None:
+        while not self._stopped.wait(SECONDS):
+            self.look()
+
+    def close(self) -> None:
+        """Stop looking."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
