@@ -304,7 +304,7 @@ def test_what_cannot_be_read_is_one_line(name: str, project: Project, tmp_path: 
         "--model.retro.layers",
         "[0]",
     ]
-    words += ["--training.objective", "generative", "--data.tokens_per_row", "50", "--parallel.device", "cpu"]
+    words += ["--training.objective", "generative", "--data.tokens_per_row", "50", "--data.over_long", "split"]
     words += [word.replace("OTHER", other) for word in options]
     with pytest.raises((ConfigError, DataError)) as caught:
         arguments = parse_train_arguments(words)
