@@ -37,6 +37,7 @@ from megatron_grit.training.callbacks import Callback, MetricsFile, build_callba
 from megatron_grit.training.checkpoint import (
     Restored,
     check_same_model,
+    check_same_reader,
     list_checkpoints,
     load_adapters,
     load_training_state,
@@ -235,6 +236,7 @@ class Trainer:
         given = self.config.checkpoint.load
         if given is not None:
             path = find_megatron_checkpoint(Path(given)) or resolve_checkpoint(given)
+            check_same_reader(path, self.config)
             load_weights(path, self.chunks, self.context)
             log.info(f"started from the weights of {path}")
         elif self.initial_weights is not None:
