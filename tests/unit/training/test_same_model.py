@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.errors import CheckpointError
 from megatron_grit.training.checkpoint import check_same_model, check_same_reader
+from megatron_grit.training.restore_checks import check_versions_read
 from tests.rows import tiny_config
 
 RETRO = RetroConfig(num_neighbors=2, layers=[1, 3], gate=0.5)
@@ -54,3 +56,34 @@ def test_a_decoder_that_reads_none_can_be_fitted(checkpoint: Path) -> None:
     check_same_reader(checkpoint, tiny_config(retro=RETRO))
     with pytest.raises(CheckpointError, match=r"model.retro.num_neighbors 0, and this run has 2"):
         check_same_model(checkpoint, tiny_config(retro=RETRO))
+
+
+class Loader:
+    """Reads one version, whose chunks and neighbors are those of an identity."""
+
+    def __init__(self, version: int, identity: str) -> None:
+        self.version, self.identity = version, identity
+
+    def versions_read(self) -> list[dict[str, Any]]:
+        return [{"first_step": 0, "version": self.version, "identity": ""}]
+
+    def open_version(self, number: int) -> str:
+        return self.identity if number == self.version else ""
+
+
+@pytest.mark.parametrize(
+    ("step", "loader", "said"),
+    [
+        (3, Loader(1, "a"), ""),
+        (4, Loader(2, "b"), ""),
+        (4, Loader(1, "a"), "step 5 of .* reads version 2 .*, and this run version 1; set data.retro_version to 2, or"),
+        (3, Loader(1, "c"), "version 1 of data.retro_project has other chunks or neighbors .*; put its files back"),
+    ],
+)
+def test_a_database_that_changed_is_refused(step: int, loader: Any, said: str, tmp_path: Path) -> None:
+    saved = [
+        {"first_step": 0, "version": 1, "identity": "a"},
+        {"first_step": 4, "version": 2, "identity": "b"},
+    ]
+    with pytest.raises(CheckpointError, match=said) if said else contextlib.nullcontext():
+        check_versions_read(tmp_path, saved, loader, step)
