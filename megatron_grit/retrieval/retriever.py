@@ -217,7 +217,7 @@ class _Opened:
             raise DataError("is no project directory: it has no config.json", path=folder)
         project = Project(folder, config)
         self.db = VersionedDb(project, read_version(folder, config.version if version is None else version))
-        self.index: SearchableIndex = open_index(project, self.db.version)
+        self.index: SearchableIndex = open_index(project, self.db.version, population="questions")
         self._making = threading.Lock()
 
     def check(self, embedder: Embedder) -> None:

@@ -10,6 +10,7 @@ Tasks, as a comma list:
   add              add documents appended to a dataset, and datasets appended to data_paths, without training again
   tombstone        remove the documents that --tombstone names; earlier versions of the database keep them
   compact          join the index files that additions made into one
+  recall           measure what a search finds for the questions of --recall_queries FILE, and choose how to search
 Without embed the later tasks embed what they need themselves: chunks twice, and nothing is kept on disk.
 
 After a kill the same command resumes. Settings are kept in DIR/config.json and need not be given again. One

@@ -93,8 +93,9 @@ class RetroDbConfig:
     recall: float = knob(0.95, above=0, at_most=1)
     """With index auto, and where nprobe and ef_search are null: wanted recall of the nearest neighbors."""
     recall_queries: str | None = knob(None, path=True)
-    """A text file, a query in each line, that chooses how the index is searched and measures its recall. null: chunks
-    of query_paths, or of the database where that is empty or part of it."""
+    """A file of questions that chooses how the index is searched for questions, and measures what that finds; for
+    chunks it is always measured. Text with one in each line, or JSONL with query, question, prompt or text. It may be
+    given at any time, with the task recall."""
     num_shards: int | None = knob(None, at_least=1)
     """Files that the index is spread over, each with a run of the chunks; searched one after the other, or by several
     processes. null: as few as keep each below 128 GiB, which the process that fills one holds in memory."""

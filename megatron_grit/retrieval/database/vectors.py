@@ -83,23 +83,26 @@ class SegmentVectors:
 
     Args:
         parts: of each segment, in order, after :meth:`ChunkVectors.look`.
+
+    Attributes:
+        parts: the same.
     """
 
     def __init__(self, parts: Sequence[ChunkVectors]) -> None:
-        self._parts, self._embedder, self._dtype = list(parts), parts[0].embedder, parts[0].dtype
+        self.parts, self._embedder, self._dtype = list(parts), parts[0].embedder, parts[0].dtype
         self._ends = np.cumsum([len(part.db) for part in parts])
 
     @property
     def stored(self) -> bool:
         """Whether those of all chunks are."""
-        return all(part.stored for part in self._parts)
+        return all(part.stored for part in self.parts)
 
     def of(self, ids: np.ndarray) -> np.ndarray:
         """As :meth:`ChunkVectors.of`."""
         out = np.empty((len(ids), self._embedder.dim), dtype=np.float32)
         numbers = np.searchsorted(self._ends, ids, side="right")
         for number in np.unique(numbers).tolist():
-            part, here = self._parts[number], numbers == number
+            part, here = self.parts[number], numbers == number
             out[here] = part.of(ids[here] - (self._ends[number] - len(part.db)))
         return out
 
@@ -121,7 +124,7 @@ class SegmentVectors:
         out = np.empty((len(texts), self._embedder.dim), dtype=np.float32)
         rest = np.ones(len(texts), dtype=bool)
         if dataset is not None and self._embedder.sides_alike and len(texts):
-            for part in self._parts:
+            for part in self.parts:
                 if not part.stored or not len(part.db):
                     continue
                 ids = find_chunks(part.db.rows, dataset, documents, offsets)

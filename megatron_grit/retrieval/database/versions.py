@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -36,7 +37,7 @@ from megatron_grit.retrieval.database.index_files import IndexFiles
 from megatron_grit.retrieval.database.vectors import ChunkVectors, SegmentVectors
 from megatron_grit.retrieval.index.faiss_index import gpus_of_process
 from megatron_grit.retrieval.index.manifest import read_manifest
-from megatron_grit.retrieval.index.recall import read_search
+from megatron_grit.retrieval.index.recall import QUESTIONS_FILE, Population, SearchSettings, read_search
 from megatron_grit.retrieval.index.search import Found, SearchableIndex, ShardedIndex, SpreadIndex, find_allowed
 from megatron_grit.retrieval.work import Worker
 from megatron_grit.store.logs import get_logger
@@ -127,7 +128,12 @@ def version_to_use(project: Project, worker: Worker, embedder: Embedder) -> Vers
 
 
 def open_index(
-    project: Project, version: Version, worker: Worker | None = None, first_segment: int = 0
+    project: Project,
+    version: Version,
+    worker: Worker | None = None,
+    first_segment: int = 0,
+    *,
+    population: Population | None = None,
 ) -> SearchableIndex:
     """The index of a version, ready to search.
 
@@ -137,6 +143,8 @@ def open_index(
         worker: this process among those that search, which all call this; the index is then placed as the
             configuration says. None: a few searches of this process alone, for which it is mapped.
         first_segment: only of the chunks of this segment and those after it, which are some.
+        population: whose queries it will get. Where the recall was not measured for these, a warning says so once.
+            None: it is searched as for chunks, and nothing is said.
 
     Raises:
         ConfigError: it cannot be put on a GPU.
@@ -157,7 +165,9 @@ def open_index(
         index = ShardedIndex.load(paths, mapped=placement == "mapped", embedder=version.embedder)
     if gpus is not None:
         index.to_gpus(gpus)
-    search = search_of(project, version)
+    search = search_of(project, version, population or "chunks")
+    if population is not None and (worker is None or worker.is_first):
+        _say_for_whom(project, version, index, population)
     index.set_search(search.nprobe, search.ef_search)
     if version.tombstones is not None:
         removed = sorted_keys(removed_documents(project.folder, version))
@@ -226,24 +236,65 @@ class Search:
     nprobe: int | None
     ef_search: int | None
     recall: float | None
-    """Measured when the index was built. None: it was not measured with these settings, or this query_instruction."""
+    """Measured for queries of the kind that is asked. None: it was not measured for these, or with other settings, or
+    another query_instruction."""
 
 
-def search_of(project: Project, version: Version) -> Search:
-    """As the configuration says, else as it was chosen when the index was built.
+def questions_path(folder: Path, version: Version) -> Path:
+    """The file that says how the index of a version is searched for questions, which may not be there."""
+    return (folder / version.search).with_name(QUESTIONS_FILE)
+
+
+def searches_of(folder: Path, version: Version) -> dict[Population, SearchSettings]:
+    """How the index of a version is searched for each population for which that was measured.
+
+    Raises:
+        DataError: a file that says so is missing or cannot be read.
+    """
+    found = [_settings_for(folder, version, population) for population in get_args(Population)]
+    return {settings.population: settings for settings in found}
+
+
+def _settings_for(folder: Path, version: Version, population: Population) -> SearchSettings:
+    """Those that were chosen for a population, or for another one where nothing was measured for it."""
+    beside = questions_path(folder, version)
+    return read_search(beside if population == "questions" and beside.is_file() else folder / version.search)
+
+
+def search_of(project: Project, version: Version, population: Population = "chunks") -> Search:
+    """As the configuration says, else as it was chosen for queries of this population, or of another one where it was
+    not measured for these.
 
     Raises:
         DataError: the file that says so is missing or cannot be read.
     """
-    built = read_search(project.folder / version.search)
+    built = _settings_for(project.folder, version, population)
     nprobe, ef_search = project.config.nprobe, project.config.ef_search
     same = nprobe in (None, built.nprobe) and ef_search in (None, built.ef_search)
     same &= project.config.query_instruction == built.query_instruction
     return Search(
         built.nprobe if nprobe is None else nprobe,
         built.ef_search if ef_search is None else ef_search,
-        built.recall if same else None,
+        built.recall if same and population == built.population else None,
     )
+
+
+def _say_for_whom(project: Project, version: Version, index: SearchableIndex, population: Population) -> None:
+    """Warn where the recall is a promise for other queries than those that are asked."""
+    built = _settings_for(project.folder, version, population)
+    if built.population == population or index.factory == "Flat":  # which finds all of them, whoever asks
+        return
+    remedy = "recall --recall_queries FILE" if population == "questions" else "index-add --overwrite index-add"
+    _warn_once(
+        f"{project.folder}: the recall {built.recall:.3f} was measured on {built.queries or built.population}; what "
+        f"{population} find was not measured, and the search was not chosen for them; measure it: megatron-grit "
+        f"build-db --project-dir {project.folder} --tasks {remedy}"
+    )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning(text)
 
 
 def next_version(folder: Path, before: Version, note: str, **changes: Any) -> Version:

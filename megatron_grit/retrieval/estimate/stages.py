@@ -162,16 +162,18 @@ class Estimate:
         spent = self._base("index-add", count) + rates.encode.times(count)
         spent += rates.compare.times(count * self._num_centres() * self.width)  # its list
         spent += rates.compare.times(float(count) * queries * sizes.dim)  # exact neighbors
-        asks_others = self.config.recall_queries is not None or bool(self.config.query_paths)
-        spent += rates.embed.times((queries if asks_others else 0) + (0 if sizes.stored else count))
+        questions = 0 if self.config.recall_queries is None else NUM_QUERIES
+        spent += rates.compare.times(float(count) * questions * sizes.dim)
+        asked = questions + (queries if self.config.query_paths else 0)
+        spent += rates.embed.times(asked + (0 if sizes.stored else count))
         # Of a quarter of the queries it is tried which nprobe finds enough, the others are then searched with it.
         tries = max(1.0, self.lists.bit_length()) / 4 + 0.75
-        alone = self._search(queries).times(tries if self.lists and self.config.nprobe is None else 1)
+        alone = self._search(queries + questions).times(tries if self.lists and self.config.nprobe is None else 1)
         codes = self.code_bytes + 2 if self.lists else self.code_bytes
         block = min(self.config.block_size, count)
         memory = max(block * (4 * 2 * sizes.dim + 3 * codes), self.index_bytes / self.num_files + 3 * block * codes)
         passing = 0 if self.config.keep_embeddings else count * codes
-        disk = self.index_bytes + 4 * queries * sizes.dim + (0 if passing else count * codes)
+        disk = self.index_bytes + 4 * (queries + questions) * sizes.dim + (0 if passing else count * codes)
         return self._cost("index-add", spent, alone=alone, disk=disk, memory=memory, passing=passing)
 
     def _query_neighbors(self) -> StageCost:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
 from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.errors import DataError
-from megatron_grit.retrieval.index.search import ShardedIndex
+from megatron_grit.retrieval.index.search import Found, ShardedIndex
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import still_at_work
 from megatron_grit.store.sealed import read_sealed
@@ -19,6 +20,12 @@ from megatron_grit.store.sealed import read_sealed
 log = get_logger(__name__)
 
 RECALL_AT = 10
+Population = Literal["chunks", "questions"]
+"""Kinds of query. Text that is looked up by text finds more of its nearest neighbors than people's questions do."""
+QUESTIONS_FILE = "search_questions.json"
+"""Beside ``search.json``: how the index is searched for questions, where that was measured."""
+_TOLERANCE = 0.005
+"""Recall below the wanted one that is not worth a warning."""
 _CHOOSING = 0.25
 """Share of the queries that choose the settings; the others measure them."""
 _WITHIN = 0.01
@@ -27,7 +34,8 @@ _WITHIN = 0.01
 
 @dataclass(kw_only=True)
 class SearchSettings:
-    """How an index is searched, and what that finds, as ``search.json`` beside it says."""
+    """How an index is searched for queries of one population, and what that finds: ``search.json`` beside the index for
+    chunks, and :data:`QUESTIONS_FILE` for questions."""
 
     nprobe: int | None
     ef_search: int | None
@@ -38,22 +46,30 @@ class SearchSettings:
     """95% confidence interval, by bootstrap over queries."""
     recall_at: int
     num_queries: int
+    population: Population = "chunks"
+    """Of which kind the queries were, for which alone the recall is a promise."""
     queries: str = ""
     """What they were."""
+    queries_sha256: str = ""
+    """Of the content of their file; empty for chunks."""
+    version: int | None = None
+    """Of the database in which they were searched. None: the one that was being built."""
     query_instruction: str = ""
     """With which they were embedded."""
     signature: str = ""
-    """Of the index and of the settings that were given."""
+    """Of the queries, the index and of the settings that were given."""
     most_recall: float | None = None
     """Where the wanted recall is out of reach: that of the most thorough search, on the queries that chose nprobe."""
     most_nprobe: int | None = None
     """Lists that it visits."""
 
     def __post_init__(self) -> None:
-        for name in ("nprobe", "ef_search", "recall_at", "num_queries", "most_nprobe"):
+        for name in ("nprobe", "ef_search", "recall_at", "num_queries", "most_nprobe", "version"):
             _check_number(name, getattr(self, name), int, optional=name not in ("recall_at", "num_queries"))
         for name in ("recall", "recall_low", "recall_high", "most_recall"):
             _check_number(name, getattr(self, name), float, optional=name == "most_recall")
+        if self.population not in get_args(Population):
+            raise ValueError(f"population is {self.population!r}")
 
 
 def _check_number(name: str, value: object, kind: type, *, optional: bool) -> None:
@@ -80,7 +96,12 @@ def recall_of(found_QK: np.ndarray, exact_QK: np.ndarray) -> np.ndarray:
 
 
 def choose_search(
-    index: ShardedIndex, config: RetroDbConfig, queries: np.ndarray, query_ids: np.ndarray, exact: np.ndarray
+    index: ShardedIndex,
+    config: RetroDbConfig,
+    queries: np.ndarray,
+    query_ids: np.ndarray,
+    exact: np.ndarray,
+    search: Callable[[np.ndarray, int], Found] | None = None,
 ) -> SearchSettings:
     """The least thorough search that reaches the wanted recall on some of the queries, measured on the others. Where
     none reaches it, as the codes are too coarse, the least thorough whose recall is within :data:`_WITHIN` of the best.
@@ -91,11 +112,13 @@ def choose_search(
         queries: float32 [Q, D], at least one.
         query_ids: their own ids, which do not count as found.
         exact: int64 [Q, RECALL_AT], their exact nearest neighbors; -1 where there are fewer.
+        search: of the index, as it will be searched: for queries and how many are wanted. None: of all that it holds.
     """
+    search = search or index.search
 
     def recalls(part: slice, nprobe: int | None, ef_search: int | None) -> np.ndarray:
         index.set_search(nprobe, ef_search)
-        _, ids = index.search(queries[part], RECALL_AT + 1)
+        _, ids = search(queries[part], RECALL_AT + 1)
         return recall_of(without_own(ids, query_ids[part], RECALL_AT), exact[part])
 
     num_choosing = max(1, int(_CHOOSING * len(queries)))
@@ -221,15 +244,46 @@ def _ef_search(nprobe: int | None) -> int:
     return max(2 * (nprobe or 32), 32)
 
 
+def report_recall(config: RetroDbConfig, index: ShardedIndex, settings: SearchSettings) -> None:
+    """Log what was measured, and what can be done where it is not the wanted recall."""
+    log.info(
+        f"recall@{settings.recall_at} against exact search for {settings.population}: {settings.recall:.3f} "
+        f"({settings.recall_low:.3f} to {settings.recall_high:.3f}, {settings.num_queries:,} {settings.queries}) with "
+        f"nprobe {settings.nprobe}, ef_search {settings.ef_search}"
+    )
+    if config.nprobe is not None or settings.recall >= config.recall - _TOLERANCE:
+        return
+    found = (
+        f"index {index.factory} finds {settings.recall:.3f} of the nearest neighbors of {settings.population}, not the "
+        f"wanted recall {config.recall}"
+    )
+    if settings.nprobe is not None and settings.nprobe < index.num_lists and settings.most_recall is None:
+        log.warning(f"{found}, which the queries that chose nprobe {settings.nprobe} had; set nprobe higher")
+        return
+    if settings.most_nprobe in (None, index.num_lists):
+        found += ", even where all of it is searched"
+    else:
+        found += f", even with nprobe {settings.most_nprobe:,}"
+    if settings.most_recall is not None:
+        found += f" ({settings.most_recall:.3f})"
+    remedy = "raise index_memory_gb" if config.index == "auto" else "give an index with longer codes, or auto"
+    log.warning(f"{found}: its codes are too coarse; {remedy} and build it again with --overwrite index-train")
+
+
 def read_search(path: Path) -> SearchSettings:
-    """The ``search.json`` of an index.
+    """The ``search.json`` of an index, or its :data:`QUESTIONS_FILE`. In those of earlier releases the words tell texts
+    from chunks.
 
     Raises:
         DataError: it is missing or cannot be read.
     """
+    task = "recall" if path.name == QUESTIONS_FILE else "index-add"
     if not path.is_file():
-        raise DataError("is missing; run --tasks index-add", path=path)
+        raise DataError(f"is missing; run --tasks {task}", path=path)
     try:
-        return SearchSettings(**read_sealed(path))
+        values = read_sealed(path)
+        if "population" not in values and str(values.get("queries", "")).startswith("texts of "):
+            values["population"] = "questions"
+        return SearchSettings(**values)
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"cannot be read ({error}); delete it and run --tasks index-add", path=path) from None
+        raise DataError(f"cannot be read ({error}); delete it and run --tasks {task}", path=path) from None

@@ -1,9 +1,10 @@
-"""The task index-add: the trained index filled with all chunks, and its recall measured against exact search."""
+"""The task index-add: the trained index filled with all chunks, and its recall measured against exact search; and the
+task recall, which measures it for questions."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -13,25 +14,53 @@ from megatron_grit.data.chunks.versions import Version, built_chunks
 from megatron_grit.errors import DataError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.index_files import IndexFiles, fill, is_finished, num_added
+from megatron_grit.retrieval.database.question_recall import exact_beside, measure_questions
 from megatron_grit.retrieval.database.vectors import ChunkVectors, open_vectors
-from megatron_grit.retrieval.database.versions import record_version
+from megatron_grit.retrieval.database.versions import record_version, searches_of
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search
 from megatron_grit.retrieval.index.manifest import read_manifest
-from megatron_grit.retrieval.index.recall import RECALL_AT, SearchSettings, choose_search, read_search, without_own
+from megatron_grit.retrieval.index.recall import (
+    QUESTIONS_FILE,
+    RECALL_AT,
+    SearchSettings,
+    choose_search,
+    read_search,
+    report_recall,
+    without_own,
+)
+from megatron_grit.retrieval.index.recall_queries import NUM_QUERIES, Questions
 from megatron_grit.retrieval.index.search import ShardedIndex, merge_in_turn
 from megatron_grit.retrieval.stages.index_train import check_index_of, clear_blocks
 from megatron_grit.retrieval.stages.task import Inputs, Job, Report, Task
 from megatron_grit.retrieval.work import Check, Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder, read_arrays, signature_of, write_arrays
 from megatron_grit.store.digest import digest_of_settings
-from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import Progress
 from megatron_grit.store.sealed import write_sealed
 
-log = get_logger(__name__)
 
-_TOLERANCE = 0.005
-"""Recall below the wanted one that is not worth a warning."""
+class Recall(Task):
+    """Chooses how the index is searched for questions, and measures what that finds, in a database that is built."""
+
+    name = "recall"
+    makes = ("index/recall_queries/questions", f"index/*/*/{QUESTIONS_FILE}")
+    trace = f"index/*/*/{QUESTIONS_FILE}"
+
+    def check(self, inputs: Inputs) -> Iterator[str]:
+        questions = Questions(inputs.project, "")
+        count = len(questions.texts())
+        if not count:
+            raise DataError("holds no question", path=questions.path)
+        yield f"recall_queries: {count:,} questions of {questions.path}, {min(count, NUM_QUERIES):,} of them are asked"
+
+    def run(self, job: Job) -> None:
+        measure_questions(job.project, job.worker, job.embedder)
+
+    def validate(self, job: Job) -> Iterator[Check]:
+        if job.project.config.recall_queries is not None:
+            questions = Questions(job.project, job.embedder.fingerprint)
+            if questions.is_drawn:
+                yield Check("questions", questions.blocks, lambda block: questions.embedded(job.embedder, block))
 
 
 class IndexAdd(Task):
@@ -39,10 +68,10 @@ class IndexAdd(Task):
 
     name = "index-add"
     makes_versions = True
-    settings = ("add_load_fraction", "num_shards", "recall_queries")
+    settings = ("add_load_fraction", "num_shards")
     makes = (
         "index/recall_queries",
-        *(f"index/*/*/{name}" for name in ("added_*", "add_codes*", "exact_neighbors.hdf5", "search.json")),
+        *(f"index/*/*/{name}" for name in ("added_*", "add_codes*", "exact_neighbors.hdf5", "search*.json")),
     )
     trace = "index/*/*/search.json"
 
@@ -54,6 +83,8 @@ class IndexAdd(Task):
     def run(self, job: Job) -> None:
         add_to_index(job.project, job.worker, job.embedder)
         record_version(job.project, job.worker, job.embedder)
+        if job.project.config.recall_queries is not None:
+            measure_questions(job.project, job.worker, job.embedder)
 
     def validate(self, job: Job) -> Iterator[Check]:
         db = built_chunks(job.project)
@@ -77,6 +108,7 @@ class IndexAdd(Task):
                 "num_files": len(manifests),
                 "bytes": sum(manifest.bytes for manifest in manifests),
                 "search": dataclasses.asdict(read_search(folder / version.search)),
+                "searches": {name: dataclasses.asdict(found) for name, found in searches_of(folder, version).items()},
             }
         }
 
@@ -98,9 +130,12 @@ def add_to_index(project: Project, worker: Worker, embedder: Embedder) -> None:
     adding = files.adding()
     vectors = open_vectors(project, worker, embedder, db)
     is_added = worker.from_first(lambda: _is_added(files, adding))
+    beside = None
     if not is_added:
         files.queries.prepare(vectors, worker)
-    what, blocks, compute, _ = code_blocks(project, files, vectors, trained)
+        if project.config.recall_queries is not None:
+            beside = exact_beside(project, vectors, worker)
+    what, blocks, compute, _ = code_blocks(project, files, vectors, trained, beside)
     if not is_added:
         compute_blocks(blocks, compute, worker, what)
         if worker.is_first:
@@ -112,8 +147,21 @@ def add_to_index(project: Project, worker: Worker, embedder: Embedder) -> None:
     clear_blocks(worker, project, blocks)
 
 
-def code_blocks(project: Project, files: IndexFiles, vectors: ChunkVectors, trained: VectorIndex) -> Check:
+def code_blocks(
+    project: Project,
+    files: IndexFiles,
+    vectors: ChunkVectors,
+    trained: VectorIndex,
+    beside: Callable[[Block, np.ndarray], None] | None = None,
+) -> Check:
     """The blocks of codes, with what is nearest in each to the queries that measure the recall, and what makes one.
+
+    Args:
+        project: the database.
+        files: of its index.
+        vectors: of its chunks.
+        trained: the index without vectors.
+        beside: is given the vectors of each block as well, which may cost days to make.
 
     Raises:
         DataError: the trained index is missing.
@@ -125,6 +173,8 @@ def code_blocks(project: Project, files: IndexFiles, vectors: ChunkVectors, trai
         if not queries:
             queries.append(files.queries.read()[1])
         part = vectors.of_block(block, num_added(fraction, len(block)))
+        if beside is not None:
+            beside(block, part)
         scores, rows = exact_search(queries[0], part, RECALL_AT + 1, metric)
         return {"codes": trained.encode(part), "exact_scores": scores, "exact_ids": rows + block.start}
 
@@ -182,32 +232,12 @@ def measure_search(files: IndexFiles) -> SearchSettings:
     settings = choose_search(index, config, queries, query_ids, exact)
     drawn = files.queries.drawn
     settings = dataclasses.replace(
-        settings, signature=signature, queries=drawn.source, query_instruction=drawn.query_instruction
+        settings,
+        signature=signature,
+        population=drawn.population,
+        queries=drawn.source,
+        query_instruction=drawn.query_instruction,
     )
     write_sealed(files.search, dataclasses.asdict(settings))
-    log.info(
-        f"recall@{settings.recall_at} against exact search: {settings.recall:.3f} "
-        f"({settings.recall_low:.3f} to {settings.recall_high:.3f}, {settings.num_queries:,} {settings.queries}) with "
-        f"nprobe {settings.nprobe}, ef_search {settings.ef_search}"
-    )
-    if config.nprobe is None and settings.recall < config.recall - _TOLERANCE:
-        _warn_of_recall(files, settings, index.num_lists)
+    report_recall(config, index, settings)
     return settings
-
-
-def _warn_of_recall(files: IndexFiles, settings: SearchSettings, num_lists: int) -> None:
-    wanted = files.config.recall
-    found = (
-        f"index {files.factory} finds {settings.recall:.3f} of the nearest neighbors, not the wanted recall {wanted}"
-    )
-    if settings.nprobe is not None and settings.nprobe < num_lists and settings.most_recall is None:
-        log.warning(f"{found}, which the queries that chose nprobe {settings.nprobe} had; set nprobe higher")
-        return
-    if settings.most_nprobe in (None, num_lists):
-        found += ", even where all of it is searched"
-    else:
-        found += f", even with nprobe {settings.most_nprobe:,}"
-    if settings.most_recall is not None:
-        found += f" ({settings.most_recall:.3f})"
-    remedy = "raise index_memory_gb" if files.config.index == "auto" else "give an index with longer codes, or auto"
-    log.warning(f"{found}: its codes are too coarse; {remedy} and build it again with --overwrite index-train")

@@ -192,7 +192,7 @@ class Inspector:
         assert self.version is not None and isinstance(db, VersionedDb), "self.embedder() tells whether there is one"
         if self.version.embedder != embedder.fingerprint:
             raise DataError("is of another embedder than the one of config.json", path=db.path)
-        index = open_index(self.project, self.version)
+        index = open_index(self.project, self.version, population="questions")
         scores, ids = nearest_chunks(db, index, embedder.embed([text], "query"), k)
         found = zip(ids[0].tolist(), scores[0].tolist(), strict=True)
         hits = [describe_chunk(db, number) | {"score": score} for number, score in found if number >= 0]
@@ -332,16 +332,19 @@ def _summary_lines(summary: Report) -> Iterator[str]:
 
 
 def _index_lines(index: Report) -> Iterator[str]:
-    search = index["search"]
     yield (
         f"index {index['factory']} ({index['metric']}, {index['dim']} channels): {index['num_vectors']:,} vectors in "
         f"{index['num_files']} files of {index['bytes'] / 2**20:.1f} MiB, trained on {index['num_trained']:,}"
     )
-    yield (
-        f"search: nprobe {search['nprobe']}, ef_search {search['ef_search']}; recall@{search['recall_at']} "
-        f"{search['recall']:.3f} ({search['recall_low']:.3f} to {search['recall_high']:.3f}), measured with "
-        f"{search['num_queries']:,} {search['queries']}"
-    )
+    for population, search in index["searches"].items():
+        yield (
+            f"search for {population}: nprobe {search['nprobe']}, ef_search {search['ef_search']}; "
+            f"recall@{search['recall_at']} {search['recall']:.3f} ({search['recall_low']:.3f} to "
+            f"{search['recall_high']:.3f}), measured with {search['num_queries']:,} {search['queries']}"
+            + ("" if search["version"] is None else f" in version {search['version']}")
+        )
+    if "questions" not in index["searches"]:
+        yield "search for questions: not measured; --tasks recall --recall_queries FILE does"
 
 
 def _chunk_lines(chunk: Report, head: str) -> Iterator[str]:

@@ -117,7 +117,7 @@ def index_to_search(
     """The index of a version, or of its segments from one on, if this process searches it. None: another process of its
     model-parallel group searches it alone. All processes call it."""
     if worker.leads or project.config.index_placement == "spread":
-        return open_index(project, version, worker, first_segment)
+        return open_index(project, version, worker, first_segment, population="chunks")
     return None
 
 

@@ -11,7 +11,7 @@ from megatron_grit.retrieval.stages.add import Add
 from megatron_grit.retrieval.stages.compact import Compact
 from megatron_grit.retrieval.stages.db_build import DbBuild
 from megatron_grit.retrieval.stages.embed import Embed
-from megatron_grit.retrieval.stages.index_add import IndexAdd
+from megatron_grit.retrieval.stages.index_add import IndexAdd, Recall
 from megatron_grit.retrieval.stages.index_train import IndexTrain
 from megatron_grit.retrieval.stages.query_neighbors import QueryNeighbors
 from megatron_grit.retrieval.stages.task import Task
@@ -19,7 +19,17 @@ from megatron_grit.retrieval.stages.tombstone import Tombstone
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (DbBuild(), Embed(), IndexTrain(), IndexAdd(), Add(), Tombstone(), Compact(), QueryNeighbors())
+    for task in (
+        DbBuild(),
+        Embed(),
+        IndexTrain(),
+        IndexAdd(),
+        Add(),
+        Tombstone(),
+        Compact(),
+        Recall(),
+        QueryNeighbors(),
+    )
 }
 """By name."""
 GROUPS: dict[str, tuple[str, ...]] = {

@@ -310,21 +310,6 @@ def test_recall_is_measured_on_what_gets_neighbors(project: Project, tmp_path: P
     assert read_search(files.search).queries == "chunks of query_paths"
 
 
-def test_recall_is_measured_on_given_texts(project: Project, tmp_path: Path) -> None:
-    path = tmp_path / "questions.txt"
-    path.write_text("what is a file\n\nwho wrote it\nwho wrote it\n  \n", encoding="utf-8")
-    _, files = built(project, recall_queries=str(path), index="IVF4,Flat")
-    assert sorted(files.queries.drawn.texts) == ["what is a file", "who wrote it"]
-    assert files.queries.drawn.ids == [-1, -1]
-    assert read_search(files.search).num_queries == 1
-    for content, words in ((b"\n  \n", "has no text"), (b"\xff", "not UTF-8")):
-        path.write_bytes(content)
-        with pytest.raises(DataError, match=words):
-            built(project, recall_queries=str(path), index="IVF2,Flat")
-    with pytest.raises(DataError, match="no such file; recall_queries is"):
-        built(project, recall_queries="nowhere.txt", index="IVF2,Flat")
-
-
 def test_recall_counts_what_exists() -> None:
     exact = np.array([[3, 4, -1], [-1, -1, -1], [7, 8, 9]])
     found = np.array([[4, 9, 9], [1, 2, 3], [9, 8, 7]])
