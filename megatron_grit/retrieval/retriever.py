@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from megatron_grit.errors import ConfigError, DataError, GritError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.inference.messages import check_texts
 from megatron_grit.retrieval.database.versions import nearest_chunks, open_index
+from megatron_grit.retrieval.index.recall import Population
 from megatron_grit.retrieval.index.search import Found, SearchableIndex
 from megatron_grit.retrieval.lexical import LexicalIndex, fuse
 from megatron_grit.retrieval.stages.embed import project_embedder
@@ -96,19 +97,31 @@ class Retriever:
         folder: the project directory.
         embedder: what texts are embedded with. None: the one that config.json names.
         version: stay with this version. None: always the newest.
+        population: what is asked for, for which the search was chosen as far as its recall was measured: people's
+            questions, or chunks of text.
 
     Raises:
         DataError: there is no database or no index, or a file was changed.
         ConfigError: the embedder cannot be loaded, or a version that is none.
     """
 
-    def __init__(self, folder: str | Path, embedder: Embedder | None = None, version: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        embedder: Embedder | None = None,
+        version: int | None = None,
+        population: Population = "questions",
+    ) -> None:
         if (problem := value_problem(RetroDbConfig, "version", version)) is not None:
             raise ConfigError(f"version {problem}")
-        self._folder, self._pinned = Path(folder), version
+        if population not in get_args(Population):
+            raise ConfigError(
+                f"population must be one of {', '.join(get_args(Population))}, not {shortened(population)}"
+            )
+        self._folder, self._pinned, self._population = Path(folder), version, population
         self._opening, self._embedding = threading.Lock(), threading.Lock()
         self._refused = 0
-        self._opened = _Opened(self._folder, version)
+        self._opened = _Opened(self._folder, version, population)
         self.embedder = embedder or project_embedder(self._opened.db.project.config, alone=True)
         self._opened.check(self.embedder)
 
@@ -188,7 +201,7 @@ class Retriever:
         with self._opening:
             if newest > max(self.version, self._refused):
                 try:
-                    opened = _Opened(self._folder, newest)
+                    opened = _Opened(self._folder, newest, self._population)
                     opened.check(self.embedder)
                     self._opened = opened
                 except GritError as error:
@@ -211,13 +224,13 @@ def _documents(exclude: Any) -> list[tuple[int, int]]:
 class _Opened:
     """One version, open."""
 
-    def __init__(self, folder: Path, version: int | None) -> None:
+    def __init__(self, folder: Path, version: int | None, population: Population) -> None:
         config = load_project_config(folder)
         if config is None:
             raise DataError("is no project directory: it has no config.json", path=folder)
         project = Project(folder, config)
         self.db = VersionedDb(project, read_version(folder, config.version if version is None else version))
-        self.index: SearchableIndex = open_index(project, self.db.version, population="questions")
+        self.index: SearchableIndex = open_index(project, self.db.version, population=population)
         self._making = threading.Lock()
 
     def check(self, embedder: Embedder) -> None:

@@ -183,6 +183,9 @@ def test_each_population_gets_its_own_search(tmp_path: Path, given: Given, caplo
     write_sealed(questions, dataclasses.asdict(dataclasses.replace(settings, nprobe=nprobe + 3)))
     retriever = Retriever(folder, WordEmbedder())
     assert retriever._opened.index.nprobe == nprobe + 3
+    assert Retriever(folder, WordEmbedder(), population="chunks")._opened.index.nprobe == nprobe
+    with pytest.raises(ConfigError, match="population must be one of chunks, questions, not 'prompts'"):
+        Retriever(folder, WordEmbedder(), population="prompts")  # type: ignore[arg-type]
     build(folder, {}, "query-neighbors")
     (table,) = folder.glob("query/*/table.json")
     manifest = read_table_manifest(table.parent)
