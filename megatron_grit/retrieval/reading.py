@@ -36,4 +36,5 @@ def open_retriever(folder: str | Path, checkpoint: Path, every: int | None = Non
     if (path := tokenizer_path(checkpoint)) is not None:
         tokenizer = Project(Path(folder), project).tokenizer
         check_database(config.model, load_tokenizer(path), project.chunk_length, tokenizer)
-    return Retriever(folder)
+    # What it reads in training is the table, whose queries are chunks.
+    return Retriever(folder, population="chunks")
