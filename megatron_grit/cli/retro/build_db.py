@@ -13,9 +13,8 @@ Tasks, as a comma list:
   recall           measure what a search finds for the questions of --recall_queries FILE, and choose how to search
 Without embed the later tasks embed what they need themselves: chunks twice, and nothing is kept on disk.
 
-After a kill the same command resumes. Settings are kept in DIR/config.json and need not be given again. One
-that something was built with is changed only together with --overwrite TASK. With --dry-run it is checked, in one
-process, and nothing is changed.
+After a kill the same command resumes. Settings are kept in DIR/config.json. One that something was built with is
+changed only together with --overwrite TASK. With --dry-run it is checked, in one process, and nothing is changed.
 
 Example:
   megatron-grit build-db --project-dir db --tasks build --data_paths '[data/corpus_text_document]' \\

@@ -24,7 +24,7 @@ from megatron_grit.retrieval.database.versions import (
 )
 from megatron_grit.retrieval.index.faiss_index import exact_search
 from megatron_grit.retrieval.index.recall import RECALL_AT, choose_search, read_search, report_recall
-from megatron_grit.retrieval.index.recall_queries import Questions
+from megatron_grit.retrieval.index.recall_queries import RecallQuestions
 from megatron_grit.retrieval.index.search import Found, ShardedIndex, merge_in_turn
 from megatron_grit.retrieval.work import Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder
@@ -32,7 +32,7 @@ from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.sealed import write_sealed
 
 
-def _exact_folder(questions: Questions) -> Path:
+def _exact_folder(questions: RecallQuestions) -> Path:
     return questions.folder / "exact"
 
 
@@ -50,7 +50,7 @@ class _Exact:
     def __init__(
         self,
         project: Project,
-        questions: Questions,
+        questions: RecallQuestions,
         vectors: ChunkVectors,
         number: int = 0,
         db: VersionedDb | None = None,
@@ -96,7 +96,7 @@ def exact_beside(project: Project, vectors: ChunkVectors, worker: Worker) -> Cal
     Raises:
         DataError: there is no question.
     """
-    questions = Questions(project, vectors.embedder.fingerprint)
+    questions = RecallQuestions(project, vectors.embedder.fingerprint)
     questions.prepare(vectors.embedder, worker)
     exact = _Exact(project, questions, vectors)
 
@@ -117,7 +117,7 @@ def measure_questions(project: Project, worker: Worker, embedder: Embedder) -> N
     """
     version = version_to_use(project, worker, embedder)
     path, config = questions_path(project.folder, version), project.config
-    questions = Questions(project, embedder.fingerprint)
+    questions = RecallQuestions(project, embedder.fingerprint)
     questions.prepare(embedder, worker)
     tombstones = version.tombstones.sha256 if version.tombstones else None
     signature = digest_of_settings(

@@ -251,7 +251,7 @@ class RecallQueries(_Queries):
         return self._datasets[prefix]
 
 
-class Questions(_Queries):
+class RecallQuestions(_Queries):
     """The texts of ``recall_queries``, which do not follow from the chunks.
 
     Args:

@@ -28,7 +28,7 @@ from megatron_grit.retrieval.index.recall import (
     report_recall,
     without_own,
 )
-from megatron_grit.retrieval.index.recall_queries import NUM_QUERIES, Questions
+from megatron_grit.retrieval.index.recall_queries import NUM_QUERIES, RecallQuestions
 from megatron_grit.retrieval.index.search import ShardedIndex, merge_in_turn
 from megatron_grit.retrieval.stages.index_train import check_index_of, clear_blocks
 from megatron_grit.retrieval.stages.task import Inputs, Job, Report, Task
@@ -47,7 +47,7 @@ class Recall(Task):
     trace = f"index/*/*/{QUESTIONS_FILE}"
 
     def check(self, inputs: Inputs) -> Iterator[str]:
-        questions = Questions(inputs.project, "")
+        questions = RecallQuestions(inputs.project, "")
         count = len(questions.texts())
         if not count:
             raise DataError("holds no question", path=questions.path)
@@ -58,7 +58,7 @@ class Recall(Task):
 
     def validate(self, job: Job) -> Iterator[Check]:
         if job.project.config.recall_queries is not None:
-            questions = Questions(job.project, job.embedder.fingerprint)
+            questions = RecallQuestions(job.project, job.embedder.fingerprint)
             if questions.is_drawn:
                 yield Check("questions", questions.blocks, lambda block: questions.embedded(job.embedder, block))
 

@@ -18,7 +18,7 @@ from megatron_grit.retrieval.database.index_files import IndexFiles, check_index
 from megatron_grit.retrieval.database.vectors import ChunkVectors, open_vectors
 from megatron_grit.retrieval.index.factory import index_bytes
 from megatron_grit.retrieval.index.faiss_index import VectorIndex
-from megatron_grit.retrieval.index.recall_queries import Questions
+from megatron_grit.retrieval.index.recall_queries import RecallQuestions
 from megatron_grit.retrieval.index.sizing import too_coarse
 from megatron_grit.retrieval.stages.task import EMBEDDER_SETTINGS, WARNING, Inputs, Job, Task
 from megatron_grit.retrieval.work import Check, Worker, compute_blocks
@@ -55,7 +55,7 @@ class IndexTrain(Task):
 def check_index_of(inputs: Inputs) -> Iterator[str]:
     """See whether the index of the configuration can be made: a line about it, where it is to be made."""
     if inputs.project.config.recall_queries is not None:
-        Questions(inputs.project, "")
+        RecallQuestions(inputs.project, "")
     yield from index_line(inputs)
 
 

@@ -20,7 +20,7 @@ from megatron_grit.data.chunks.project import Project  # noqa: E402
 from megatron_grit.data.chunks.versions import read_version, version_numbers  # noqa: E402
 from megatron_grit.errors import ConfigError, DataError  # noqa: E402
 from megatron_grit.retrieval.index.recall import QUESTIONS_FILE, RECALL_AT, SearchSettings, read_search  # noqa: E402
-from megatron_grit.retrieval.index.recall_queries import Questions  # noqa: E402
+from megatron_grit.retrieval.index.recall_queries import RecallQuestions  # noqa: E402
 from megatron_grit.retrieval.retriever import Retriever  # noqa: E402
 from megatron_grit.retrieval.stages import inspect, run  # noqa: E402
 from megatron_grit.retrieval.stages.inspect import inspect_database, report_lines  # noqa: E402
@@ -156,7 +156,7 @@ def test_a_database_that_has_grown_is_measured_whole(tmp_path: Path, given: Give
     settings = read_search(searches(folder)[1])
     assert settings.version == 3 == read_version(folder).number
     retriever = Retriever(folder, WordEmbedder())
-    drawn = Questions(retriever._opened.db.project, WordEmbedder().fingerprint).drawn.texts
+    drawn = RecallQuestions(retriever._opened.db.project, WordEmbedder().fingerprint).drawn.texts
     found = found_by(retriever, drawn)[len(drawn) // 4 :]
     assert len(found) == settings.num_queries and settings.recall < 1
     assert settings.recall == pytest.approx(found.mean(), abs=1e-9)
@@ -243,7 +243,7 @@ def test_what_is_no_file_of_questions(tmp_path: Path, given: Given) -> None:
     packed = tmp_path / "q.txt.gz"
     packed.write_bytes(gzip.compress(b'who wrote it\n\n{"query": "x"}\nwho wrote it\n'))
     config = dataclasses.replace(load_project_config(folder), recall_queries=str(packed))  # type: ignore[type-var]
-    assert Questions(Project(folder, config), "").texts() == ["who wrote it", '{"query": "x"}']
+    assert RecallQuestions(Project(folder, config), "").texts() == ["who wrote it", '{"query": "x"}']
 
 
 @pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF16,PQ8x6"])
