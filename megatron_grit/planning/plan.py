@@ -58,6 +58,8 @@ class Plan:
     too_large: list[Estimate] = field(default_factory=list)
     """Meshes that do not fit, smallest first."""
     refused: list[Refusal] = field(default_factory=list)
+    retro_project: str | None = None
+    """The database that the run reads, which is planned for by another command."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: bytes, seconds, operations."""
@@ -125,6 +127,7 @@ def make_plan(
     plan = Plan(
         world_size=world_size, memory_bytes=int(memory_gib * GIB), machine=machine, lengths=lengths, device=device
     )
+    plan.retro_project = config.data.retro_project
     plan.problems = [problem.message for problem in problems_of(config, world_size)]
     if not plan.problems:
         plan.configured = estimate_run(config, world_size, vocab_size, lengths, machine, device)

@@ -17,6 +17,9 @@ def format_plan(plan: Plan) -> str:
     else:
         lines += ["", "The configuration is impossible:", *(f"  {problem}" for problem in plan.problems)]
     lines += ["", *_ranked(plan), *_refused(plan)]
+    if plan.retro_project is not None:
+        command = f"megatron-grit build-db --project-dir {plan.retro_project} --dry-run"
+        lines += ["", f"Time, disk and memory of building the database: {command}, with the settings of the build"]
     return "\n".join(lines)
 
 

@@ -33,7 +33,9 @@ from megatron_grit.store.files import replacing
 EQUAL, SIMILAR = 1, 2
 ENTRIES_IN_MEMORY = 1 << 23
 """Keys that a process sorts at a time, about 50 bytes each."""
-_MAPPED_ARRAYS = 1 << 14
+_MAPPED_ARRAYS = 48_000
+"""Of all blocks, as long as there are no more than 16,000: keys, rows and signatures of each. A process may have 65,530
+maps where the system's limit is the usual one."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class DuplicateSearch:
         self.blocks = list(blocks)
         self.mode, self.threshold = config.duplicates, config.near_threshold
         self.bands = choose_bands(config.near_threshold, config.minhash_permutations)
-        # A process that works on all parts opens each file often; there are limits to how many may be mapped.
+        # Every part reads of every block; a process opens each of them once.
         # Blocks of chunks are compared with their checksums where keys are made of them, keys when they are written.
         self._map = functools.lru_cache(maxsize=_MAPPED_ARRAYS)(functools.partial(map_dataset, compare=False))
         self._ends = np.cumsum([len(self._map(block.path, "hashes")) for block in self.blocks], dtype=np.int64)

@@ -39,8 +39,8 @@ def estimate_build(project: Project, embedder: Embedder, tasks: Sequence[str], n
         DataError: a file is damaged.
     """
     config, num_tokens = project.config, num_tokens_of(project)
-    guess, _ = check_index(config, embedder.dim, max(1, num_tokens // config.chunk_length))
-    rates = measure(project, embedder, guess)
+    guess, num_train = check_index(config, embedder.dim, max(1, num_tokens // config.chunk_length))
+    rates = measure(project, embedder, guess, num_train)
     num_chunks = max(1, round(rates.chunks_per_token * num_tokens))
     factory, num_train = check_index(config, embedder.dim, num_chunks)
     sizes = Sizes(

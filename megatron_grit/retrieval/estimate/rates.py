@@ -32,6 +32,8 @@ from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.vectors import embed_chunks, open_vectors
 from megatron_grit.retrieval.index.factory import lists_of, width_of
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search
+from megatron_grit.retrieval.index.recall import RECALL_AT
+from megatron_grit.retrieval.index.recall_queries import NUM_QUERIES
 from megatron_grit.retrieval.stages.db_build import build_chunks
 from megatron_grit.retrieval.stages.index_add import add_to_index
 from megatron_grit.retrieval.stages.index_train import train_index
@@ -48,7 +50,9 @@ _RUNS = 16
 _EMBED_SECONDS = 4.0
 _EMBED_AT_A_TIME = 256
 _VECTORS = 10_240
-"""Vectors that are compared: as many as 256 centres want to be trained on."""
+"""Vectors that are compared."""
+_LEARNT_FROM = 40_960
+"""Vectors that codes are trained on, at most: from about so many on faiss takes a tenth of the time for each."""
 _QUERIES = 1024
 _REPEATS = 3
 """Of what takes milliseconds; the fastest counts."""
@@ -117,13 +121,14 @@ class _ShortVectors:
         return np.random.default_rng(len(texts)).standard_normal((len(texts), _WIDTH), dtype=np.float32)
 
 
-def measure(project: Project, embedder: Embedder, factory: str) -> Rates:
+def measure(project: Project, embedder: Embedder, factory: str, num_train: int) -> Rates:
     """Measure on a project's corpus. Writes to a temporary folder alone.
 
     Args:
         project: whose files are there.
         embedder: of its vectors.
         factory: string of the index that is to be built.
+        num_train: vectors that it is to be trained on.
 
     Raises:
         DataError: a file of the corpus is damaged.
@@ -134,10 +139,13 @@ def measure(project: Project, embedder: Embedder, factory: str) -> Rates:
         for size in _SAMPLES:
             sample = _sample_project(project, folder / str(size), size)
             spent.append(_run_tasks(sample))
-            each = _search_of(sample).times(1 / _QUERIES)
+            # What is compared is told by itself, with the embedder's channels.
+            db, each = ChunkDb(sample), _search_of(sample).times(1 / _QUERIES)
             num_asked = len(np.load(next(sample.folder.glob("query/*/neighbors.npy")), mmap_mode="r"))
             spent[-1]["query-neighbors"] -= each.times(num_asked)
-            db = ChunkDb(sample)
+            spent[-1]["index-add"] -= _exact_search_of(len(db), sample.config.metric) + each.times(
+                min(NUM_QUERIES, len(db))
+            )
             sizes.append((db, sample))
         (small, _), (large, sample) = sizes
         file = sample.file(0)
@@ -157,7 +165,7 @@ def measure(project: Project, embedder: Embedder, factory: str) -> Rates:
     vectors, rates.embed = _embed(embedder, texts)
     rates.embed += rates.per_chunk["embed"]
     rates.memory = resident_bytes()
-    _measure_vectors(rates, _around(vectors), factory, project.config)
+    measure_vectors(rates, vectors_around(vectors, num_train), factory, project.config)
     return rates
 
 
@@ -237,6 +245,12 @@ def _search_of(project: Project) -> Spent:
     return _least(lambda: index.search(queries, project.config.num_neighbors_query))
 
 
+def _exact_search_of(num_vectors: int, metric: str) -> Spent:
+    """Of the queries that measure the recall, in as many vectors."""
+    vectors = np.random.default_rng(2).standard_normal((num_vectors, _WIDTH), dtype=np.float32)
+    return _least(lambda: exact_search(vectors[:NUM_QUERIES], vectors, RECALL_AT + 1, metric))
+
+
 def _least(function: Callable[[], object]) -> Spent:
     function()
     found = [_spent(function) for _ in range(_REPEATS)]
@@ -256,23 +270,27 @@ def _embed(embedder: Embedder, texts: list[str]) -> tuple[np.ndarray, Spent]:
     return np.concatenate(parts), sum(warm, start=Spent()).times(1 / len(warm))
 
 
-def _around(vectors_ND: np.ndarray) -> np.ndarray:
-    """More vectors, each near one of those that are given."""
+def vectors_around(vectors_ND: np.ndarray, num_train: int) -> np.ndarray:
+    """More vectors, each near one of those that are given: enough to compare, and to train codes on as many as
+    ``num_train``."""
+    count = max(_VECTORS, min(num_train, _LEARNT_FROM))
     random = np.random.default_rng(0)
-    chosen = vectors_ND[random.integers(0, len(vectors_ND), _VECTORS)]
+    chosen = vectors_ND[random.integers(0, len(vectors_ND), count)]
     spread = 0.3 * vectors_ND.std(axis=0)
     return (chosen + spread * random.standard_normal(chosen.shape, dtype=np.float32)).astype(np.float32)
 
 
-def _measure_vectors(rates: Rates, vectors_ND: np.ndarray, factory: str, config: RetroDbConfig) -> None:
+def measure_vectors(rates: Rates, every_ND: np.ndarray, factory: str, config: RetroDbConfig) -> None:
+    """Fill in what depends on the embedder's channels: codes are trained on all vectors, some of them are compared."""
+    vectors_ND = every_ND[:_VECTORS]
     metric, queries = config.metric, vectors_ND[:_QUERIES]
     rates.compare = _least(lambda: exact_search(queries, vectors_ND, 1, metric)).times(1 / (_QUERIES * vectors_ND.size))
     codes = factory.split(",")[-1]
     width = min(width_of(factory, vectors_ND.shape[1]), vectors_ND.shape[1])
-    inner = np.ascontiguousarray(vectors_ND[:, :width])
+    inner, sample = (np.ascontiguousarray(each[:, :width]) for each in (vectors_ND, every_ND))
     small = codes if lists_of(factory) is None else f"IVF16,{codes}"
     trained: list[VectorIndex] = []
-    rates.learn = _spent(lambda: trained.append(VectorIndex.train(small, metric, inner))).times(1 / len(inner))
+    rates.learn = _spent(lambda: trained.append(VectorIndex.train(small, metric, sample))).times(1 / len(sample))
     index = trained[0]
     rates.encode = _least(lambda: index.encode(inner)).times(1 / len(inner))
     # What a query costs beside comparing is the same in an index of any size: two sizes tell them apart.

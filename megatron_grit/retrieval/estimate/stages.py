@@ -128,16 +128,19 @@ class Estimate:
         memory = 3 * in_block * block + sizes.num_places + 50 * min(sizes.num_places, 1 << 23)
         return self._cost("db-build", self._base("db-build", sizes.num_chunks), disk=disk, memory=memory, passing=keys)
 
-    def _block_memory(self) -> float:
+    def _block_memory(self, num_vectors: int) -> float:
         """Of a block of vectors: its texts and their tokens, the vectors as they come and as they are kept, and the
         file's image."""
-        count = min(self.config.block_size, self.sizes.num_chunks)
+        count = min(self.config.block_size, num_vectors)
         return count * (_TEXT + _TOKENS * self.rates.text_bytes + self.sizes.dim * (8 + 2 * self.item))
 
     def _embed(self) -> StageCost:
         count = self.sizes.num_chunks
         return self._cost(
-            "embed", self.rates.embed.times(count), disk=self.item * self.sizes.dim * count, memory=self._block_memory()
+            "embed",
+            self.rates.embed.times(count),
+            disk=self.item * self.sizes.dim * count,
+            memory=self._block_memory(count),
         )
 
     def _index_train(self) -> StageCost:
@@ -153,7 +156,7 @@ class Estimate:
             passing = 4 * sizes.dim * sizes.num_train
         memory = 4 * sizes.dim * sample + (4 * self.width * sample if self.width != sizes.dim else 0)
         disk = 4 * self.lists * self.width + 28 * sizes.num_train
-        memory = max(memory, 0 if sizes.stored else self._block_memory())
+        memory = max(memory, 0 if sizes.stored else self._block_memory(sizes.num_train))
         return self._cost("index-train", spent, alone=alone, disk=disk, memory=memory, passing=passing)
 
     def _index_add(self) -> StageCost:

@@ -211,7 +211,9 @@ def test_a_plan_ranks_what_fits_and_says_why_not() -> None:
     every = len(plan.candidates) + len(plan.too_large) + len(plan.refused)
     assert every == len(list(meshes(config, 16)))
     text = format_plan(plan)
-    assert "DOES NOT FIT" in text and "Impossible" in text
+    assert "DOES NOT FIT" in text and "Impossible" in text and "build-db" not in text
+    config.data.retro_project = "some/db"
+    assert "megatron-grit build-db --project-dir some/db --dry-run" in format_plan(make_plan(config, 16, 32000))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_grit.config.database.schema import RetroDbConfig
+from megatron_grit.data.chunks.chunk_db import map_dataset
 from megatron_grit.errors import DataError
 from megatron_grit.retrieval.dedup import duplicates
 from megatron_grit.retrieval.dedup.duplicates import EQUAL, SIMILAR, ChunkBlock, DuplicateSearch
@@ -205,6 +207,24 @@ def test_a_search_that_was_killed_goes_on(
     other.run(Worker())
     assert (other.state() == state_of(tmp_path / "other", blocks, near_threshold=0.84)).all()
     assert (other.state() != straight.state()).any()
+
+
+def test_a_process_opens_each_array_once(
+    tmp_path: Path, blocks: list[ChunkBlock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many parts and bands there are."""
+    monkeypatch.setattr(duplicates, "ENTRIES_IN_MEMORY", 100)
+    opened: Counter[tuple[Path, str]] = Counter()
+
+    def counting(path: Path, name: str, **options: Any) -> np.ndarray:
+        opened[path, name] += 1
+        return map_dataset(path, name, **options)
+
+    monkeypatch.setattr(duplicates, "map_dataset", counting)
+    search = search_in(tmp_path / "found", blocks)
+    search.run(Worker())
+    assert len(search._similar.blocks) > 20 and set(opened.values()) == {1}
+    assert len(opened) == 4 * len(blocks), "hashes, signatures, keys and rows"
 
 
 def test_examples(tmp_path: Path, chunks: Chunks, blocks: list[ChunkBlock]) -> None:

@@ -70,6 +70,22 @@ def test_sizes_are_those_of_the_build(tmp_path: Path, monkeypatch: pytest.Monkey
     assert 2 < costs[1][1].spent.cpu / costs[0][1].spent.cpu < 4
 
 
+@pytest.mark.parametrize(("num_train", "measured"), [(100, 300), (900, 900), (5000, 2000)])
+def test_codes_are_learnt_from_as_many_vectors_as_they_will_be(
+    monkeypatch: pytest.MonkeyPatch, num_train: int, measured: int
+) -> None:
+    """The time of a vector is another one in small samples."""
+    monkeypatch.setattr(rates, "_VECTORS", 300)
+    monkeypatch.setattr(rates, "_QUERIES", 16)
+    monkeypatch.setattr(rates, "_LEARNT_FROM", 2000)
+    trained, train = [], VectorIndex.train
+    monkeypatch.setattr(VectorIndex, "train", lambda *given: trained.append(len(given[2])) or train(*given))
+    known = Rates(chunks_per_token=0, places_per_token=0, documents_per_token=0, text_bytes=200)
+    vectors = rates.vectors_around(np.random.default_rng(0).standard_normal((50, 8), dtype=np.float32), num_train)
+    rates.measure_vectors(known, vectors, "IVF16,PQ4x4", RetroDbConfig())
+    assert trained == [measured] and known.learn.cpu > 0 and known.encode.cpu > 0
+
+
 @pytest.mark.parametrize(
     "factory",
     ["Flat", "SQ8", "PQ4x4", "HNSW8", "IVF16,Flat", "IVF16_HNSW8,SQfp16", "OPQ8_16,IVF16,PQ8", "PCA8,IVF16,SQ8"],
