@@ -179,7 +179,7 @@ run_training() {
         return
     fi
     # A mistake is one line here; from a job of many processes it would be a page from each.
-    WORLD_SIZE="$world" "$PYTHON" -m megatron_grit.cli.train --dry-run "$@" >/dev/null || exit $?
+    WORLD_SIZE="$world" LOCAL_WORLD_SIZE="$processes" "$PYTHON" -m megatron_grit.cli.train --dry-run "$@" >/dev/null || exit $?
     # The engine's sequence parallel overlap relies on the order of one connection to the GPU.
     export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
     run_job "$nodes" "$processes" -m megatron_grit.cli.train "$@"

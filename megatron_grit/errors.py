@@ -25,22 +25,22 @@ class ConfigError(GritError):
 
 
 class ConfigErrors(ConfigError):
-    """Several of them, of which each is a line.
+    """Several errors, of which each is a line.
 
     Args:
         errors: what is wrong.
     """
 
-    def __init__(self, errors: Sequence[ConfigError]) -> None:
+    def __init__(self, errors: Sequence[GritError]) -> None:
         super().__init__("\n".join(map(str, errors)))
         self.errors = errors
 
 
-def raise_all(errors: Sequence[ConfigError]) -> NoReturn:
+def raise_all(errors: Sequence[GritError]) -> NoReturn:
     """Raise errors as one, or the only one itself.
 
     Raises:
-        ConfigError: always.
+        GritError: always.
     """
     raise errors[0] if len(errors) == 1 else ConfigErrors(errors)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import sys
 
 from megatron_grit.cli.main import guarded
-from megatron_grit.config.checks.run import find_errors, mesh_summary
+from megatron_grit.config.checks.run import as_errors, find_problems, mesh_summary, names_data
 from megatron_grit.config.database.run import resolve_retro_project
 from megatron_grit.config.parse import TrainArguments, dump_config, parse_train_arguments
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.errors import raise_all
+from megatron_grit.errors import GritError, raise_all
 from megatron_grit.store.environment import check_job, planned_size
 from megatron_grit.store.logs import say_loading
 
@@ -29,6 +29,17 @@ def resolved(arguments: TrainArguments, *, files: bool) -> RunConfig:
     return resolve_pretrained(config, arguments.origins, files=files)
 
 
+def _look_ahead(config: RunConfig, *, is_readable: bool) -> tuple[list[GritError], list[str]]:
+    """What the start of the run would refuse, and what it would say of the data, which is looked at if readable."""
+    from megatron_grit.data.rows.prospects import look_ahead
+    from megatron_grit.parallel.devices import device_errors
+    from megatron_grit.parallel.rendezvous import port_errors
+
+    errors: list[GritError] = [*device_errors(config.parallel.device), *port_errors()]
+    found, lines = look_ahead(config) if is_readable else ([], [])
+    return errors + found, lines
+
+
 def _run(argv: list[str] | None) -> None:
     arguments = parse_train_arguments(argv)
     is_dry = arguments.dry_run or arguments.print_config
@@ -36,11 +47,17 @@ def _run(argv: list[str] | None) -> None:
         check_job()
     world_size = planned_size()
     config = resolved(arguments, files=not arguments.print_config)
-    errors = find_errors(config, world_size, files=not arguments.print_config, origins=arguments.origins)
+    problems = list(find_problems(config, world_size, files=not arguments.print_config))
+    errors: list[GritError] = [*as_errors(problems, arguments.origins)]
+    prospects: list[str] = []
+    if arguments.dry_run and not arguments.print_config:
+        more, prospects = _look_ahead(config, is_readable=not any(names_data(problem) for problem in problems))
+        errors += more
     if errors:
         raise_all(errors if is_dry else errors[:1])
     if is_dry:
-        print(f"# {mesh_summary(config, world_size)}\n{dump_config(config)}", end="")
+        lines = [mesh_summary(config, world_size), *prospects]
+        print("".join(f"# {line}\n" for line in lines) + dump_config(config), end="")
         return
     say_loading()
     from megatron_grit.convert.hf_in.pretrained import pretrained_weights

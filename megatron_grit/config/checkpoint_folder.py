@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import CheckpointError
 
 REPLACED = ".replaced"
@@ -41,3 +42,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if not found:
         raise CheckpointError(f"{path}: no checkpoint here; expected state.json or checkpoints/step_*/state.json")
     return found[-1]
+
+
+def started_from(config: RunConfig) -> list[Path]:
+    """Directories of the checkpoint that a run resumes, and of the one that it was started from."""
+    places = list_checkpoints(config.output_dir)[-1:] if config.checkpoint.resume else []
+    if config.checkpoint.load is not None:
+        # One of Megatron-LM has another form; one that is not there is told of when it is loaded.
+        places += list_checkpoints(config.checkpoint.load)[-1:] or [Path(config.checkpoint.load)]
+    return places

@@ -31,7 +31,8 @@ Files are YAML 1.2: `010` is ten, `1e-5` a number; `1:30`, `no` and `2024-01-01`
 `${{NAME}}` are replaced; a variable that is not set is refused.
 
 - `--print_config` checks everything but files, prints the resolved configuration, and ends.
-- `--dry-run` checks files as well.
+- `--dry-run` looks at files, at headers and lengths of the data, and at this node's GPUs and port as well, and tells
+  everything that is wrong at once.
 
 The resolved configuration is written to `output_dir/config.yaml` and into every checkpoint.
 """

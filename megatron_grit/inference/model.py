@@ -140,7 +140,7 @@ class GritModel:
         config.parallel = replace(parallel or ParallelConfig(), device=device)  # type: ignore[arg-type]
         if parallel is not None:
             _fit_mesh(config)
-        context = initialize(config.parallel, config.training.seed)
+        context = initialize(config.parallel, config.training.seed, "device")
         config.training.precision = precision or (  # type: ignore[assignment]
             "fp32" if context.device.type == "cpu" else config.training.precision
         )

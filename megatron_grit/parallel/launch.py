@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,26 +10,31 @@ import torch
 import torch.distributed as dist
 
 from megatron_grit.config.schema import ParallelConfig
-from megatron_grit.errors import ConfigError, MeshError
+from megatron_grit.errors import MeshError
 from megatron_grit.parallel.context import ParallelContext, build_mesh, destroy_mesh, mesh_is_built, read_context
+from megatron_grit.parallel.devices import select_device
 from megatron_grit.parallel.rendezvous import join_job
-from megatron_grit.store.environment import check_job, job_size, local_rank
-from megatron_grit.store.logs import get_logger
+from megatron_grit.store.environment import check_job, job_size
 
 _MINUTES_TO_START = 10.0
 
 
-def initialize(config: ParallelConfig, seed: int) -> ParallelContext:
+def initialize(config: ParallelConfig, seed: int, device_option: str = "parallel.device") -> ParallelContext:
     """Join the job and build the mesh.
 
     Ranks come from ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` as torchrun sets them;
     without them this process is the whole job. A process group that exists already is used as it is.
 
+    Args:
+        config: the mesh and the device.
+        seed: of the random states.
+        device_option: where the user chose the device, for messages.
+
     Raises:
-        ConfigError: ``parallel.device`` is cuda and there is no GPU, or these variables are not those of a job.
+        ConfigError: ``config.device`` is cuda and there is no GPU, or these variables are not those of a job.
         MeshError: the number of processes does not divide into the mesh.
     """
-    device = select_device(config.device)
+    device = select_device(config.device, device_option)
     if device.type == "cpu":
         from megatron_grit.parallel import cpu_backend
 
@@ -56,32 +60,6 @@ def initialize(config: ParallelConfig, seed: int) -> ParallelContext:
     )
     _seed_all(seed)
     return read_context(device, config.sequence_parallel)
-
-
-def select_device(wanted: str) -> torch.device:
-    """The device of ``parallel.device``: the local rank's GPU, or the CPU."""
-    if wanted == "cpu":
-        # The engine asks torch whether CUDA is there, not us, so it must find none.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        return torch.device("cpu")
-    if torch.cuda.is_available():
-        if local_rank() >= torch.cuda.device_count():
-            raise ConfigError(
-                f"LOCAL_RANK is {local_rank()}, but torch finds {torch.cuda.device_count()} GPUs; start as many "
-                "processes on a node, or look at CUDA_VISIBLE_DEVICES"
-            )
-        device = torch.device("cuda", local_rank())
-        torch.cuda.set_device(device)
-        return device
-    if wanted == "cuda":
-        raise ConfigError("parallel.device is cuda, but torch finds no GPU; use auto or cpu")
-    return torch.device("cpu")
-
-
-def warn_of_slow_bf16(device: torch.device, precision: str, option: str) -> None:
-    """Say once, on rank 0, that ``option`` is better fp32 on a CPU that has no instructions for bf16."""
-    if device.type == "cpu" and precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        get_logger(__name__).info(f"this processor has no instructions for bf16; {option} fp32 is faster here")
 
 
 def _init_process_group(device: torch.device, timeout_minutes: float) -> None:

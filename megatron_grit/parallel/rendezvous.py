@@ -7,6 +7,7 @@ of the restart count would not do, for the launchers of several nodes count diff
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -45,10 +46,37 @@ def join_job(timeout: timedelta) -> tuple[dist.Store, int, int]:
             store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         if "EADDRINUSE" in str(error):
-            raise ConfigError(f"MASTER_PORT {port} is taken on this node; choose another one") from None
+            raise ConfigError(_taken(port)) from None
         raise JobError(f"did not meet the {others}: {str(error).strip().partition(chr(10))[0]}") from None
     name = agree_on_name(store, rank, world_size, timeout.total_seconds())
     return dist.PrefixStore(name, store), rank, world_size
+
+
+def port_errors() -> list[ConfigError]:
+    """Whether rank 0 would find the job's port taken, where it is to run on this node and no launcher holds the port
+    for it."""
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not address or not port or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return []
+    if not (port.isdecimal() and port.isascii() and 0 < int(port[:9]) < 65536):
+        return [ConfigError(f"MASTER_PORT must be an integer from 1 to 65535, not {port!r}")]
+    try:
+        found = socket.getaddrinfo(address, int(port), type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []  # perhaps an address that the nodes of the job know
+    for family, kind, protocol, _, place in found:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(place)
+            except OSError as error:  # an address of another node cannot be bound either
+                if error.errno == errno.EADDRINUSE:
+                    return [ConfigError(_taken(port))]
+    return []
+
+
+def _taken(port: str) -> str:
+    return f"MASTER_PORT {port} is taken on this node; choose another one"
 
 
 def _check_address(address: str) -> None:

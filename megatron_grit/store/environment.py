@@ -25,6 +25,18 @@ def local_rank() -> int:
     return 0 if job_problem(meets=False) else int(os.environ.get("LOCAL_RANK") or 0)
 
 
+def local_size() -> int | None:
+    """Processes that a job has on this node; None where the variables do not say so.
+
+    Raises:
+        ConfigError: LOCAL_WORLD_SIZE is no count.
+    """
+    given = os.environ.get("LOCAL_WORLD_SIZE")
+    if (problem := _number_problem("LOCAL_WORLD_SIZE", 1)) is not None:
+        raise ConfigError(problem)
+    return int(given) if given else 1 if planned_size() == 1 else None
+
+
 def planned_size() -> int:
     """Number of processes that a command is checked for, WORLD_SIZE; RANK need not be set.
 

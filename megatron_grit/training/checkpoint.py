@@ -66,15 +66,6 @@ def checkpoint_path(output_dir: str | Path, step: int) -> Path:
     return Path(output_dir) / "checkpoints" / f"step_{step:08d}"
 
 
-def started_from(config: RunConfig) -> list[Path]:
-    """Directories of the checkpoint that a run resumes, and of the one that it was started from."""
-    places = list_checkpoints(config.output_dir)[-1:] if config.checkpoint.resume else []
-    if config.checkpoint.load is not None:
-        # One of Megatron-LM has another form; one that is not there is told of when it is loaded.
-        places += list_checkpoints(config.checkpoint.load)[-1:] or [Path(config.checkpoint.load)]
-    return places
-
-
 def read_state(path: Path) -> dict[str, Any]:
     """The ``state.json`` of a checkpoint.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_grit import compat
-from megatron_grit.config.checkpoint_folder import REPLACED
+from megatron_grit.config.checkpoint_folder import REPLACED, started_from
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.chat.chat import Chat, write_chat
@@ -44,7 +44,6 @@ from megatron_grit.training.checkpoint import (
     optimizer_state,
     random_file,
     saved_state,
-    started_from,
 )
 from megatron_grit.training.manifest import write_manifest, write_part
 from megatron_grit.training.restore_checks import optimizer_parts, optimizer_step

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from megatron_grit.config.checkpoint_folder import started_from
 from megatron_grit.config.checks.run import check, mesh_summary
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.chat.run_chat import run_chat
 from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.rows.prospects import prospects
 from megatron_grit.data.rows.version_follower import VersionFollower
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError
@@ -20,7 +22,8 @@ from megatron_grit.models.adapters import count_trainable
 from megatron_grit.models.decoder import GritDecoder, build_chunks
 from megatron_grit.parallel import positions
 from megatron_grit.parallel.context import ParallelContext
-from megatron_grit.parallel.launch import parallel_job, warn_of_slow_bf16
+from megatron_grit.parallel.devices import warn_of_slow_bf16
+from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.parallel.watch import JobWatch, is_broken_connection
 from megatron_grit.store.files import write_json
 from megatron_grit.store.lock import locked_folder
@@ -44,7 +47,6 @@ from megatron_grit.training.checkpoint import (
     load_weights,
     read_state,
     resolve_checkpoint,
-    started_from,
 )
 from megatron_grit.training.checkpoint_save import CheckpointSaver, clear_leftovers
 from megatron_grit.training.estimate_report import EstimateReport, MemoryMeter
@@ -125,6 +127,9 @@ class Trainer:
         vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
         self.report = EstimateReport(config, context, vocab_size, MemoryMeter(context.device))
         self.chat = run_chat(config, self.tokenizer, started_from(config), self.loader.metas)
+        if context.rank == 0:
+            for line in prospects(config, self.tokenizer, self.chat):
+                log.info(line)
         log.info("building the model")
         warn_of_slow_bf16(context.device, config.training.precision, "training.precision")
         positions.enter("building the model")

@@ -6,7 +6,7 @@ Nothing here imports torch, so a launcher can run every check on a login node be
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,8 +48,13 @@ def find_errors(
     config: RunConfig, world_size: int, *, files: bool = True, origins: Mapping[str, str] | None = None
 ) -> list[ConfigError]:
     """All problems of a run as errors; arguments as of :func:`check`."""
-    errors = []
-    for problem in find_problems(config, world_size, files=files):
+    return as_errors(find_problems(config, world_size, files=files), origins)
+
+
+def as_errors(problems: Iterable[Problem], origins: Mapping[str, str] | None = None) -> list[ConfigError]:
+    """Problems as errors that say where the key was given; ``origins`` as of :func:`check`."""
+    errors: list[ConfigError] = []
+    for problem in problems:
         where = (origins or {}).get(problem.key)
         errors.append(problem.error(f"{where}: {problem.message}" if where else problem.message))
     return errors
@@ -75,6 +80,11 @@ def find_problems(config: RunConfig, world_size: int, *, files: bool = True) -> 
     yield from adapter_problems(config)
     if files and not any(problem.key.startswith("data.") for problem in unreadable):
         yield from _files(config)
+
+
+def names_data(problem: Problem) -> bool:
+    """Whether a problem may keep the data from being looked at."""
+    return problem.key.startswith(("data.", "training.", "embedding.", "model.max_position"))
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megatron_grit.config.blend import read_blend
+from megatron_grit.config.checkpoint_folder import started_from
+from megatron_grit.config.checks.run import TOKENIZER_FILES
 from megatron_grit.config.kinds import kind_options, kind_sources, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.chat.chat import Chat, chat_beside, chat_of_file, default_chat, is_known, named_chat, read_chat
 from megatron_grit.data.indexed.reader import IndexedFile, IndexedMeta, read_meta
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.text.tokenizer import Tokenizer
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import ConfigError, GritError
 from megatron_grit.store.logs import get_logger
 
@@ -75,6 +77,36 @@ def checkpoint_chat(path: Path, config: RunConfig, tokenizer: Tokenizer) -> Chat
         f"{found.origin}; say otherwise with --chat-template"
     )
     return found
+
+
+def unlike_base(config: RunConfig, tokenizer: Tokenizer, chat: Chat) -> Iterator[str]:
+    """Lines about a run whose tokenizer or template is not that of the model that it goes on from: its own checkpoint,
+    that of ``checkpoint.load``, or the directory of ``model.pretrained``.
+
+    Args:
+        config: the run.
+        tokenizer: its tokenizer.
+        chat: its template.
+
+    Raises:
+        DataError: a file that cannot be read.
+    """
+    folders = [*started_from(config), *([] if config.model.pretrained is None else [Path(config.model.pretrained)])]
+    folder = next((path for path in folders if any((path / name).is_file() for name in TOKENIZER_FILES)), None)
+    if folder is None:
+        return
+    base = load_tokenizer(folder)
+    if base.fingerprint != tokenizer.fingerprint:
+        shared = range(min(base.vocab_size, tokenizer.vocab_size))
+        other = next((index for index in shared if base.id_to_token(index) != tokenizer.id_to_token(index)), None)
+        if other is not None:
+            names = (
+                f"{base.id_to_token(other)!r} in {base.path} and {tokenizer.id_to_token(other)!r} in {tokenizer.path}"
+            )
+            yield f"data.tokenizer is another one than the base's, which knows other words: id {other} is {names}"
+    before = read_chat(folder) or chat_beside(base)
+    if before is not None and before.origin != "default" and before.source != chat.source:
+        yield f"the base converses in {before.template} ({folder}), this run in {chat.template}, from {chat.origin}"
 
 
 def _of_data(config: RunConfig, tokenizer: Tokenizer, metas: Mapping[str, IndexedMeta]) -> Chat | None:

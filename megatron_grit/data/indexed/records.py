@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_grit.data.indexed.reader import CHECKED_BLOCK_BYTES, DOCUMENTS, IndexedFile, file_paths, read_meta
-from megatron_grit.data.indexed.roles import Role, RowKind, check_grammar
+from megatron_grit.data.indexed.roles import Role, RowKind, check_grammar, split_segments
 from megatron_grit.errors import DataError
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -114,6 +114,23 @@ class IndexedRecords:
         if not self._has_roles:
             return [int(Role.TEXT)], [sum(lengths)]
         return self._roles(index, start, stop), lengths
+
+    def segment_lengths(self, records: np.ndarray) -> np.ndarray:
+        """Tokens of each segment of some records, but for those without a token to predict: int64 [num_segments]. No
+        token is read.
+
+        Raises:
+            DataError: roles that make no record of this file's kind, or a damaged index.
+            IndexError: no such record.
+        """
+        if self.kind is RowKind.GENERATIVE:
+            lengths = self.file.extents(records)[1]
+            return lengths[lengths > 1]
+        found: list[int] = []
+        for record in records.tolist():
+            roles, sizes = self.spans(record)
+            found += [sum(sizes[first:last]) for first, last in split_segments(roles)]
+        return np.array(found, dtype=np.int64)
 
     def _roles(self, index: int, start: int, stop: int) -> list[int]:
         assert self.file.modes is not None

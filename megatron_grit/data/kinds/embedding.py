@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_grit.config.kinds import kind_batch_size
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.config.schema.kinds.embedding import DATA
+from megatron_grit.config.schema.kinds.embedding import BATCH, DATA
 from megatron_grit.data.indexed.roles import Role, RowKind, pooled, split_segments
 from megatron_grit.data.order.blend import RecordOrder, blend_weights
 from megatron_grit.data.order.sampler import EmbeddingSampler, Stream, passage_draws, pick_passages, stream_key
@@ -27,7 +27,7 @@ from megatron_grit.data.rows.segments import Segment, too_long
 from megatron_grit.data.rows.stream import PlannedRow, RowStream, cache_folder
 from megatron_grit.data.text.markers import load_markers
 from megatron_grit.data.text.tokenizer import Tokenizer
-from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.errors import DataError
 from megatron_grit.store.cache import cached
 
 LEAD_AND_TEXT = (Role.QUERY_INSTRUCTION, Role.QUERY)
@@ -81,6 +81,10 @@ def source_rules(config: RunConfig, num_added: int = 0) -> SourceRules:
         policy=config.data.over_long_texts,
         policy_key="data.over_long_texts",
         num_added=num_added,
+        segments="texts",
+        least_records=config.training.embedding_batch_size,
+        batch_key=BATCH,
+        group_size=config.data.train_group_size,
     )
 
 
@@ -102,9 +106,8 @@ class EmbeddingStream(RowStream):
         self._seed = config.training.seed
         self._policy = config.data.over_long_texts
         self._markers = load_markers(config.embedding, config.model.vocab_size, tokenizer)
-        self.sources = Sources(config, tokenizer, source_rules(config, self._markers.query.num_tokens), open_files)
+        self.sources = Sources(config, tokenizer, self.rules(config, tokenizer), open_files)
         self.num_queries, self.group_size = kind_batch_size(config, self.kind), config.data.train_group_size
-        self._check_negatives()
         entries = self.sources.entries
         key = stream_key(self._seed, Stream.EMBEDDING_RECORDS)
         order = RecordOrder(self.sources.sizes, [entry.cap for entry in entries], key)
@@ -118,16 +121,11 @@ class EmbeddingStream(RowStream):
             bound=None if config.data.allow_shared_texts else self._bound_records,
         )
 
-    def _check_negatives(self) -> None:
-        wanted = self.group_size - 1
-        if wanted < 0:
-            raise ConfigError(f"data.train_group_size {wanted + 1} is below 1")
-        for index, name in enumerate(self.sources.names):
-            if wanted and self.sources.meta(index).min_negatives == 0:
-                raise ConfigError(
-                    f"data.train_group_size {wanted + 1} needs negatives, and {name} has records without any; "
-                    "set data.train_group_size to 1, or add negatives to every record"
-                )
+    @classmethod
+    def rules(cls, config: RunConfig, tokenizer: Tokenizer) -> SourceRules:
+        """As in the base class."""
+        markers = load_markers(config.embedding, config.model.vocab_size, tokenizer)
+        return source_rules(config, markers.query.num_tokens)
 
     def _bound_records(self, index: int) -> BoundRecords:
         if self.sources.meta(index).bin_bytes < _CACHED_FROM_BYTES:

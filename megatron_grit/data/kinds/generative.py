@@ -16,7 +16,7 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.roles import Role, RowKind, supervised
 from megatron_grit.data.order.blend import RecordOrder, blend_weights
 from megatron_grit.data.order.sampler import GenerativeSampler, Stream, stream_key
-from megatron_grit.data.order.sources import OpenFiles, SourceRules, Sources
+from megatron_grit.data.order.sources import OpenFiles, SourceRules, Sources, longest_segment
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.neighbor_versions import NeighborVersions
 from megatron_grit.data.rows.row import PADDING_ROLE, start_row
@@ -97,12 +97,7 @@ class GenerativeStream(RowStream):
                 f"training.generative_rows {self._num_rows} is not a multiple of {num_rows_multiple}, the data "
                 "parallel size or data.num_rows_multiple"
             )
-        self.sources = Sources(config, tokenizer, source_rules(config, self.kind), open_files)
-        if self._policy == "split" and self._multiple >= self.sources.longest_segment:
-            raise ConfigError(
-                f"data.split_multiple {self._multiple} needs rows of {self._multiple + 1} tokens at least; raise "
-                "data.tokens_per_row or model.max_position_embeddings"
-            )
+        self.sources = Sources(config, tokenizer, self.rules(config, tokenizer), open_files)
         if config.model.retro.num_neighbors:
             self.neighbors = NeighborVersions(config, self.sources)
         entries, seed = self.sources.entries, config.training.seed
@@ -131,13 +126,20 @@ class GenerativeStream(RowStream):
                 identity,
             )
 
+    @classmethod
+    def rules(cls, config: RunConfig, tokenizer: Tokenizer) -> SourceRules:
+        """As in the base class."""
+        multiple = config.data.split_multiple
+        if config.data.over_long == "split" and multiple >= longest_segment(config):
+            raise ConfigError(
+                f"data.split_multiple {multiple} needs rows of {multiple + 1} tokens at least; raise "
+                "data.tokens_per_row or model.max_position_embeddings"
+            )
+        return source_rules(config, cls.kind)
+
     @staticmethod
     def full_rows(config: RunConfig) -> int | None:
-        """Rows of a step, each filled from the stream of sequences. None: the sequences of a step fill its rows.
-
-        Raises:
-            ConfigError: rows are to be full, and their number is not given.
-        """
+        """As in the base class."""
         if config.data.packing == "step":
             return None
         if config.training.generative_rows is None:

@@ -58,16 +58,13 @@ class EmbeddingSampler:
     so no record comes twice in a batch.
 
     Args:
-        order: the records of the sources.
+        order: the records of the sources, each of which has at least a batch of them.
         batch_size: queries of a global batch.
         seed: seed of the data order.
         names: of the sources, for messages.
         weights: of the sources. None: whole batches in an epoch, so that all epochs end together.
         temperature: 1 keeps the weights, more brings them closer to each other.
         bound: gives the records of a source that share a text. None: they may share a batch.
-
-    Raises:
-        ConfigError: a source that is smaller than a batch.
     """
 
     def __init__(
@@ -81,12 +78,6 @@ class EmbeddingSampler:
         temperature: float = 1.0,
         bound: Callable[[int], BoundRecords] | None = None,
     ) -> None:
-        for name, size in zip(names, order.sizes.tolist(), strict=True):
-            if size < batch_size:
-                raise ConfigError(
-                    f"source {name} has {size} records, fewer than training.embedding_batch_size {batch_size}: an "
-                    "embedding batch comes from one source"
-                )
         self.order = order
         self._batch_size, self._names = batch_size, names
         self._full_batches = order.sizes // batch_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import resource
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from megatron_grit.data.indexed.reader import IndexedMeta, describe_skipped, fil
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.text.tokenizer import Tokenizer
-from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.errors import ConfigError, DataError, GritError
 
 _MOST_OPEN = 2048
 
@@ -63,6 +63,14 @@ class SourceRules:
     """The configuration's key that says so."""
     num_added: int = 0
     """Tokens that are put into each segment when it is read."""
+    segments: str = "records"
+    """What a segment is called in messages."""
+    least_records: int = 1
+    """Records that each source must have."""
+    batch_key: str = ""
+    """The configuration's key that says so, where it is above 1."""
+    group_size: int = 1
+    """Passages of a query; above 1, every record needs a negative."""
 
 
 class Sources:
@@ -75,26 +83,26 @@ class Sources:
         open_files: shared with the sources of other kinds.
 
     Raises:
-        ConfigError: no source, or a blend that is not one.
+        ConfigError: no source, a blend that is not one, or a source with fewer records than a batch, or without the
+            negatives that it needs.
         DataError: a source that is missing, damaged, empty, of another tokenizer or kind, or with segments that are too
             long.
     """
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, rules: SourceRules, open_files: OpenFiles) -> None:
         self.rules = rules
-        self.entries: list[BlendEntry] = read_blend(rules.prefixes, rules.key)
-        if not self.entries:
-            raise ConfigError(f"{rules.key} is empty, but training.objective {config.training.objective} needs it")
+        self.entries: list[BlendEntry] = _read_entries(config, rules)
         self._open_files = open_files
-        self._sources = [IndexedRecords(entry.path) for entry in self.entries]
+        self._sources: list[IndexedRecords] = []
         self.names = [entry.path for entry in self.entries]
         """Prefix of each source."""
-        self.longest_segment = min(config.data.tokens_per_row, config.model.max_position_embeddings)
+        self.longest_segment = longest_segment(config)
         """Tokens of the longest segment that a row and the model can take."""
-        for source in self._sources:
-            self._check(source, tokenizer)
-            if rules.policy == "stop":
-                self._check_longest(source, config)
+        for entry in self.entries:
+            source = IndexedRecords(entry.path)
+            self._sources.append(source)
+            for error in _meta_errors(entry, source, config, tokenizer, rules):
+                raise error
             if config.data.checksum:
                 open_files.use(source).verify()
         self.sizes = np.array([len(source) - source.meta.num_skipped for source in self._sources], dtype=np.int64)
@@ -147,32 +155,82 @@ class Sources:
         """
         return [_identity(self._sources[index]) for index in (range(len(self)) if indices is None else indices)]
 
-    def _check(self, source: IndexedRecords, tokenizer: Tokenizer) -> None:
-        meta, path = source.meta, file_paths(source.prefix)[2]
-        if source.kind is not self.rules.records:
-            raise DataError(f"holds {meta.kind} records and stands under {self.rules.key}", path=path)
-        if meta.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise DataError(
-                f"was built with another tokenizer than {tokenizer.path}; build it again or set data.tokenizer",
-                path=path,
-            )
-        if meta.num_records == meta.num_skipped:
-            raise DataError(f"holds no records{describe_skipped(meta.num_skipped)}", path=path)
 
-    def _check_longest(self, source: IndexedRecords, config: RunConfig) -> None:
-        meta = source.meta
-        for limit, knob in (
-            (config.data.tokens_per_row, "data.tokens_per_row"),
-            (config.model.max_position_embeddings, "model.max_position_embeddings"),
-        ):
-            longest = meta.longest_segment_tokens + self.rules.num_added
-            if longest > limit:
-                raise DataError(
-                    f"record {source.name(meta.longest_segment_record)} has a segment of "
-                    f"{longest} tokens{_of_these(self.rules.num_added)}, more than {knob} {limit}; raise it, build the "
-                    f"file again with a lower limit, or set {self.rules.policy_key}",
-                    path=file_paths(source.prefix)[2],
-                )
+def longest_segment(config: RunConfig) -> int:
+    """Tokens of the longest segment that a row and the model of a run can take."""
+    return min(config.data.tokens_per_row, config.model.max_position_embeddings)
+
+
+def find_errors(config: RunConfig, tokenizer: Tokenizer, rules: SourceRules) -> Iterator[GritError]:
+    """All that :class:`Sources` and the first look at a source's index refuse; arguments as there.
+
+    Reads each source's ``.json`` and the header and ends of its ``.idx``.
+    """
+    try:
+        entries = _read_entries(config, rules)
+    except ConfigError as error:
+        yield error
+        return
+    for entry in entries:
+        try:
+            source = IndexedRecords(entry.path)
+            yield from _meta_errors(entry, source, config, tokenizer, rules)
+            _ = source.file
+            source.close()
+        except DataError as error:
+            yield error
+
+
+def _read_entries(config: RunConfig, rules: SourceRules) -> list[BlendEntry]:
+    entries = read_blend(rules.prefixes, rules.key)
+    if not entries:
+        raise ConfigError(f"{rules.key} is empty, but training.objective {config.training.objective} needs it")
+    return entries
+
+
+def _meta_errors(
+    entry: BlendEntry, source: IndexedRecords, config: RunConfig, tokenizer: Tokenizer, rules: SourceRules
+) -> Iterator[GritError]:
+    """What a source's metadata tells against it."""
+    meta, path = source.meta, file_paths(source.prefix)[2]
+    if source.kind is not rules.records:
+        yield DataError(f"holds {meta.kind} records and stands under {rules.key}", path=path)
+        return
+    if meta.tokenizer_fingerprint != tokenizer.fingerprint:
+        yield DataError(
+            f"was built with another tokenizer than {tokenizer.path}; build it again or set data.tokenizer", path=path
+        )
+    count = meta.num_records - meta.num_skipped
+    count = count if entry.cap is None else min(count, entry.cap)
+    if not count:
+        yield DataError(f"holds no records{describe_skipped(meta.num_skipped)}", path=path)
+    elif count < rules.least_records:
+        yield ConfigError(
+            f"source {source.prefix} has {count} records, fewer than {rules.batch_key} {rules.least_records}: an "
+            f"embedding batch comes from one source; lower {rules.batch_key}, or join sources with merge_indexed"
+        )
+    if rules.group_size > 1 and count and meta.min_negatives == 0:
+        yield ConfigError(
+            f"data.train_group_size {rules.group_size} needs negatives, and {source.prefix} has records without any; "
+            "set data.train_group_size to 1, or add negatives to every record"
+        )
+    if rules.policy == "stop":
+        yield from _longest_errors(source, config, rules)
+
+
+def _longest_errors(source: IndexedRecords, config: RunConfig, rules: SourceRules) -> Iterator[DataError]:
+    meta, longest = source.meta, source.meta.longest_segment_tokens + rules.num_added
+    for limit, knob in (
+        (config.data.tokens_per_row, "data.tokens_per_row"),
+        (config.model.max_position_embeddings, "model.max_position_embeddings"),
+    ):
+        if longest > limit:
+            yield DataError(
+                f"record {source.name(meta.longest_segment_record)} has a segment of {longest} tokens"
+                f"{_of_these(rules.num_added)}, more than {knob} {limit}; raise it, build the file again with a lower "
+                f"limit, or set {rules.policy_key}",
+                path=file_paths(source.prefix)[2],
+            )
 
 
 def _of_these(num_added: int) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_grit.config.kinds import kind_options, load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.order.sources import OpenFiles
+from megatron_grit.data.order.sources import OpenFiles, SourceRules
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.loader import KINDS, GritDataLoader
 from megatron_grit.data.rows.packing import pack
@@ -53,6 +53,12 @@ class HeldOutStream(RowStream):
         self._bounds = np.append(np.flatnonzero(np.diff(step_R, prepend=-1)), len(step_R))
         self.num_steps = len(self._bounds) - 1
         """Steps that hold all records."""
+
+    @classmethod
+    def rules(cls, config: RunConfig, tokenizer: Tokenizer) -> SourceRules:
+        """As in the base class."""
+        stream: type[RowStream] = load_kind(KINDS, held_out_kind(config)).STREAM
+        return stream.rules(_held_out(config), tokenizer)
 
     def segments(self, step: int) -> list[Segment]:
         """As in the base class."""

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.order.sources import Sources
+from megatron_grit.data.order.sources import SourceRules, Sources
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.neighbor_versions import NeighborVersions
 from megatron_grit.data.rows.packing import pack
 from megatron_grit.data.rows.segments import Segment
+from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError
 
 
@@ -57,6 +58,24 @@ class RowStream(ABC):
 
     def __init__(self, config: RunConfig, num_rows_multiple: int) -> None:
         self._tokens_per_row, self._num_rows_multiple = config.data.tokens_per_row, num_rows_multiple
+
+    @classmethod
+    @abstractmethod
+    def rules(cls, config: RunConfig, tokenizer: Tokenizer) -> SourceRules:
+        """What a run asks of the sources of this kind.
+
+        Raises:
+            ConfigError: options that the kind cannot fill rows by.
+        """
+
+    @staticmethod
+    def full_rows(config: RunConfig) -> int | None:
+        """Rows of a step, each filled from the stream of sequences. None: the segments of a step fill its rows.
+
+        Raises:
+            ConfigError: rows are to be full, and their number is not given.
+        """
+        return None
 
     @abstractmethod
     def segments(self, step: int) -> list[Segment]:

@@ -27,7 +27,7 @@ from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encoders.protocol import EmbedderOptions, finite
 from megatron_grit.inference.messages import check_texts
 from megatron_grit.inference.model_group import ModelGroup
-from megatron_grit.parallel.launch import select_device, warn_of_slow_bf16
+from megatron_grit.parallel.devices import select_device, warn_of_slow_bf16
 from megatron_grit.store.digest import digest_of_files
 
 _WINDOW = 8192
@@ -217,7 +217,7 @@ def use_onednn(model: nn.Module) -> bool:
 
 def _device(wanted: str) -> torch.device:
     # Not select_device("cpu"): it hides the GPUs from all that follows in this process.
-    return torch.device("cpu") if wanted == "cpu" else select_device(wanted)
+    return torch.device("cpu") if wanted == "cpu" else select_device(wanted, "embedder_device")
 
 
 def load_tokenizer(folder: Path, **options: Any) -> Any:

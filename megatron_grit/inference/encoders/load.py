@@ -37,7 +37,10 @@ def load_embedder(
         say_loading()
         from megatron_grit.inference.encoders.grit import GritEmbedder
         from megatron_grit.inference.model import GritModel
+        from megatron_grit.parallel.devices import device_errors
 
+        for error in device_errors(options.device, "embedder_device"):
+            raise error
         if options.pooling != "auto":
             raise ConfigError(
                 f"embedder {path}: embedder_pooling is of Hugging Face encoders; ours are pooled as trained"

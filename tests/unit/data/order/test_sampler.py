@@ -173,11 +173,7 @@ def test_golden_order() -> None:
     assert [pick_passages(row, 3, 4) for row in passage_draws(42, 9, 3, 4)] == GOLDEN_PASSAGES
 
 
-def test_source_smaller_than_a_batch_is_named() -> None:
-    with pytest.raises(ConfigError, match="source s1 has 3 records, fewer than training.embedding_batch_size 4"):
-        embedding([9, 3], 4, 0)
-    with pytest.raises(ConfigError, match="s0 has 3 records"):
-        embedding([9], 4, 0, caps=[3])
+def test_source_without_records_is_refused() -> None:
     with pytest.raises(ConfigError, match="without records"):
         generative([4, 0], 0)
 

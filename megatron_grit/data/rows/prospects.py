@@ -1,0 +1,159 @@
+"""What a run will make of its data, told before it starts: all that is refused, then epochs and what is too long.
+
+A dry run and the start of a run say the same. Headers and metadata are read, and, where records are too long, the
+lengths of a bounded number of records; no token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from megatron_grit.config.blend import BlendEntry, read_blend
+from megatron_grit.config.checkpoint_folder import started_from
+from megatron_grit.config.kinds import kind_batch_size, kind_options, load_kind, trained_kinds
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.chat.chat import Chat
+from megatron_grit.data.chat.run_chat import run_chat, unlike_base
+from megatron_grit.data.indexed.records import IndexedRecords
+from megatron_grit.data.order.blend import blend_weights
+from megatron_grit.data.order.sources import SourceRules, find_errors, longest_segment
+from megatron_grit.data.rows.held_out import HeldOutStream
+from megatron_grit.data.rows.loader import KINDS
+from megatron_grit.data.rows.stream import RowStream
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_grit.errors import ConfigError, GritError
+
+_BLOCKS, _RECORDS_OF_BLOCK = 64, 256
+"""Stretches of records that are looked at in all sources together, and the length of each."""
+_SOURCES_NAMED = 5
+_WHAT_HAPPENS = {"drop": "leaves them out", "truncate": "cuts off their end", "split": "cuts them into pieces"}
+
+
+def look_ahead(config: RunConfig) -> tuple[list[GritError], list[str]]:
+    """What the start of a run would refuse of its tokenizer and data, and what it would say of them.
+
+    Args:
+        config: without contradictions, of files that are there.
+    """
+    assert config.data.tokenizer is not None
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    except GritError as error:
+        return [error], []
+    errors = list(data_errors(config, tokenizer))
+    try:
+        chat = run_chat(config, tokenizer, started_from(config))
+        lines = [] if errors else list(prospects(config, tokenizer, chat))
+    except GritError as error:
+        return [*errors, error], []
+    return errors, lines
+
+
+def data_errors(config: RunConfig, tokenizer: Tokenizer) -> Iterator[GritError]:
+    """Everything that :class:`~megatron_grit.data.rows.loader.GritDataLoader` refuses of a run's data, as far as
+    metadata and headers tell; it raises the first of them."""
+    streams: list[type[RowStream]] = list(_streams(config).values())
+    for stream in streams + [HeldOutStream] * bool(config.data.valid):
+        try:
+            rules = stream.rules(config, tokenizer)
+        except ConfigError as error:
+            yield error
+        else:
+            yield from find_errors(config, tokenizer, rules)
+
+
+def prospects(config: RunConfig, tokenizer: Tokenizer, chat: Chat) -> Iterator[str]:
+    """Lines about data that is not refused: for each kind how often the steps go through it, and records that are
+    longer than a row; and what of tokenizer and template the base has otherwise.
+
+    Raises:
+        GritError: as of :func:`data_errors`.
+    """
+    for kind, stream in _streams(config).items():
+        rules = stream.rules(config, tokenizer)
+        entries = read_blend(rules.prefixes, rules.key)
+        sources = [IndexedRecords(entry.path) for entry in entries]
+        yield _epochs(config, kind, entries, sources)
+        yield from _too_long(config, rules, sources)
+    yield from unlike_base(config, tokenizer, chat)
+
+
+def _streams(config: RunConfig) -> dict[str, type[RowStream]]:
+    return {kind: load_kind(KINDS, kind).STREAM for kind in trained_kinds(config)}
+
+
+def _epochs(config: RunConfig, kind: str, entries: list[BlendEntry], sources: Sequence[IndexedRecords]) -> str:
+    """How often the steps go through the records of a kind."""
+    steps, embeds = config.training.steps, kind_options(kind).EMBEDS
+    counts = [source.meta.num_records - source.meta.num_skipped for source in sources]
+    sizes = np.array(
+        [count if entry.cap is None else min(count, entry.cap) for count, entry in zip(counts, entries, strict=True)]
+    )
+    batch, rows = kind_batch_size(config, kind), load_kind(KINDS, kind).STREAM.full_rows(config)
+    weights = blend_weights(entries, sizes // batch if embeds else sizes)
+    if embeds:
+        weights = weights ** (1 / config.data.embedding_temperature)
+    shares, total, unit = weights / weights.sum(), sizes.sum(), "records"
+    if rows is not None:  # of so many tokens; records come in their shares
+        tokens = np.array([source.meta.num_tokens / source.meta.num_records for source in sources])
+        shares, sizes, unit = shares * tokens / (shares @ tokens), sizes * tokens, "tokens"
+        batch, total = rows * config.data.tokens_per_row, round(sizes.sum())
+    each = steps * batch * shares / sizes
+    line = f"{kind_options(kind).DATA}: {steps:,} steps of {batch:,} {unit} are {_number(steps * batch / total)} epochs"
+    line += f" of its {total:,} {unit}"
+    if len(sizes) > 1:
+        least, most = int(each.argmin()), int(each.argmax())
+        line += (
+            f", from {_number(each[least])} of {entries[least].path} to {_number(each[most])} of {entries[most].path}"
+        )
+    if batch > total:
+        line += f"; a step takes more than there are, so each record comes {_number(batch / total)} times in every step"
+    return line
+
+
+def _too_long(config: RunConfig, rules: SourceRules, sources: Sequence[IndexedRecords]) -> Iterator[str]:
+    limit = longest_segment(config) - rules.num_added
+    found = [source for source in sources if source.meta.longest_segment_tokens > limit]
+    knob = "data.tokens_per_row"
+    if config.data.tokens_per_row > config.model.max_position_embeddings:
+        knob = "model.max_position_embeddings"
+    what = rules.segments
+    for source in found[:_SOURCES_NAMED]:
+        looked_at = _some(len(source), max(1, _BLOCKS // len(found)))
+        lengths = _lengths(source, looked_at)
+        long = lengths[lengths > limit]
+        lost = int(long.sum()) - (limit * len(long) if rules.policy == "truncate" else 0)
+        part = len(looked_at) < len(source)
+        line = f"{source.prefix}: {len(long):,} of {len(lengths):,} {what}"
+        line += f" that were looked at ({100 * len(long) / max(1, len(lengths)):.2g} %)" if part else ""
+        line += f" are longer than {knob} {longest_segment(config):,}, the longest has "
+        line += f"{source.meta.longest_segment_tokens + rules.num_added:,} tokens: {rules.policy_key} {rules.policy} "
+        line += _WHAT_HAPPENS[rules.policy]
+        if rules.policy != "split":
+            line += f", {100 * lost / max(1, int(lengths.sum())):.2g} % of the tokens"
+        yield line
+    if len(found) > _SOURCES_NAMED:
+        yield f"{rules.key}: {len(found) - _SOURCES_NAMED} further sources have {what} that are longer than {knob}"
+
+
+def _some(count: int, blocks: int) -> np.ndarray:
+    """Numbers of records in evenly spread blocks, or of all where they are few: int64."""
+    if count <= blocks * _RECORDS_OF_BLOCK:
+        return np.arange(count)
+    starts = np.linspace(0, count - _RECORDS_OF_BLOCK, blocks).astype(np.int64)
+    return (starts[:, None] + np.arange(_RECORDS_OF_BLOCK)).ravel()
+
+
+def _lengths(source: IndexedRecords, records: np.ndarray) -> np.ndarray:
+    """Tokens of each segment of some records that are trained on: int64."""
+    try:
+        return source.segment_lengths(records)
+    finally:
+        source.close()
+
+
+def _number(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{float(f'{value:.3g}'):,g}"
