@@ -124,12 +124,14 @@ def encode_units(tokenizer: Tokenizer, units: Sequence[Sequence[Piece]]) -> Span
 
 
 def _encode_stretches(tokenizer: Tokenizer, layout: _Layout) -> EncodedTexts:
-    if tokenizer.after_special is tokenizer:
+    readers = (tokenizer, tokenizer.after_special, tokenizer.after_normalized if tokenizer.normalized else tokenizer)
+    if all(reader is tokenizer for reader in readers):
         return tokenizer.encode_batch_with_offsets(layout.texts)
-    groups = [np.flatnonzero(~layout.follows), np.flatnonzero(layout.follows)]
+    which = (layout.before >= 0).astype(np.int64) + np.isin(layout.before, list(tokenizer.normalized))
+    groups = [np.flatnonzero(which == number) for number in range(len(readers))]
     parts = [
-        which.encode_batch_with_offsets([layout.texts[index] for index in group.tolist()])
-        for which, group in zip((tokenizer, tokenizer.after_special), groups, strict=True)
+        reader.encode_batch_with_offsets([layout.texts[index] for index in group.tolist()])
+        for reader, group in zip(readers, groups, strict=True)
     ]
     by_text = np.argsort(np.concatenate(groups))
     owners = [np.repeat(group, part.lengths) for group, part in zip(groups, parts, strict=True)]
@@ -161,8 +163,9 @@ class _Layout:
         self.stretches = np.cumsum(~joined) - 1
         """Stretch of each piece of text."""
         heads = self.text_pieces[~joined]
-        self.follows = (heads > 0) & (self.units[heads] == self.units[np.maximum(heads - 1, 0)])
-        """Whether a special token stands before each stretch."""
+        follows = (heads > 0) & (self.units[heads] == self.units[np.maximum(heads - 1, 0)])
+        self.before = np.where(follows, self.special[np.maximum(heads - 1, 0)], -1)
+        """Special token before each stretch; -1: none."""
         last = np.flatnonzero(np.append(~joined[1:], True))  # last piece of text of each stretch
         tails = self.text_pieces[last] + 1 if len(heads) else heads
         self.texts: list[str] = ["".join(values[a:b]) for a, b in zip(heads.tolist(), tails.tolist(), strict=True)]  # type: ignore[arg-type]

@@ -3,11 +3,15 @@ space beside them that ``lstrip`` and ``rstrip`` make theirs."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 
 from megatron_grit.data.chat.chat_format import Piece
+from megatron_grit.data.indexed.roles import Role
+from megatron_grit.data.text.special_finder import SpecialFinder
 from megatron_grit.data.text.tokenizer import Tokenizer
 
 _WHITE = "".join(filter(str.isspace, map(chr, range(sys.maxunicode + 1)))).translate(dict.fromkeys(range(0x1C, 0x20)))
@@ -47,8 +51,41 @@ class SpecialTokens:
 def as_found(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Sequence[Piece]:
     """Pieces as the library finds them in the whole string: special tokens that have to be words of their own are text
     beside a word, and others take the white space beside them, whoever wrote it. BOS and EOS of a template are never
-    text."""
-    return _without_stripped(tokenizer, _only_words(tokenizer, pieces))
+    text, and what a message says is no special token."""
+    if tokenizer.find_special is None:
+        return _without_stripped(tokenizer, _only_words(tokenizer, pieces))
+    return _as_library(tokenizer, tokenizer.find_special, pieces)
+
+
+def _as_library(tokenizer: Tokenizer, find: SpecialFinder, pieces: Sequence[Piece]) -> list[Piece]:
+    """Pieces with the special tokens that the library finds in the string that they make."""
+    names = {index: name for name, index in tokenizer.special_tokens.items()}
+    texts = [value if isinstance(value, str) else names.get(value, " ") for _, value in pieces]
+    ends = list(itertools.accumulate(map(len, texts)))
+    kept: list[Piece] = []
+
+    always = (tokenizer.bos_id, tokenizer.eos_id)
+
+    def add_text(start: int, stop: int) -> None:
+        for (role, value), text, end in zip(pieces, texts, ends, strict=True):
+            if part := text[max(0, start - end + len(text)) : max(0, stop - end + len(text))]:
+                kept.append((role, value if value in always else part))
+
+    done = 0
+    for index, start, stop in find("".join(texts)):
+        owners = range(bisect_right(ends, start), bisect_left(ends, stop) + 1)
+        mine = [place for place in owners if not isinstance(pieces[place][1], str)]
+        same = [place for place in mine if pieces[place][1] == index]
+        if not same and any(place not in mine and pieces[place][0] is not Role.TEMPLATE for place in owners):
+            if not mine:
+                continue  # a message says its name
+            same = mine[:1]  # a longer name that goes on into a message
+            start, stop = ends[mine[0]] - len(texts[mine[0]]), ends[mine[0]]
+        add_text(done, start)
+        kept.append(pieces[same[0]] if same else (pieces[owners[0]][0], index))
+        done = stop
+    add_text(done, ends[-1] if ends else 0)
+    return kept
 
 
 def _only_words(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Sequence[Piece]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_grit.data.text.special_finder import SpecialFinder, special_finder
 from megatron_grit.data.text.token_offsets import (
     EncodedTexts,
     PieceWidths,
@@ -79,6 +80,7 @@ class Tokenizer(ABC):
         lstrip: ids of those that take the white space before them.
         rstrip: ids of those that take the white space behind them.
         single_word: ids of those that are text where a letter, digit or underscore stands beside them.
+        normalized: ids of those that are looked for in normalised text, and end its normalisation.
     """
 
     path: Path
@@ -91,12 +93,21 @@ class Tokenizer(ABC):
     lstrip: frozenset[int] = frozenset()
     rstrip: frozenset[int] = frozenset()
     single_word: frozenset[int] = frozenset()
+    normalized: frozenset[int] = frozenset()
+    find_special: SpecialFinder | None = None
+    """Special tokens of a string as the library finds them, where names alone do not tell: some are looked for in
+    normalised text, or other added tokens hold their names."""
 
     @property
     def after_special(self) -> Tokenizer:
         """The tokenizer of text that follows a special token: without the space that is put before a string's
         first word alone."""
         return self
+
+    @property
+    def after_normalized(self) -> Tokenizer:
+        """The tokenizer of text that follows one of :attr:`normalized`: without what a normaliser puts in front."""
+        return self.after_special
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -220,11 +231,15 @@ class JsonTokenizer(Tokenizer):
         self.lstrip = frozenset(index for index, token in special.items() if token.lstrip)
         self.rstrip = frozenset(index for index, token in special.items() if token.rstrip)
         self.single_word = frozenset(index for index, token in special.items() if token.single_word)
+        if self._tokenizer.normalizer is not None:
+            self.normalized = frozenset(index for index, token in special.items() if token.normalized)
+
+    @functools.cached_property
+    def find_special(self) -> SpecialFinder | None:  # type: ignore[override]
+        return special_finder(self.backend(), {self.bos_id, self.eos_id})
 
     @functools.cached_property
     def after_special(self) -> Tokenizer:
-        import tokenizers
-
         state = json.loads(self._tokenizer.to_str())
         splitters = state["pre_tokenizer"] or {}
         first = [
@@ -236,6 +251,25 @@ class JsonTokenizer(Tokenizer):
             return self
         for part in first:
             part["prepend_scheme"] = "never"
+        return self._with_state(state)
+
+    @functools.cached_property
+    def after_normalized(self) -> Tokenizer:
+        after = self.after_special
+        assert isinstance(after, JsonTokenizer)
+        state = json.loads(after._tokenizer.to_str())
+        normalizer = state["normalizer"] or {}
+        parts = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
+        kept = [part for part in parts if part.get("type") != "Prepend"]
+        if len(kept) == len(parts):
+            return after
+        state["normalizer"] = {"type": "Sequence", "normalizers": kept}
+        return after._with_state(state)
+
+    def _with_state(self, state: dict[str, Any]) -> JsonTokenizer:
+        """This tokenizer with another description in the library."""
+        import tokenizers
+
         other = copy.copy(self)
         for cached in ("_piece_widths", "_words"):
             other.__dict__.pop(cached, None)

@@ -29,7 +29,21 @@ PHI = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '</s>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-FLAGS = st.fixed_dictionaries({key: st.booleans() for key in ("lstrip", "rstrip", "single_word")})
+UPPER = "{% for m in messages %}{{ '<|' + m['role'] | upper + '|>\n' + m['content'] + '</s>\n' }}{% endfor %}"
+NORMALIZERS: dict[str, Any] = {
+    "none": None,
+    "lowercase": {"type": "Lowercase"},
+    "nfkc": {"type": "NFKC"},
+    "llama": {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "\u2581"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        ],
+    },
+}
+LONGER = ("<|user|>\n", "b<|", "<|im_start|>user\na", "<|IM_END|>")
+FLAGS = st.fixed_dictionaries({key: st.booleans() for key in ("lstrip", "rstrip", "single_word", "normalized")})
 WORDS = st.text(" \n\t\x1cab.é\u00a0", max_size=6)
 COUNT = itertools.count()
 
@@ -58,7 +72,8 @@ def variant(state: dict[str, Any], folder: Path, flags: dict[str, dict[str, bool
 
 
 def check(ours: Tokenizer, theirs: Any, pieces: list[Any]) -> None:
-    text = "".join(value if isinstance(value, str) else ours.id_to_token(value) for _, value in pieces)
+    names = {index: name for name, index in ours.special_tokens.items()}
+    text = "".join(value if isinstance(value, str) else names[value] for _, value in pieces)
     ids = encode_units(ours, [pieces]).tokens.tolist()
     assert ids == theirs.encode(text, add_special_tokens=False).ids, text
 
@@ -172,14 +187,49 @@ def test_what_may_be_text_ends_nothing(state: dict[str, Any], tmp_path: Path, en
     assert make_chat("own", template, ours, "a test").end_ids == (ours.eos_id,)
 
 
-@settings(max_examples=80, deadline=None)
+@pytest.mark.parametrize("normalizer", [name for name in NORMALIZERS if name != "none"])
+def test_names_that_are_looked_for_in_normalised_text(state: dict[str, Any], tmp_path: Path, normalizer: str) -> None:
+    """Under Llama's normaliser a name is found behind a space or at the beginning, which it takes."""
+    flags = {name: {"normalized": True} for name in NAMES if name not in ("<s>", "</s>")}
+    ours, theirs = variant(state | {"normalizer": NORMALIZERS[normalizer]}, tmp_path, flags)
+    source = UPPER if normalizer == "lowercase" else PHI
+    ours.path.with_name("chat_template.jinja").write_text(source.replace("'<|' +", "': <|' +"))
+    contents = ("a b", "\ufb01b ", "Ab", "<|user|>")
+    messages = [Message(role, content) for role, content in zip(("user", "assistant") * 2, contents, strict=True)]
+    chat = load_chat_format("tokenizer", ours)
+    pieces = chat.pieces(messages)
+    found = encode_units(ours, [pieces]).tokens.tolist()
+    assert [found.count(ours.special_tokens[name]) for name in ("<|user|>", "<|assistant|>")] == [2, 2]
+    check(ours, theirs, chat.pieces([*messages[:3], Message("assistant", "b")]))
+    text = [(Role.USER, "a"), (Role.TEMPLATE, ours.special_tokens["<|user|>"])]
+    assert (ours.special_tokens["<|user|>"] in encode_units(ours, [text]).tokens.tolist()) == (normalizer != "llama")
+
+
+def test_a_longer_token_that_is_not_special(state: dict[str, Any], tmp_path: Path) -> None:
+    """The longest counts, whether it is special or not."""
+    longer = {"id": 290, "content": "<|user|>\n", "special": False, "normalized": False}
+    longer |= dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+    ours, theirs = variant(state | {"added_tokens": [*state["added_tokens"], longer]}, tmp_path, {})
+    pieces = load_chat_format("tokenizer", ours).pieces([Message("user", "a"), Message("assistant", "b")])
+    check(ours, theirs, pieces)
+    found = encode_units(ours, [pieces]).tokens.tolist()
+    assert found.count(290) == 1 and ours.special_tokens["<|user|>"] not in found
+
+
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_ids_are_those_of_the_whole_string(
     state: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     flags = {name: data.draw(FLAGS, label=name) for name in NAMES}
     for name in ("<s>", "</s>"):
-        flags[name]["single_word"] = False  # templates give their ids, and not their names
+        flags[name] |= {"single_word": False, "normalized": False}  # templates give their ids, and not their names
+    longer = data.draw(st.sets(st.sampled_from(LONGER), max_size=2), label="longer")
+    state = state | {"normalizer": NORMALIZERS[data.draw(st.sampled_from(list(NORMALIZERS)), label="normalizer")]}
+    state["added_tokens"] = state["added_tokens"] + [
+        {"id": 290 + place, "content": name, "special": False} | data.draw(FLAGS, label=name)
+        for place, name in enumerate(sorted(longer))
+    ]
     ours, theirs = variant(state, tmp_path_factory.getbasetemp(), flags, data.draw(st.booleans(), label="metaspace"))
     contents = data.draw(st.lists(WORDS, min_size=4, max_size=4), label="contents")
     roles = ("user", "assistant", "user", "assistant")
