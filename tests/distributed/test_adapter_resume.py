@@ -37,16 +37,18 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 
 def base_of(directory: Path, name: str) -> RunConfig:
-    config = tiny_run(directory, experts=4, layers=2) if "mixture" in name else tiny_run(directory, layers=4)
-    config.output_dir = str(directory / ("moe_base" if "mixture" in name else "base"))
-    config.training.steps, config.training.audit = 2, "off"
+    experts = 4 if "mixture" in name else None
+    layers = 4 if name in ("dora", "some adapters", "last layer") else 2
+    config = tiny_run(directory, experts=experts, layers=layers)
+    config.output_dir = str(directory / f"base of {layers} layers and {experts} experts")
+    config.training.steps, config.training.audit = 1, "off"
     return config
 
 
 def train_bases(directory: str) -> None:
     from megatron_grit.training.trainer import train
 
-    for name in ("lora", "lora of a mixture"):
+    for name in ("lora", "dora", "lora of a mixture"):
         train(base_of(Path(directory), name))
 
 
@@ -54,7 +56,7 @@ def train_and_go_on(directory: str, name: str) -> dict[str, Any]:
     options, layout, other = RUNS[name]
     config = base_of(Path(directory), name)
     config.checkpoint.load, config.output_dir = config.output_dir, str(Path(directory) / name)
-    config.training.steps, config.checkpoint.save_interval, config.checkpoint.keep = STEPS, 1, 0
+    config.training.steps, config.checkpoint.save_interval, config.checkpoint.keep = STEPS, MOVED_AT, 0
     config.adapter.rank, config.training.audit, config.optimizer.eps = 4, "on", 1e-4
     for key, value in options.items():
         section, field = key.split(".")

@@ -106,7 +106,7 @@ def write_references(directory: str) -> dict[str, float]:
                     if parameter.dim() == 1:
                         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
             save_weights(model, context, Path(directory) / f"initial-{name}")
-            batch = make_batch()
+            batch = make_batch(rows=2)
             num_rows = len(batch.rows_of("embedding")) + len(batch.rows_of("generative"))
             # The router adds its balancing loss to the backward pass of each row: the mean over rows is wanted.
             MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / num_rows))
@@ -134,7 +134,7 @@ def write_layout(model_name: str, layout: str, directory: str, name: str) -> flo
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
         wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
         chunks[0].config.finalize_model_grads_func = finalize_model_grads
-        batch = make_batch(context.data_rank, context.data_size)
+        batch = make_batch(context.data_rank, context.data_size, rows=2)
         loss = TrainStep(config, context, wrapped, None).accumulate_gradients(batch)["loss"]
         with torch.no_grad():
             for chunk in chunks:

@@ -34,7 +34,7 @@ def train_through_faults(directory: str) -> dict[str, Any]:
     results = {}
     for layout, parallel in LAYOUTS.items():
         for fault in FAULTS:
-            config = tiny_config()
+            config = tiny_config(num_layers=4 if "virtual_pipeline" in parallel else 2)
             config.parallel = ParallelConfig(device="cpu", **parallel)
             config.training.on_nan = "skip"
             config.output_dir = f"{directory}/{layout}_{fault}"

@@ -19,8 +19,8 @@ from tests.harness.ranks import run_on_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-STEPS = 4
-MOVED_AT = 2
+STEPS = 3
+MOVED_AT = 1  # a step's metrics are of the weights before it: two steps are to follow
 # Number of processes and layout.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),

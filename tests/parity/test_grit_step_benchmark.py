@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("transformers", reason="the other side of the benchmark is transformers")
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 def test_benchmark(repository: Path, shared_data: Path, tmp_path: Path) -> None:
     """A sixteenth of the batch on a narrow model, for its output and not for its speed."""

@@ -1,4 +1,4 @@
-"""Damaged files end in the right content or an error that names them: 20,000 cases of benchmarks/fault_injection.py.
+"""Damaged files end in the right content or an error that names them: 6,000 cases of benchmarks/fault_injection.py.
 
 And the harness itself can fail: with a check taken out of a reader it finds the case that the check was for.
 """
@@ -33,8 +33,8 @@ from megatron_grit.store import cache as index_cache
 @pytest.mark.parametrize("seed", range(4))
 def test_no_unsafe_case(seed: int) -> None:
     subjects = all_subjects(seed)
-    counts = Counter(run_cases(subjects, 5000, seed, limit=60))
-    assert sum(counts.values()) == 5000
+    counts = Counter(run_cases(subjects, 1500, seed, limit=60))
+    assert sum(counts.values()) == 1500
     assert {fault for _, fault, _ in counts} == set(FAULTS)
     refused = {name for name, _, outcome in counts if outcome == "refused"}
     assert refused == {subject.name for subject in subjects} - {"index cache"}  # which is built again
