@@ -103,7 +103,7 @@ def test_a_full_disk_is_one_line_and_can_be_gone_on_from(
     )
     arguments = [f"--project-dir={tmp_path / 'db'}", "--tasks=db-build", *options(settings)]
     result = subprocess.run(
-        [sys.executable, "-c", code, "build_db", *arguments],
+        [sys.executable, "-B", "-c", code, "build_db", *arguments],  # -B: modules that are compiled would be cut off
         cwd=repository,
         capture_output=True,
         text=True,
