@@ -12,6 +12,7 @@ from megatron_grit.data.chunks.chunk_db import ChunkDb
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import read_version
 from megatron_grit.errors import DataError
+from megatron_grit.retrieval.database.question_recall import measure_questions
 from megatron_grit.retrieval.database.vectors import embed_chunks, open_vectors
 from megatron_grit.retrieval.stages.add import add_documents
 from megatron_grit.retrieval.stages.db_build import build_chunks
@@ -52,7 +53,10 @@ def grown(tmp_path: Path) -> Project:
     return another(grown)
 
 
-def test_a_database_that_has_grown(grown: Project) -> None:
+def test_a_database_that_has_grown(grown: Project, tmp_path: Path) -> None:
+    (tmp_path / "questions.txt").write_text("what is a file\nwho wrote it\n")
+    grown = another(grown, recall_queries=str(tmp_path / "questions.txt"))
+    measure_questions(grown, Worker(), WordEmbedder())
     for stage in TASKS:
         counts: list[int] = []
         run_together(
