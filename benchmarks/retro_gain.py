@@ -14,6 +14,7 @@ same order:
 In a prompt neighbors are read and not predicted, so that every arm predicts the same tokens. Three seeds draw weights
 and order; the loss is that of all held-out tokens (nats), with t intervals over the seeds, of paired differences too,
 and by overlap: the longest run of tokens that a chunk shares with a neighbor read before it, as a share of the chunk.
+With shuffled neighbors that is the overlap with these, so its buckets hold other tokens.
 
 Fitting: the decoder alone of each seed goes on for a third of the steps, as it is (fitting.gpt), and with
 cross-attention behind a gate that is 0 at the start (fitting.retro).
@@ -366,7 +367,8 @@ def report(found: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> tup
     tokens = {key: first[f"valid_tokens_overlap/{key}"] for key in buckets}
     print(f"\n  {'arm':16s} {'loss':>18s} {'no copies':>10s} " + " ".join(f"{key:>9s}" for key in buckets))
     for name, arm in arms.items():
-        cells = " ".join(f"{statistics.fmean(arm['by_overlap'][key]):9.4f}" for key in buckets)
+        means = {key: f"{statistics.fmean(values):9.4f}" for key, values in arm["by_overlap"].items()}
+        cells = " ".join(means.get(key, f"{'-':>9s}") for key in buckets)
         print(
             f"  {name:16s} {arm['mean']:8.4f} +- {arm['half_interval']:6.4f} "
             f"{statistics.fmean(arm['without_copies']):10.4f} {cells}"
