@@ -25,7 +25,6 @@ setup_python retro
 NODES="${NNODES:-${SLURM_NNODES:-1}}" PROCESSES="${GPUS_PER_NODE:-8}" RECIPE=()
 if is_tiny; then
     NODES=1 PROCESSES=2 PROJECT_DIR="${PROJECT_DIR:-runs/retro_db_tiny}"
-    [[ "${DRY_RUN:-0}" == 1 ]] || PROJECT_DIR="$PROJECT_DIR" bash "$HERE/build_retro_db.sh"
     set -- --retro-project-dir "$PROJECT_DIR" --retro-add-retriever --num-layers 2 --hidden-size 64 \
         --num-attention-heads 4 --seq-length 512 --global-batch-size 4 --train-iters 4 --lr 1e-3 \
         --model.retro.layers "[1]" --parallel.device cpu --save runs/pretrain_model_tiny "$@"
@@ -44,6 +43,7 @@ if passed:
 print("\n".join(options))
 EOT
 )" || exit 2
+if is_tiny && [[ "${DRY_RUN:-0}" != 1 ]]; then PROJECT_DIR="$PROJECT_DIR" bash "$HERE/build_retro_db.sh"; fi
 while IFS= read -r option; do RECIPE+=("$option"); done <<<"$OPTIONS"
 if [[ "${DRY_RUN:-0}" == 1 ]]; then
     RECIPE+=(--data.generative "[documents]" --data.tokenizer tokenizer)  # which the database's config.json names
