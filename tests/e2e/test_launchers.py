@@ -125,30 +125,31 @@ def test_mistakes_end_before_processes_start(
     assert list(tmp_path.iterdir()) == []
 
 
+def unchecked(folder: Path) -> str:
+    """An interpreter that finds nothing wrong in a dry run, for launches of which the command alone is looked at."""
+    path = folder / "unchecked"
+    interpreter = command.environment().get("PYTHON", sys.executable)
+    path.write_text(f'#!/usr/bin/env bash\n[[ " $* " == *" --dry-run "* ]] || exec {interpreter} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_many_nodes_need_a_cluster(repository: Path, tmp_path: Path) -> None:
-    files = [tmp_path / f"{name}{suffix}" for name in "abct" for suffix in (".idx", ".bin", ".json", "")]
-    for file in files:
-        file.touch()
-    (tmp_path / "base").mkdir()
-    result = launch(repository, tmp_path, "train_gritlm_8x7b.sh", **PATHS)
+    result = launch(repository, tmp_path, "train_gritlm_8x7b.sh", **PATHS, PYTHON=unchecked(tmp_path))
     assert result.returncode == 2
     assert "32 nodes: submit this script with sbatch" in result.stderr
 
 
 def test_slurm_starts_one_torchrun_on_each_node(repository: Path, tmp_path: Path) -> None:
     """With commands in place of SLURM's that print what they are given."""
-    for name in "abct":
-        for suffix in (".idx", ".bin", ".json", ""):
-            (tmp_path / f"{name}{suffix}").touch()
-    (tmp_path / "base").mkdir()
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, body in {"scontrol": "printf 'node7\\nnode8\\n'", "srun": 'printf "%s\\n" "$@"'}.items():
         (commands / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (commands / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "11", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "node[7-10]"}
-    path = f"{commands}{os.pathsep}{os.environ['PATH']}"
-    result = launch(repository, tmp_path, "train_gritlm_8x7b.sh", PATH=path, MAX_RESTARTS="3", **slurm, **PATHS)
+    given = {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "PYTHON": unchecked(tmp_path), "MAX_RESTARTS": "3"}
+    result = launch(repository, tmp_path, "train_gritlm_8x7b.sh", **given, **slurm, **PATHS)
     assert result.returncode == 0, result.stderr
     words = result.stdout.split()
     for option, value in {
