@@ -27,7 +27,7 @@ from megatron_grit.models.embedding_head import build_head, embed_segments
 from megatron_grit.models.layer_specs import block_spec, transformer_config
 from megatron_grit.models.pooling import PositionWeights
 from megatron_grit.models.retro.passes import NeighborCache, PassSegments, pass_plan
-from megatron_grit.models.retro.plan import RetroSegments, plan_of
+from megatron_grit.models.retro.plan import RetroSegments, held_neighbors, plan_of
 from megatron_grit.models.rope import RotaryAngles
 from megatron_grit.models.row_share import RowShare
 from megatron_grit.models.vocabulary import OutputLayer, token_embedding
@@ -135,7 +135,7 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
         share = RowShare.of_row(row, self.context)
         segments = PackedSegments.of_row(row.cu_seqlens, row.max_seqlen, mode, share, row.segment_lengths)
         segments.cache = cache
-        segments, neighbors = self._read_neighbors(row, segments)
+        segments, neighbors = self._read_neighbors(row, segments, share)
         held = row if share is None else share.take(row)
         hidden = None
         if self.pre_process:
@@ -167,7 +167,9 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
             return losses if share is None else losses.new_zeros(share.row_length).index_put((share.index_L,), losses)
         return self.output_layer.logits(hidden, self._output_weight())[:, : self.num_tokens_in_vocab]
 
-    def _read_neighbors(self, row: PackedRow, segments: PackedSegments) -> tuple[PackedSegments, Tensor | None]:
+    def _read_neighbors(
+        self, row: PackedRow, segments: PackedSegments, share: RowShare | None
+    ) -> tuple[PackedSegments, Tensor | None]:
         """The segments with what they read, and the neighbors' states, [N, 1, D]: embeddings of their tokens, or what
         the stage before has sent behind the row."""
         retro = self.retro
@@ -175,15 +177,16 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
             return segments, None
         if segments.cache is not None:
             return self._read_in_pass(row.neighbors, segments)
-        neighbors = row.neighbors.padded(self._shards)
-        plan = plan_of(neighbors, row.tokens_1T.shape[1], retro, row.tokens_1T.device)
+        neighbors = row.neighbors if share is None else held_neighbors(row.neighbors, share)
+        neighbors, row_length = neighbors.padded(self._shards), row.tokens_1T.shape[1]
+        plan = plan_of(neighbors, row_length, retro, row.tokens_1T.device, share)
         if plan is None:
             return segments, None
         if self.pre_process:
             texts = self.embedding(input_ids=neighbors.tokens_1N, position_ids=plan.positions_N[None])
         else:
             assert self._received is not None
-            sizes = [row.tokens_1T.shape[1], neighbors.tokens_1N.shape[1]]
+            sizes = [row_length // self.context.context_size, neighbors.tokens_1N.shape[1]]
             states, texts = self._received.split([size // self._shards for size in sizes])
             self.decoder.set_input_tensor(states)
         return RetroSegments(**vars(segments), plan=plan), texts

@@ -121,8 +121,6 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        # Layers with and without cross-attention have other weights, so files number them.
-        hetereogenous_dist_checkpoint=bool(reading_layers(model)),
         moe_token_dispatcher_type="alltoall",  # of dense models too: the engine's default goes with rows of one length
         # Neighbors travel behind the row, and rows have more or fewer of them.
         variable_seq_lengths=bool(reading_layers(model)) and parallel.pipeline > 1,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -69,6 +70,13 @@ class RowShare:
             loss_mask_1T=None if row.loss_mask_1T is None else row.loss_mask_1T[:, index],
             label_index_L=None,
         )
+
+    def places(self) -> np.ndarray:
+        """Index among the rank's tokens of each position of the row: int64 [T]; -1 where another rank holds it."""
+        places = np.full(self.row_length, -1, dtype=np.int64)
+        held = held_positions(self.row_length, self.rank, self.size).numpy()
+        places[held] = np.arange(len(held))
+        return places
 
     def pieces(self, lengths: list[int], causal: bool) -> Pieces:
         """What the rank's tokens attend to.

@@ -23,8 +23,9 @@ from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.models.adapters import adapted_linears
 from megatron_grit.models.adapters.quantization import quantize_linear_
 from megatron_grit.models.decoder import GritDecoder
+from megatron_grit.models.names import is_added
 from megatron_grit.parallel.context import ParallelContext
-from megatron_grit.training.checkpoint import NEW_MODULES, Stage, base_state, read_config, stage_chunks
+from megatron_grit.training.checkpoint import Stage, base_state, read_config, stage_chunks
 
 _OF_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
 _AT_ONCE = 1 << 22
@@ -124,7 +125,7 @@ def base_fingerprint(model: Stage, context: ParallelContext, read: Callable[[str
     total = torch.zeros((), dtype=torch.int64, device=context.device)
     for chunk in stage_chunks(model):
         for name, entry in base_state([chunk], context).items():
-            if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)) or entry.key.startswith(NEW_MODULES):
+            if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)) or is_added(entry.key):
                 continue
             if read is not None:
                 entry = replace(entry, data=read(name).view(entry.data.shape))

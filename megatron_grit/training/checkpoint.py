@@ -15,8 +15,9 @@ Loading compares what it is about to read with the manifest.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from megatron_grit.config.shape import reading_layers
 from megatron_grit.errors import CheckpointError
 from megatron_grit.models.adapters import adapted_linears
 from megatron_grit.models.decoder import GritDecoder
-from megatron_grit.models.retro.names import reads
+from megatron_grit.models.names import of_head, reads
 from megatron_grit.parallel.collectives import any_rank
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState
@@ -53,8 +54,6 @@ FORMAT_VERSION = 1
 _SHARDING = "fully_reshardable"
 # Without the second, experts that are split over ranks give the dense and the expert optimizer names of their own.
 _METADATA = {"distrib_optim_sharding_type": _SHARDING, "chained_optim_avoid_prefix": True}
-NEW_MODULES = ("embedding_head.", "embedding_pooling.")
-"""What a model of another project does not have."""
 _LOAD_ERRORS = (CheckpointException, CheckpointingException, RuntimeError, ValueError, KeyError, OSError)
 
 Stage = GritDecoder | Sequence[GritDecoder]
@@ -96,8 +95,11 @@ def model_state(model: Stage, context: ParallelContext, **metadata: Any) -> dict
 
     Names on disk hold the number of a layer in the whole model, so they do not depend on the chunks.
     """
-    metadata |= {"dp_cp_group": context.replica_group}
-    states = [chunk.sharded_state_dict(metadata=metadata) for chunk in stage_chunks(model)]
+    chunks = stage_chunks(model)
+    # Layers with and without cross-attention have other weights, so files number them.
+    numbers = {"non_homogeneous_layers": True} if chunks[0].retro.num_neighbors else {}
+    metadata = numbers | metadata | {"dp_cp_group": context.replica_group}
+    states = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
     return states[0] if len(states) == 1 else {f"chunk{number}": state for number, state in enumerate(states)}
 
 
@@ -194,24 +196,16 @@ def load_weights(path: Path, model: Stage, context: ParallelContext) -> None:
 def _state_of(folder: Path, model: Stage, context: ParallelContext, **metadata: Any) -> dict[str, Any]:
     """:func:`base_state` as a folder of weights has it: without what reads neighbors where it holds a decoder that does
     not; those parameters keep their values."""
-    settings = stage_chunks(model)[0].config
-    state = base_state(model, context, **metadata)
-    parts = [state] if len(stage_chunks(model)) == 1 else list(state.values())
-    if not any(reads(name) for part in parts for name in part):
-        return state
-    try:
-        saved = dist_checkpointing.load_tensors_metadata(str(folder))
-    except Exception:  # whatever the engine's reader meets in a damaged file: loading says it
-        return state
-    if any(map(reads, saved)):
-        return state
-    # Layers that are all alike are stacked in a file, and those of this model are not alike.
-    settings.hetereogenous_dist_checkpoint = any(map(NUMBERED.match, saved))
-    try:
-        state = base_state(model, context, **metadata)
-    finally:
-        settings.hetereogenous_dist_checkpoint = True
+    saved: Collection[str] = ()
+    if stage_chunks(model)[0].retro.num_neighbors:
+        # Whatever the engine's reader meets in a damaged file: loading says it.
+        with contextlib.suppress(Exception):
+            saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    if not saved or any(map(reads, saved)):
+        return base_state(model, context, **metadata)
     log.info(f"{folder.parent} holds a decoder that reads no neighbors; the parameters that read them start afresh")
+    # Layers that are all alike are stacked in a file, and those of this model are not alike.
+    state = base_state(model, context, non_homogeneous_layers=any(map(NUMBERED.match, saved)))
     parts = [state] if len(stage_chunks(model)) == 1 else list(state.values())
     return _choose(state, [{name for name in part if not reads(name)} for part in parts])
 
@@ -250,7 +244,7 @@ def _load_model(path: Path, folder: Path, state: dict[str, Any], model: Stage, *
     unexpected = {name for name in unexpected if "_extra_state" not in name}
     if is_megatron:
         missing = {name for name in missing if not is_other_state(name)}
-        fresh = {name for name in unexpected if name.startswith(NEW_MODULES)}
+        fresh = set(filter(of_head, unexpected))
         if fresh:
             log.info(f"{path} has no embedding head: it starts from its initial weights")
         unexpected -= fresh

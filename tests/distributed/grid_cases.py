@@ -112,8 +112,12 @@ _NAMED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "retro_pp2": (2, DEEP, layout(pipeline=2)),
     "retro_pp2_full": (2, RETRO | {"training.recompute": "full"}, layout(pipeline=2)),
     "retro_pp2_vpp2": (2, RETRO, layout(pipeline=2, virtual_pipeline=2)),
+    "retro_cp2": (2, RETRO, layout(context=2)),
+    "retro_cp2_full": (2, DEEP | {"training.recompute": "full"}, layout(context=2)),
     "retro_moe_ep2": (2, RETRO | MOE, layout(expert=2)),
     "retro_generative_tp2_sp": (2, DEEP | {"training.objective": "generative"}, SP),
+    "retro_cp2_tp2_sp": (4, RETRO | TIED, SP | layout(context=2)),
+    "retro_cp2_pp2": (4, DEEP, layout(context=2, pipeline=2)),
     "retro_pp4": (4, DEEP, layout(pipeline=4)),
     "retro_tp2_sp_pp2": (4, RETRO | {"training.recompute": "selective"}, SP | layout(pipeline=2)),
     "pp4": (4, DENSE, layout(pipeline=4)),
@@ -199,9 +203,11 @@ def make_rows(case: Case) -> list[PackedRow]:
             row = make_row(RowKind.GENERATIVE, _lengths(rng, length, rng.randint(1, 5)), length, seed=100 + number)
             _supervise_answers(row, rng, nothing=number == 1 and rng.random() < 0.3)
             if (retro := case.settings.get("model.retro")) is not None:
-                # A row in which nothing is read, too.
-                missing = 1.0 if number == 2 else 0.3
+                # A row in which nothing is read, too, and one in which tokens of one context parallel rank read alone.
+                missing = {1: 0.0, 2: 1.0}.get(number, 0.3)
                 row = with_neighbors(row, retro.chunk_length, retro.num_neighbors, missing=missing, seed=number)
+                if number == 1 and row.neighbors is not None:
+                    row.neighbors.text_of_Ck[1:] = -1
             rows.append(row)
     return rows
 

@@ -86,6 +86,13 @@ def take_another_slice() -> Patch:
     )
 
 
+def condition_on_other_chunks() -> Patch:
+    """Chunks that neighbors are conditioned on are picked as if ranks held consecutive tokens."""
+    from megatron_grit.models.retro import plan
+
+    return mock.patch.object(plan, "gathered_places", lambda row_length, _: torch.arange(row_length))
+
+
 def pool_the_slice() -> Patch:
     """Sums over a segment's tokens are not taken over the ranks that hold them."""
     from megatron_grit.models import pooling
@@ -130,6 +137,7 @@ DAMAGED: dict[str, tuple[str, Damage]] = {
     "cp2-scaled": ("cp2", scale_by_context_size),
     "cp2-slice": ("cp2", take_another_slice),
     "cp2-pooling": ("cp2", pool_the_slice),
+    "retro_cp2-chunks": ("retro_cp2", condition_on_other_chunks),
     "dp2-causal": ("dp2", fall_back_to_causal),
     "dp2-stale": ("dp2", keep_stale_weights),
     "tp2_sp-norm": ("tp2_sp", count_replicas_in_the_norm),

@@ -16,7 +16,7 @@ from megatron_grit.convert.hf_in.pretrained import load_pretrained
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.errors import CheckpointError
 from megatron_grit.models.decoder import GritDecoder, Output, build_model
-from megatron_grit.models.retro.names import reads
+from megatron_grit.models.names import reads
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.training.checkpoint import load_weights, save_weights

@@ -47,16 +47,11 @@ def retro_problems(config: RunConfig) -> Iterator[Problem]:
             f"a neighbor has {neighbor_tokens(model)} tokens (model.retro.retrieved_chunks x chunk_length), more than "
             f"model.max_position_embeddings {model.max_position_embeddings}",
         )
-    if parallel.context > 1:
-        yield Problem(
-            "parallel.context",
-            "parallel.context above 1 does not go with model.retro.num_neighbors yet; use parallel.tensor with "
-            "parallel.sequence_parallel",
-        )
-    if retro.parity == "core" and (parallel.pipeline > 1 or parallel.sequence_parallel):
+    if retro.parity == "core" and (parallel.pipeline > 1 or parallel.context > 1 or parallel.sequence_parallel):
         yield Problem(
             "model.retro.parity",
-            "model.retro.parity core is for comparisons on one pipeline stage without parallel.sequence_parallel",
+            "model.retro.parity core is for comparisons, with parallel.pipeline and parallel.context 1 and without "
+            "parallel.sequence_parallel",
         )
     if config.data.retro_project is None and not all(kind_options(kind).EMBEDS for kind in trained_kinds(config)):
         yield Problem(

@@ -25,13 +25,13 @@ from megatron_grit.data.text.tokenizer import BESIDE_TOKENIZER, load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.models.adapters import global_name
 from megatron_grit.models.decoder import GritDecoder
-from megatron_grit.models.retro.names import reads
+from megatron_grit.models.names import is_added
 from megatron_grit.parallel.collectives import any_rank
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.store.files import replacing
 from megatron_grit.store.hub import local_folder
 from megatron_grit.store.logs import get_logger
-from megatron_grit.training.checkpoint import NEW_MODULES, list_checkpoints, read_config, tokenizer_path
+from megatron_grit.training.checkpoint import list_checkpoints, read_config, tokenizer_path
 from megatron_grit.training.trainer import InitialWeights
 
 log = get_logger(__name__)
@@ -150,7 +150,7 @@ def fill_chunks(
     conversions = {conversion.megatron: conversion for conversion in plan}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            if name.startswith(NEW_MODULES) or ".adapter." in name or reads(name):
+            if is_added(name) or ".adapter." in name:
                 continue
             conversion = conversions[global_name(chunk, name)]
             made = conversion.make(weights.stored, model, shard_of(chunk, name, parameter))

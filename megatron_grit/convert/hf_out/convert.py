@@ -27,7 +27,7 @@ from megatron_grit.convert.param_map import Family, Kind
 from megatron_grit.convert.peft.merge import Into, Reader, has_adapters, open_merged
 from megatron_grit.convert.raw_safetensors import RawTensor, write_header
 from megatron_grit.errors import CheckpointError, ConfigError
-from megatron_grit.models.retro.names import reads
+from megatron_grit.models.names import is_added
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.store.digest import HashingFile, sha256_of_file
 from megatron_grit.store.files import check_room
@@ -190,8 +190,8 @@ def _plan_shards(
             for hf, part in zip(targets, parts, strict=True)
         ]
         entries.append(PlannedTensor(name, kind, tuple(described)))
-    left_over = sorted(reader.shapes.keys() - {entry.name for entry in entries} - set(reader.head_names))
-    left_over = [name for name in left_over if not reads(name)]
+    placed = {entry.name for entry in entries}
+    left_over = sorted(name for name in reader.shapes if name not in placed and not is_added(name))
     if left_over:
         raise CheckpointError(f"tensor {left_over[0]} ({len(left_over)} in all) has no place in a {family.name} model")
     shard: list[PlannedTensor] = []

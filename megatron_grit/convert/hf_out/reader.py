@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_grit.config.schema import ParallelConfig, RunConfig
 from megatron_grit.convert.skeleton import build_without_storage
 from megatron_grit.errors import CheckpointError
+from megatron_grit.models.names import of_head
 from megatron_grit.parallel.context import ParallelContext
-from megatron_grit.training.checkpoint import NEW_MODULES, model_state
+from megatron_grit.training.checkpoint import model_state
 from megatron_grit.training.manifest import verify_manifest
 
 _PARTS = ("weights", "config.yaml", "state.json", "tokenizer")
@@ -63,7 +64,7 @@ class CheckpointReader:
     @property
     def head_names(self) -> list[str]:
         """Parameters of the embedding head and of learned pooling."""
-        return [name for name in self.shapes if name.startswith(NEW_MODULES)]
+        return [name for name in self.shapes if of_head(name)]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Whole tensors.

@@ -28,13 +28,13 @@ from megatron_grit.convert.peft.sites import Site, WholeAdapter, adapter_sites
 from megatron_grit.convert.peft.writer import write_peft
 from megatron_grit.errors import CheckpointError
 from megatron_grit.models.adapters.quantization import round_trip
+from megatron_grit.models.names import is_added
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.store.folder import OutputFolder
 from megatron_grit.store.logs import get_logger
 from megatron_grit.training.base_weights import base_fingerprint, check_base
 from megatron_grit.training.checkpoint import (
-    NEW_MODULES,
     read_config,
     read_state,
     resolve_checkpoint,
@@ -109,7 +109,7 @@ class AdapterRun:
         trained = [name for name, parameter in self.reader.shapes.items() if parameter.requires_grad]
         factors = [name for name in trained if ".adapter." in name]
         self.adapter = WholeAdapter(self.config.adapter, self.reader.read(factors))
-        self.trained = {name for name in trained if ".adapter." not in name and not name.startswith(NEW_MODULES)}
+        self.trained = {name for name in trained if ".adapter." not in name and not is_added(name)}
 
     def save_peft(self, target: Path) -> Path:
         """Write it in PEFT's format."""

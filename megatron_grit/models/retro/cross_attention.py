@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -74,11 +75,14 @@ class GroupedCrossAttention(MegatronModule):
 
         Args:
             asking_A1D: states that the queries come from.
-            asked_B1D: states that the keys and values come from.
+            asked_B1D: states that the keys and values come from; of this rank's tokens where keys are gathered.
             groups: over the whole sequences.
         """
         query_ANH = self.linear_q(asking_A1D)[0].view(-1, self.heads, self.channels)
-        key_value = self.linear_kv(asked_B1D)[0].view(-1, self.groups, 2 * self.channels)[groups.key_index_GK]
+        key_value = self.linear_kv(asked_B1D)[0]
+        if groups.key_group is not None:
+            key_value = gather_from_sequence_parallel_region(key_value, group=groups.key_group)
+        key_value = key_value.view(-1, self.groups, 2 * self.channels)[groups.key_index_GK]
         query_GNQH = query_ANH[groups.query_index_GQ].transpose(1, 2)
         key_GJKH, value_GJKH = key_value.transpose(1, 2).chunk(2, -1)
         output_GNQH = F.scaled_dot_product_attention(

@@ -6,23 +6,29 @@ together are a group, shifted against its chunk by its length less one. The last
 token only. Tokens before the end of the first chunk read nothing, and neither does the group of a chunk without
 neighbors.
 
-Shape suffix legend: T = tokens of a row, C = chunks, k = neighbors of a chunk, U = texts, N = tokens of all texts,
-G = groups, Q = queries of a group, K = keys of a group.
+A context parallel rank encodes the texts that its own tokens read, so what is read stays on the rank. Only where
+neighbors are conditioned on their chunk, keys come from other ranks: a chunk ends where its readers begin, and may lie
+on two ranks.
+
+Shape suffix legend: T = tokens of a row, L = tokens that a rank holds, C = chunks, k = neighbors of a chunk, U = texts,
+N = tokens of all texts, G = groups, Q = queries of a group, K = keys of a group.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.data.rows.batch import to_device
 from megatron_grit.data.rows.neighbors import Neighbors
 from megatron_grit.models.attention import AttentionMode, PackedSegments
+from megatron_grit.models.row_share import RowShare, gathered_places
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,9 @@ class Groups:
     """int64: place of each key in its sequence; 0 where a group has fewer."""
     key_mask_GK: Tensor
     """bool: whether there is such a key."""
+    key_group: dist.ProcessGroup | None = None
+    """The ranks over which keys are gathered; the places of keys are those among the gathered ones, in the order of
+    ranks. None: keys are this rank's."""
 
     @property
     def has_query(self) -> Tensor:
@@ -74,47 +83,75 @@ class RetroSegments(PackedSegments):
     plan: NeighborPlan | None = None
 
 
-def plan_of(neighbors: Neighbors, row_length: int, retro: RetroConfig, device: torch.device) -> NeighborPlan | None:
+def held_neighbors(neighbors: Neighbors, share: RowShare) -> Neighbors:
+    """Copy with the texts that the tokens of a context parallel rank read, and no others.
+
+    Texts whose readers lie on several ranks are encoded on each of them. A rank whose tokens read nothing keeps the
+    texts of one chunk: it takes part in the exchange of what they are conditioned on, and in that of gradients.
+
+    Args:
+        neighbors: of the whole row.
+        share: the part of the row that the rank holds.
+    """
+    place_T = share.places()
+    used = _chunks_with_texts(neighbors)
+    kept = [chunk for chunk in used if (place_T[_group(neighbors, chunk)] >= 0).any()] or used[:1]
+    text_of_Ck = np.full_like(neighbors.text_of_Ck, -1)
+    text_of_Ck[kept] = neighbors.text_of_Ck[kept]
+    texts = np.unique(text_of_Ck[text_of_Ck >= 0])
+    places = _token_places(neighbors)
+    tokens = np.concatenate([np.arange(0), *(places[text] for text in texts)])
+    device = neighbors.tokens_1N.device
+    return replace(
+        neighbors,
+        text_of_Ck=np.where(text_of_Ck >= 0, np.searchsorted(texts, text_of_Ck), -1),
+        lengths_U=neighbors.lengths_U[texts],
+        tokens_1N=neighbors.tokens_1N[:, to_device(torch.from_numpy(tokens), device)],
+    )
+
+
+def plan_of(
+    neighbors: Neighbors, row_length: int, retro: RetroConfig, device: torch.device, share: RowShare | None = None
+) -> NeighborPlan | None:
     """The plan of a row. None: no chunk of it has a neighbor.
 
     Args:
-        neighbors: the row's. Where the encoder is conditioned, each text belongs to one chunk.
-        row_length: T.
+        neighbors: the row's, or what :func:`held_neighbors` leaves of them. Where the encoder is conditioned, each
+            text belongs to one chunk.
+        row_length: T, of the whole row.
         retro: of the model.
         device: where the model computes.
+        share: the part of the row that this rank holds. None: all of it.
     """
-    used = np.flatnonzero((neighbors.text_of_Ck >= 0).any(1))
-    if not len(used):
+    used = _chunks_with_texts(neighbors)
+    if not used:
         return None
-    ends_U = np.cumsum(neighbors.lengths_U)
-    starts_U = ends_U - neighbors.lengths_U
-    num_tokens = neighbors.tokens_1N.shape[1]
-
-    def tokens_of(chunk: int) -> np.ndarray:
-        texts = neighbors.text_of_Ck[chunk]
-        return np.concatenate([np.arange(starts_U[text], ends_U[text]) for text in texts[texts >= 0]])
-
-    read = [tokens_of(chunk) for chunk in used]
+    places, num_tokens = _token_places(neighbors), neighbors.tokens_1N.shape[1]
+    read = [np.concatenate([places[text] for text in neighbors.text_of_Ck[chunk] if text >= 0]) for chunk in used]
     readers = [_group(neighbors, chunk) for chunk in used]
     chunks = [np.arange(*neighbors.chunk_bounds_C2[chunk]) for chunk in used]
     if retro.parity == "core":  # a row of zeros comes after the last token
         chunks = [np.pad(chunk, (0, retro.chunk_length - len(chunk)), constant_values=row_length) for chunk in chunks]
+    num_held = row_length
+    if share is not None:
+        place_T, gathered_T = share.places(), gathered_places(row_length, share.size).numpy()
+        readers = [held[held >= 0] for held in (place_T[group] for group in readers)]
+        chunks = [gathered_T[chunk] for chunk in chunks]
+        num_held = row_length // share.size
+    asked = chunks if retro.encoder_conditioning == "chunk" else None
     lengths = neighbors.lengths_U.tolist()
-    if num_tokens > ends_U[-1]:
-        lengths.append(num_tokens - int(ends_U[-1]))  # padding
-    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    return NeighborPlan(
-        reading=_groups(readers, read, row_length, device),
-        conditioning=_groups(read, chunks, num_tokens, device) if retro.encoder_conditioning == "chunk" else None,
-        texts=PackedSegments.of_row(
-            to_device(bounds, device), max(lengths), AttentionMode.BIDIRECTIONAL, lengths=lengths
-        ),
-        positions_N=to_device(torch.cat([torch.arange(length) for length in lengths]), device),
-    )
+    if num_tokens > sum(lengths):
+        lengths.append(num_tokens - sum(lengths))  # padding
+    encoding = encoding_plan(lengths, read, asked, device, None if share is None else share.group)
+    return NeighborPlan(**vars(encoding), reading=_groups(readers, read, num_held, device))
 
 
 def encoding_plan(
-    lengths: list[int], read: list[np.ndarray], asked: list[np.ndarray] | None, device: torch.device
+    lengths: list[int],
+    read: list[np.ndarray],
+    asked: list[np.ndarray] | None,
+    device: torch.device,
+    key_group: dist.ProcessGroup | None = None,
 ) -> EncodingPlan:
     """How some texts are encoded.
 
@@ -123,15 +160,28 @@ def encoding_plan(
         read: places of tokens of texts, in groups.
         asked: what each group is conditioned on: places in another sequence. None: nothing.
         device: where the model computes.
+        key_group: of :class:`Groups`, for ``asked``.
     """
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     return EncodingPlan(
-        conditioning=None if asked is None else _groups(read, asked, sum(lengths), device),
+        conditioning=None
+        if asked is None
+        else replace(_groups(read, asked, sum(lengths), device), key_group=key_group),
         texts=PackedSegments.of_row(
             to_device(bounds, device), max(lengths), AttentionMode.BIDIRECTIONAL, lengths=lengths
         ),
         positions_N=to_device(torch.cat([torch.arange(length) for length in lengths]), device),
     )
+
+
+def _chunks_with_texts(neighbors: Neighbors) -> list[int]:
+    chunks: list[int] = np.flatnonzero((neighbors.text_of_Ck >= 0).any(1)).tolist()
+    return chunks
+
+
+def _token_places(neighbors: Neighbors) -> list[np.ndarray]:
+    """For each text the places of its tokens among those of all texts."""
+    return np.split(np.arange(neighbors.lengths_U.sum()), neighbors.lengths_U.cumsum()[:-1])
 
 
 def _group(neighbors: Neighbors, chunk: int) -> np.ndarray:
@@ -153,7 +203,7 @@ def _groups(queries: list[np.ndarray], keys: list[np.ndarray], num_queries: int,
 
 def _padded(lists: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.array([len(one) for one in lists])
-    mask = np.arange(lengths.max()) < lengths[:, None]
+    mask = np.arange(max(1, lengths.max())) < lengths[:, None]
     index = np.zeros(mask.shape, dtype=np.int64)
     index[mask] = np.concatenate(lists)
     return index, mask

@@ -125,8 +125,8 @@ CONTRADICTIONS = [
         "parallel_residual does not go with",
     ),
     (
-        [*READS, "parallel.context=2"],
-        "does not go with model.retro.num_neighbors yet",
+        [*READS, "model.retro.parity=core", "parallel.context=2"],
+        "is for comparisons, with parallel.pipeline and parallel.context 1",
     ),
     (
         [
