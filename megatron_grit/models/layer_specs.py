@@ -88,6 +88,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         num_query_groups=num_query_groups(model),
         kv_channels=head_channels(model),
         normalization="RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm",
+        layernorm_zero_centered_gamma=model.layernorm_zero_centered_gamma,
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.activation == "swiglu",
         activation_func=_ACTIVATIONS[model.activation],
@@ -174,10 +175,11 @@ def layer_spec(config: RunConfig, engine_config: TransformerConfig, device: torc
 
 def _encoder(config: RunConfig, engine_config: TransformerConfig, device: torch.device) -> Any:
     """Makes the encoder of neighbors. Its layers are those of a dense decoder."""
-    model = replace(config.model, num_experts=None, window_layers=[], retro=RetroConfig())
+    num_layers = config.model.retro.encoder_layers
+    model = replace(config.model, num_layers=num_layers, num_experts=None, window_layers=[], retro=RetroConfig())
     settings = encoder_config(engine_config, config.model)
     specs = []
-    for number in range(config.model.retro.encoder_layers):
+    for number in range(num_layers):
         spec = layer_spec(replace(config, model=model), settings, device, number)
         if number == 0 and config.model.retro.encoder_conditioning == "chunk":
             spec = ModuleSpec(module=EncoderLayer, params={"model": config.model}, submodules=spec.submodules)

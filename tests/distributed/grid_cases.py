@@ -71,6 +71,8 @@ DEEP: dict[str, Any] = {  # the encoder, and all that reads, in later stages
     "model.num_layers": 4,
     "model.add_bias_linear": True,
     "model.normalization": "layernorm",
+    "model.layernorm_zero_centered_gamma": True,
+    "model.activation": "gelu",
     "model.position_embedding": "learned_absolute",
 }
 # Each chunk of each stage has a layer; two in all otherwise.

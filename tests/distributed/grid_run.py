@@ -132,7 +132,7 @@ def _run(job: Job) -> dict[str, Any]:
     with parallel_job(config.parallel, seed=1) as context:
         chunks = build_chunks(config, VOCAB, context)
         with torch.no_grad():
-            for part in _parts(chunks, context):
+            for part in parts_of(chunks, context):
                 part.fill(tensors)
         wrapped = wrap_chunks(chunks, config.parallel.overlap)
         optimizer = build_optimizer(config, wrapped)
@@ -165,7 +165,7 @@ def _compare_gradients(
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(parameter.main_grad)
-        parts = [part.compare(tensors) for part in _parts(chunks, context)]
+        parts = [part.compare(tensors) for part in parts_of(chunks, context)]
         for parameter, weight in zip(parameters, weights, strict=True):
             parameter.copy_(weight)
     return parts
@@ -213,7 +213,7 @@ class _Part:
         }
 
 
-def _parts(chunks: list[Any], context: Any) -> Iterator[_Part]:
+def parts_of(chunks: list[Any], context: Any) -> Iterator[_Part]:
     """Every part of a parameter that this process holds; both halves of a gated layer's first matrix are parts."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 

@@ -32,6 +32,7 @@ CROSS, CROSS_NORM, GATE = "cross_attention.", "pre_cross_attn_layernorm.", "cros
 INPUT_NORM = "decoder.layers.self_attention.linear_qkv.layer_norm_"
 QKV = "decoder.layers.self_attention.linear_qkv."
 OUTPUT = "decoder.layers.self_attention.linear_proj."
+HEAD_NORMS = ("decoder.layers.self_attention.q_layernorm.", "decoder.layers.self_attention.k_layernorm.")
 MLP_NORM = "decoder.layers.mlp.linear_fc1.layer_norm_"
 FINAL_NORM = "decoder.final_layernorm."
 ROUTER = "decoder.layers.mlp.router.weight"
@@ -62,8 +63,11 @@ def weight_shapes(config: RunConfig, vocab_size: int) -> dict[str, tuple[int, ..
             shapes[name + "bias"] = (*leading, width)
     if model.add_bias_linear or model.add_qkv_bias:
         shapes[QKV + "bias"] = (*layers, (heads + 2 * groups) * channels)
-    if model.add_bias_linear:
+    if model.add_bias_linear or model.add_attention_output_bias:
         shapes[OUTPUT + "bias"] = (*layers, width)
+    if model.qk_norm:
+        shapes |= {name + "weight": (*layers, channels) for name in HEAD_NORMS}
+    if model.add_bias_linear or model.add_mlp_bias:
         shapes[f"{prefix}linear_fc1.bias"] = (*stack, fan * inner)
         shapes[f"{prefix}linear_fc2.bias"] = (*stack, width)
     if model.num_experts is not None:
@@ -113,7 +117,7 @@ def _reading_shapes(model: ModelConfig, prefix: str) -> dict[str, tuple[int, ...
         shapes[CROSS_NORM + "bias"] = (width,)
     if model.add_bias_linear or model.add_qkv_bias:
         shapes |= {CROSS + "linear_q.bias": (heads * channels,), CROSS + "linear_kv.bias": (2 * groups * channels,)}
-    if model.add_bias_linear:
+    if model.add_bias_linear or model.add_attention_output_bias:
         shapes[CROSS + "linear_proj.bias"] = (width,)
     return {prefix + name: shape for name, shape in shapes.items()}
 
@@ -125,7 +129,8 @@ def draw_weights(config: RunConfig, vocab_size: int, seed: int) -> dict[str, Ten
     for name, shape in weight_shapes(config, vocab_size).items():
         noise = torch.randn(shape, generator=generator)
         is_norm = "norm" in name and name.endswith("weight")
-        weights[name] = 1 + 0.1 * noise if is_norm else config.model.init_std * noise
+        mean = 0 if config.model.layernorm_zero_centered_gamma else 1
+        weights[name] = mean + 0.1 * noise if is_norm else config.model.init_std * noise
     return weights
 
 
@@ -305,8 +310,12 @@ class _Decoder:
         queries = self._linear(asking, name + "linear_q.").view(-1, heads, channels)
         keys, values = self._linear(asked, name + "linear_kv.").view(-1, groups, 2 * channels).chunk(2, -1)
         keys, values = (each.repeat_interleave(heads // groups, 1) for each in (keys, values))
-        weights = (torch.einsum("qhc,khc->hqk", queries, keys) / math.sqrt(channels)).softmax(-1)
+        weights = (torch.einsum("qhc,khc->hqk", queries, keys) * self._scale()).softmax(-1)
         return self._linear(torch.einsum("hqk,khc->qhc", weights, values).flatten(1), name + "linear_proj.")
+
+    def _scale(self) -> float:
+        model = self.config.model
+        return _heads(model)[2] ** -0.5 if model.attention_scale is None else model.attention_scale
 
     def _seen(self, row: PackedRow) -> Tensor:
         """bool [T, T]: which tokens each token attends to."""
@@ -331,6 +340,7 @@ class _Decoder:
     def _norm(self, states: Tensor, name: str, *layer: int) -> Tensor:
         model, scale = self.config.model, self._at(name + "weight", *layer)
         assert scale is not None
+        scale = 1 + scale if model.layernorm_zero_centered_gamma else scale
         if model.normalization == "layernorm":
             return F.layer_norm(states, states.shape[-1:], scale, self._at(name + "bias", *layer), model.norm_epsilon)
         return states * (states.square().mean(-1, keepdim=True) + model.norm_epsilon).rsqrt() * scale
@@ -345,22 +355,28 @@ class _Decoder:
         # Group by group: its queries, its key, its value.
         mixed = self._linear(inputs, QKV, layer).view(len(inputs), groups, heads // groups + 2, channels)
         queries, keys, values = mixed[:, :, :-2].flatten(1, 2), mixed[:, :, -2], mixed[:, :, -1]
+        if self.config.model.qk_norm:
+            pair = zip((queries, keys), HEAD_NORMS, strict=True)
+            queries, keys = (self._norm(each, name, layer) for each, name in pair)
         if self.config.model.position_embedding == "rope":
             queries, keys = (self._rotate(each, row.positions_1T[0]) for each in (queries, keys))
         keys, values = (each.repeat_interleave(heads // groups, 1) for each in (keys, values))
-        scores = torch.einsum("qhc,khc->hqk", queries, keys) / math.sqrt(channels)
+        scores = torch.einsum("qhc,khc->hqk", queries, keys) * self._scale()
         weights = scores.masked_fill(~seen_TT, -torch.inf).softmax(-1)
         return self._linear(torch.einsum("hqk,khc->qhc", weights, values).flatten(1), OUTPUT, layer)
 
     def _rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
-        """RoPE (arXiv 2104.09864) on the first channels, pairs half of them apart."""
+        """RoPE (arXiv 2104.09864) on the first channels, pairs half of them apart, or neighbours."""
         model = self.config.model
         size = int(heads.shape[-1] * model.rotary_percent)
         rates = model.rotary_base ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
         angles = (positions[:, None] * rates)[:, None]
-        first, second, rest = heads.split([size // 2, size // 2, heads.shape[-1] - size], dim=-1)
+        turning, rest = heads.split([size, heads.shape[-1] - size], dim=-1)
+        pairs = turning.unflatten(-1, (-1, 2)) if model.rotary_interleaved else turning.unflatten(-1, (2, -1)).mT
+        first, second = pairs.unbind(-1)
         turned = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
-        return torch.cat([*turned, rest], dim=-1)
+        joined = torch.stack(turned, dim=-1 if model.rotary_interleaved else -2).flatten(-2)
+        return torch.cat([joined, rest], dim=-1)
 
     def _mlp(self, inputs: Tensor, *place: int) -> Tensor:
         prefix = _mlp_prefix(self.config.model)
@@ -369,7 +385,8 @@ class _Decoder:
             gate, linear = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * linear
         else:
-            hidden = F.gelu(hidden)
+            approximate = "tanh" if self.config.model.activation == "gelu_tanh" else "none"
+            hidden = F.gelu(hidden, approximate=approximate)
         return self._linear(hidden, f"{prefix}linear_fc2.", *place)
 
     def _mix(self, inputs: Tensor, row: PackedRow, layer: int) -> Tensor:

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from megatron_grit.config.schema import RunConfig
-from tests.distributed.grid_run import _parts
+from tests.distributed.grid_run import parts_of
 from tests.harness.ranks import run_on_ranks
 from tests.rows import VOCAB, make_batch, tiny_config
 
@@ -200,7 +200,7 @@ def train(case: tuple[str, dict[str, Any], dict[str, Any]], directory: str, *, i
         moved = [name for name, parameter, before in frozen if not torch.equal(parameter, before)]
         assert not any(hasattr(parameter, "main_grad") or parameter.grad is not None for _, parameter, _ in frozen)
         unequal = find_unequal_replicas(chunks, context)
-        parts = {f"{part.key} {list(part.place)}": part for part in _parts(chunks, context)}
+        parts = {f"{part.key} {list(part.place)}": part for part in parts_of(chunks, context)}
         if is_reference:
             safetensors.torch.save_file({name: part.tensor.detach().clone() for name, part in parts.items()}, trained)
             return {"records": records, "moved": moved, "unequal": unequal}

@@ -41,6 +41,8 @@ class ModelConfig:
     """Longest segment that the model may see."""
     normalization: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation before attention, before the feed-forward layer and at the end."""
+    layernorm_zero_centered_gamma: bool = False
+    """Norms multiply by 1 + weight, and weights start at 0 (layernorm-1p; --apply-layernorm-1p of Megatron-LM)."""
     norm_epsilon: float = knob(1e-5, above=0)
     """Added to the variance."""
     activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
