@@ -9,6 +9,7 @@ from typing import Literal
 
 from megatron_grit.config.checkpoint_folder import holds_checkpoint, resolve_checkpoint
 from megatron_grit.config.knob import knob
+from megatron_grit.convert.megatron_in.folder import find_legacy
 from megatron_grit.errors import ConfigError
 from megatron_grit.store.logs import get_logger, say_loading
 
@@ -54,16 +55,24 @@ def convert(options: ConvertOptions) -> Path:
     """
     source, settings = Path(options.source), vars(options).copy()
     way = "export" if holds_checkpoint(source) else "import"
+    is_legacy = way == "import" and find_legacy(source) is not None
     for field in dataclasses.fields(options):
         if field.metadata.get("only", way) != way and settings.pop(field.name) != field.default:
             why = "is a checkpoint, which is exported" if way == "export" else "holds no checkpoint of ours to export"
             raise ConfigError(f"{source} {why}; --{field.name.replace('_', '-')} has no meaning here, leave it out")
     if options.adapter_only and options.merge:
         raise ConfigError("--merge and --adapter-only exclude each other; give one of them")
+    if is_legacy and (options.revision or options.vocab_size or options.allow_pickle):
+        raise ConfigError(f"{source} is of Megatron-LM's older layout; it takes --tokenizer and no other option")
     paths = settings.pop("source"), settings.pop("target")
     if way == "export":
         resolve_checkpoint(source)
     say_loading()
+    if is_legacy:
+        from megatron_grit.convert.megatron_in.convert import convert_legacy
+
+        log.info(f"importing {source}, of Megatron-LM's older layout")
+        return convert_legacy(*paths, settings["tokenizer"])
     if way == "import":
         from megatron_grit.convert.hf_in.convert import convert_checkpoint
 

@@ -256,6 +256,8 @@ class Conversion:
     sources: dict[str, list[int]]
     """Hugging Face tensors and their shapes."""
     expert: int
+    described_by: str = "config.json"
+    """What says the shapes, for messages."""
 
     def check(self, name: str, shape: Sequence[int]) -> None:
         """Compare the shape of a source tensor with the configuration's.
@@ -265,7 +267,7 @@ class Conversion:
         """
         if list(shape) != self.sources[name]:
             raise CheckpointError(
-                f"tensor {name} has shape {list(shape)}, but config.json makes it {self.sources[name]}"
+                f"tensor {name} has shape {list(shape)}, but {self.described_by} makes it {self.sources[name]}"
             )
 
     def make(self, tensors: Mapping[str, Readable], model: ModelConfig, shard: Shard = WHOLE) -> Tensor:

@@ -55,8 +55,9 @@ def find_megatron_checkpoint(path: Path) -> Path | None:
         folder = path / (said if said == "release" else f"iter_{int(said):07d}")
         if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
             raise CheckpointError(
-                f"{folder}: is not a checkpoint of format torch_dist, the only one that is read here; convert it with "
-                "Megatron-LM's --ckpt-convert-format torch_dist"
+                f"{folder}: is not a checkpoint of format torch_dist, the only one that is loaded; convert it with "
+                "Megatron-LM's --ckpt-convert-format torch_dist, or mp_rank_00/model_optim_rng.pt with megatron-grit "
+                "convert"
             )
         return folder
     if (path / ".metadata").is_file() and dist_checkpointing.check_is_distributed_checkpoint(str(path)):

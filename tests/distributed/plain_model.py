@@ -264,6 +264,8 @@ class _Decoder:
     def _encode(self, chunks_TD: Tensor, neighbors: Neighbors, prefix: str) -> list[list[Tensor]]:
         """States of every neighbor of every chunk, one by one."""
         model = replace(self.config.model, num_experts=None, num_layers=self.config.model.retro.encoder_layers)
+        if model.position_embedding == "rope" and not model.retro.encoder_rope:
+            model = replace(model, position_embedding="none")
         weights = {name.replace(prefix, "decoder."): weight for name, weight in self.weights.items() if prefix in name}
         encoder = _Decoder(replace(self.config, model=model), weights)
         ends = neighbors.lengths_U.cumsum()

@@ -27,6 +27,8 @@ class RetroConfig:
     """Dropout after attention and feed-forward layers of the encoder. Megatron-LM: 0.1."""
     encoder_attention_dropout: float = knob(0.0, at_least=0, below=1, in_files=False, in_weights=False)
     """Dropout on attention probabilities of the encoder. Megatron-LM: 0.1."""
+    encoder_rope: bool = knob(True, in_files=False)
+    """Rotary positions in the encoder too, where the decoder has them. Megatron-LM's models have none there."""
     encoder_conditioning: Literal["chunk", "none"] = knob("chunk", in_files=False)
     """The encoder's first layer attends to the chunk that reads the neighbor. none: a neighbor's encoding depends on
     nothing else, so that one that several chunks read is encoded once."""

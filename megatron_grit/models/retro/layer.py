@@ -116,8 +116,8 @@ class NeighborEncoder(MegatronModule):
         )
         self.is_conditioned = model.retro.encoder_conditioning == "chunk"
         """Whether its first layer attends to the chunk that reads a neighbor."""
-        with_angles = model.position_embedding == "rope" and model.retro.parity == "none"
-        self.rotary_angles = RotaryAngles(model, device) if with_angles else None
+        rotates = model.position_embedding == "rope" and model.retro.encoder_rope and model.retro.parity == "none"
+        self.rotary_angles = RotaryAngles(model, device) if rotates else None
         for layer in self.layers:
             if isinstance(layer, EncoderLayer):
                 layer.parity = model.retro.parity == "core"
