@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -146,7 +146,7 @@ class WeightFolder(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.stored)
 
-    def __enter__(self) -> WeightFolder:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -198,7 +198,8 @@ def _groups(queries: list[np.ndarray], keys: list[np.ndarray], num_queries: int,
     place = np.full(num_queries, query_index_GQ.size, dtype=np.int64)
     place[query_index_GQ[query_mask_GQ]] = np.flatnonzero(query_mask_GQ)
     arrays = (query_index_GQ, place, key_index_GK, key_mask_GK)
-    return Groups(*(to_device(torch.from_numpy(array), device) for array in arrays))
+    query_index, place_of_query, key_index, key_mask = (to_device(torch.from_numpy(array), device) for array in arrays)
+    return Groups(query_index, place_of_query, key_index, key_mask)
 
 
 def _padded(lists: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
