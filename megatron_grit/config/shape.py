@@ -81,6 +81,13 @@ def reading_layers(model: ModelConfig) -> list[int]:
     return list(range(5 if model.num_layers <= 15 else 8, model.num_layers, 3))
 
 
+def read_tokens(model: ModelConfig) -> float:
+    """Neighbor tokens for each token of a row: at most, where every chunk has all its neighbors."""
+    if not reading_layers(model):
+        return 0.0
+    return model.retro.num_neighbors * neighbor_tokens(model) / model.retro.chunk_length
+
+
 def neighbor_tokens(model: ModelConfig) -> int:
     """Most tokens of a neighbor."""
     return model.retro.retrieved_chunks * model.retro.chunk_length

@@ -13,7 +13,16 @@ from megatron_grit.config.checks.run import data_parallel_size
 from megatron_grit.config.kinds import kind_options, loss_words
 from megatron_grit.config.knob import knob
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.config.shape import attention_widths, dense_layers, expert_width, mixture_layers, padded_vocabulary
+from megatron_grit.config.shape import (
+    attention_widths,
+    dense_layers,
+    expert_width,
+    mixture_layers,
+    neighbor_tokens,
+    padded_vocabulary,
+    read_tokens,
+    reading_layers,
+)
 from megatron_grit.planning.memory import FP32, Workload, caches_gradients
 from megatron_grit.planning.parameters import count_parameters, expert_tensor_size
 
@@ -114,6 +123,7 @@ def count_flops(config: RunConfig, world_size: int, vocab_size: int, workload: W
     forward_all = core_attention = all_heads = 0.0
     for rows in workload.kinds:
         forward = rows.tokens * _forward(config, rows.segment_tokens, rows.causal)
+        forward += 0 if rows.embeds else rows.tokens * (encoding_flops(config) + reading_flops(config))
         labels = rows.tokens if config.parallel.sequence_parallel else rows.labels
         head = 0 if rows.embeds else 2 * labels * config.model.hidden_size * padded
         first = forward if caches_gradients(config, data_size, rows) else 0.0
@@ -146,6 +156,29 @@ def _forward(config: RunConfig, segment_tokens: float, causal: bool) -> float:
     feed_forward = len(dense_layers(model)) * matrix * model.ffn_hidden_size + len(mixture_layers(model)) * mixture
     operations = 2 * (model.num_layers * matrices + feed_forward)
     return operations + _attention(config, segment_tokens, causal)
+
+
+def encoding_flops(config: RunConfig) -> float:
+    """Operations of the neighbor encoder for a token of a row that is predicted, forward."""
+    model, retro = config.model, config.model.retro
+    queries, keys = attention_widths(model)
+    width = model.hidden_size
+    matrices = 2 * width * (queries + keys) + (3 if model.activation == "swiglu" else 2) * width * model.ffn_hidden_size
+    of_neighbor = retro.encoder_layers * (2 * matrices + 4 * queries * neighbor_tokens(model))
+    of_token = 0
+    if retro.encoder_conditioning == "chunk":
+        of_neighbor += 4 * width * queries + 4 * queries * retro.chunk_length
+        of_token = 4 * width * keys
+    return read_tokens(model) * of_neighbor + (of_token if read_tokens(model) else 0)
+
+
+def reading_flops(config: RunConfig) -> float:
+    """Operations of cross-attention in all layers that read, for a token of a row that is predicted, forward."""
+    model = config.model
+    queries, keys = attention_widths(model)
+    width, read = model.hidden_size, read_tokens(model)
+    seen = model.retro.num_neighbors * neighbor_tokens(model)
+    return len(reading_layers(model)) * (4 * width * queries + read * 4 * width * keys + 4 * queries * seen)
 
 
 def _attention(config: RunConfig, segment_tokens: float, causal: bool) -> float:
@@ -184,6 +217,9 @@ def expected_step_time(
     if config.training.recompute == "full":
         forward += sum(once)
     both = forward + sum(once)
+    # Neighbors go through all stages behind their row.
+    pairs = zip(workload.kinds, once, strict=True)
+    behind = 2 * sum(0.0 if rows.embeds else count * read_tokens(model) for rows, count in pairs)
 
     def speed(group: int, stride: int) -> float:
         inside = group * stride <= machine.devices_per_node
@@ -201,7 +237,7 @@ def expected_step_time(
         bubble=bubble,
         tensor=2 * layers * both * ring / speed(tensor, 1),
         context=layers * both * keys_and_values * (context - 1) / speed(context, tensor),
-        pipeline=(both / speed(world_size, 1)) if parallel.pipeline > 1 else 0.0,
+        pipeline=((both + behind) / speed(world_size, 1)) if parallel.pipeline > 1 else 0.0,
         expert=2 * layers * both / tensor * expert_share / speed(parallel.expert, expert_tensor_size(config)),
         # fp32 gradients are reduce-scattered, weights all-gathered, once a step.
         data=parameters * (FP32 + size) * (replicas - 1) / replicas / speed(replicas, tensor),

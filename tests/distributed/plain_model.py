@@ -374,11 +374,10 @@ class _Decoder:
         rates = model.rotary_base ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
         angles = (positions[:, None] * rates)[:, None]
         turning, rest = heads.split([size, heads.shape[-1] - size], dim=-1)
-        pairs = turning.unflatten(-1, (-1, 2)) if model.rotary_interleaved else turning.unflatten(-1, (2, -1)).mT
-        first, second = pairs.unbind(-1)
+        interleaved = model.rotary_interleaved
+        first, second = turning.unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(-1 if interleaved else -2)
         turned = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
-        joined = torch.stack(turned, dim=-1 if model.rotary_interleaved else -2).flatten(-2)
-        return torch.cat([joined, rest], dim=-1)
+        return torch.cat([torch.stack(turned, dim=-1 if interleaved else -2).flatten(-2), rest], dim=-1)
 
     def _mlp(self, inputs: Tensor, *place: int) -> Tensor:
         prefix = _mlp_prefix(self.config.model)
@@ -387,8 +386,7 @@ class _Decoder:
             gate, linear = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * linear
         else:
-            approximate = "tanh" if self.config.model.activation == "gelu_tanh" else "none"
-            hidden = F.gelu(hidden, approximate=approximate)
+            hidden = F.gelu(hidden, approximate="tanh" if self.config.model.activation == "gelu_tanh" else "none")
         return self._linear(hidden, f"{prefix}linear_fc2.", *place)
 
     def _mix(self, inputs: Tensor, row: PackedRow, layer: int) -> Tensor:

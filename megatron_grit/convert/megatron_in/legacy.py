@@ -14,7 +14,6 @@ values; in place of an object of any other class there is an empty one, and no c
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +55,10 @@ class _Empty:
         pass
 
 
+class _Arguments:
+    """In place of the namespace that holds the arguments: they become its attributes."""
+
+
 class LegacyFolder(WeightFolder):
     """The weights of an iteration, rank by rank: a tensor's name has its rank in front, as in "03/encoder.layers.0...".
 
@@ -72,7 +75,7 @@ class LegacyFolder(WeightFolder):
         super().__init__(path, [folder / FILE for folder in self.ranks], None)
         saved = self._load(self.files[0])
         arguments = saved.get("args")
-        self.arguments: Mapping[str, Any] = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+        self.arguments: Mapping[str, Any] = vars(arguments) if isinstance(arguments, _Arguments) else {}
         self.version = float(saved.get("checkpoint_version") or 0)
         """How heads are laid out in a tensor."""
 
@@ -108,7 +111,7 @@ def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _load_file(file: Path) -> dict[str, Any]:
     try:
         strange = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        known: list[Any] = [argparse.Namespace if name == "argparse.Namespace" else (_Empty, name) for name in strange]
+        known: list[Any] = [(_Arguments if name == "argparse.Namespace" else _Empty, name) for name in strange]
         with torch.serialization.safe_globals(known):
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file fails in whatever way its bytes lead to

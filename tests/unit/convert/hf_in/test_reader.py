@@ -32,6 +32,11 @@ pytestmark = pytest.mark.engine
 EMBEDDING = "model.embed_tokens.weight"
 
 
+def write_pickle(file: Path, saved: object) -> None:
+    """For tests of readers of such files; nothing else writes them."""
+    torch.save(saved, file)
+
+
 def write_shards(directory: Path, tensors: dict[str, Tensor], *, pickled: bool = False) -> Path:
     """Two files and an index."""
     directory.mkdir(parents=True, exist_ok=True)

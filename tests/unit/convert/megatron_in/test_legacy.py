@@ -28,6 +28,7 @@ from megatron_grit.training.checkpoint import load_weights, read_config
 from tests.distributed.plain_model import reference_step
 from tests.neighbors import with_neighbors
 from tests.rows import make_row
+from tests.unit.convert.hf_in.test_reader import write_pickle
 
 LAYERS, WIDTH, INNER, HEADS, TOKENS, ROWS, CHUNK = 9, 16, 24, 4, 290, 320, 8
 READING, FIRST = (5, 8), 5
@@ -179,7 +180,7 @@ def write(folder: Path, written: Written, **changed: Any) -> dict[str, Tensor]:
             "rng_state": [{"np_rng_state": np.random.get_state(), "random_rng_state": (3, (1, 2), None)}],
         }
         (iteration / f"mp_rank_{rank:02d}").mkdir(parents=True)
-        torch.save(saved, iteration / f"mp_rank_{rank:02d}" / "model_optim_rng.pt")
+        write_pickle(iteration / f"mp_rank_{rank:02d}" / "model_optim_rng.pt", saved)
     (folder / "latest_checkpointed_iteration.txt").write_text("100")
     return weights
 
