@@ -74,8 +74,8 @@ class LegacyFolder(WeightFolder):
         self._open: tuple[Path, dict[str, Any]] | None = None
         super().__init__(path, [folder / FILE for folder in self.ranks], None)
         saved = self._load(self.files[0])
-        arguments = saved.get("args")
-        self.arguments: Mapping[str, Any] = vars(arguments) if isinstance(arguments, _Arguments) else {}
+        # A namespace of argparse itself where the engine, once imported, has told torch that it is safe.
+        self.arguments: Mapping[str, Any] = dict(getattr(saved.get("args"), "__dict__", {}))
         self.version = float(saved.get("checkpoint_version") or 0)
         """How heads are laid out in a tensor."""
 
