@@ -54,7 +54,7 @@ def test_pieces_begin_at_chunks(project: Path) -> None:
 
 
 def test_a_directory_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no config.json; give the --project-dir"):
+    with pytest.raises(ConfigError, match="holds no config.json; give the one --project-dir"):
         resolve(tmp_path / "nowhere")
     assert resolve(tmp_path / "nowhere", files=False).generative == []
     arguments = parse_train_arguments([])

@@ -308,8 +308,6 @@ def test_without_negatives(indexed_prefixes: dict[str, str], tokenizer: Tokenize
         GritDataLoader(make_config(indexed_prefixes, **sources), tokenizer)
     batch = GritDataLoader(make_config(indexed_prefixes, train_group_size=1, **sources), tokenizer).batch(0)
     assert sum(len(row.slots_S) for row in batch.rows_of("embedding")) == 2 * QUERIES
-    with pytest.raises(ConfigError, match="train_group_size 0 is below 1"):
-        GritDataLoader(make_config(indexed_prefixes, train_group_size=0, **sources), tokenizer)
 
 
 def test_too_few_negatives_are_repeated(indexed_prefixes: dict[str, str], tokenizer: Tokenizer) -> None:
