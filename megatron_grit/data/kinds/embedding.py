@@ -27,7 +27,7 @@ from megatron_grit.data.rows.segments import Segment, too_long
 from megatron_grit.data.rows.stream import PlannedRow, RowStream, cache_folder
 from megatron_grit.data.text.markers import load_markers
 from megatron_grit.data.text.tokenizer import Tokenizer
-from megatron_grit.errors import DataError
+from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.cache import cached
 
 LEAD_AND_TEXT = (Role.QUERY_INSTRUCTION, Role.QUERY)
@@ -124,6 +124,8 @@ class EmbeddingStream(RowStream):
     @classmethod
     def rules(cls, config: RunConfig, tokenizer: Tokenizer) -> SourceRules:
         """As in the base class."""
+        if config.data.train_group_size < 1:
+            raise ConfigError(f"data.train_group_size {config.data.train_group_size} is below 1")
         markers = load_markers(config.embedding, config.model.vocab_size, tokenizer)
         return source_rules(config, markers.query.num_tokens)
 
