@@ -194,6 +194,8 @@ def written(folder: Path, name: str, content: bytes, suffix: str) -> Path:
 @given(TEXTS, FORMS)
 @example(["a\0b", "c\rd", "e\u2028f", "g\x85h"], Form(end="\r\n", last_end=False))
 def test_every_reader_reads_the_same(folder: Path, texts: list[str], form: Form) -> None:
+    if len(texts) == 1 and "\r" in texts[0]:  # else it is a file whose lines end with \r alone, which is refused
+        form = form._replace(last_end=True)
     for name, reader in READERS.items():
         own = form
         if not reader.blanks:
