@@ -227,12 +227,12 @@ class CheckpointSaver:
     def _next_records(self, step: int) -> dict[str, Any]:
         if self._loader is None:
             return {}
-        versions = self._loader.versions_read()
-        found: dict[str, Any] = {"versions_read": versions} if versions else {}
+        found: dict[str, Any] = {}
         # What is wrong with the next step's data is told when it is trained on.
         with suppress(GritError):
-            found["next_records"] = self._loader.fingerprint(step)
-        return found
+            found["next_records"] = self._loader.fingerprint(step)  # opens the version that the step reads
+        versions = self._loader.versions_read()
+        return found | ({"versions_read": versions} if versions else {})
 
     def _agree(self, problem: CheckpointError | None, path: Path) -> None:
         if any_rank(problem is not None, self._context):

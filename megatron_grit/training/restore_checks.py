@@ -112,7 +112,8 @@ def check_versions_read(path: Path, saved: Sequence[Mapping[str, Any]], loader: 
             f"{path}: step {step + 1} of the run that saved it reads version {was['version']} of the retrieval "
             f"database, and this run version {now['version']}; set data.retro_version to {was['version']}, {remedy}"
         )
-    if was["identity"] != loader.open_version(now["version"]):
+    present_identity = loader.open_version(now["version"])
+    if was["identity"] not in ("", present_identity):  # "": not known
         raise CheckpointError(
             f"{path}: version {was['version']} of data.retro_project has other chunks or neighbors than the run that "
             f"saved it read; put its files back from a copy, {remedy}"

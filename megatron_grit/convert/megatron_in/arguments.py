@@ -16,6 +16,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "pipeline_model_parallel_size": (None, 1),
     "position_embedding_type": (None, "learned_absolute", "absolute", "rope"),
     "normalization": (None, "LayerNorm", "RMSNorm"),
+    "rotary_interleaved": (None, False),
 }
 """Arguments and the values that a decoder here can have; None is that of a version without the argument."""
 
@@ -43,6 +44,7 @@ def model_of_arguments(arguments: Mapping[str, Any], vocab_size: int) -> ModelCo
     rotates = arguments.get("use_rotary_position_embeddings") or arguments.get("position_embedding_type") == "rope"
     has_positions = arguments.get("add_position_embedding", True)
     factor = float(arguments.get("rotary_seq_len_interpolation_factor") or 1)
+    epsilon = arguments.get("norm_epsilon") or arguments.get("layernorm_epsilon")  # its name in older versions
     groups = arguments.get("num_query_groups") if arguments.get("group_query_attention") else None
     return ModelConfig(
         num_layers=given("num_layers"),
@@ -55,7 +57,7 @@ def model_of_arguments(arguments: Mapping[str, Any], vocab_size: int) -> ModelCo
         max_position_embeddings=given("max_position_embeddings"),
         normalization="rmsnorm" if arguments.get("normalization") == "RMSNorm" else "layernorm",
         layernorm_zero_centered_gamma=bool(arguments.get("apply_layernorm_1p")),
-        norm_epsilon=float(arguments.get("layernorm_epsilon") or 1e-5),
+        norm_epsilon=float(epsilon or 1e-5),
         activation=_activation(arguments, with_bias),
         position_embedding="rope" if rotates else "learned_absolute" if has_positions else "none",
         rotary_base=float(arguments.get("rotary_base") or 10000),

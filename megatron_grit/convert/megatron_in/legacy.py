@@ -71,33 +71,30 @@ class LegacyFolder(WeightFolder):
 
     def __init__(self, path: Path) -> None:
         self.ranks = rank_folders(path)
-        self._open: tuple[Path, dict[str, Any]] | None = None
-        super().__init__(path, [folder / FILE for folder in self.ranks], None)
-        saved = self._load(self.files[0])
+        files = [folder / FILE for folder in self.ranks]
+        saved = [_load_file(file) for file in files]  # mapped: a parameter is made of all of them
+        self._tensors = {
+            file: _tensors_of(file, rank, found) for rank, (file, found) in enumerate(zip(files, saved, strict=True))
+        }
         # A namespace of argparse itself where the engine, once imported, has told torch that it is safe.
-        self.arguments: Mapping[str, Any] = dict(getattr(saved.get("args"), "__dict__", {}))
-        self.version = float(saved.get("checkpoint_version") or 0)
+        self.arguments: Mapping[str, Any] = dict(getattr(saved[0].get("args"), "__dict__", {}))
+        self.version = float(saved[0].get("checkpoint_version") or 0)
         """How heads are laid out in a tensor."""
+        super().__init__(path, files, None)
 
     def contents(self, file: Path) -> list[tuple[str, Sequence[int], torch.dtype]]:
-        return [(name, tensor.shape, tensor.dtype) for name, tensor in self._tensors(file).items()]
+        return [(name, tensor.shape, tensor.dtype) for name, tensor in self._tensors[file].items()]
 
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
-        return self._tensors(self._file_of[name])[name][slices].clone(memory_format=torch.contiguous_format)
+        return self._tensors[self._file_of[name]][name][slices].clone(memory_format=torch.contiguous_format)
 
-    def _tensors(self, file: Path) -> dict[str, Tensor]:
-        model = self._load(file).get("model")
-        language = model.get("language_model") if isinstance(model, dict) else None
-        if not isinstance(language, dict):
-            raise CheckpointError(f"{file}: holds no language model of Megatron-LM's older layout")
-        rank = self.files.index(file)
-        return {f"{rank:02d}/{name}": tensor for name, tensor in _flat(language) if isinstance(tensor, Tensor)}
 
-    def _load(self, file: Path) -> dict[str, Any]:
-        if self._open is None or self._open[0] != file:
-            self._open = None  # before the next one is read
-            self._open = (file, _load_file(file))
-        return self._open[1]
+def _tensors_of(file: Path, rank: int, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    model = saved.get("model")
+    language = model.get("language_model") if isinstance(model, dict) else None
+    if not isinstance(language, dict):
+        raise CheckpointError(f"{file}: holds no language model of Megatron-LM's older layout")
+    return {f"{rank:02d}/{name}": tensor for name, tensor in _flat(language) if isinstance(tensor, Tensor)}
 
 
 def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -157,10 +157,15 @@ class GritDataLoader:
             {
                 "first_step": change.first_step,
                 "version": change.version,
-                "identity": ":".join(versions.identities.get(change.version, "") for versions in every),
+                "identity": self._identity(change.version),
             }
             for change in (every[0].changes if every else ())
         ]
+
+    def _identity(self, number: int) -> str:
+        """Of a version, in all streams; "" where one has not opened it."""
+        found = [versions.identities.get(number, "") for versions in self._neighbors]
+        return ":".join(found) if all(found) else ""
 
     def read_versions(self, record: Sequence[Mapping[str, Any]]) -> None:
         """Read the versions that :meth:`versions_read` told, perhaps of another run."""
@@ -177,7 +182,7 @@ class GritDataLoader:
         """
         for versions in self._neighbors:
             versions.open(number)
-        return ":".join(versions.identities[number] for versions in self._neighbors)
+        return self._identity(number)
 
     def change_version(self, number: int, num_trained: int) -> int:
         """Read another version as soon as no rank has made rows of the step. Returns the first such step, from 0.

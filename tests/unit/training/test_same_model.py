@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.errors import CheckpointError
 from megatron_grit.training.checkpoint import check_same_model, check_same_reader
+from megatron_grit.training.checkpoint_save import CheckpointSaver
 from megatron_grit.training.restore_checks import check_versions_read
 from tests.rows import tiny_config
 
@@ -77,6 +79,7 @@ class Loader:
         (3, Loader(1, "a"), ""),
         (4, Loader(2, "b"), ""),
         (4, Loader(1, "a"), "step 5 of .* reads version 2 .*, and this run version 1; set data.retro_version to 2, or"),
+        (6, Loader(3, "c"), ""),  # one that the run that saved it had not opened yet
         (3, Loader(1, "c"), "version 1 of data.retro_project has other chunks or neighbors .*; put its files back"),
     ],
 )
@@ -84,6 +87,25 @@ def test_a_database_that_changed_is_refused(step: int, loader: Any, said: str, t
     saved = [
         {"first_step": 0, "version": 1, "identity": "a"},
         {"first_step": 4, "version": 2, "identity": "b"},
+        {"first_step": 6, "version": 3, "identity": ""},
     ]
     with pytest.raises(CheckpointError, match=said) if said else contextlib.nullcontext():
         check_versions_read(tmp_path, saved, loader, step)
+
+
+def test_a_checkpoint_knows_the_version_that_comes_next() -> None:
+    """Also where no rows were made of it yet."""
+
+    class Opens(Loader):
+        def fingerprint(self, step: int) -> str:
+            self.opened = True
+            return f"records of {step}"
+
+        def versions_read(self) -> list[dict[str, Any]]:
+            return [{"first_step": 0, "version": 1, "identity": "a" if hasattr(self, "opened") else ""}]
+
+    saver: Any = SimpleNamespace(_loader=Opens(1, "a"))
+    assert CheckpointSaver._next_records(saver, 4) == {
+        "next_records": "records of 4",
+        "versions_read": [{"first_step": 0, "version": 1, "identity": "a"}],
+    }

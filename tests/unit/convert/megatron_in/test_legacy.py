@@ -64,7 +64,6 @@ COMMON = {
     "num_attention_heads": HEADS,
     "max_position_embeddings": 64,
     "kv_channels": WIDTH // HEADS,
-    "layernorm_epsilon": 1e-5,
     "pipeline_model_parallel_size": 1,
     "model_type": ModelType.retro_decoder,
     "params_dtype": torch.float32,
@@ -83,6 +82,7 @@ MODERN = Written(
         "add_position_embedding": False,
         "rotary_percent": 0.5,
         "retro_attention_gate": 1,
+        "norm_epsilon": 1e-3,
     },
     gated=True,
     biases=False,
@@ -91,9 +91,15 @@ MODERN = Written(
         "layernorm_zero_centered_gamma": True,
         "activation": "swiglu",
         "rotary_percent": 0.5,
+        "norm_epsilon": 1e-3,
     },
 )
-CLASSIC = Written(ranks=1, arguments=COMMON | READS, norm="layernorm", model={"activation": "gelu_tanh"})
+CLASSIC = Written(
+    ranks=1,
+    arguments=COMMON | READS | {"layernorm_epsilon": 1e-4},
+    norm="layernorm",
+    model={"activation": "gelu_tanh", "norm_epsilon": 1e-4},
+)
 GPT = Written(ranks=2, arguments=COMMON | {"bias_gelu_fusion": False}, model={"activation": "gelu"})
 CASES = {"retro_8b": MODERN, "retro": CLASSIC, "gpt": GPT}
 
@@ -232,6 +238,7 @@ def test_it_computes_what_plain_torch_computes(tmp_path: Path, tokenizer: Path, 
         ({"hidden_size": 32}, r"word_embeddings.weight has shape \[160, 16\], but args makes it"),
         ({"num_layers": 8}, "has no place in a model of its args"),
         ({"num_layers": 12}, "encoder.layers.9.input_norm.weight is missing"),
+        ({"rotary_interleaved": True}, "args.rotary_interleaved is True, which no decoder here has"),
         ({"num_experts": 4}, "args.num_experts is 4, which no decoder here has"),
         ({"ffn_hidden_size": None}, "args has no ffn_hidden_size"),
         ({"swiglu": False}, "dense_h_to_4h.weight has shape"),
