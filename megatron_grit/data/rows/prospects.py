@@ -75,7 +75,8 @@ def prospects(config: RunConfig, tokenizer: Tokenizer, chat: Chat) -> Iterator[s
         rules = stream.rules(config, tokenizer)
         entries = read_blend(rules.prefixes, rules.key)
         sources = [IndexedRecords(entry.path) for entry in entries]
-        yield _epochs(config, kind, entries, sources)
+        if config.training.steps:
+            yield _epochs(config, kind, entries, sources)
         yield from _too_long(config, rules, sources)
     yield from unlike_base(config, tokenizer, chat)
 
