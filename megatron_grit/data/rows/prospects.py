@@ -1,7 +1,7 @@
 """What a run will make of its data, told before it starts: all that is refused, then epochs and what is too long.
 
-A dry run and the start of a run say the same. Headers and metadata are read, and, where records are too long, the
-lengths of a bounded number of records; no token.
+A dry run and the start of a run say the same. Headers and metadata are read, the tables of a retrieval database are
+opened, and, where records are too long, the lengths of a bounded number of records are read; no token.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from megatron_grit.data.chat.chat import Chat
 from megatron_grit.data.chat.run_chat import run_chat, unlike_base
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.order.blend import blend_weights
-from megatron_grit.data.order.sources import SourceRules, find_errors, longest_segment
+from megatron_grit.data.order.sources import OpenFiles, SourceRules, Sources, find_errors, longest_segment
 from megatron_grit.data.rows.held_out import HeldOutStream
 from megatron_grit.data.rows.loader import KINDS
+from megatron_grit.data.rows.neighbor_versions import NeighborVersions
 from megatron_grit.data.rows.stream import RowStream
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import ConfigError, GritError
@@ -43,6 +44,7 @@ def look_ahead(config: RunConfig) -> tuple[list[GritError], list[str]]:
     except GritError as error:
         return [error], []
     errors = list(data_errors(config, tokenizer))
+    errors = errors or list(neighbor_errors(config, tokenizer))
     try:
         chat = run_chat(config, tokenizer, started_from(config))
         lines = [] if errors else list(prospects(config, tokenizer, chat))
@@ -62,6 +64,19 @@ def data_errors(config: RunConfig, tokenizer: Tokenizer) -> Iterator[GritError]:
             yield error
         else:
             yield from find_errors(config, tokenizer, rules)
+
+
+def neighbor_errors(config: RunConfig, tokenizer: Tokenizer) -> Iterator[GritError]:
+    """What the loader refuses of the retrieval database that the rows of a run read: one error for texts that are
+    trained on and one for held-out ones. Arguments as for :func:`data_errors`, which finds nothing."""
+    if not config.model.retro.num_neighbors:
+        return
+    streams = [stream for kind, stream in _streams(config).items() if not kind_options(kind).EMBEDS]
+    for stream in streams + [HeldOutStream] * bool(config.data.valid):
+        try:
+            NeighborVersions(config, Sources(config, tokenizer, stream.rules(config, tokenizer), OpenFiles()))
+        except GritError as error:
+            yield error
 
 
 def prospects(config: RunConfig, tokenizer: Tokenizer, chat: Chat) -> Iterator[str]:

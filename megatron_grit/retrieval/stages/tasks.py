@@ -85,6 +85,7 @@ def changed_settings(
         if setting == "data_paths" and same_value(setting, before, list(now)[: len(before)]):
             line += "; documents are added with --tasks add"
         elif setting == "data_paths":
+            line += "; to add documents, give the old paths and then the new ones with --tasks add"
             line += "; where the same files were only moved, leave links to them in the old place"
         elif setting in PATHS:
             line += "; where the same files were only moved, change it in config.json and remove its checksum"

@@ -28,6 +28,7 @@ from megatron_grit.data.order.sources import OpenFiles
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.rows.neighbor_reader import NeighborReader
+from megatron_grit.data.rows.prospects import look_ahead
 from megatron_grit.errors import ConfigError, DataError
 from tests.unit.retrieval.databases import (
     CHUNK,
@@ -306,13 +307,16 @@ def test_what_cannot_be_read_is_one_line(name: str, project: Project, tmp_path: 
     ]
     words += ["--training.objective", "generative", "--data.tokens_per_row", "50", "--data.over_long", "split"]
     words += [word.replace("OTHER", other) for word in options]
+    told_ahead: list[str] | None = None
     with pytest.raises((ConfigError, DataError)) as caught:
         arguments = parse_train_arguments(words)
         config = resolve_retro_project(arguments.config, arguments.origins)
         problems = [problem for problem in find_errors(config, 1) if "data.tokenizer" not in str(problem)]
         if problems:
             raise problems[0]
+        told_ahead = [str(error) for error in look_ahead(config)[0]]
         loader_of(config, project)
+    assert told_ahead in (None, [str(caught.value)])
     assert re.search(message, str(caught.value)) and "\n" not in str(caught.value), str(caught.value)
 
 

@@ -131,6 +131,8 @@ def test_an_addition_that_was_refused_leaves_no_trace(project: Path, given: dict
     with pytest.raises(DataError, match="typo: no such indexed file"):
         run_tasks(Preparation(project, "add", {"data_paths": [*paths, str(tmp_path / "typo")]}))
     assert content_of(project) == before
+    with pytest.raises(ConfigError, match="to add documents, give the old paths and then the new ones"):
+        run_tasks(Preparation(project, "add", {"data_paths": [str(tmp_path / "new")]}))
     run_tasks(Preparation(project, "build", {}))
     # Even if a command of before kept it.
     config = project / "config.json"
