@@ -1,9 +1,9 @@
 """What neighbors are worth to a small decoder, and whether a prompt would do as well.
 
-Text: instructions (alpagasus_3k_dolly.jsonl, of which many share a passage) and abstracts (cran.all.1400), each tenth
-document held out for validation. The training part becomes a database with all-MiniLM-L6-v2 as embedder; near copies
-among the neighbors stay in it, so that their share of a gain can be told. Five arms train on the same samples in the
-same order:
+Text: questions with their passages (xquad_en_part1.json, several questions to each passage) and Cranfield's abstracts,
+each tenth document held out for validation. The training part becomes a database with all-MiniLM-L6-v2 as embedder;
+near copies among the neighbors stay in it, so that their share of a gain can be told. Five arms train on the same
+samples in the same order:
 
     gpt             the decoder alone
     retro           with chunked cross-attention to the neighbors of each chunk
@@ -429,7 +429,7 @@ def _met(numbers: dict[str, Any]) -> bool:
 
 def main() -> int:
     """Parse the command line and measure. Status 1 where a target is missed."""
-    parser = harness.parser(__doc__, data="alpagasus_3k_dolly.jsonl and the Cranfield files")
+    parser = harness.parser(__doc__, data="xquad_en_part1.json and the Cranfield files")
     parser.add_argument("--steps", type=int, default=400, help="of a training (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="the first so many (default: %(default)s)")

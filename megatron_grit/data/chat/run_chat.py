@@ -104,7 +104,7 @@ def unlike_base(config: RunConfig, tokenizer: Tokenizer, chat: Chat) -> Iterator
                 f"{base.id_to_token(other)!r} in {base.path} and {tokenizer.id_to_token(other)!r} in {tokenizer.path}"
             )
             yield f"data.tokenizer is another one than the base's, which knows other words: id {other} is {names}"
-    before = read_chat(folder) or chat_beside(base)
+    before = chat_beside(base)
     if before is not None and before.origin != "default" and before.source != chat.source:
         yield f"the base converses in {before.template} ({folder}), this run in {chat.template}, from {chat.origin}"
 

@@ -56,12 +56,19 @@ class NeighborVersions:
 
     def _newest(self) -> int:
         folder = Path(self._config.data.retro_project or "")
-        for number in reversed(version_numbers(folder)[1:]):
+        refused: list[tuple[int, GritError]] = []
+        for number in reversed(version_numbers(folder)):
             try:
-                return self.open(number)
+                self.open(number)
             except GritError as error:
-                log.info(f"version {number} of {folder} is passed over: {error}")
-        return self.open(None)
+                refused.append((number, error))
+                continue
+            for passed, reason in refused:
+                log.info(f"version {passed} of {folder} is passed over: {reason}")
+            return number
+        if refused:
+            raise refused[0][1]
+        return self.open(None)  # which says that there is none
 
     def open(self, version: int | None) -> int:
         """Look at a version, and keep it open. Returns its number; None stands for the newest.

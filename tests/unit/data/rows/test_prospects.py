@@ -12,11 +12,13 @@ import torch
 
 from megatron_grit.cli import train
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.chat.chat import Chat
+from megatron_grit.data.chat.chat import Chat, named_chat, write_chat
+from megatron_grit.data.chat.run_chat import unlike_base
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows import prospects
 from megatron_grit.data.rows.loader import GritDataLoader
+from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_grit.errors import GritError
 from megatron_grit.parallel.devices import device_errors, select_device
 from tests.unit.data.indexed_files import TOKENIZER, pair, run_config, text, write, write_chats
@@ -173,3 +175,28 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not device_errors("auto") and not device_errors("cpu")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert not device_errors("cuda"), "planned for other machines"
+
+
+@pytest.mark.parametrize("template", ["gritlm", "zephyr"])
+def test_a_base_of_another_tokenizer_or_template(files: dict[str, str], tmp_path: Path, template: str) -> None:
+    """A base like the run is passed over in silence."""
+    words = [f"word{number} number {number * 7}" for number in range(300)]
+    for name, size in (("base", 300), ("own", 290)):
+        (tmp_path / name).mkdir()
+        train_sentencepiece(words, tmp_path / name / "tokenizer", size)
+    base, own = (load_tokenizer(tmp_path / name) for name in ("base", "own"))
+    chat = named_chat(template, base, "data.chat_template")
+    write_chat(chat, tmp_path / "base")
+    config = run_config(tmp_path, generative=[files["texts"]])
+    config.checkpoint.load = str(tmp_path / "base")
+    assert list(unlike_base(config, base, chat)) == []
+    (other,) = unlike_base(config, base, named_chat("chatml", base, "data.chat_template"))
+    assert (
+        other == f"the base converses in {template} ({tmp_path / 'base'}), this run in chatml, from data.chat_template"
+    )
+    (line,) = unlike_base(config, own, chat)
+    number = next(index for index in range(290) if base.id_to_token(index) != own.id_to_token(index))
+    assert line == (
+        f"data.tokenizer is another one than the base's, which knows other words: id {number} is "
+        f"{base.id_to_token(number)!r} in {base.path} and {own.id_to_token(number)!r} in {own.path}"
+    )
