@@ -81,9 +81,10 @@ class IndexAdd(Task):
         yield from check_index_of(inputs)
 
     def run(self, job: Job) -> None:
-        add_to_index(job.project, job.worker, job.embedder)
+        asks = job.project.config.recall_queries is not None
+        add_to_index(job.project, job.worker, job.embedder, with_questions=asks)
         record_version(job.project, job.worker, job.embedder)
-        if job.project.config.recall_queries is not None:
+        if asks:
             measure_questions(job.project, job.worker, job.embedder)
 
     def validate(self, job: Job) -> Iterator[Check]:
@@ -113,9 +114,16 @@ class IndexAdd(Task):
         }
 
 
-def add_to_index(project: Project, worker: Worker, embedder: Embedder) -> None:
+def add_to_index(project: Project, worker: Worker, embedder: Embedder, *, with_questions: bool = False) -> None:
     """The stage index-add: codes by all processes, joined in the order of the chunks; then the recall, if it is not
     known for these settings of the search. All processes call it.
+
+    Args:
+        project: the database.
+        worker: this process.
+        embedder: of its chunks.
+        with_questions: vectors are compared with ``recall_queries`` as well, for
+            :func:`~megatron_grit.retrieval.database.question_recall.measure_questions`, which follows.
 
     Raises:
         DataError: the trained index is missing, damaged or of another embedder.
@@ -133,7 +141,7 @@ def add_to_index(project: Project, worker: Worker, embedder: Embedder) -> None:
     beside = None
     if not is_added:
         files.queries.prepare(vectors, worker)
-        if project.config.recall_queries is not None:
+        if with_questions:
             beside = exact_beside(project, vectors, worker)
     what, blocks, compute, _ = code_blocks(project, files, vectors, trained, beside)
     if not is_added:

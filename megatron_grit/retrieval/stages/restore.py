@@ -66,7 +66,8 @@ def restore_index(project: Project, worker: Worker, embedder: Embedder) -> None:
     folder = project.folder
     versions = [read_version(folder, number) for number in version_numbers(folder)]
     damaged = worker.from_first(lambda: _damaged(folder, versions))
-    for number, (version, files) in enumerate(zip(versions, damaged, strict=True)):
+    for number, (version, paths) in enumerate(zip(versions, damaged, strict=True)):
+        files = [file for file in _files_of(version) if file.path in paths]
         if not files:
             continue
         _announce(worker, files[0])
@@ -80,17 +81,18 @@ def restore_index(project: Project, worker: Worker, embedder: Embedder) -> None:
             _compare(project, worker, file)
 
 
-def _damaged(folder: Path, versions: list[Version]) -> list[list[StoredFile]]:
-    """Of each version the index files that came with it and are no longer whole, as far as the newest needs them."""
-    needed = {file.path: file for file in _files_of(versions[-1])}
-    found: list[list[StoredFile]] = [[] for _ in versions]
+def _damaged(folder: Path, versions: list[Version]) -> list[list[str]]:
+    """Of each version the paths of the index files that came with it and are no longer whole, as far as the newest
+    needs them."""
+    needed = {file.path for file in _files_of(versions[-1])}
+    found: list[list[str]] = [[] for _ in versions]
     for number in reversed(range(len(versions))):
         version, before = versions[number], versions[number - 1] if number else None
         earlier = [file.path for file in _files_of(before)] if before else []
         own = [file for file in _files_of(version) if file.path not in earlier and file.path in needed]
-        found[number] = [file for file in own if not _is_whole(folder, file)]
+        found[number] = [file.path for file in own if not _is_whole(folder, file)]
         if before and found[number] and 1 < len(version.segments) == len(before.segments):
-            needed |= {file.path: file for file in files_to_join(before)}
+            needed |= {file.path for file in files_to_join(before)}
     return found
 
 

@@ -44,6 +44,7 @@ from tests.unit.retrieval.databases import (
     tokenizer_of,
     write_documents,
 )
+from tests.unit.retrieval.workers import run_together
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def test_index_files_of_a_grown_database_are_made_again(campaign: Campaign, is_g
         forget_opened()
         with pytest.raises(DataError, match="index-add index files"):
             open_index(project_of(campaign), read_version(folder))
-        restore_index(project_of(campaign), Worker(), WordEmbedder())
+        run_together(2, lambda worker: restore_index(project_of(campaign), worker, WordEmbedder()))
         assert path.read_bytes() == campaign.files[path.relative_to(campaign.folder).as_posix()]
     open_index(project_of(campaign), read_version(folder))
     assert {path.name for path in paths[1].parent.iterdir()} == {
