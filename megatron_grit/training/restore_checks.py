@@ -116,5 +116,6 @@ def check_versions_read(path: Path, saved: Sequence[Mapping[str, Any]], loader: 
     if was["identity"] not in ("", present_identity):  # "": not known
         raise CheckpointError(
             f"{path}: version {was['version']} of data.retro_project has other chunks or neighbors than the run that "
-            f"saved it read; put its files back from a copy, {remedy}"
+            "saved it read, or that one trained on other files; give the same data.generative and data.valid, put the "
+            f"files of the database back from a copy, {remedy}"
         )

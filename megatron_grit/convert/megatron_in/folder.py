@@ -12,8 +12,12 @@ _TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def find_legacy(path: str | Path) -> Path | None:
-    """The directory of an iteration in that layout: ``path``, or the one that its tracker file names. None: neither."""
+    """The directory of an iteration in that layout: ``path``, the one that its tracker file names, or the one that
+    ``path``, the file or directory of a rank, is in. None: none of them."""
     path = Path(path)
+    path = path.parent if path.name == FILE else path
+    if (path / FILE).is_file() and path.name.startswith("mp_rank_"):
+        path = path.parent
     if (path / _TRACKER).is_file():
         said = (path / _TRACKER).read_text().strip()
         path = path / (f"iter_{int(said):07d}" if said.isdecimal() else said)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.convert.conversion import ConvertOptions, convert
+from megatron_grit.convert.megatron_in.folder import FILE, find_legacy
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.text.tokenizer import train_sentencepiece
 from megatron_grit.errors import CheckpointError, ConfigError, GritError
@@ -258,6 +259,8 @@ def test_missing_ranks_stages_and_options(tmp_path: Path, tokenizer: Path) -> No
     with pytest.raises(ConfigError, match="it takes --tokenizer and no other option"):
         convert(options)
     last = source / "iter_0000100" / "mp_rank_01"
+    assert {find_legacy(path) for path in (source, last.parent, last, last / FILE)} == {last.parent}
+    assert find_legacy(tmp_path) is None
     (last / "model_optim_rng.pt").rename(last / "elsewhere")
     with pytest.raises(CheckpointError, match=r"mp_rank_01.* is missing"):
         convert_to(source, tmp_path / "ours", tokenizer)
