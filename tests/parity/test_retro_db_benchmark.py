@@ -31,7 +31,7 @@ def test_all_stages_are_measured_against_the_plain_way(shared_data, tmp_path):
     assert all(
         seconds > 0 for part in ("chunks", "embeddings", "neighbors") for seconds in found[part]["seconds"].values()
     )
-    assert found["readers"]["neighbors"] > 0 and all(rate > 0 for rate in found["readers"]["per CPU second"].values())
+    assert found["readers"]["rows"] > 0 and all(rate > 0 for rate in found["readers"]["per CPU second"].values())
     assert 0 < found["growth"]["comparisons"]["grown"] < found["growth"]["comparisons"]["whole"]
     assert list(found["memory"]["megabytes"]) == ["200", "2000"]
     assert all(peak["own"] > 0 for peak in found["memory"]["megabytes"].values())
