@@ -91,10 +91,11 @@ class VersionFollower:
             try:
                 for loader in (self._loader, *self._others):
                     loader.open_version(number)
-            except GritError as error:
+            except Exception as error:  # a version in the making may break in any way; the thread looks again later
                 if number not in self._told:
                     self._told.add(number)
-                    log.info(f"version {number} of {self._folder} is not read yet: {error}")
+                    why = error if isinstance(error, GritError) else repr(error)
+                    log.info(f"version {number} of {self._folder} is not read yet: {why}")
                 continue
             self.found = number
             return

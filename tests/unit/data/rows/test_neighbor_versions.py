@@ -54,6 +54,11 @@ def test_a_version_is_read_once_its_neighbors_are_there(tmp_path: Path, caplog: 
     for _ in range(2):
         follower.look()
     assert follower.found == 1 and caplog.text.count("is not read yet") == 1
+    follower._told.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "open_version", lambda number: [][number])
+        follower.look()
+    assert follower.found == 1 and "is not read yet: IndexError" in caplog.text
     query_neighbors(project, Worker(), WordEmbedder())
     follower.look()
     assert follower.found == 2
