@@ -113,10 +113,7 @@ def add_documents(project: Project, worker: Worker, embedder: Embedder) -> None:
         return
     cut_chunks(project, addition.cuts, worker)
     addition.leave_out(worker)
-    vectors = addition.vectors()
-    embed_chunks(vectors, worker)
-    what, codes, compute, _ = addition.code_blocks(vectors)
-    compute_blocks(codes, compute, worker, what)
+    codes = addition.encode(worker)
     if worker.is_first:
         addition.finish(codes)
     worker.barrier()
@@ -194,6 +191,14 @@ class Addition:
                 path=self.project.folder / "db",
             )
         return live_blocks(self.project, self.before, blocks, self._between / "live", worker)
+
+    def encode(self, worker: Worker) -> BlockFolder:
+        """Embed the new chunks and make their codes, whose blocks are returned. All processes call it."""
+        vectors = self.vectors()
+        embed_chunks(vectors, worker)
+        what, codes, compute, _ = self.code_blocks(vectors)
+        compute_blocks(codes, compute, worker, what)
+        return codes
 
     def vectors(self) -> ChunkVectors:
         """Those of the new chunks. They stay on disk: whoever searches with these chunks, or mines among them, does not

@@ -21,13 +21,12 @@ from megatron_grit.data.chunks.versions import (
 from megatron_grit.errors import DataError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.cuts import cut_chunks, cuts_of, find_duplicates
-from megatron_grit.retrieval.database.vectors import embed_chunks
 from megatron_grit.retrieval.stages.add import Addition
 from megatron_grit.retrieval.stages.compact import files_to_join, write_joined
 from megatron_grit.retrieval.stages.db_build import write_tables
 from megatron_grit.retrieval.stages.index_add import add_to_index
 from megatron_grit.retrieval.stages.index_train import clear_blocks
-from megatron_grit.retrieval.work import Worker, compute_blocks
+from megatron_grit.retrieval.work import Worker
 from megatron_grit.store.logs import get_logger
 
 log = get_logger(__name__)
@@ -101,10 +100,7 @@ def _files_of(version: Version) -> list[StoredFile]:
 
 
 def _restore_addition(addition: Addition, worker: Worker) -> None:
-    vectors = addition.vectors()
-    embed_chunks(vectors, worker)
-    what, codes, compute, _ = addition.code_blocks(vectors)
-    compute_blocks(codes, compute, worker, what)
+    codes = addition.encode(worker)
     if worker.is_first:
         addition.fill_index(codes)
     worker.barrier()
