@@ -22,9 +22,8 @@ from megatron_grit.convert.conversion import ConvertOptions, convert
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and convert. Returns the exit status."""
-    return command(
-        ConvertOptions, lambda options: print(convert(options)), argv, prog="megatron-grit convert", about=__doc__
-    )
+    run, prog = lambda options: print(convert(options)), "megatron-grit convert"
+    return command(ConvertOptions, run, argv, prog=prog, about=__doc__, resumes=True)
 
 
 # Saving a checkpoint starts processes that import this file again.

@@ -10,14 +10,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Any
 
 from megatron_grit.errors import EXIT_STATUS, GritError, JobError
 from megatron_grit.store.environment import job_rank, job_size, leave_job
 from megatron_grit.store.logs import configure_logging, get_logger
-from megatron_grit.store.streams import drop_closed_output, prepare_streams
+from megatron_grit.store.streams import drop_closed_outputs, prepare_streams
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SECONDS_FOR_THE_FIRST = 5.0
@@ -41,53 +42,83 @@ def guarded(
     configure_logging()
     if problem is not None:
         get_logger(__name__).info(f"runs alone: {problem}")
+    signals = _Signals()
     try:
-        with _terminable():
+        with signals:
             try:
                 step()
             finally:
                 sys.stdout.flush()
-    except KeyboardInterrupt as error:
-        if job_rank() == 0:  # all ranks are told at once
-            how = "terminated" if isinstance(error, _Terminated) else "interrupted"
-            print(f"{prog}: {how}{'; the same command resumes' * resumes}", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and drop_closed_output():
+    except (Exception, KeyboardInterrupt) as error:
+        # Code that a signal ends in the middle may raise something else in its place: an import says that what it
+        # imports is broken.
+        number = error.number if isinstance(error, _Ended) else signals.number
+        is_closed = drop_closed_outputs()
+        if number is not None or isinstance(error, KeyboardInterrupt):
+            if job_rank() == 0:  # all ranks are told at once
+                how = "terminated" if number == signal.SIGTERM else "interrupted"
+                _say(f"{prog}: {how}{'; the same command resumes' * resumes}")
+            return 128 + (number or signal.SIGINT)
+        if isinstance(error, BrokenPipeError) and is_closed:
             return 128 + signal.SIGPIPE
         return tell(error, prog)
     return 0
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM."""
+class _Ended(KeyboardInterrupt):
+    """A signal. Not KeyboardInterrupt itself: where that leaves a call of exec, as in namedtuple, Python ends the
+    process by SIGINT whatever its status is.
 
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a process as Ctrl-C does, so that what is half written is removed; a second one acts as always.
-
-    Not in a job, whose ranks the launcher ends by SIGTERM when one has failed; not in processes that are forked from
-    this one, and not where somebody has another use for it.
+    Args:
+        number: which.
     """
-    is_mine = job_size() == 1 and threading.current_thread() is threading.main_thread()
-    if not is_mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    owner = os.getpid()
 
-    def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        if os.getpid() != owner:
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+class _Signals:
+    """While entered, the first SIGINT or SIGTERM ends the command, and what is half written is removed; a second one
+    acts as always, on a command that takes its time.
+
+    SIGTERM not in a job, whose ranks the launcher ends by it when one has failed; neither in processes that are forked
+    from this one, nor where somebody has another use for it.
+
+    Attributes:
+        number: the signal that came.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._owner = os.getpid()
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
+            if job_size() == 1:
+                usual[signal.SIGTERM] = signal.SIG_DFL
+            self._handlers = {number: usual[number] for number in usual if signal.getsignal(number) is usual[number]}
+        for number in self._handlers:
+            signal.signal(number, self._end)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) in (self._end, signal.SIG_DFL):
+                signal.signal(number, handler)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            signal.signal(number, self._handlers[number])
             signal.raise_signal(number)
-        raise _Terminated
-
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGTERM) is end:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            return
+        for each in self._handlers:
+            signal.signal(each, signal.SIG_DFL)
+        self.number = number
+        raise _Ended(number)
 
 
 def tell(error: Exception, prog: str) -> int:
@@ -100,7 +131,7 @@ def tell(error: Exception, prog: str) -> int:
     rank = job_rank()
     mark = f"[rank {rank}] " if job_size() > 1 else ""
     if isinstance(error, JobError):
-        print(f"{prog}: {mark}ends: {error}", file=sys.stderr, flush=True)
+        _say(f"{prog}: {mark}ends: {error}")
         time.sleep(_SECONDS_FOR_LAUNCHER)
         write_error_file(error)  # the launcher takes the oldest for the root cause
         return 1
@@ -110,11 +141,16 @@ def tell(error: Exception, prog: str) -> int:
         if not is_first and (rank or is_first is not None):
             time.sleep(_SECONDS_FOR_THE_FIRST)
         for each in getattr(error, "errors", [error]):
-            print(f"{prog}: error: {mark if rank else ''}{each}", file=sys.stderr, flush=True)
+            _say(f"{prog}: error: {mark if rank else ''}{each}")
         return EXIT_STATUS
-    text = "".join(traceback.format_exception(error))
-    print("".join(f"{mark}{line}" for line in text.splitlines(keepends=True)), file=sys.stderr, end="", flush=True)
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    _say("\n".join(f"{mark}{line}" for line in lines))
     return 1
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody reads standard error either
+        print(text, file=sys.stderr, flush=True)
 
 
 def _is_of_a_file(error: Exception) -> bool:

@@ -32,6 +32,7 @@ from megatron_grit.errors import GritError, JobError
 from megatron_grit.parallel import positions
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.stuck_report import Answer, stacks_of_this_process, stuck_report
+from megatron_grit.store.environment import is_alive, process_space
 
 _SECONDS_FOR_CAUSE = 5.0
 _SECONDS_FOR_TRAINING_THREAD = 5.0
@@ -55,7 +56,7 @@ class JobWatch:
         self.timeout = 60 * timeout_minutes
         # Each rank writes once in this time; the store of a large job is spared.
         self.interval = max(0.5, self.world_size / 500)
-        self.host = _host()
+        self.host = process_space()
         self._neighbor = _next_rank_of_this_host(self.rank, self.world_size)
         self._stopped = threading.Event()
         self._reporting = threading.Lock()
@@ -258,23 +259,6 @@ def is_timeout(error: BaseException) -> bool:
     """Whether a collective gave up waiting."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("timed out" in text or "timeout" in text)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this host runs, be it stopped; one that ended and was not waited for does not."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def _host() -> str:
-    """A name that two processes share only where they see each other's process ids."""
-    try:
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"{socket.gethostname()} {os.getpid()}"
 
 
 def _next_rank_of_this_host(rank: int, world_size: int) -> int | None:

@@ -1,8 +1,9 @@
-"""What a launcher's variables say of this process and its job: the one reader of RANK, WORLD_SIZE and their like."""
+"""Where this process is: its job, the one reader of RANK, WORLD_SIZE and their like, and its host."""
 
 from __future__ import annotations
 
 import os
+import socket
 
 from megatron_grit.errors import ConfigError
 
@@ -97,3 +98,20 @@ def _number_problem(name: str, least: int, most: int | None = None) -> str | Non
     if text.isdecimal() and text.isascii() and len(text) < 10 and least <= int(text) <= (most or int(text)):
         return None
     return f"{name} must be an integer {f'from {least} to {most}' if most else f'of at least {least}'}, not {text!r}"
+
+
+def process_space() -> str:
+    """A name that two processes share only where they see each other's process ids."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()} {os.getpid()}"
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host runs, be it stopped; one that ended and was not waited for does not."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import glob
 import gzip
+import hashlib
 import io
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_grit.errors import ConfigError, OutputError
+from megatron_grit.store.environment import is_alive, process_space
+
+_searched: set[Path] = set()
 
 
 @contextmanager
 def replacing_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write a file at; when the block ends the file replaces ``path``, and when it fails it is removed.
 
+    Where a killed process of this host has left one in the folder, it is removed as well.
+
     Args:
         path: the file to write; its folder is made where it is not there.
     """
     path = Path(path)
-    # Two hosts that share a file system may have processes of one number.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{_place()}{os.urandom(3).hex()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -35,6 +42,24 @@ def replacing_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@cache
+def _place() -> str:
+    """Two hosts that share a file system may have processes of one number."""
+    return hashlib.sha256(process_space().encode()).hexdigest()[:8]
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what processes of this host that are gone were writing: once a process and folder, which may be large."""
+    if (folder := folder.absolute()) in _searched:
+        return
+    _searched.add(folder)
+    with suppress(OSError):
+        for path in folder.glob(f".*.{_place()}??????.tmp"):
+            pid = path.name.split(".")[-3]
+            if pid.isdecimal() and not is_alive(int(pid)):
+                path.unlink(missing_ok=True)
 
 
 def check_output(path: str | os.PathLike[str], reads: Iterable[str | os.PathLike[str]] = ()) -> None:

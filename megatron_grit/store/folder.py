@@ -60,6 +60,8 @@ class OutputFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self.files:  # nothing to resume from
+            shutil.rmtree(self._work, ignore_errors=True)
         self._stack.close()
 
     def _read_journal(self) -> dict[str, dict[str, Any]]:

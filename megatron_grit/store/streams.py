@@ -6,6 +6,7 @@ import io
 import os
 import select
 import sys
+from typing import TextIO
 
 
 def prepare_streams() -> None:
@@ -17,16 +18,22 @@ def prepare_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def drop_closed_output() -> bool:
-    """Whether nobody reads standard output any more, as after ``| head``; what is still to be written is dropped."""
+def drop_closed_outputs() -> bool:
+    """Whether nobody reads standard output or error any more, as after ``| head``; what is still to be written there is
+    dropped."""
+    closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
+    if closed:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in closed:
+            os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    return bool(closed)
+
+
+def _is_closed(stream: TextIO) -> bool:
     try:
         watch = select.poll()
-        watch.register(sys.stdout.fileno(), 0)
-        if not watch.poll(0):
-            return False
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        watch.register(stream.fileno(), 0)
+        return bool(watch.poll(0))
     except (AttributeError, OSError, ValueError):
         return False
-    return True

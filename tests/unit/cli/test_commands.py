@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,6 @@ from megatron_grit.cli import main as cli
 from megatron_grit.cli import train
 from megatron_grit.errors import DataError
 from megatron_grit.parallel import failures
-from megatron_grit.store.files import replacing
 
 GOOD = ["--model", "tiny_mistral", "--data.embedding=[e]", "--data.generative=[g]", "--data.tokenizer=t"]
 
@@ -74,46 +72,6 @@ def test_dry_run_tells_everything_that_is_wrong(capsys: pytest.CaptureFixture[st
     assert train.main([*GOOD, "--parallel.tensor", "3", "--loss.num_blocks", "7", "--dry-run"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert "is no multiple of tensor 3" in lines[0] and len(lines) > 3
-
-
-@pytest.mark.parametrize(("number", "status", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
-def test_a_signal_is_one_line(
-    number: int, status: int, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What is half written is removed, and the signal acts as before once the command is over."""
-    before = signal.getsignal(number)
-
-    def work() -> None:
-        with replacing(tmp_path / "out") as file:
-            file.write("half")
-            signal.raise_signal(number)
-
-    assert cli.guarded(work, "tool", resumes=True) == status
-    assert capsys.readouterr().err == f"tool: {word}; the same command resumes\n"
-    assert list(tmp_path.iterdir()) == [] and signal.getsignal(number) is before
-
-
-def test_a_forked_process_is_ended_by_sigterm_as_ever() -> None:
-    def work() -> None:
-        reading, writing = os.pipe()
-        if (child := os.fork()) == 0:
-            os.write(writing, b"!")  # a signal before this line would be lost: Python drops those of a fork
-            time.sleep(60)
-            os._exit(1)
-        os.read(reading, 1)
-        os.kill(child, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
-
-    assert cli.guarded(work) == 0
-
-
-def test_a_job_is_ended_by_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its ranks are sent SIGTERM when one has failed: they have nothing to say."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
-        monkeypatch.setenv(name, value)
-    seen = []
-    assert cli.guarded(lambda: seen.append(signal.getsignal(signal.SIGTERM)), joins_job=True) == 0
-    assert seen == [signal.SIG_DFL]
 
 
 @pytest.mark.parametrize(("rank", "speaker"), [("0", "error: command line"), ("1", "error: [rank 1] command line")])

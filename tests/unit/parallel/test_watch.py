@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from megatron_grit.parallel import positions
 from megatron_grit.parallel.stuck_report import Answer, ranks_text, stacks_of_this_process, stuck_report
-from megatron_grit.parallel.watch import is_alive, is_broken_connection, is_timeout
+from megatron_grit.parallel.watch import is_broken_connection, is_timeout
+from megatron_grit.store.environment import is_alive
 
 
 def answer(rank: int, position: positions.Position, stacks: str | None = "  thread MainThread\n") -> Answer:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_grit.errors import ConfigError, OutputError
+from megatron_grit.store import files
 from megatron_grit.store.files import check_output, check_prefix, check_room, write_json
 
 
@@ -56,3 +57,21 @@ def test_names_that_are_no_utf_8_are_written_and_read_back(tmp_path: Path) -> No
         write_json(path, {"input": [name]})
         assert json.loads(path.read_text(encoding="utf-8")) == {"input": [name]}
         assert ("\\u" in path.read_text(encoding="utf-8")) == is_escaped
+
+
+def test_what_a_killed_process_was_writing_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    """Not what a process of another host writes, nor one that runs."""
+    if (child := os.fork()) == 0:
+        with files.replacing(tmp_path / "out.json") as file:
+            file.write("half")
+            file.flush()
+            os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    (left,) = tmp_path.iterdir()
+    dead, alive = str(child), str(os.getpid())
+    here, elsewhere = left.name.replace("out.json", "b.c"), left.name.replace(f".{dead}.", f".{dead}.{'0' * 8}")
+    for name in (here, here.replace(dead, alive), elsewhere, f".mine.{dead}.tmp"):
+        (tmp_path / name).touch()
+    write_json(tmp_path / "other.json", {})
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"other.json", here.replace(dead, alive), elsewhere, f".mine.{dead}.tmp"}
