@@ -11,11 +11,15 @@ read as a new process would:
 
 Anything else fails the run: other rows, tokens, neighbors, scores or settings, or another exception.
 
+Readers that a file does not reach are known beforehand: those that find the same with it missing, emptied and half of
+it inverted. They are not asked, and what only they opened stays open from one flip to the next.
+
 :mod:`fault_injection` runs it: ``python -m benchmarks.fault_injection --flips 100000``.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -27,6 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -106,10 +111,16 @@ class Reading:
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, config: RetroDbConfig | None = None) -> None:
-        forget_opened()
         self._config = config
         self._db: VersionedDb | GritError | None = None
         self.folder, self._tokenizer, self._embedder = folder / "db", tokenizer, WordEmbedder()
+
+    def take_over(self, other: Reading, readers: Sequence[str]) -> None:
+        """Have what another one opened, but for what any of some readers opens."""
+        if "tokens" not in readers:
+            self.project, self._db = other.project, other.db
+        if "first_version" not in readers:
+            self.first = other.first
 
     @cached_property
     def project(self) -> Project:
@@ -133,6 +144,11 @@ class Reading:
             raise self._db
         return self._db
 
+    @cached_property
+    def first(self) -> VersionedDb:
+        """The first version."""
+        return VersionedDb(self.project, read_version(self.folder, 1))
+
     def settings(self) -> Content:
         """What is asked for, and with what the index is searched."""
         found = read_search(self.folder / self.db.version.search)
@@ -146,19 +162,20 @@ class Reading:
 
     def first_version(self) -> Content:
         """The database before it grew."""
-        db = VersionedDb(self.project, read_version(self.folder, 1))
-        return np.asarray(db.rows).tobytes(), db.read_tokens(np.arange(0, len(db), 5))[0].tobytes()
+        return np.asarray(self.first.rows).tobytes(), self.first.read_tokens(np.arange(0, len(self.first), 5))[
+            0
+        ].tobytes()
 
-    def neighbors(self) -> Content:
-        """Of all chunks, without those of their documents."""
+    def neighbors(self, name: str) -> Content:
+        """Of all chunks of a dataset, without those of their documents."""
         found = []
-        for prefix, folder in sorted(tables_of(self.project).items()):
+        for folder in (folder for prefix, folder in tables_of(self.project).items() if Path(prefix).name == name):
             table = NeighborTable(folder, self.db.rows, read_version(self.folder, self.db.version.number).chunks)
-            table.check_source(self.project.resolve(prefix))
+            table.check_source(self.project.resolve(table.manifest.source.prefix))
             starts = np.asarray(table.starts)
             documents = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
             places = np.stack([documents, (np.arange(starts[-1]) - starts[documents]) * table.manifest.chunk_length], 1)
-            found.append((Path(prefix).name, table.read(places, [(0, 1)], 4).tobytes(), table.manifest.recall))
+            found.append((table.read(places, [(0, 1)], 4).tobytes(), table.manifest.recall))
         return found
 
     def search(self) -> Content:
@@ -173,16 +190,11 @@ class Reading:
         index = VectorIndex.load(check_stored(self.folder, self.db.version.trained))
         return index.encode(np.random.default_rng(1).standard_normal((3, index.dim)).astype(np.float32)).tobytes()
 
-    def resumption(self) -> Content:
-        """What a search of neighbors resumes from."""
-        found = []
-        for prefix in self.project.config.data_paths:
-            plan = QueriedFile(self.project, self.db, prefix, Worker()).open()
-            found += [
-                (plan.table, plan.first, plan.again.tobytes()),
-                [len(plan.blocks.read(b)) for b in plan.blocks.blocks],
-            ]
-        return found
+    def resumption(self, name: str) -> Content:
+        """What a search of a dataset's neighbors resumes from."""
+        (prefix,) = (prefix for prefix in self.project.config.data_paths if Path(prefix).name == name)
+        plan = QueriedFile(self.project, self.db, prefix, Worker()).open()
+        return plan.table, plan.first, plan.again.tobytes(), [len(plan.blocks.read(b)) for b in plan.blocks.blocks]
 
     def vectors(self) -> Content:
         """Those that were stored, of some chunks."""
@@ -209,7 +221,7 @@ class Reading:
 
     def recall(self) -> Content:
         """What measured the recall."""
-        db = VersionedDb(self.project, read_version(self.folder, 1))
+        db = copy(self.first)
         db.infos = self.project.listed()
         files = IndexFiles(self.project, db, self._embedder.fingerprint, self._embedder.dim)
         ids, vectors = files.queries.read()
@@ -217,9 +229,10 @@ class Reading:
 
 
 READERS = (
-    *("settings", "tokens", "first_version", "neighbors", "search", "trained", "vectors", "kept_out", "report"),
-    *("recall", "resumption"),
+    *("settings", "tokens", "first_version", "neighbors:first", "neighbors:second", "search", "trained", "vectors"),
+    *("kept_out", "report", "recall", "resumption:first", "resumption:second"),
 )
+"""Methods of :class:`Reading`, with the dataset that they are of."""
 
 
 _BLOCK = re.compile(r"/\d+-\d+\.hdf5$")
@@ -242,7 +255,7 @@ class Campaign:
         seed: of the flips.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int | str) -> None:
         self.folder = folder
         self.tokenizer = tokenizer_of(folder)
         self._random = random.Random(seed)
@@ -250,10 +263,12 @@ class Campaign:
         self.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
         self.files = {name: content for name, content in self.files.items() if content and "tokenizer" not in name}
         blocks = [name for name in self.files if _BLOCK.search(name)]
-        self.written = self.read([*READERS, *blocks])
         self._config = load_project_config(folder / "db")
+        self.written = self.read([*READERS, *blocks], Reading(folder, self.tokenizer))
         refused = [name for name, found in self.written.items() if isinstance(found, GritError)]
         assert not refused, f"the database is damaged: {refused}"
+        self._whole = Reading(folder, self.tokenizer, self._config)
+        assert self._whole.db.version.number > self._whole.first.version.number == 1  # both are open
         self.readers = {name: self._readers_of(name) for name in self.files}
         """Of each file: those that find something else, or nothing, where it is missing, empty or half of it is
         inverted; all where none does."""
@@ -262,26 +277,40 @@ class Campaign:
         path = self.folder / name
         aside = path.with_name(f".{path.name}.aside")
         path.rename(aside)
+        forget_opened(path)
         try:
             missing = self.read(READERS)
             found = [missing]
             half = len(self.files[name]) // 2
             for content in (b"", self.files[name][:half] + bytes(byte ^ 255 for byte in self.files[name][half:])):
                 path.write_bytes(content)
+                forget_opened(path)
                 found.append(self.read(READERS))
         finally:
             aside.replace(path)
+            forget_opened(path)
         readers = [name for name in READERS if any(not _is_same(each[name], self.written[name]) for each in found)]
         if "/query/" not in name:
-            readers = [reader for reader in readers if reader != "resumption"]  # it takes longer than the others
+            # It takes longer than the others.
+            readers = [reader for reader in readers if not reader.startswith("resumption")]
         return [name] * (name in self.written) + readers or list(READERS)
 
-    def read(self, readers: Sequence[str], config: RetroDbConfig | None = None) -> dict[str, Content]:
-        """What each reader finds, or the error that it raises."""
-        reading, found = Reading(self.folder, self.tokenizer, config), dict[str, Content]()
+    def read(self, readers: Sequence[str], reading: Reading | None = None) -> dict[str, Content]:
+        """What each reader finds, or the error that it raises.
+
+        Args:
+            readers: names, and those of blocks.
+            reading: None: of a process that looks at everything anew.
+        """
+        if reading is None:
+            forget_opened()
+            reading = Reading(self.folder, self.tokenizer)
+        found = dict[str, Content]()
         for name in readers:
+            method, _, dataset = name.partition(":")
             try:
-                found[name] = reading.block(name) if name in self.files else getattr(reading, name)()
+                of = (dataset,) if dataset else ()
+                found[name] = reading.block(name) if name in self.files else getattr(reading, method)(*of)
             except GritError as error:
                 found[name] = error
         return found
@@ -320,6 +349,7 @@ class Campaign:
             file.seek(flip.byte)
             file.write(bytes([value]))
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        forget_opened(path)  # the clock of a file's times may not have moved since it was last written
 
     def _blocks(self) -> list[str]:
         return [name for name in self.written if name in self.files]
@@ -327,8 +357,14 @@ class Campaign:
     def _judged(self, flip: Flip, *, everything: bool = False) -> list[GritError]:
         """The errors of readers; what the others found is right."""
         try:
-            config = None if everything or flip.name == "db/config.json" else self._config
-            found = self.read([*READERS, *self._blocks()] if everything else self.readers[flip.name], config)
+            if everything:
+                found = self.read([*READERS, *self._blocks()])
+            else:
+                readers = self.readers[flip.name]
+                config = None if flip.name == "db/config.json" else self._config
+                reading = Reading(self.folder, self.tokenizer, config)
+                reading.take_over(self._whole, readers)
+                found = self.read(readers, reading)
         except Exception as error:
             raise WrongContentError(f"{flip}: {type(error).__name__}: {error}") from error
         errors = [error for error in found.values() if isinstance(error, GritError)]
@@ -342,10 +378,10 @@ class Campaign:
 
     def _repaired(self, flip: Flip) -> str:
         """Run the tasks on a copy that is damaged in the same way."""
-        copy = self.folder.with_name(f"{self.folder.name}.repaired")
-        shutil.rmtree(copy, ignore_errors=True)
+        twin = self.folder.with_name(f"{self.folder.name}.repaired")
+        shutil.rmtree(twin, ignore_errors=True)
         # Paths in config.json are absolute: the copy takes the place of the original meanwhile.
-        shutil.copytree(self.folder, copy, symlinks=True)
+        shutil.copytree(self.folder, twin, symlinks=True)
         try:
             repair(self.folder, self.tokenizer)
             errors = self._judged(flip, everything=True)
@@ -353,7 +389,8 @@ class Campaign:
             errors = [GritError("not repaired")]
         finally:
             shutil.rmtree(self.folder)
-            copy.rename(self.folder)
+            twin.rename(self.folder)
+            forget_opened()
         return "refused" if errors else "repaired"
 
 
@@ -369,30 +406,35 @@ def repair(folder: Path, tokenizer: Tokenizer) -> None:
     query_neighbors(reading.project, worker, embedder)
 
 
-def run_flips(num_flips: int, seed: int, one_in: int = 50) -> int:
+def run_flips(num_flips: int, seed: int, one_in: int = 100, kept: Path | None = None) -> int:
     """Build a database, flip, and print what came of it by folder. Returns the exit status.
 
     Args:
-        num_flips: how many.
-        seed: of them.
+        num_flips: how many, those of an earlier run included that ``kept`` tells of.
+        seed: of them; those after an earlier run are others.
         one_in: of so many flips that are refused one is repaired.
+        kept: JSON file of the counts, written after each thousand, so that a run that was stopped goes on.
     """
     from tqdm import tqdm
 
     logging.disable(logging.WARNING)  # what is made again
     counts: Counter[tuple[str, str]] = Counter()
-    started, num_refused = time.perf_counter(), 0
+    if kept is not None and kept.is_file():
+        counts.update({tuple(name.split(" / ")): count for name, count in json.loads(kept.read_text()).items()})
+    started, done = time.perf_counter(), sum(counts.values())
     with tempfile.TemporaryDirectory(prefix="database_flips_") as parent:
         folder = Path(parent) / "here"
         folder.mkdir()
         build_database(folder)
-        campaign = Campaign(folder, seed)
+        campaign, num_refused = Campaign(folder, f"{seed} after {done}"), 0
         try:
-            for _ in tqdm(range(num_flips), unit="flip", mininterval=2):
+            for number in tqdm(range(done, num_flips), unit="flip", mininterval=2, initial=done, total=num_flips):
                 flip = campaign.draw()
                 outcome = campaign.run(flip, repair=num_refused % one_in == one_in - 1)
                 num_refused += outcome != "right"
                 counts[_group(flip.name), outcome] += 1
+                if kept is not None and (number % 1000 == 999 or number == num_flips - 1):
+                    kept.write_text(json.dumps({" / ".join(each): n for each, n in sorted(counts.items())}, indent=2))
         except WrongContentError as error:
             print(f"fault_injection: error: flip {sum(counts.values())}: {error}", file=sys.stderr)
             return 1
@@ -400,7 +442,8 @@ def run_flips(num_flips: int, seed: int, one_in: int = 50) -> int:
     for name in [*sorted({name for name, _ in counts}), ""]:
         row = [sum(n for (group, found), n in counts.items() if name in (group, "") and found == o) for o in OUTCOMES]
         print(f"{name or 'all':40s}{row[0]:10d}{row[1]:10d}{row[2]:10d}")
-    print(f"{sum(counts.values())} flips in {time.perf_counter() - started:.0f} s, none believed")
+    seconds = time.perf_counter() - started
+    print(f"{sum(counts.values())} flips, {sum(counts.values()) - done} of them in {seconds:.0f} s, none believed")
     return 0
 
 

@@ -420,12 +420,12 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=5.0, help="seconds that a case may take")
-    parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument("--json", type=Path, help="write the table there too; flips that it counts are not made again")
     arguments = parser.parse_args()
     if arguments.flips:
         from benchmarks.database_flips import run_flips
 
-        return run_flips(arguments.flips, arguments.seed)
+        return run_flips(arguments.flips, arguments.seed, kept=arguments.json)
     from tqdm import tqdm
 
     logging.disable(logging.WARNING)  # one for each damaged cache

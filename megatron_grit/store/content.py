@@ -118,8 +118,13 @@ def thoroughly() -> Iterator[None]:
         _thorough.reset(token)
 
 
-def forget_opened() -> None:
-    """Look at files anew, as another process would."""
+def forget_opened(path: str | os.PathLike[str] | None = None) -> None:
+    """Look at a file anew, as another process would; None: at all of them."""
+    if path is not None:
+        real = Path(path).resolve()
+        _process.contents.pop(real, None)
+        _process.checked.pop(real, None)
+        return
     _process.contents.clear()
     _process.checked.clear()
     _parts.clear()

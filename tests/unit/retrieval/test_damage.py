@@ -93,7 +93,7 @@ def test_a_header_that_says_another_type(campaign: Campaign) -> None:
     name = next(name for name in campaign.files if "query" in name and name.endswith("starts.npy"))
     assert campaign.files[name][22:26] == b"'<i8"
     with campaign.flipped(Flip(name, 24, 3)):
-        for found in campaign.read(["neighbors", "resumption"]).values():
+        for found in campaign.read(["neighbors:first", "resumption:first"]).values():
             assert isinstance(found, DataError) and "holds |S8 and not int64" in str(found)
 
 
@@ -207,8 +207,9 @@ def test_opening_again_hashes_samples_alone(campaign: Campaign, monkeypatch: pyt
 
     def open_all() -> int:
         reading, before = Reading(campaign.folder, campaign.tokenizer), hashed_bytes()
-        for name in ("tokens", "neighbors", "search"):
-            getattr(reading, name)()
+        forget_opened()
+        for name, *of in (("tokens",), ("neighbors", "first"), ("neighbors", "second"), ("search",)):
+            getattr(reading, name)(*of)
         return hashed_bytes() - before
 
     first, again = open_all(), open_all()
@@ -275,9 +276,8 @@ def old(campaign: Campaign) -> Iterator[Path]:
 
 def test_a_database_of_an_earlier_release(campaign: Campaign, old: Path) -> None:
     forget_opened()
-    assert campaign.read(["settings", "tokens", "neighbors", "search"]) == {
-        name: campaign.written[name] for name in ("settings", "tokens", "neighbors", "search")
-    }
+    readers = ["settings", "tokens", "neighbors:first", "neighbors:second", "search"]
+    assert campaign.read(readers) == {name: campaign.written[name] for name in readers}
     report = inspect_database(old, verify=True)
     without = report["summary"]["without_checksum"]
     assert (
