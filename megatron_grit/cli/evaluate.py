@@ -28,7 +28,8 @@ class EvaluateOptions(BatchSize, TextLength, ModelOptions):
 
 def run(options: EvaluateOptions) -> None:
     """Evaluate and print."""
-    from megatron_grit.evaluation.checkpoint import evaluate_checkpoint, format_figures
+    from megatron_grit.evaluation.checkpoint import evaluate_checkpoint
+    from megatron_grit.evaluation.tasks.task import format_figures
 
     print(format_figures(evaluate_checkpoint(**vars(options))))
 

@@ -18,9 +18,16 @@ _HERE = Path(__file__).parent
 
 
 def verbs() -> dict[str, Path]:
-    """File of each verb, in groups."""
+    """File of each verb, in groups. A file beside that of a verb whose name begins with the verb's is a part of it, and
+    of two words: evaluate_qa.py is ``evaluate qa``."""
     paths = [*sorted(_HERE.glob("*.py")), *sorted(_HERE.glob("*/*.py"))]
-    return {path.stem.replace("_", "-"): path for path in paths if path.stem not in ("__init__", "main")}
+    return {_verb(path): path for path in paths if path.stem not in ("__init__", "main")}
+
+
+def _verb(path: Path) -> str:
+    first, _, rest = path.stem.partition("_")
+    space = " " if rest and path.with_name(f"{first}.py").exists() else "-"
+    return space.join(filter(None, [first, rest.replace("_", "-")]))
 
 
 def summary(path: Path) -> str:
@@ -46,13 +53,14 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"megatron-grit {__version__}")
         return 0
-    path = known.get(argv[0].replace("_", "-"))
+    words = 2 if " ".join(argv[:2]) in known else 1
+    path = known.get(" ".join(argv[:words]).replace("_", "-"))
     if path is None:
         hint = suggestion(argv[0], known) or "; megatron-grit --help lists them"
         print(f"megatron-grit: error: unknown verb {argv[0]!r}{hint}", file=sys.stderr)
         return EXIT_STATUS
     module = ".".join(path.relative_to(_HERE.parents[1]).with_suffix("").parts)
-    return int(importlib.import_module(module).main(argv[1:]))
+    return int(importlib.import_module(module).main(argv[words:]))
 
 
 def command(

@@ -7,11 +7,12 @@ from typing import Any
 
 from megatron_grit.config.checkpoint_folder import resolve_checkpoint
 from megatron_grit.config.options import BatchSize, TextLength
+from megatron_grit.data.indexed.reader import file_paths
 from megatron_grit.errors import ConfigError
 from megatron_grit.evaluation.bootstrap import Interval
 from megatron_grit.evaluation.tasks import generative as generative_task
 from megatron_grit.evaluation.tasks import retrieval as retrieval_task
-from megatron_grit.evaluation.tasks.task import Lengths
+from megatron_grit.evaluation.tasks.task import Figures, Lengths
 from megatron_grit.store.files import check_output, write_json
 from megatron_grit.store.logs import get_logger, say_loading
 
@@ -51,8 +52,8 @@ def evaluate_checkpoint(
     paths = {"retrieval": retrieval, "generative": generative}
     if not any(path is not None for path in paths.values()):
         raise ConfigError("nothing to evaluate; give --retrieval, --generative or both")
-    reads = [retrieval, *map(Path, (f"{generative}.bin", f"{generative}.idx", f"{generative}.json"))]
-    check_output(output, [path for path in reads if path is not None])
+    reads = [path for path in [retrieval] if path is not None]
+    check_output(output, [*reads, *(file_paths(generative) if generative is not None else ())])
     read = {name: TASKS[name].read(path) for name, path in paths.items() if path is not None}
     path = resolve_checkpoint(checkpoint)
     say_loading()
@@ -68,17 +69,6 @@ def evaluate_checkpoint(
         found = TASKS[name].run(model, data, lengths)
         intervals |= found.intervals
         figures |= found.others
-    figures |= {name: interval.value for name, interval in intervals.items()}
-    figures["intervals"] = {name: [interval.low, interval.high] for name, interval in intervals.items()}
+    figures = Figures(intervals=intervals, others=figures).contents()
     write_json(output, figures)
     return figures
-
-
-def format_figures(figures: dict[str, Any]) -> str:
-    """Lines for a terminal: each figure with its interval, and the figure of a random order."""
-    lines = []
-    for name, (low, high) in figures["intervals"].items():
-        chance = figures.get(f"chance_{name}")
-        note = "" if chance is None else f"   chance {chance:.3f}"
-        lines.append(f"{name:14s} {figures[name]:8.3f}   95 % interval {low:.3f} to {high:.3f}{note}")
-    return "\n".join(lines)

@@ -30,6 +30,7 @@ OPTIONAL = [
     "pandas",
     "peft",
     "pytest",
+    "rouge_score",
     "sentence_transformers",
     "starlette",
     "tensorboard",

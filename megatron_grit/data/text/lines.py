@@ -91,6 +91,19 @@ def filled_lines(path: str | os.PathLike[str], on_block: Callable[[int, int], ob
     return (line for line in read_lines(path, on_block) if not line.is_blank)
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The JSON value that a whole file holds, on any number of lines.
+
+    Raises:
+        DataError: there is none, or no such file; names the file and, where it can be told, the line.
+    """
+    content = "\n".join(line.text() for line in read_lines(path)).encode()
+    try:
+        return parse_json(content)
+    except DataError as error:
+        raise DataError(str(error), path=Path(path)) from None
+
+
 def decode(content: bytes) -> str:
     """A line as text.
 
@@ -106,10 +119,10 @@ def decode(content: bytes) -> str:
 
 
 def parse_json(content: bytes) -> Any:
-    """The JSON value of a line.
+    """The JSON value of a line, or of several.
 
     Raises:
-        DataError: there is none, or not one only. It names no place: the caller knows it.
+        DataError: there is none, or not one only. It names no file: the caller knows it.
     """
     text = decode(content)
     try:
@@ -119,7 +132,8 @@ def parse_json(content: bytes) -> Any:
     except UnicodeEncodeError:
         raise DataError("half of a surrogate pair (\\ud...) stands alone in a string; write the whole pair") from None
     except json.JSONDecodeError as error:
-        raise DataError(f"malformed JSON: {error.msg} at column {error.colno}") from None
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise DataError(f"malformed JSON: {error.msg} at {line}column {error.colno}") from None
     except RecursionError:
         raise DataError("malformed JSON: nested too deeply; flatten it") from None
     except ValueError:  # what Python's int raises

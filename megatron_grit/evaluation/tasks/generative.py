@@ -67,7 +67,15 @@ def evaluate_perplexity(model: TokenLossModel, prefix: str) -> LossReport:
     Raises:
         DataError: no indexed file there, or nothing in it is supervised.
     """
-    loss_sums, num_tokens = model.token_losses(prefix)
+    return report_losses(*model.token_losses(prefix), prefix)
+
+
+def report_losses(loss_sums: np.ndarray, num_tokens: np.ndarray, prefix: str) -> LossReport:
+    """As :func:`summarize_losses`, of the records of a file.
+
+    Raises:
+        DataError: nothing in it is supervised.
+    """
     if not np.asarray(num_tokens).any():
         raise DataError("no supervised token in this file", path=prefix)
     return summarize_losses(loss_sums, num_tokens)

@@ -26,3 +26,20 @@ class Figures:
     """Figures with their 95 % bootstrap intervals."""
     others: dict[str, Any] = field(default_factory=dict)
     """Counts, figures of a random order, and what follows from the figures."""
+
+    def contents(self) -> dict[str, Any]:
+        """What a file of figures holds: all by their names, and the ends of the intervals under ``intervals``."""
+        values = {name: interval.value for name, interval in self.intervals.items()}
+        ends = {name: [interval.low, interval.high] for name, interval in self.intervals.items()}
+        return self.others | values | {"intervals": ends}
+
+
+def format_figures(figures: dict[str, Any]) -> str:
+    """Lines for a terminal, of :meth:`Figures.contents`: each figure with its interval, and that of a random order."""
+    lines = []
+    width = max(map(len, ["", *figures["intervals"]]))
+    for name, (low, high) in figures["intervals"].items():
+        chance = figures.get(f"chance_{name}")
+        note = "" if chance is None else f"   chance {chance:.3f}"
+        lines.append(f"{name:{max(14, width)}s} {figures[name]:8.3f}   95 % interval {low:.3f} to {high:.3f}{note}")
+    return "\n".join(lines)

@@ -97,8 +97,10 @@ def test_dashes_and_underscores_of_a_run() -> None:
 def test_a_tool_is_a_verb(
     tool: str, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its help is the verb's."""
-    verb = Path(tool).stem.replace("_", "-")
+    """Its help is that of the verb whose main it imports; all but one have its name."""
+    imported = re.findall(r"from megatron_grit\.cli\.([\w.]+) import main", (repository / tool).read_text())
+    verb = next(name for name in VERBS if module_of(name).__name__ == f"megatron_grit.cli.{imported[0]}")
+    assert verb in (Path(tool).stem.replace("_", "-"), "evaluate qa")
     texts = []
     for argv in ([f"megatron-grit {verb}"], [Path(tool).stem]):
         monkeypatch.setattr(sys, "argv", [*argv, "--help"])
@@ -140,6 +142,9 @@ def test_a_tool_is_a_verb(
         (["build-sft", "--overwrite=perhaps"], "--overwrite must be true or false, not 'perhaps'"),
         (["build-sft", "--workers", "null", "--partitions", "null"], "--partitions must be int, at least 1, not null"),
         (["weight-diff", "mak"], "MAKE|"),
+        (["evaluate", "qu"], "'qu' belongs to no option"),
+        (["evaluate-qa"], "unknown verb 'evaluate-qa' (did you mean evaluate qa?)"),
+        (["evaluate", "qa", "a"], "error: REFERENCES must be given; megatron-grit evaluate qa --help explains"),
         (["plan", "--world-sise", "8"], "unknown option --world-sise (did you mean --world-size?)"),
         (["convert", "--from=a", "--to=b", "--merge", "--adapter-only"], "holds no checkpoint of ours"),
     ],

@@ -50,6 +50,9 @@ OVER_INPUT = [
     "encode --checkpoint nothing --input pairs.jsonl --output pairs.jsonl",
     "evaluate --checkpoint nothing --retrieval pairs.jsonl --output pairs.jsonl",
     "evaluate --checkpoint nothing --generative part --output part.json",
+    "evaluate loss --checkpoint nothing --input part --output part.idx",
+    "evaluate qa q.tsv pairs.jsonl --output q.tsv",
+    "evaluate qa q.tsv pairs.jsonl --output out/../pairs.jsonl",
     f"{REPORT} --before out/report.json",
 ]
 
@@ -81,6 +84,8 @@ UNWRITABLE = [
     "convert-msmarco --queries q.tsv --corpus q.tsv --negatives q.tsv --output /proc/x/y",
     "encode --checkpoint nothing --input pairs.jsonl --output /proc/x/y",
     "evaluate --checkpoint nothing --retrieval pairs.jsonl --output /proc/x/y",
+    "evaluate loss --checkpoint nothing --input part --output /proc/x/y",
+    "evaluate qa q.tsv pairs.jsonl --output /proc/x/y",
     "report --before figures.json --after figures.json --metrics figures.json --timings q.tsv --output-dir /proc/x",
 ]
 
@@ -101,6 +106,8 @@ FOLDERS = [
     "encode --checkpoint nothing --input pairs.jsonl --output out",
     "encode --checkpoint nothing --input pairs.jsonl --output out/",
     "evaluate --checkpoint nothing --retrieval pairs.jsonl --output out",
+    "evaluate loss --checkpoint nothing --input part --output out",
+    "evaluate qa q.tsv pairs.jsonl --output out/",
     "mine-negatives --input pairs.jsonl --output out --embedder nothing",
     "convert-allnli --input nli.tsv --output out/",
 ]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.evaluation.checkpoint import evaluate_checkpoint, format_figures
+from megatron_grit.evaluation.checkpoint import evaluate_checkpoint
+from megatron_grit.evaluation.tasks.task import format_figures
 from megatron_grit.inference.model import GritModel
 from megatron_grit.store.files import write_json
 

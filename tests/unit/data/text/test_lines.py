@@ -19,6 +19,7 @@ from megatron_grit.data.builders.sources.msmarco import convert_msmarco
 from megatron_grit.data.text import line_blocks
 from megatron_grit.data.text.lines import Line, parse_json, read_lines
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.evaluation.qa.files import read_references
 from megatron_grit.evaluation.tasks import retrieval
 from megatron_grit.inference.text_files import TextFile
 from megatron_grit.retrieval.mining.cross_encoder import ScoreFile
@@ -62,6 +63,7 @@ def readers(folder: Path, tokenizer: Path) -> dict[str, Callable[[Path], Any]]:
         "convert-msmarco": lambda path: convert_msmarco(pair, pair, path, out),
         "its scores": lambda path: convert_msmarco(pair, pair, known, out, scores_path=path),
         "evaluate": retrieval.read,
+        "evaluate qa": read_references,
         "mine-negatives": lambda path: read_embedding_records([path]),
         "its scores of pairs": ScoreFile,
     }

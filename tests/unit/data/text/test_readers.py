@@ -25,6 +25,7 @@ from megatron_grit.data.text.lines import read_lines
 from megatron_grit.data.text.records import BadLine, read_records
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.evaluation.qa.files import read_predictions, read_references
 from megatron_grit.evaluation.report import read_metrics, read_timings
 from megatron_grit.evaluation.tasks import retrieval
 from megatron_grit.inference.text_files import TextFile
@@ -100,6 +101,10 @@ JSON_READERS = {
         lambda path: [query for query, _ in ScoreFile(path)._scores],
     ),
     "convert-allnli": Reader(lambda _, text: {"anchor": text, "positive": "p", "negative": "n"}, _converted),
+    "references of evaluate qa": Reader(
+        lambda _, text: {"answers": [text]}, lambda path: [text for (text,) in read_references(path)]
+    ),
+    "answers of evaluate qa": Reader(lambda _, text: {"pred": text}, read_predictions),
     "metrics of report": Reader(
         lambda number, text: {"step": number, "note": text}, lambda path: [line["note"] for line in read_metrics(path)]
     ),
@@ -108,6 +113,7 @@ TEXT_READERS = {
     "encode": Reader(
         lambda _, text: text, lambda path: [line.text() for line in TextFile(path, path).lines()], blanks=False
     ),
+    "lines of evaluate qa": Reader(lambda _, text: text, read_predictions, blanks=False),
     "samples of report": Reader(
         lambda _, text: text, lambda path: [line.text() for line in read_lines(path)], blanks=False
     ),
