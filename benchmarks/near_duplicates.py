@@ -32,7 +32,8 @@ import numpy as np
 from benchmarks import harness
 from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.retrieval.dedup.buckets import Bands, choose_bands
-from megatron_grit.retrieval.dedup.duplicates import SIMILAR, ChunkBlock, DuplicateSearch
+from megatron_grit.retrieval.dedup.duplicates import SIMILAR, DuplicateSearch
+from megatron_grit.retrieval.dedup.keys import ChunkBlock
 from megatron_grit.retrieval.work import Worker
 from megatron_grit.store.blocks import write_arrays
 
@@ -106,7 +107,7 @@ def search_of(folder: Path, options: argparse.Namespace) -> DuplicateSearch:
         duplicates="near", near_threshold=options.threshold, minhash_permutations=options.permutations
     )
     blocks = [ChunkBlock(path, path.stem) for path in sorted(folder.glob("*.hdf5"))]
-    return DuplicateSearch(config, folder / "found", blocks)
+    return DuplicateSearch(config, folder / "found", folder / "keys", blocks)
 
 
 def find_with_datasketch(folder: Path, options: argparse.Namespace) -> np.ndarray:

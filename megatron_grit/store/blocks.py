@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_grit.errors import DataError, OutputError
-from megatron_grit.store.content import check_once
+from megatron_grit.store.content import check_once, content_part, is_sampled
 from megatron_grit.store.digest import digest_of_arrays, digest_of_settings
 from megatron_grit.store.files import replacing_path
 
@@ -214,14 +214,27 @@ def read_arrays(path: Path) -> Arrays:
     return arrays
 
 
-def check_arrays(path: Path) -> None:
+def check_arrays(path: Path, *, remembered: bool = False) -> None:
     """Compare a file that :func:`write_arrays` wrote with its checksum, unless this process did.
+
+    Args:
+        path: the file.
+        remembered: of a large file only samples are read where any process did so before; else all of it, twice. For
+            files that are looked into and never read whole.
 
     Raises:
         DataError: it is missing or damaged.
     """
+
+    def read() -> str:
+        read_arrays(path)
+        return "as its checksum says"
+
     try:
-        check_once(path, lambda: read_arrays(path))
+        if remembered and is_sampled(path):
+            check_once(path, lambda: content_part(path, "arrays", read))
+        else:
+            check_once(path, read)
     except FileNotFoundError:
         raise DataError("is missing", path=path) from None
 

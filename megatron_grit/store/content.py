@@ -82,7 +82,7 @@ def content_part(path: str | os.PathLike[str], what: str, compute: Callable[[], 
     """
     real, key = Path(path).resolve(), (content_digest(path), what)
     if key not in _parts:
-        if _is_sampled(real.stat().st_size):
+        if is_sampled(real):
 
             def build() -> dict[str, np.ndarray]:
                 return {"digest": np.frombuffer(compute().encode(), np.uint8)}
@@ -106,6 +106,11 @@ def check_once(path: str | os.PathLike[str], check: Callable[[], object]) -> Non
     if opened.checked.get(real) != stamp:
         check()
         opened.checked[real] = stamp
+
+
+def is_sampled(path: Path) -> bool:
+    """Whether a file is so large that opening it again reads samples of it alone."""
+    return path.stat().st_size > (NUM_SAMPLES + 2) * BLOCK_BYTES
 
 
 @contextmanager
@@ -136,12 +141,8 @@ def _stamp(path: Path) -> Stamp:
     return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns
 
 
-def _is_sampled(size: int) -> bool:
-    return size > (NUM_SAMPLES + 2) * BLOCK_BYTES
-
-
 def _digest(path: Path, stamp: Stamp, *, anew: bool) -> str:
-    if not _is_sampled(stamp[0]):
+    if not is_sampled(path):
         return _hash(path)[0]
     folder, key = _folder(path), {"stamp": list(stamp), "block": BLOCK_BYTES}
     if anew:

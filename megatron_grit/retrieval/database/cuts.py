@@ -17,11 +17,13 @@ from megatron_grit.data.chunks.project import DatasetInfo, Project
 from megatron_grit.data.indexed.reader import IndexedFile
 from megatron_grit.errors import ConfigError
 from megatron_grit.retrieval.dedup.buckets import mix64
-from megatron_grit.retrieval.dedup.duplicates import ChunkBlock, DuplicateSearch
+from megatron_grit.retrieval.dedup.duplicates import DuplicateSearch, KnownChunks
+from megatron_grit.retrieval.dedup.keys import ChunkBlock
 from megatron_grit.retrieval.work import Check, Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder, cannot_write, set_text
 from megatron_grit.store.files import replacing_path
 
+_BETWEEN = "duplicates"
 _MARGIN = 1 << 20
 """Bytes of a table file that are not rows, generously."""
 
@@ -88,21 +90,32 @@ def cut_chunks(project: Project, cuts: Sequence[Cut], worker: Worker) -> None:
 
 
 def find_duplicates(
-    project: Project, cuts: Sequence[Cut], folder: Path, worker: Worker, earlier: Sequence[ChunkBlock] = ()
+    project: Project, cuts: Sequence[Cut], folder: Path, worker: Worker, earlier: Sequence[KnownChunks] = ()
 ) -> DuplicateSearch:
     """Find chunks that repeat one before them. All processes call it.
 
     Args:
         project: the database.
         cuts: documents whose chunks are there.
-        folder: for what is computed on the way.
+        folder: of their table and blocks. What is computed on the way is in ``duplicates``, see
+            :func:`clear_duplicates`; ``keys`` stay.
         worker: this process.
-        earlier: blocks of chunks that the database has already.
+        earlier: chunks that the database has already.
     """
     blocks = [block for _, block in blocks_of(cuts)]
-    search = DuplicateSearch(project.config, folder, [*earlier, *blocks], num_old_blocks=len(earlier))
+    search = DuplicateSearch(project.config, folder / _BETWEEN, keys_in(folder), blocks, earlier)
     search.run(worker)
     return search
+
+
+def keys_in(folder: Path) -> Path:
+    """Where the keys of the chunks of a first build, or of an addition, are kept."""
+    return folder / "keys"
+
+
+def clear_duplicates(folder: Path) -> None:
+    """Remove what the search for duplicates has computed on the way. In one process."""
+    shutil.rmtree(folder / _BETWEEN, ignore_errors=True)
 
 
 def blocks_of(cuts: Sequence[Cut]) -> list[tuple[int, ChunkBlock]]:

@@ -16,6 +16,9 @@ from megatron_grit.retrieval.work import Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder
 from megatron_grit.store.digest import digest_of_settings
 
+_FEW_TO_SKIP = 64
+"""Rows for each one that is wanted, up to which a table is read from the first to the last of them."""
+
 
 class ChunkVectors:
     """Vectors of chunks by their ids. They are rounded to ``embedding_dtype`` whether or not they are stored.
@@ -168,13 +171,24 @@ def find_chunks(rows: np.ndarray, dataset: int, documents: np.ndarray, offsets: 
     places = range(len(rows))
     first = bisect.bisect_left(places, (dataset, int(documents[0])), key=key)
     last = bisect.bisect_right(places, (dataset, int(documents[-1])), key=key)
-    part = np.asarray(rows[first:last])
-    keys = (part[:, DOCUMENT].astype(np.int64) << 32) | part[:, START]
     wanted = (documents.astype(np.int64) << 32) | offsets.astype(np.int64)
-    if not len(keys):
+    if first == last:
         return np.full(len(wanted), -1, dtype=np.int64)
-    found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[found] == wanted, found + first, -1).astype(np.int64)
+
+    def keys_at(ids: np.ndarray | slice) -> np.ndarray:
+        part = np.asarray(rows[ids])
+        return (part[:, DOCUMENT].astype(np.int64) << 32) | part[:, START]
+
+    if last - first <= _FEW_TO_SKIP * len(wanted):
+        found = np.searchsorted(keys_at(slice(first, last)), wanted) + first
+    else:  # far apart: reads of each what a binary search passes
+        found, end = np.full(len(wanted), first, dtype=np.int64), np.full(len(wanted), last, dtype=np.int64)
+        while (found < end).any():
+            middle = np.minimum((found + end) // 2, last - 1)
+            is_before = (keys_at(middle) < wanted) & (found < end)
+            found, end = np.where(is_before, middle + 1, found), np.where(is_before, end, np.minimum(middle, end))
+    found = np.minimum(found, last - 1)
+    return np.where(keys_at(found) == wanted, found, -1).astype(np.int64)
 
 
 def chunks_fingerprint(project: Project, datasets: Sequence[DatasetInfo]) -> str:

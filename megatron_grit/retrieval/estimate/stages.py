@@ -118,15 +118,22 @@ class Estimate:
         sizes, config = self.sizes, self.config
         is_near = config.duplicates == "near"
         block = 32 * sizes.num_places + 16 * sizes.num_documents
-        keys = 12 * sizes.num_places if config.duplicates != "keep" else 0
+        number = 4 if sizes.num_places < 1 << 31 else 8
+        keys, runs = (16 + number, 20) if config.duplicates != "keep" else (0, 0)
         if is_near:
             bands = choose_bands(config.near_threshold, config.minhash_permutations)
             block += 4 * config.minhash_permutations * sizes.num_places
-            keys += 12 * bands.count * sizes.num_places
-        disk = block + 20 * sizes.num_chunks + 24 * sizes.num_documents
+            keys, runs = keys + (8 + number) * bands.count, runs + 12 * bands.count
+        disk = block + keys * sizes.num_places + 20 * sizes.num_chunks + 24 * sizes.num_documents
         in_block = min(1.0, config.doc_block_size / max(1, sizes.num_documents))
         memory = 3 * in_block * block + sizes.num_places + 50 * min(sizes.num_places, 1 << 23)
-        return self._cost("db-build", self._base("db-build", sizes.num_chunks), disk=disk, memory=memory, passing=keys)
+        return self._cost(
+            "db-build",
+            self._base("db-build", sizes.num_chunks),
+            disk=disk,
+            memory=memory,
+            passing=runs * sizes.num_places,
+        )
 
     def _block_memory(self, num_vectors: int) -> float:
         """Of a block of vectors: its texts and their tokens, the vectors as they come and as they are kept, and the

@@ -7,7 +7,6 @@ take part in the search for duplicates, and the index is not trained again.
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
@@ -34,6 +33,7 @@ from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.cuts import (
     chunk_blocks,
+    clear_duplicates,
     cut_chunks,
     cuts_of,
     find_duplicates,
@@ -43,12 +43,11 @@ from megatron_grit.retrieval.database.cuts import (
 from megatron_grit.retrieval.database.index_files import fill, num_added
 from megatron_grit.retrieval.database.vectors import ChunkVectors, embed_chunks
 from megatron_grit.retrieval.database.versions import added_vectors, next_version, version_to_use
-from megatron_grit.retrieval.dedup.duplicates import ChunkBlock
 from megatron_grit.retrieval.index.faiss_index import VectorIndex
 from megatron_grit.retrieval.index.manifest import read_manifest
 from megatron_grit.retrieval.stages.db_build import check_documents
 from megatron_grit.retrieval.stages.task import Inputs, Job, Report, Task
-from megatron_grit.retrieval.stages.tombstone import live_blocks, segment_blocks
+from megatron_grit.retrieval.stages.tombstone import earlier_chunks
 from megatron_grit.retrieval.work import Check, Worker, compute_blocks
 from megatron_grit.store.blocks import Arrays, Block, BlockFolder
 from megatron_grit.store.digest import digest_of_settings
@@ -142,7 +141,7 @@ class Addition:
         self.project, self.before, self.embedder = project, before, embedder
         number = before.number + 1
         folder = project.folder / "db" / "versions" / f"{number:04d}"
-        self.table, self._between = folder / "train.hdf5", folder / "duplicates"
+        self.folder, self.table = folder, folder / "train.hdf5"
         VersionedDb(project, before)  # its documents are as they were
         paths = project.config.data_paths
         self.sources = sources or [source_of(prefix, project.resolve(prefix)) for prefix in paths]
@@ -162,10 +161,10 @@ class Addition:
         Raises:
             DataError: chunks of the database are missing, without which duplicates are not found.
         """
-        earlier = [] if self.project.config.duplicates == "keep" else self._earlier_blocks(worker)
-        search = find_duplicates(self.project, self.cuts, self._between, worker, earlier)
+        earlier = [] if self.project.config.duplicates == "keep" else earlier_chunks(self.project, self.before)
+        search = find_duplicates(self.project, self.cuts, self.folder, worker, earlier)
         if worker.is_first:
-            state = search.state()[search.first_new :]
+            state = search.state()
             num_rows = sum(len(part.train) for part in parted(self.project, self.cuts, state))
             with writing_table(self.table, num_rows, self.chunks) as table:
                 for part in parted(self.project, self.cuts, state):
@@ -174,23 +173,6 @@ class Addition:
                 f"{num_rows:,} chunks are new; {np.count_nonzero(state):,} repeat chunks of the database or each other"
             )
         worker.barrier()
-
-    def _earlier_blocks(self, worker: Worker) -> list[ChunkBlock]:
-        """Blocks of the chunks of all segments before, without those that were removed.
-
-        Raises:
-            DataError: some are missing.
-        """
-        blocks = segment_blocks(self.project, self.before)
-        found = sum(int(stop) - int(start) for start, _, stop in (block.path.stem.partition("-") for block in blocks))
-        wanted = sum(source.num_documents for source in self.before.sources)
-        if found < wanted:
-            raise DataError(
-                f"holds chunks of {found} documents, the database has {wanted}; put the files back, or set duplicates "
-                "to keep",
-                path=self.project.folder / "db",
-            )
-        return live_blocks(self.project, self.before, blocks, self._between / "live", worker)
 
     def encode(self, worker: Worker) -> BlockFolder:
         """Embed the new chunks and make their codes, whose blocks are returned. All processes call it."""
@@ -257,7 +239,7 @@ class Addition:
         counts = [(cut.blocks.num_items, cut.dataset.prefix) for cut in self.cuts if cut.blocks.num_items]
         note = "added " + ", ".join(f"{count} documents of {prefix}" for count, prefix in counts)
         note += "" if index_files else ", whose chunks were all there"
-        shutil.rmtree(self._between, ignore_errors=True)
+        clear_duplicates(self.folder)
         segments = [*self.before.segments, segment]
         version = next_version(folder, self.before, note, sources=self.sources, segments=segments, chunks=self.chunks)
         if not self.project.config.keep_embeddings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from megatron_grit.retrieval.database.cuts import (
     Cut,
     blocks_of,
     chunk_blocks,
+    clear_duplicates,
     cut_chunks,
     cuts_of,
     find_duplicates,
@@ -69,7 +69,10 @@ class DbBuild(Task):
     )
     voids = ("embed", "index-train", "index-add", "query-neighbors")
     makes = (
-        *(f"db/{name}" for name in ("individual", "merged", "duplicates", REPORT_FILE, "indexed_dataset_infos.json")),
+        *(
+            f"db/{name}"
+            for name in ("individual", "merged", "duplicates", "keys", REPORT_FILE, "indexed_dataset_infos.json")
+        ),
         "db/versions/[0-9]*",
     )
     trace = "db/indexed_dataset_infos.json"
@@ -140,13 +143,13 @@ def build_chunks(project: Project, worker: Worker) -> list[DatasetInfo]:
         _refuse_other_chunks(project, cuts)
     worker.barrier()
     cut_chunks(project, cuts, worker)
-    between = project.folder / "db" / "duplicates"
+    root = project.folder / "db"
     if worker.from_first(lambda: _is_stale(project, cuts)):
-        search = find_duplicates(project, cuts, between, worker)
+        search = find_duplicates(project, cuts, root, worker)
         if worker.is_first:
             merge_chunks(project, cuts, search)
     if worker.is_first:
-        shutil.rmtree(between, ignore_errors=True)
+        clear_duplicates(root)
     worker.barrier()
     return project.infos()
 

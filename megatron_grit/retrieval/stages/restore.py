@@ -4,7 +4,6 @@ then does, and index files of their vectors, as index-add does."""
 from __future__ import annotations
 
 import itertools
-import shutil
 from pathlib import Path
 
 from megatron_grit.data.chunks.chunk_db import map_dataset
@@ -20,7 +19,7 @@ from megatron_grit.data.chunks.versions import (
 )
 from megatron_grit.errors import DataError
 from megatron_grit.inference.encoders.protocol import Embedder
-from megatron_grit.retrieval.database.cuts import cut_chunks, cuts_of, find_duplicates
+from megatron_grit.retrieval.database.cuts import clear_duplicates, cut_chunks, cuts_of, find_duplicates
 from megatron_grit.retrieval.stages.add import Addition
 from megatron_grit.retrieval.stages.compact import files_to_join, write_joined
 from megatron_grit.retrieval.stages.db_build import write_tables
@@ -110,12 +109,12 @@ def _restore_addition(addition: Addition, worker: Worker) -> None:
 def _restore_first(project: Project, worker: Worker) -> None:
     version = built_version(project.folder)
     assert version is not None, "documents were added"
-    cuts, between = cuts_of(project, infos_of(version.sources)), project.folder / "db" / "duplicates"
+    cuts, root = cuts_of(project, infos_of(version.sources)), project.folder / "db"
     cut_chunks(project, cuts, worker)
-    search = find_duplicates(project, cuts, between, worker)
+    search = find_duplicates(project, cuts, root, worker)
     if worker.is_first:
         write_tables(project, cuts, search.state())
-        shutil.rmtree(between, ignore_errors=True)
+        clear_duplicates(root)
     worker.barrier()
 
 

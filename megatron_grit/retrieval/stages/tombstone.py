@@ -6,6 +6,7 @@ looked for among the chunks that searches find, and who removes documents is tol
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,13 +31,14 @@ from megatron_grit.data.chunks.versions import (
 )
 from megatron_grit.data.text.lines import read_lines
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.retrieval.database.cuts import is_validation
+from megatron_grit.retrieval.database.cuts import is_validation, keys_in
 from megatron_grit.retrieval.database.vectors import find_chunks
 from megatron_grit.retrieval.database.versions import next_version
-from megatron_grit.retrieval.dedup.duplicates import ChunkBlock
+from megatron_grit.retrieval.dedup.duplicates import KnownChunks
+from megatron_grit.retrieval.dedup.keys import ChunkBlock, KeyedChunks
 from megatron_grit.retrieval.stages.task import MOST_TO_COUNT, Job, Report, Task
-from megatron_grit.retrieval.work import Check, Worker, compute_blocks
-from megatron_grit.store.blocks import Arrays, Block, BlockFolder, read_arrays, signature_of
+from megatron_grit.retrieval.work import Check, Worker
+from megatron_grit.store.blocks import signature_of
 from megatron_grit.store.files import replacing
 from megatron_grit.store.logs import get_logger
 
@@ -182,36 +184,56 @@ def keys_of(block: SegmentBlock, rows: np.ndarray) -> np.ndarray:
     return document_keys(np.full(len(rows), block.dataset), rows[:, 0])
 
 
-def live_blocks(
-    project: Project, version: Version, blocks: list[SegmentBlock], folder: Path, worker: Worker
-) -> list[ChunkBlock]:
-    """Blocks with the chunks that a new one may be a duplicate of. All processes call it.
-
-    Without removed documents these are all of them. Else they are copies in ``folder`` that hold the chunks which
-    searches still find, and those of documents that are kept for validation.
+def earlier_chunks(project: Project, version: Version) -> list[KnownChunks]:
+    """The chunks of each segment of a version, for whoever adds others: without removed documents all of them, else
+    those that searches still find, and those of documents that are kept for validation.
 
     Raises:
-        DataError: a block or a table is missing or damaged.
+        DataError: a block is missing or damaged, without which duplicates are not found.
     """
-    if version.tombstones is None:
-        return [ChunkBlock(block.path, str(signature_of(block.path))) for block in blocks]
+    blocks = segment_blocks(project, version)
+    found = sum(int(stop) - int(start) for start, _, stop in (block.path.stem.partition("-") for block in blocks))
+    wanted = sum(source.num_documents for source in version.sources)
+    if found < wanted:
+        raise DataError(
+            f"holds chunks of {found} documents, the database has {wanted}; put the files back, or set duplicates "
+            "to keep",
+            path=project.folder / "db",
+        )
+    # Blocks that lie together were made by one run, so one of them tells what all follow from.
+    signatures = {block.path.parent: str(signature_of(block.path)) for block in reversed(blocks)}
     removed = sorted_keys(removed_documents(project.folder, version))
+    found_segments = []
+    for table in dict.fromkeys(block.table for block in blocks):
+        own = [block for block in blocks if block.table == table]
+        named = [ChunkBlock(block.path, f"{signatures[block.path.parent]} {block.path.name}") for block in own]
+        chunks = KeyedChunks(project.config, keys_in(own[0].path.parent.parent.parent), named)
+        is_live = functools.partial(_is_live, project, version, own, chunks, removed)
+        found_segments.append(KnownChunks(chunks, None if version.tombstones is None else is_live))
+    return found_segments
+
+
+def _is_live(
+    project: Project,
+    version: Version,
+    blocks: list[SegmentBlock],
+    keyed: KeyedChunks,
+    removed: np.ndarray,
+    chunks: np.ndarray,
+) -> np.ndarray:
+    """Which chunks of a segment, int64 [n], a new one may be a duplicate of: bool [n]."""
+    order = np.argsort(chunks, kind="stable")
+    rows, of = keyed.gather("chunks_valid", chunks[order]), np.searchsorted(keyed.ends, chunks[order], side="right")
+    datasets = np.array([block.dataset for block in blocks])[of]
+    keep = np.zeros(len(chunks), dtype=bool)
     config: RetroDbConfig = project.config
-    signature = {"task": "live_chunks", "chunks": version.chunks, "tombstones": version.tombstones.sha256}
-    copies = BlockFolder(
-        folder, len(blocks), 1, signature | {"blocks": [str(signature_of(block.path)) for block in blocks]}
-    )
-
-    def compute(part: Block) -> Arrays:
-        block = blocks[part.start]
-        arrays = read_arrays(block.path)
-        rows, prefix = arrays["chunks_valid"], version.sources[block.dataset].prefix
-        keep = is_in_table(block, rows) | is_validation(prefix, rows[:, 0], config.valid_fraction, config.seed)
-        keep &= ~is_among(keys_of(block, rows), removed)
-        return {name: arrays[name][keep] for name in ("hashes", "minhashes") if name in arrays}
-
-    compute_blocks(copies, compute, worker, "chunks that are not removed", "block")
-    return [ChunkBlock(part.path, f"{copies.signature} {part.path.name}") for part in copies.blocks]
+    for dataset in np.unique(datasets).tolist():
+        own = datasets == dataset
+        block, prefix = blocks[of[own][0]], version.sources[dataset].prefix
+        live = is_in_table(block, rows[own])
+        live |= is_validation(prefix, rows[own][:, 0], config.valid_fraction, config.seed)
+        keep[order[own]] = live & ~is_among(keys_of(block, rows[own]), removed)
+    return keep
 
 
 def warn_of_duplicates(project: Project, version: Version, newly_removed: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from megatron_grit.data.chunks.chunk_db import ChunkDb
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.database.cuts import is_validation
-from megatron_grit.retrieval.dedup import duplicates
+from megatron_grit.retrieval.dedup import duplicates, keys
 from megatron_grit.retrieval.stages.db_build import COUNTS, build_chunks
 from megatron_grit.retrieval.work import Worker
 from tests.unit.retrieval.databases import CHUNK, make_project, make_texts, tokenizer_of, write_documents
@@ -76,11 +76,13 @@ def test_neither_memory_nor_processes_change_what_is_built(
     settings = {"duplicates": mode, "near_threshold": 0.6}
     once = project_of(tmp_path / "a", texts, texts[:7], **settings)
     build_chunks(once, Worker())
-    monkeypatch.setattr(duplicates, "ENTRIES_IN_MEMORY", 60)
+    monkeypatch.setattr(keys, "ENTRIES_IN_MEMORY", 60)
     again = project_of(tmp_path / "b", texts, texts[:7], **settings)
     run_together(2, lambda worker: build_chunks(again, worker) and None)
     assert sum(count[f"{mode}_duplicates"] for count in report_of(once)) > 3
     found, wanted = (content_of(project.folder / "db") for project in (again, once))
+    # Of smaller parts there are more, with the same keys.
+    found, wanted = ({n: c for n, c in each.items() if not n.startswith("keys/")} for each in (found, wanted))
     assert found.keys() == wanted.keys() and not any("duplicates" in name for name in found)
     # The report and the list of datasets name the files that the database was made of.
     different = {name for name in found if found[name] != wanted[name]}

@@ -4,6 +4,7 @@ everything."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_grit.errors import DataError
 from megatron_grit.retrieval.database.queried import tables_of
 from megatron_grit.retrieval.database.vectors import embed_chunks, open_vectors
 from megatron_grit.retrieval.database.versions import open_index
+from megatron_grit.retrieval.dedup.keys import KeyedChunks
 from megatron_grit.retrieval.index.faiss_index import VectorIndex
 from megatron_grit.retrieval.stages.add import add_documents
 from megatron_grit.retrieval.stages.compact import join_additions
@@ -176,6 +178,42 @@ def test_joined_files_find_what_they_found(tmp_path: Path, compared: Counter[str
     unneeded.unlink()
     restore_index(another(project), Worker(), WordEmbedder())
     assert not unneeded.exists()
+
+
+@pytest.mark.parametrize("duplicates", ["exact", "near"])
+def test_keys_of_what_is_there_are_looked_up(tmp_path: Path, duplicates: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chunks are those of a database that is built at once, and no block of earlier ones is read whole: counted,
+    with a database whose keys are lost as a control."""
+    if duplicates == "near":
+        pytest.importorskip("datasketch")
+    made: list[Path] = []
+    make_run = KeyedChunks._make_run
+
+    def making(self: KeyedChunks, block: Any) -> Any:
+        made.extend(each.path for each in self.blocks[slice(*self._groups[block.start])])
+        return make_run(self, block)
+
+    monkeypatch.setattr(KeyedChunks, "_make_run", making)
+    tokenizer, settings = tokenizer_of(tmp_path), {"duplicates": duplicates, "near_threshold": 0.6}
+    texts = [text + TEXTS[number // 2] for number, text in enumerate(TEXTS[:40])]
+    prefix = write_documents(tmp_path / "corpus", texts[:16], tokenizer)
+    project = build(make_project(tmp_path / "db", [prefix], tmp_path, **settings), WordEmbedder(), query=False)
+    for count, is_kept in ((20, True), (29, True), (35, True), (40, False)):
+        there = set(project.folder.rglob("individual/*/*.hdf5"))
+        assert len(there) > 2
+        if not is_kept:
+            for folder in list(project.folder.rglob("keys")):
+                shutil.rmtree(folder)
+        write_documents(Path(prefix), texts[:count], tokenizer)
+        made.clear()
+        add_documents(another(project), Worker(), WordEmbedder())
+        new = set(project.folder.rglob("individual/*/*.hdf5")) - there
+        assert set(made) == (new if is_kept else new | there) and len(made) == len(set(made))
+    whole = build(make_project(tmp_path / "whole", [prefix], tmp_path, **settings), WordEmbedder(), query=False)
+    grown, at_once = (VersionedDb(each, read_version(each.folder)).rows for each in (another(project), whole))
+    assert np.array_equal(grown[np.arange(len(grown))], at_once[np.arange(len(at_once))])
+    left_out = json.loads((whole.folder / "db" / "report.json").read_text())["datasets"][0]
+    assert left_out["exact_duplicates"] > 20 and (duplicates == "exact" or left_out["near_duplicates"] > 20)
 
 
 def test_an_addition_is_rounded_as_a_first_build_is(tmp_path: Path) -> None:
