@@ -65,6 +65,7 @@ from megatron_grit.retrieval.stages.index_add import add_to_index
 from megatron_grit.retrieval.stages.index_train import train_index
 from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
 from megatron_grit.retrieval.work import Worker
+from megatron_grit.store.files import write_json
 
 SEEDS = (1, 2, 3)
 CHUNK, NEIGHBORS = 32, 1
@@ -249,6 +250,16 @@ class Job:
     lr: float
 
 
+def trained(job: Job) -> dict[str, Any]:
+    """What :func:`train` found, now or when the folder was used before."""
+    path = job.folder / f"{job.name}_{job.seed}_{job.steps}_{job.lr:g}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    found = train(job)
+    write_json(path, found)
+    return found
+
+
 def train(job: Job) -> dict[str, Any]:
     """Train and measure an arm, in a process of its own."""
     import torch
@@ -337,7 +348,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any]
             for name, arm, steps, lr in arms
         ]
         with context.Pool(arguments.processes, maxtasksperchild=1) as pool:
-            for job, numbers in zip(jobs, pool.imap(train, jobs, chunksize=1), strict=True):
+            for job, numbers in zip(jobs, pool.imap(trained, jobs, chunksize=1), strict=True):
                 found.setdefault(job.name, []).append(numbers)
                 told = {name: value for name, value in numbers.items() if "perplexity" not in name}
                 print(f"{job.name} seed {job.seed}: {told}", flush=True)
@@ -349,10 +360,10 @@ def report(found: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> tup
     arms: dict[str, Any] = {}
     for name, runs in found.items():
         loss = [run["valid_loss"] for run in runs]
+        overlaps = dict.fromkeys(key for run in runs for key in run if key.startswith("valid_loss_overlap/"))
+        # Of shuffled neighbors, which each seed shuffles otherwise, a seed may have none in a bucket.
         by_overlap = {
-            key.removeprefix("valid_loss_overlap/"): [run[key] for run in runs]
-            for key in runs[0]
-            if key.startswith("valid_loss_overlap/")
+            key.removeprefix("valid_loss_overlap/"): [run[key] for run in runs if key in run] for key in overlaps
         }
         arms[name] = {
             "loss": loss,
@@ -435,7 +446,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="the first so many (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="keep text and database here, and take them from here")
+    parser.add_argument(
+        "--folder", type=Path, help="keep text, database and what each training found here, and take them from here"
+    )
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     return harness.run("retro_gain", arguments, lambda folder: measure(arguments, folder))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import retro_gain
 from benchmarks.retro_gain import with_prompts
 from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.config.schema.retro import RetroConfig
@@ -87,3 +90,35 @@ def test_nothing_is_read_before_its_time(context: ParallelContext, reads: bool) 
     nothing = read_row(missing=1.0)
     plain = losses(model, replace(nothing, neighbors=None))
     assert (losses(model, with_prompts(nothing, DELIMITER)) - plain).abs().max() < 1e-5
+
+
+def run_of(loss: float, **overlaps: float) -> dict[str, Any]:
+    """What a training found."""
+    found: dict[str, Any] = {"valid_loss": loss, "valid_loss_without_copies": loss, "valid_tokens": 9}
+    found |= {"valid_tokens_without_copies": 9, "seconds": 1.0, "curve": [loss], "at_step_0": None, "parameters": 1}
+    for name, value in overlaps.items():
+        found |= {f"valid_loss_overlap/{name}": value, f"valid_tokens_overlap/{name}": 3}
+    return found
+
+
+def test_a_seed_without_tokens_in_a_bucket_is_left_out_of_its_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    """Shuffled neighbors of one seed may hold a stretch of the text, and those of another none."""
+    runs = [run_of(4.0, none=4.0, to_1=3.0), run_of(5.0, none=5.0), run_of(6.0, none=6.0, to_1=1.0)]
+    numbers, _ = retro_gain.report({"retro_shuffled": runs}, {})
+    arm = numbers["arms"]["retro_shuffled"]
+    assert arm["loss"] == [4.0, 5.0, 6.0] and arm["by_overlap"] == {"none": [4.0, 5.0, 6.0], "to_1": [3.0, 1.0]}
+    assert "5.0000    2.0000" in capsys.readouterr().out
+
+
+def test_what_a_training_found_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark that stopped goes on with what it has; another rate or number of steps is another training."""
+    calls: list[retro_gain.Job] = []
+
+    def train(job: retro_gain.Job) -> dict[str, Any]:
+        calls.append(job)
+        return run_of(float(len(calls)))
+
+    monkeypatch.setattr(retro_gain, "train", train)
+    jobs = [retro_gain.Job(tmp_path, "gpt", retro_gain.ARMS["gpt"], 1, steps, 0.003) for steps in (4, 8, 4)]
+    assert [retro_gain.trained(job)["valid_loss"] for job in jobs] == [1.0, 2.0, 1.0]
+    assert len(calls) == 2
