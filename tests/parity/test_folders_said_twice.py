@@ -14,8 +14,10 @@ import torch
 from megatron_grit.convert.families import llama
 from megatron_grit.convert.hf_in.reader import SafetensorsFolder, open_weights
 from megatron_grit.convert.hf_out.sentencepiece_json import tokenizer_of_sentencepiece
+from megatron_grit.convert.hf_out.tokenizer import write_tokenizer
 from megatron_grit.data.chat.chat import chat_beside
 from megatron_grit.data.text.tokenizer import copy_tokenizer, load_tokenizer, train_sentencepiece
+from megatron_grit.errors import DataError
 from tests.corpus import sentences
 from tests.unit.convert.hf_in.test_reader import write_shards
 from tests.unit.convert.test_param_map import DENSE, random_hf
@@ -26,6 +28,7 @@ transformers = pytest.importorskip("transformers", reason="the reference is tran
 TEXTS = [text for pair in sentences(32) for text in pair]
 PROBES = ["what does the <tool> é?", " two  spaces\n", "<|a|>x <tool>"]
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+OTHER_NAMES = {"bos_token": "</s>", "eos_token": "<s>", "pad_token": "<unk>"}
 OTHERS = {"bos_token": "<|a|>", "eos_token": {"content": "<|b|>", "lstrip": False}, "pad_token": "<s>"}
 
 
@@ -87,6 +90,75 @@ def test_special_and_added_tokens(tmp_path: Path, case: str) -> None:
             assert known == (
                 ours.special_tokens[name] if name in ours.special_tokens else ids[0] if len(ids) == 1 else None
             )
+
+
+MORE = {"400": {"content": "<tool>", "special": True, "rstrip": True}, "1": {"content": "<s>", "special": True}}
+BESIDE_PIECES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "names": {"tokenizer_config": OTHER_NAMES},
+    "map before config": {"tokenizer_config": NAMES, "special_tokens_map": OTHER_NAMES},
+    "map beside added_tokens_decoder": {
+        "tokenizer_config": NAMES | {"added_tokens_decoder": MORE},
+        "special_tokens_map": OTHER_NAMES,
+    },
+    "added_tokens": {"tokenizer_config": NAMES | {"eos_token": "<x>"}, "added_tokens": {"<x>": 400}},
+    "added_tokens by another id": {"tokenizer_config": NAMES | {"pad_token": "<x>"}, "added_tokens": {"<x>": 900}},
+    "a piece": {"tokenizer_config": NAMES | {"eos_token": "<0x01>", "pad_token": "<unk>"}},
+    "a symbol of the model's": {"tokenizer_config": NAMES, "added_tokens": {"\n": 3}},
+}
+
+
+@pytest.mark.parametrize("case", BESIDE_PIECES)
+def test_what_stands_beside_a_sentencepiece_model(tmp_path: Path, case: str) -> None:
+    """Begin, end, padding and added tokens are those of transformers, which has the model alone too; a checkpoint and
+    an export keep them."""
+    folder, kept, export = (tmp_path / name for name in ("folder", "kept", "export"))
+    for place in (folder, kept, export):
+        place.mkdir()
+    train_sentencepiece(TEXTS, folder / "tokenizer", 400)
+    for name, content in ({"tokenizer_config": {}} | BESIDE_PIECES[case]).items():
+        kind = {"tokenizer_class": "LlamaTokenizer"} if name == "tokenizer_config" else {}
+        (folder / f"{name}.json").write_text(json.dumps(content | kind))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    copy_tokenizer(load_tokenizer(folder), kept)
+    write_tokenizer(export, load_tokenizer(folder), 64, None)
+    for ours in (load_tokenizer(folder), load_tokenizer(kept), load_tokenizer(export)):
+        assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+        assert ours.pad_id == (ours.eos_id if theirs.pad_token_id is None else theirs.pad_token_id)
+        assert ours.vocab_size == len(theirs)
+        for name in ("<tool>", "<x>"):
+            assert ours.special_tokens.get(name) == theirs.get_added_vocab().get(name)
+        for text in ("what does the é?", "<s>the</s>x"):  # the second is text here
+            assert ours.decode([ours.bos_id, *ours.encode(text), ours.eos_id]) == text
+        assert ours.encode(TEXTS[0]) == theirs(TEXTS[0], add_special_tokens=False)["input_ids"]
+    assert load_tokenizer(folder).rstrip == ({400} if "decoder" in case else set())
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"added_tokens": {"<x>": 400}}, r"added_tokens.json beside it adds '<x>', .* give a tokenizer.json"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"270": {"content": "\u2581s"}}}},
+            "tokenizer_config.* adds '▁s'",
+        ),
+        ({"tokenizer_config": {"eos_token": "<x>"}}, "eos_token of the files beside it is '<x>', .* its own has id 2"),
+        (
+            {"tokenizer_config": {"add_prefix_space": False}},
+            "tokenizer_config.* says add_prefix_space False, and this model puts a space",
+        ),
+    ],
+)
+def test_what_a_sentencepiece_model_alone_cannot_hold(tmp_path: Path, files: dict[str, Any], message: str) -> None:
+    """What transformers adds to the model as text is refused, with the remedy; beside a tokenizer.json nobody asks."""
+    model = train_sentencepiece(TEXTS, tmp_path / "tokenizer", 400)
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(NAMES | content if name == "tokenizer_config" else content))
+    with pytest.raises(DataError, match=r"tokenizer\.model: " + message):
+        load_tokenizer(tmp_path)
+    tokenizer_of_sentencepiece(model).save(str(tmp_path / "tokenizer.json"))
+    if "eos_token" not in message:  # which nothing has
+        assert load_tokenizer(tmp_path).path.name == "tokenizer.json"
 
 
 def test_one_file_of_weights_beside_an_index(tmp_path: Path) -> None:

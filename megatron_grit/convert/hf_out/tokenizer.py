@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_grit.convert.hf_out.sentencepiece_json import tokenizer_of_sentencepiece
-from megatron_grit.data.text.tokenizer import JsonTokenizer, Tokenizer
+from megatron_grit.data.text.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer
 from megatron_grit.data.text.tokenizer_settings import read_settings, token_name
 from megatron_grit.errors import CheckpointError
 from megatron_grit.store.files import replacing, write_json
@@ -106,9 +106,12 @@ def _unknown_token(backend: Any, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _backend_of(tokenizer: Tokenizer) -> Any:
-    if not isinstance(tokenizer, JsonTokenizer):
-        return tokenizer_of_sentencepiece(tokenizer.path)
-    return tokenizer.backend()
+    if isinstance(tokenizer, JsonTokenizer):
+        return tokenizer.backend()
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    backend = tokenizer_of_sentencepiece(tokenizer.path)
+    backend.add_tokens([token for _, token in sorted(tokenizer.added_tokens.items())])
+    return backend
 
 
 def _mark_special(backend: Any, names: Any) -> None:

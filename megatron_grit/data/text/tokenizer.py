@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from megatron_grit.data.text.token_offsets import (
     json_widths,
     sentencepiece_widths,
 )
-from megatron_grit.data.text.tokenizer_settings import added_tokens, read_settings, token_name
-from megatron_grit.data.text.word_cache import WordCache, cuts_at_spaces
+from megatron_grit.data.text.tokenizer_settings import added_tokens, read_settings, token_name, tokens_of_pieces
+from megatron_grit.data.text.word_cache import WordCache, word_cache
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.files import replacing
 from megatron_grit.store.hub import local_folder
@@ -59,11 +59,6 @@ _PROBES = (
     "def f(x):\n    return {'a': [x ** 2, 0xFF]}  # " + "=" * 61,
 )
 """Texts on which two tokenizers are compared."""
-_SEPARATOR = "\0megatron_grit separator\0"
-_TRICKY_TEXT = (
-    " two  three   four    spaces\n after\n   a\tline  \n \u00a0 and \u2003wide  ones, "
-    "it's  12 345.6 \u180e x\u200b y' s...  \r\n end   "
-)
 
 
 class Tokenizer(ABC):
@@ -97,6 +92,13 @@ class Tokenizer(ABC):
     find_special: SpecialFinder | None = None
     """Special tokens of a string as the library finds them, where names alone do not tell: some are looked for in
     normalised text, or other added tokens hold their names."""
+
+    def _take_special(self, tokens: Mapping[int, Any]) -> None:
+        """Special tokens, and which of them have a property, of ``tokenizers.AddedToken`` by id."""
+        self.special_tokens = {token.content: index for index, token in tokens.items()}
+        self.lstrip = frozenset(index for index, token in tokens.items() if token.lstrip)
+        self.rstrip = frozenset(index for index, token in tokens.items() if token.rstrip)
+        self.single_word = frozenset(index for index, token in tokens.items() if token.single_word)
 
     @property
     def after_special(self) -> Tokenizer:
@@ -149,9 +151,13 @@ class Tokenizer(ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece ``.model`` file, with the space in front of the text that the model asks for."""
+    """A SentencePiece ``.model`` file, with the space in front of the text that the model asks for.
 
-    def __init__(self, path: Path) -> None:
+    Special and added tokens, and which of them are BOS, EOS and padding, are those of the files beside it too, where
+    ``beside`` is true, as in transformers.
+    """
+
+    def __init__(self, path: Path, beside: bool = True) -> None:
         import sentencepiece
 
         self.path = path
@@ -162,14 +168,36 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor.LoadFromSerializedProto(content)
         except RuntimeError as error:
             raise DataError("not a SentencePiece model", path=path) from error
-        self.vocab_size = self._processor.get_piece_size()
-        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        size = self._processor.get_piece_size()
+        settings = read_settings(path) if beside else {}
+        self.added_tokens = tokens_of_pieces(path, settings, self._processor)
+        self.vocab_size = max([size - 1, *self.added_tokens]) + 1
+        self._beyond = {index: token.content for index, token in self.added_tokens.items() if index >= size}
+        self._left_out = {i for i in self.added_tokens if i >= size or not self._processor.is_control(i)}
+        self._take_special(self.added_tokens)
+        self.bos_id = self._find("bos_token", settings, self._processor.bos_id())
+        self.eos_id = self._find("eos_token", settings, self._processor.eos_id())
         if self.bos_id < 0 or self.eos_id < 0:
             raise DataError("the model has no BOS or no EOS piece; GRIT's templates need both", path=path)
-        pad_id = self._processor.pad_id()
-        self.pad_id = pad_id if pad_id >= 0 else self.eos_id
-        control = [index for index in range(self.vocab_size) if self._processor.is_control(index)]
-        self.special_tokens = {self._processor.id_to_piece(index): index for index in control}
+        pad = token_name(settings.get("pad_token"))
+        pad_id = self._processor.pad_id() if pad is None else self._id_of(pad)
+        self.pad_id = self.eos_id if pad_id < 0 else pad_id
+
+    def _find(self, key: str, settings: dict[str, Any], own: int) -> int:
+        name = token_name(settings.get(key))
+        if name is None:
+            return own
+        if (index := self._id_of(name)) < 0:
+            what = (
+                f"{key} of the files beside it is {name!r}, which is neither a piece of this model nor an added token"
+            )
+            raise DataError(f"{what}; its own has id {own}", path=self.path)
+        return index
+
+    def _id_of(self, name: str) -> int:
+        """Of a piece or an added token; -1: there is none."""
+        index = self.special_tokens.get(name, self._processor.piece_to_id(name))
+        return index if self.id_to_token(index) == name else -1
 
     @functools.cached_property
     def _piece_widths(self) -> PieceWidths | None:
@@ -191,10 +219,10 @@ class SentencePieceTokenizer(Tokenizer):
         return encoded["ids"], [(int(begin), int(end)) for begin, end in encoded["offsets"]]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(index) for index in ids])
+        return self._processor.decode([int(index) for index in ids if index not in self._left_out])
 
     def id_to_token(self, index: int) -> str:
-        return self._processor.id_to_piece(int(index))
+        return self._beyond.get(int(index)) or self._processor.id_to_piece(int(index))
 
 
 class JsonTokenizer(Tokenizer):
@@ -218,7 +246,8 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         settings = read_settings(self.path)
-        self._tokenizer.add_tokens(added_tokens(self.path, settings, self._tokenizer))
+        there = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        self._tokenizer.add_tokens(added_tokens(self.path, settings, there))
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = self._find("bos_token", settings, _BOS_NAMES)
         self.eos_id = self._find("eos_token", settings, _EOS_NAMES)
@@ -227,10 +256,7 @@ class JsonTokenizer(Tokenizer):
         self.pad_id = self.eos_id if pad_id is None else pad_id
         added = self._tokenizer.get_added_tokens_decoder()
         special = {index: token for index, token in added.items() if token.special}
-        self.special_tokens = {token.content: index for index, token in special.items()}
-        self.lstrip = frozenset(index for index, token in special.items() if token.lstrip)
-        self.rstrip = frozenset(index for index, token in special.items() if token.rstrip)
-        self.single_word = frozenset(index for index, token in special.items() if token.single_word)
+        self._take_special(special)
         if self._tokenizer.normalizer is not None:
             self.normalized = frozenset(index for index, token in special.items() if token.normalized)
 
@@ -283,24 +309,7 @@ class JsonTokenizer(Tokenizer):
 
     @functools.cached_property
     def _words(self) -> WordCache | None:
-        """A cache in front of the tokenizer, where that changes no id."""
-        import tokenizers
-
-        if not cuts_at_spaces(json.loads(self.path.read_bytes())):
-            return None
-        # A tokenizer of its own, because one that knows the separator finds it in texts as well.
-        separating = self.backend()
-        separating.encode_special_tokens = True
-        separating.add_tokens([tokenizers.AddedToken(_SEPARATOR, special=False, normalized=False)])
-        words = WordCache(
-            lambda text: separating.encode_batch_fast([text], add_special_tokens=False)[0].ids,
-            _SEPARATOR,
-            separating.get_vocab(with_added_tokens=True)[_SEPARATOR],
-            self.encode,
-        )
-        # Should a version of the library cut texts in another way, then no cache.
-        ids, _ = words.encode([_TRICKY_TEXT])
-        return words if ids.tolist() == self.encode(_TRICKY_TEXT) else None
+        return word_cache(json.loads(self.path.read_bytes()), self.backend(), self.encode)
 
     def encode_batch_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         words = self._words
@@ -378,15 +387,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _load_either(model: Path, json_file: Path) -> Tokenizer:
-    """The tokenizer of a folder with two: ``tokenizer.json``, as in transformers, unless ``tokenizer.model`` gives the
-    same ids: then that one, whose fingerprint earlier data has."""
+    """The tokenizer of a folder with two: ``tokenizer.json``, as in transformers, unless ``tokenizer.model`` alone
+    gives the same ids: then that one, whose fingerprint earlier data has."""
     preferred = JsonTokenizer(json_file)
     try:
-        other = SentencePieceTokenizer(model)
+        if _are_same(preferred, SentencePieceTokenizer(model, beside=False)):
+            return SentencePieceTokenizer(model)
     except DataError:
         return preferred
-    if _are_same(preferred, other):
-        return other
     log.info(f"{json_file}: counts before {model.name}, which gives other ids")
     return preferred
 

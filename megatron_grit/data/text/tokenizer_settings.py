@@ -1,12 +1,17 @@
-"""What lies beside a tokenizer.json, as transformers reads it: names of its special tokens, and tokens to add to it."""
+"""What lies beside a tokenizer's file, as transformers reads it: names of special tokens, and tokens to add to it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from megatron_grit.errors import DataError
+
+_AS_JSON = (
+    "give a tokenizer.json, which transformers writes: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+)
 
 
 def read_settings(tokenizer_path: Path) -> dict[str, Any]:
@@ -31,14 +36,14 @@ def token_name(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def added_tokens(tokenizer_path: Path, settings: dict[str, Any], tokenizer: Any) -> list[Any]:
-    """Tokens to add to a ``tokenizers.Tokenizer``, by id: those of ``added_tokens_decoder``; without it those of
-    ``added_tokens.json`` that the tokenizer has not added itself.
+def added_tokens(tokenizer_path: Path, settings: dict[str, Any], there: Collection[str]) -> list[Any]:
+    """Tokens to add to a tokenizer, as ``tokenizers.AddedToken``, by id: those of ``added_tokens_decoder``; without it
+    those of ``added_tokens.json`` that the tokenizer has not added itself.
 
     Args:
         tokenizer_path: of the tokenizer's file.
         settings: of :func:`read_settings`.
-        tokenizer: what the file holds.
+        there: names of the tokens that the tokenizer has added itself.
 
     Raises:
         DataError: they are no tokens by id.
@@ -55,7 +60,6 @@ def added_tokens(tokenizer_path: Path, settings: dict[str, Any], tokenizer: Any)
                 entry["special"] = entry.get("special", False) or entry["content"] in named
             return [tokenizers.AddedToken(**entry) for _, entry in entries]
         where = tokenizer_path.with_name("added_tokens.json")
-        there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         names = {int(index): name for name, index in _read_object(where).items() if name not in there}
         return [
             tokenizers.AddedToken(name, special=name in named, normalized=name not in named)
@@ -64,6 +68,58 @@ def added_tokens(tokenizer_path: Path, settings: dict[str, Any], tokenizer: Any)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = "added_tokens_decoder" if where.name == "tokenizer_config.json" else "it"
         raise DataError(f"{what} holds no tokens by id: {error}", path=where) from error
+
+
+def tokens_of_pieces(path: Path, settings: dict[str, Any], processor: Any) -> dict[int, Any]:
+    """Special and added tokens of a SentencePiece model, as ``tokenizers.AddedToken``, by id: its control pieces, and
+    what the files beside it name. Those that are none of its pieces have the next ids, as in transformers.
+
+    Args:
+        path: of the model.
+        settings: of :func:`read_settings`.
+        processor: the model.
+
+    Raises:
+        DataError: they are no tokens by id, one that is not special stands for text that the model cuts up, or
+            ``add_prefix_space`` is not what the model does.
+    """
+    from tokenizers import AddedToken
+
+    puts_space = processor.id_to_piece(processor.encode("b")[0]).startswith("\u2581")
+    if settings.get("add_prefix_space") not in (None, puts_space):
+        said = f"tokenizer_config.json beside it says add_prefix_space {settings['add_prefix_space']}"
+        what = f"{said}, and this model puts {'a' if puts_space else 'no'} space in front of a text"
+        raise DataError(f"{what}; {_AS_JSON}", path=path)
+    size = processor.get_piece_size()
+    control = {processor.id_to_piece(index): index for index in range(size) if processor.is_control(index)}
+    found = {index: AddedToken(name, special=True, normalized=False) for name, index in control.items()}
+    named = [token_name(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")]
+    pieces = [name for name in named if name is not None and _piece_id(processor, name) is not None]
+    added = [AddedToken(name, special=True, normalized=False) for name in pieces]
+    for token in [*added, *added_tokens(path, settings, control)]:
+        index = _piece_id(processor, token.content)
+        if index is not None and _is_symbol(processor, index):
+            continue
+        if not token.special:
+            where = "tokenizer_config.json" if "added_tokens_decoder" in settings else "added_tokens.json"
+            raise DataError(
+                f"{where} beside it adds {token.content!r}, which texts are to be read as, and this model cuts it up; "
+                f"{_AS_JSON}",
+                path=path,
+            )
+        found[max([size - 1, *found]) + 1 if index is None else index] = token
+    return found
+
+
+def _is_symbol(processor: Any, index: int) -> bool:
+    """Whether a piece is a symbol that the model defines: a token wherever its text stands."""
+    name, around = processor.id_to_piece(index), "abcdefghijklmnopqrstuvwxyz<>"
+    return int(processor.encode("".join(f"{one}{name}{one}" for one in around)).count(index)) == len(around)
+
+
+def _piece_id(processor: Any, name: str) -> int | None:
+    index = int(processor.piece_to_id(name))
+    return index if processor.id_to_piece(index) == name else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:

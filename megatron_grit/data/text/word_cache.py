@@ -43,6 +43,38 @@ _SAFE_PATTERNS = {
 }
 
 
+SEPARATOR = "\0megatron_grit separator\0"
+_TRICKY_TEXT = (
+    " two  three   four    spaces\n after\n   a\tline  \n \u00a0 and \u2003wide  ones, "
+    "it's  12 345.6 \u180e x\u200b y' s...  \r\n end   "
+)
+
+
+def word_cache(description: dict[str, Any], separating: Any, encode: Callable[[str], list[int]]) -> WordCache | None:
+    """A cache in front of a tokenizer, where that changes no id. None: it would.
+
+    Args:
+        description: its ``tokenizer.json``, parsed.
+        separating: a ``tokenizers.Tokenizer`` of its own, because one that knows the separator finds it in texts too.
+        encode: the tokenizer.
+    """
+    from tokenizers import AddedToken
+
+    if not cuts_at_spaces(description):
+        return None
+    separating.encode_special_tokens = True
+    separating.add_tokens([AddedToken(SEPARATOR, special=False, normalized=False)])
+    words = WordCache(
+        lambda text: separating.encode_batch_fast([text], add_special_tokens=False)[0].ids,
+        SEPARATOR,
+        separating.get_vocab(with_added_tokens=True)[SEPARATOR],
+        encode,
+    )
+    # Should a version of the library cut texts in another way, then no cache.
+    ids, _ = words.encode([_TRICKY_TEXT])
+    return words if ids.tolist() == encode(_TRICKY_TEXT) else None
+
+
 def cuts_at_spaces(description: dict[str, Any]) -> bool:
     """Whether a ``tokenizer.json``, parsed, describes a tokenizer whose texts can be cut at spaces.
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_grit.data.text import word_cache
 from megatron_grit.data.text.tokenizer import JsonTokenizer, load_tokenizer
-from megatron_grit.data.text.word_cache import cuts_at_spaces
+from megatron_grit.data.text.word_cache import SEPARATOR, cuts_at_spaces
 from tests.unit.data.samples import sentence
 
 GPT2, LLAMA3, QWEN = "GPT-2", "Llama 3", "Qwen"
@@ -91,9 +91,7 @@ def test_runs_of_white_space_stay_together(tokenizers_by_name, name, space):
 
 
 def test_text_that_holds_the_separator(tokenizers_by_name):
-    from megatron_grit.data.text.tokenizer import _SEPARATOR
-
-    texts = ["one two", f"one {_SEPARATOR} two", f"{_SEPARATOR}", f"x {_SEPARATOR}{_SEPARATOR}y z"]
+    texts = ["one two", f"one {SEPARATOR} two", f"{SEPARATOR}", f"x {SEPARATOR}{SEPARATOR}y z"]
     for tokenizer in tokenizers_by_name.values():
         ids, _ = tokenizer.encode_batch_arrays(texts)
         assert ids.tolist() == [index for text in texts for index in tokenizer.encode(text)]
