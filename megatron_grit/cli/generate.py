@@ -29,6 +29,8 @@ class GenerateOptions(RetroOptions, SamplingOptions, ModelOptions):
     chat_template: str | None = knob(None, path=True)
     """In which the prompt is written: tulu, gritlm, zephyr, llama2, chatml, tokenizer or your own .yaml file. null: the
     checkpoint's."""
+    chat_date: str | None = None
+    """What a template that asks for the date is told: YYYY-MM-DD, or data for the training data's. null: today's."""
     json: bool = False
     """Print a JSON object: text, finish_reason, tokens, and sources, what was read of retro_project; else these go to
     stderr."""
@@ -52,7 +54,9 @@ def run(options: GenerateOptions) -> None:
         from megatron_grit.retrieval.reading import open_retriever
 
         retriever = open_retriever(options.retro_project, path, options.retrieve_every)
-    model = GritModel.load(path, device=options.device, chat_template=options.chat_template)
+    model = GritModel.load(
+        path, device=options.device, chat_template=options.chat_template, chat_date=options.chat_date
+    )
     if retriever is not None:
         model.read_from(retriever, options.retrieve_every)
     (answer,) = model.answer(conversations, options)

@@ -29,6 +29,8 @@ class ServeOptions(RetroOptions, ServingLimits, ModelOptions):
     chat_template: str | None = knob(None, path=True)
     """In which conversations are written: tulu, gritlm, zephyr, llama2, chatml, tokenizer or your own .yaml file. null:
     the checkpoint's."""
+    chat_date: str | None = None
+    """What a template that asks for the date is told: YYYY-MM-DD, or data for the training data's. null: today's."""
     log_json: bool = False
     """Write a JSON object for each request, in place of a line of text."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +91,8 @@ class GritModel:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.chat = chat or default_chat(tokenizer)
         """Its chat template, and what ends its answers."""
+        self.chat_date: datetime | None = None
+        """What a template that asks for the date is told. None: now."""
         self._chat_format = self.chat.bind(tokenizer)
         self.markers = load_markers(config.embedding, config.model.vocab_size, tokenizer)
         self.model_group = join_model_group(model, config.parallel.timeout_minutes)
@@ -105,6 +108,7 @@ class GritModel:
         base: str | Path | None = None,
         parallel: ParallelConfig | None = None,
         chat_template: str | None = None,
+        chat_date: str | None = None,
     ) -> GritModel:
         """Load a checkpoint of any layout, whole into each process of the job or sharded over all of them.
 
@@ -117,6 +121,8 @@ class GritModel:
                 Sequence parallelism is switched on for a mixture of experts with tensor parallelism, which needs it.
                 None: each process holds the whole model.
             chat_template: another one than the checkpoint's: its name, "tokenizer", or a YAML file.
+            chat_date: what a template that asks for the date (``strftime_now``) is told: YYYY-MM-DD, or "data" for the
+                date that the training data have. None: today's, as in transformers.
 
         Raises:
             CheckpointError: there is no checkpoint, it is damaged, or its adapters belong to another base.
@@ -137,6 +143,7 @@ class GritModel:
             chat = checkpoint_chat(path, config, tokenizer)
         else:
             chat = named_chat(chat_template, tokenizer, "chat_template")
+        date = chat.date_of(chat_date)
         config.parallel = replace(parallel or ParallelConfig(), device=device)  # type: ignore[arg-type]
         if parallel is not None:
             _fit_mesh(config)
@@ -146,7 +153,9 @@ class GritModel:
         )
         model = build_model(config, int(state["vocab_size"]), context)
         load_checkpoint(path, config, [model], context, base)
-        return GritModel(config, model.eval(), tokenizer, chat)
+        made = GritModel(config, model.eval(), tokenizer, chat)
+        made.chat_date = date
+        return made
 
     def encode(
         self,
@@ -281,11 +290,13 @@ class GritModel:
         seed: int = SamplingOptions.seed,
         stop: str | Sequence[str] = (),
         neighbors: Sequence[str | Sequence[int] | Sequence[str | Sequence[int]]] | None = None,
+        tools: Sequence[Any] | None = None,
     ) -> str | list[str]:
         """Answer a prompt, a conversation, or several conversations at once.
 
         Args:
-            messages: a user prompt, or messages with "role" and "content" that end with the user's.
+            messages: a user prompt, or messages with "role" and "content" that end with the user's or a tool's; what
+                else they hold, such as "tool_calls", is for a template that reads it.
             max_new_tokens: at most this many tokens are generated, and no more than the model has positions.
             temperature: 0 for the most likely token at each position, else it divides the logits.
             top_p: nucleus to sample from, above 0 and at most 1.
@@ -295,6 +306,7 @@ class GritModel:
             neighbors: what is read in place of the database of :meth:`read_from`, by a model that reads: at most
                 model.retro.num_neighbors texts, or lists of token ids, which every chunk reads; for several
                 conversations a list of them for each.
+            tools: what the assistant may call, for a template that reads it.
 
         Returns:
             The answer; a list of them for several conversations.
@@ -320,7 +332,7 @@ class GritModel:
             if len(several) != len(conversations):
                 raise DataError(f"neighbors must be a list for each of the {len(conversations)} conversations")
             source = given_neighbors(self.config.model, self.tokenizer, several)
-        answers = [answer.text for answer in self.answer(conversations, options, source=source)]
+        answers = [answer.text for answer in self.answer(conversations, options, source=source, tools=tools)]
         return answers[0] if single else answers
 
     def answer(
@@ -330,6 +342,7 @@ class GritModel:
         before_pass: Callable[[], object] | None = None,
         *,
         source: NeighborSource | None = None,
+        tools: Sequence[Any] | None = None,
     ) -> list[Answer]:
         """As :meth:`generate`, for conversations that were checked.
 
@@ -338,9 +351,10 @@ class GritModel:
             options: how.
             before_pass: called before each forward pass; what it raises ends the call.
             source: of neighbors. None: the database of :meth:`read_from`.
+            tools: as there.
         """
         self._refuse_sharded("generate")
-        prompts = [self.prompt_tokens(conversation) for conversation in conversations]
+        prompts = [self.prompt_tokens(conversation, tools) for conversation in conversations]
         reader = self._reader(prompts, source or self._database)
         outputs = generate_tokens(
             self.model,
@@ -377,13 +391,17 @@ class GritModel:
             self._said_unread = True
             log.info(f"this model was trained to read neighbors, and {what}")
 
-    def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_tokens(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
         """Ids of a conversation, in the model's chat template, up to where its answer begins.
 
+        Args:
+            messages: of the conversation.
+            tools: what the assistant may call.
+
         Raises:
-            DataError: it does not end with the user, or the template refuses it.
+            DataError: it does not end with the user or a tool, or the template refuses it or does not read it all.
         """
-        return encode_prompt(self.tokenizer, messages, self._chat_format)
+        return encode_prompt(self.tokenizer, messages, self._chat_format, tools=tools, date=self.chat_date)
 
     def token_losses(self, prefix: str, *, batch_tokens: int = BatchSize.batch_tokens) -> tuple[np.ndarray, np.ndarray]:
         """Next-token losses over an indexed generative file.
@@ -405,8 +423,9 @@ class GritModel:
         records = IndexedRecords(prefix)
         if records.kind is not RowKind.GENERATIVE:
             raise DataError(f"holds {records.meta.kind} records; next-token loss needs generative ones", path=prefix)
-        if records.meta.tokenizer_fingerprint != self.tokenizer.fingerprint:
-            raise DataError("was built with another tokenizer than this model's; build it again", path=prefix)
+        problem = records.meta.other_tokenizer(self.tokenizer.path, self.tokenizer.fingerprint)
+        if problem is not None:
+            raise DataError(f"{problem}; build it again with this model's", path=prefix)
         texts = []
         for index in range(len(records)):
             spans = records.get(index)

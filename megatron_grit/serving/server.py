@@ -165,6 +165,7 @@ def serve(  # many: the options of a verb
     max_new_tokens: int = ServingLimits.max_new_tokens,
     log_json: bool = False,
     chat_template: str | None = None,
+    chat_date: str | None = None,
     retro_project: str | Path | None = None,
     retrieve_every: int | None = None,
 ) -> None:
@@ -179,6 +180,7 @@ def serve(  # many: the options of a verb
         max_new_tokens: longest answer in tokens.
         log_json: write a JSON object for each request, in place of a line of text.
         chat_template: as of :meth:`GritModel.load`.
+        chat_date: as there.
         retro_project: retrieval database that chat answers read, by a model that was trained to.
         retrieve_every: as of :meth:`GritModel.read_from`.
 
@@ -201,7 +203,7 @@ def serve(  # many: the options of a verb
         retriever = None
         if retro_project is not None:
             retriever = open_retriever(retro_project, resolve_checkpoint(checkpoint), retrieve_every)
-        model = GritModel.load(checkpoint, device=device, chat_template=chat_template)
+        model = GritModel.load(checkpoint, device=device, chat_template=chat_template, chat_date=chat_date)
         if retriever is not None:
             model.read_from(retriever, retrieve_every)
         name = name or Path(checkpoint).resolve().name

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_grit.cli import generate
 from megatron_grit.config.options import SamplingOptions
 from megatron_grit.config.schema import AdapterConfig, RunConfig
 from megatron_grit.convert.hf_in.convert import convert_checkpoint
@@ -22,8 +23,10 @@ from megatron_grit.convert.hf_out.convert import export_checkpoint
 from megatron_grit.convert.peft.merge import export_adapter
 from megatron_grit.data.builders.grit_builder import build_grit
 from megatron_grit.data.chat.chat import named_chat, write_chat
+from megatron_grit.data.chat.chat_format import RULES
 from megatron_grit.data.chat.chat_templates import TEMPLATES
 from megatron_grit.data.chat.run_chat import run_chat
+from megatron_grit.data.indexed.reader import read_meta
 from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.text.records import Message, parse_record, read_messages
 from megatron_grit.data.text.tokenizer import load_tokenizer
@@ -33,6 +36,7 @@ from megatron_grit.inference.messages import read_conversations
 from megatron_grit.inference.model import GritModel
 from megatron_grit.models.decoder import build_model
 from megatron_grit.parallel.launch import parallel_job
+from megatron_grit.training.checkpoint import list_checkpoints
 from megatron_grit.training.checkpoint_save import save_checkpoint
 from megatron_grit.training.trainer import train
 from tests.corpus import sentences, tiny_config, write_jsonl
@@ -183,17 +187,56 @@ def test_adapters_keep_the_template_of_their_data(folder: Path, tmp_path: Path, 
 
 
 def test_messages_as_clients_write_them() -> None:
-    """By the rule that a server reads them with; keys that a request may not hold mean nothing in data."""
+    """By the rule that a server reads them with; keys that a request may not hold are for the template in data."""
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     asked = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}]
     answer = {"role": "assistant", "content": "a", "refusal": None, "score": 3}
     messages = parse_record({"messages": [*asked, answer]}).messages
-    assert messages == [Message("system", "be brief"), Message("user", "one\ntwo"), Message("assistant", "a")]
+    assert messages == [
+        Message("system", "be brief"),
+        Message("user", "one\ntwo"),
+        Message("assistant", "a", {"score": 3}),
+    ]
     assert read_conversations(asked) == ([messages[:2]], True)
     with pytest.raises(DataError, match="message 2 holds score"):
         read_conversations([*asked, answer])
     with pytest.raises(DataError, match="message 1 is of role assistant where user was expected"):
         read_conversations([asked[0], {"role": "assistant", "content": "a"}])
+
+
+DATED = "{{ strftime_now('%d %b %Y') + '\n' }}" + CHATML
+
+
+def test_a_date_is_kept_and_may_be_fixed(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The .json and the checkpoint say which date the data have; a prompt has today's, or the one that is asked for."""
+    dated = tmp_path / "dated"
+    dated.mkdir()
+    for name in ("tokenizer.json", "chats.jsonl"):
+        shutil.copy(folder / name, dated / name)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": DATED}
+    (dated / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    make_run(dated, "tokenizer", tmp_path / "run")
+    meta = read_meta(str(dated / "data_tokenizer"))
+    assert (meta.template_date, meta.template_rules, meta.template_turns) == ("2024-07-26", RULES, None)
+    other = read_meta(str(data_of(folder, "chatml")))
+    assert (other.template_date, other.template_rules) == (None, RULES)
+    (checkpoint,) = list_checkpoints(tmp_path / "run")
+    assert json.loads((checkpoint / "chat.json").read_text())["date"] == "2024-07-26"
+    theirs = transformers.AutoTokenizer.from_pretrained(dated)
+    text = theirs.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    model = GritModel.load(checkpoint, device="cpu")
+    today = model.tokenizer.decode(model.prompt_tokens(read_messages([USER]))).splitlines()[0]
+    for given, day in ((None, text.splitlines()[0]), ("data", "26 Jul 2024"), ("2031-02-03", "03 Feb 2031")):
+        model.chat_date = model.chat.date_of(given)
+        ids = model.prompt_tokens(read_messages([USER]))
+        assert given is None or ids == theirs(text.replace(today, day), add_special_tokens=False)["input_ids"]
+        assert model.tokenizer.decode(ids).splitlines()[0] == day or given is None  # midnight may fall between
+    for chosen, message in (("3 May", "must be YYYY-MM-DD or \"data\", not '3 May'"), ("2031-02-03", "")):
+        command = ["--checkpoint", str(checkpoint), "--prompt", "a", "--device", "cpu", "--max-new-tokens", "1"]
+        assert generate.main([*command, "--chat-date", chosen]) == (2 if message else 0)
+        assert message in capfd.readouterr().err
+    with pytest.raises(ConfigError, match="data of chat template chatml hold no date"):
+        named_chat("chatml", model.tokenizer, "a test").date_of("data")
 
 
 def test_what_the_loader_has_read_is_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from megatron_grit.data.builders.build_report import BuildReport, make_report, w
 from megatron_grit.data.builders.filters import HeldOut
 from megatron_grit.data.builders.options import GritOptions, RecordOptions
 from megatron_grit.data.builders.record_encoder import BAD_LINE, OUTPUT, UNFIT, EncoderOptions, Limits, RecordEncoder
-from megatron_grit.data.chat.chat import source_of
+from megatron_grit.data.chat.chat import bind_template, source_of
+from megatron_grit.data.chat.chat_format import RULES
 from megatron_grit.data.chat.chat_templates import TEMPLATES
 from megatron_grit.data.indexed.reader import token_dtype
 from megatron_grit.data.indexed.roles import RowKind
@@ -118,7 +119,9 @@ def build_grit(
     encoder = replace(encoder, kind=kind or _find_kind(files, skip_bad=on_error == "skip"))
     facts = replace(facts, kind=encoder.kind.value)
     if encoder.kind is RowKind.EMBEDDING:
-        facts = replace(facts, template=EMBEDDING_TEMPLATE, template_source=None)
+        facts = replace(
+            facts, template=EMBEDDING_TEMPLATE, template_source=None, template_turns=None, template_date=None
+        )
     spec = BuildSpec(
         outputs={OUTPUT: OutputSpec(prefix=Path(output_prefix), dtype=dtype, with_modes=True, facts=facts)},
         factory=partial(RecordEncoder, encoder),
@@ -149,6 +152,7 @@ def _facts(options: EncoderOptions) -> tuple[IndexedFacts, Any]:
     """What the ``.json`` says, and the type of the tokens. Loads all that the workers will, to find errors here."""
     tokenizer = load_tokenizer(options.tokenizer)
     template, source = source_of(options.template, tokenizer)
+    chat_format = bind_template(template, source, tokenizer)
     if options.held_out:
         HeldOut(options.held_out, options.ngram)
     facts = IndexedFacts(
@@ -158,6 +162,9 @@ def _facts(options: EncoderOptions) -> tuple[IndexedFacts, Any]:
         template=template,
         limits=asdict(options.limits),
         template_source=None if template in TEMPLATES else source,
+        template_rules=RULES,
+        template_turns=options.turns if chat_format.rewrites else None,
+        template_date=chat_format.date_in_data,
     )
     return facts, token_dtype(tokenizer.vocab_size)
 

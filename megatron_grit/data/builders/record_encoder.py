@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -212,15 +212,19 @@ class RecordEncoder:
             if not record.completion.strip():
                 raise _RejectedError("empty_text", "the completion is empty")
             return [(record, [("completion", self.chat_format.completion(record.prompt or "", record.completion))])]
-        answers = [message.content for message in record.messages if message.role == "assistant"]
+        answers = [message for message in record.messages if message.role == "assistant"]
         for number, answer in enumerate(answers, 1):
-            if not answer.strip():
+            if not answer.content.strip() and not (answer.more or {}).keys() & {"tool_calls", "function_call"}:
                 raise _RejectedError("empty_text", f"answer {number} of the conversation is empty")
-        name = "turn" if self.chat_format.rewrites else "conversation"
+        try:
+            chat_format = self.chat_format.of(record.messages, record.tools)
+        except DataError as error:
+            raise _RejectedError(BAD_LINE, str(error)) from error
+        name = "turn" if chat_format.by_answer(record.messages) else "conversation"
         try:
             return [
-                (replace(record, messages=list(messages)), [(name, self.chat_format.pieces(messages))])
-                for messages in renderings(self.chat_format, record.messages, self.options.turns)
+                (replace(record, messages=list(messages)), [(name, chat_format.pieces(messages))])
+                for messages in renderings(chat_format, record.messages, self.options.turns)
             ]
         except DataError as error:
             raise _RejectedError("template_refused", str(error)) from error
@@ -337,12 +341,12 @@ class RecordEncoder:
         ends = [place + 1 for place, message in enumerate(messages) if message.role == "assistant"]
         starts = [len(lead), *ends[:-1]]
         parts: list[list[Span]] = []
-        turn = 0
+        tools, turn = record.tools, 0
         while turn < len(ends):
             stop = turn + 1
-            best = self._conversation([*lead, *messages[starts[turn] : ends[turn]]])
+            best = self._conversation([*lead, *messages[starts[turn] : ends[turn]]], tools)
             while stop < len(ends) and _num_tokens(best) <= limit:
-                longer = self._conversation([*lead, *messages[starts[turn] : ends[stop]]])
+                longer = self._conversation([*lead, *messages[starts[turn] : ends[stop]]], tools)
                 if _num_tokens(longer) > limit:
                     break
                 best, stop = longer, stop + 1
@@ -350,8 +354,8 @@ class RecordEncoder:
             turn = stop
         return parts
 
-    def _conversation(self, messages: Sequence[Message]) -> list[Span]:
-        return encode_units(self.tokenizer, [self.chat_format.pieces(messages)]).spans(0)
+    def _conversation(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Span]:
+        return encode_units(self.tokenizer, [self.chat_format.of(messages, tools).pieces(messages)]).spans(0)
 
     def _fingerprints(self, batch: _Batch, owners: np.ndarray) -> bytes:
         if not self.options.deduplicate:

@@ -10,15 +10,17 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_grit.config.values import shortened
 from megatron_grit.data.chat.chat_format import TOKENIZER, ChatFormat, probe
 from megatron_grit.data.chat.chat_templates import TEMPLATES, BoundTemplate, ChatTemplate, find_template
 from megatron_grit.data.chat.jinja_template import JinjaChatFormat, template_source
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.tokenizer import CHAT_FILE, Tokenizer
-from megatron_grit.errors import DataError
+from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.files import write_json
 from megatron_grit.store.logs import get_logger
 
@@ -41,6 +43,8 @@ class Chat:
     """Tokens that end an answer; the tokenizer's EOS is the first."""
     origin: str
     """Where the template was learned."""
+    date: str | None = None
+    """What ``strftime_now`` says in the data of this template, as in ISO 8601. None: it does not need it."""
 
     def bind(self, tokenizer: Tokenizer) -> ChatFormat:
         """The template with the ids of a tokenizer.
@@ -50,6 +54,25 @@ class Chat:
             DataError: no valid Jinja.
         """
         return bind_template(self.template, self.source, tokenizer)
+
+    def date_of(self, given: str | None) -> datetime | None:
+        """The date that a prompt is given. None: that of the day.
+
+        Args:
+            given: YYYY-MM-DD, "data" for that of the data, or None.
+
+        Raises:
+            ConfigError: it is none of these, or the data have no date.
+        """
+        if given == "data" and self.date is None:
+            raise ConfigError(
+                f"chat_date is data, and data of chat template {self.template} hold no date; leave it out"
+            )
+        try:
+            text = self.date if given == "data" else given
+            return None if text is None else datetime.strptime(text, "%Y-%m-%d")
+        except ValueError:
+            raise ConfigError(f'chat_date must be YYYY-MM-DD or "data", not {shortened(given)}') from None
 
 
 def bind_template(name: str, source: TemplateSource, tokenizer: Tokenizer) -> ChatFormat:
@@ -84,7 +107,8 @@ def make_chat(
         end_ids: further tokens that end an answer.
     """
     ends = [tokenizer.eos_id, *end_ids]
-    pieces = probe(bind_template(name, source, tokenizer))
+    chat_format = bind_template(name, source, tokenizer)
+    pieces = probe(chat_format)
     of_answer = [value for role, value in pieces if role is Role.ANSWER]
     found = [value for value in of_answer[of_answer.index("b") if "b" in of_answer else 0 :] if isinstance(value, int)]
     if not found and (symbol := _symbol(tokenizer, str(of_answer[-1]).strip())) is not None:
@@ -94,7 +118,8 @@ def make_chat(
             f"chat template {name}: what ends an answer, {str(of_answer[-1])!r}, is no token that {tokenizer.path} "
             f"keeps whole, so generation does not stop there; add it to the tokenizer's special tokens"
         )
-    return Chat(template=name, source=source, end_ids=tuple(dict.fromkeys(ends + found)), origin=origin)
+    end_ids = tuple(dict.fromkeys(ends + found))
+    return Chat(template=name, source=source, end_ids=end_ids, origin=origin, date=chat_format.date_in_data)
 
 
 def _symbol(tokenizer: Tokenizer, text: str) -> int | None:
@@ -207,7 +232,8 @@ def write_chat(chat: Chat, folder: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    write_json(folder / CHAT_FILE, dataclasses.asdict(chat))
+    facts = dataclasses.asdict(chat)
+    write_json(folder / CHAT_FILE, {key: value for key, value in facts.items() if value is not None})
 
 
 def read_chat(folder: Path) -> Chat | None:
@@ -223,6 +249,7 @@ def read_chat(folder: Path) -> Chat | None:
         chat = Chat(**json.loads(path.read_bytes()))
         if not isinstance(chat.source, str | dict) or not all(isinstance(end, int) for end in chat.end_ids):
             raise ValueError("source or end_ids is none")
+        chat.date_of(chat.date)
         return replace(chat, end_ids=tuple(chat.end_ids))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, ConfigError) as error:
         raise DataError(f"cannot be read ({error}); put it back from a copy", path=path) from None

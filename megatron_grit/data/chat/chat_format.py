@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from datetime import datetime
+from typing import Any, Literal, Protocol
 
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.records import Message
@@ -20,6 +21,12 @@ PROBES = ("b", "<think>\na\n</think>\n\nb")
 """Answers to look at a template with: some can only hold one that reasons."""
 
 
+RULES = 2
+"""Number of the rules by which templates become ids, in the metadata of indexed files. 2: special tokens are those that
+the tokenizers library finds in the whole string, and what a template reads of a message is rendered. 1: of versions
+that wrote no number. A change that gives other ids has the next one."""
+
+
 class ChatFormat(Protocol):
     """Turns conversations into pieces: text with roles, special tokens as ids."""
 
@@ -28,6 +35,19 @@ class ChatFormat(Protocol):
     rewrites: bool
     """Whether it writes an answer otherwise once another turn follows. Then :meth:`pieces` supervises the last answer
     alone."""
+    date_in_data: str | None
+    """What ``strftime_now`` says in data, as in ISO 8601. None: the template does not need it."""
+
+    def of(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> ChatFormat:
+        """The template for a conversation that may hold more than role and content, and has tools.
+
+        Raises:
+            DataError: it holds what the template does not read.
+        """
+
+    def by_answer(self, messages: Sequence[Message]) -> bool:
+        """Whether :meth:`pieces` of these messages supervises the last answer alone: of a template that
+        :attr:`rewrites`, and of messages that hold more than role and content."""
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
         """A whole conversation.
@@ -36,8 +56,16 @@ class ChatFormat(Protocol):
             DataError: the template cannot hold it.
         """
 
-    def prompt(self, messages: Sequence[Message]) -> list[Piece]:
-        """A conversation that ends with the user's turn, up to where the model's answer begins."""
+    def prompt(self, messages: Sequence[Message], date: datetime | None = None) -> list[Piece]:
+        """A conversation that ends with the user's turn, or a tool's, up to where the model's answer begins.
+
+        Args:
+            messages: of the conversation.
+            date: what ``strftime_now`` says. None: now.
+
+        Raises:
+            DataError: the template cannot hold it.
+        """
 
     def completion(self, prompt: str, completion: str) -> list[Piece]:
         """A text of which the prompt is given, without any template but BOS and EOS."""
@@ -62,15 +90,15 @@ def probe(chat_format: ChatFormat) -> list[Piece]:
 def renderings(
     chat_format: ChatFormat, messages: Sequence[Message], turns: Literal["each", "last"]
 ) -> list[Sequence[Message]]:
-    """The conversations whose pieces hold the answers as the model generates them: the whole one, or of a template that
-    :attr:`~ChatFormat.rewrites` earlier answers, those that end with each answer.
+    """The conversations whose pieces hold the answers as the model generates them: the whole one, or
+    :meth:`~ChatFormat.by_answer` those that end with each answer.
 
     Args:
         chat_format: the template.
         messages: a conversation.
-        turns: of a template that rewrites: each answer, or only the last.
+        turns: of those: each answer, or only the last.
     """
-    if not chat_format.rewrites:
+    if not chat_format.by_answer(messages):
         return [messages]
     ends = [place + 1 for place, message in enumerate(messages) if message.role == "assistant"]
     return [messages[:end] for end in (ends if turns == "each" else ends[-1:])]

@@ -22,12 +22,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from megatron_grit.data.chat.chat_format import TOKENIZER, ChatFormat, Piece, join_completion
 from megatron_grit.data.chat.jinja_template import JinjaChatFormat
+from megatron_grit.data.chat.message_keys import check_keys
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.special import SpecialTokens
@@ -193,6 +195,7 @@ class BoundTemplate:
     """A template with the ids of a tokenizer. See :class:`ChatFormat`."""
 
     rewrites = False
+    date_in_data: str | None = None
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self.name = template.name
@@ -246,7 +249,14 @@ class BoundTemplate:
                 waiting = []
         return pieces
 
-    def prompt(self, messages: Sequence[Message]) -> list[Piece]:
+    def of(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> ChatFormat:
+        check_keys(messages, tools, None, self.name)
+        return self
+
+    def by_answer(self, messages: Sequence[Message]) -> bool:
+        return False
+
+    def prompt(self, messages: Sequence[Message], date: datetime | None = None) -> list[Piece]:
         pieces = self.pieces(messages)
         _fill(pieces, self._assistant)
         return pieces

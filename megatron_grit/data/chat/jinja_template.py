@@ -9,7 +9,8 @@ An answer is what the model generates: it begins where the generation prompt end
 between the two, and ends with the special token after it. Some templates write an answer otherwise once another turn
 follows: Qwen3's leaves its ``<think>`` part out. Of these no rendering holds two answers as the model generates them,
 so only the last one of a rendering is supervised: all that follows the generation prompt. The others are rendered for
-themselves (:func:`~megatron_grit.data.chat.chat_format.renderings`).
+themselves (:func:`~megatron_grit.data.chat.chat_format.renderings`), and so are those of conversations with tool calls,
+reasoning beside the content, or whatever else the template reads of a message: what it makes of that is found there.
 
 ``strftime_now`` gives a prompt today's date, as in transformers. In data the date may not change, because a file that
 is built twice must be the same: templates that have a date of their own for where there is no ``strftime_now`` use it,
@@ -18,6 +19,7 @@ the others :data:`DATE_IN_DATA`.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -27,7 +29,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_grit.data.chat.chat_format import PROBES, TOKENIZER, Piece, join_completion, probe
+from megatron_grit.data.chat.chat_format import PROBES, TOKENIZER, ChatFormat, Piece, join_completion, probe
+from megatron_grit.data.chat.message_keys import check_keys, strings
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.special import SpecialTokens
@@ -39,7 +42,7 @@ DATE_IN_DATA = datetime(2024, 7, 26)
 """The date that templates without one of their own write into data, whenever it is built."""
 _FIRST_MARK = 0xF0000  # the private-use plane A: 65,534 characters, up to four for each message
 _MAX_MESSAGES = 16383
-_ROLE = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ANSWER}
+_ROLE = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ANSWER, "tool": Role.USER}
 _NOW = "strftime_now"
 _TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -69,11 +72,13 @@ class JinjaChatFormat:
         self._names = {key: name for key in _TOKEN_KEYS if (name := token_name(settings.get(key))) is not None}
         self._names.setdefault("bos_token", tokenizer.id_to_token(tokenizer.bos_id))
         self._names.setdefault("eos_token", tokenizer.id_to_token(tokenizer.eos_id))
-        self._template = _compile(source, tokenizer.path)
+        self._template, self._read = _compile(source, tokenizer.path)
+        self._tools: Sequence[Any] | None = None
         ends = {self._names["bos_token"]: tokenizer.bos_id, self._names["eos_token"]: tokenizer.eos_id}
         self._special = SpecialTokens(tokenizer, ends)
         self._date_in_data: datetime | None = None
         self._date_in_data = None if self._has_own_date() else DATE_IN_DATA
+        self.date_in_data = None if self._date_in_data is None else self._date_in_data.date().isoformat()
         self.rewrites = False
         self.rewrites = any(self._rewrites([Message("user", "a"), Message("assistant", one)]) for one in PROBES)
         self._lead = "" if self.rewrites else self._find_lead([Message("user", "a"), Message("assistant", "b")])
@@ -122,13 +127,13 @@ class JinjaChatFormat:
         """
         from jinja2 import TemplateError
 
-        values = [{"role": message.role, "content": message.content} for message in messages]
+        values = [{"role": message.role, "content": message.content, **self._more(message)} for message in messages]
         now = date or self._date_in_data
         clock = {} if now is None else {_NOW: now.strftime}
         try:
             return self._template.render(
                 messages=values,
-                tools=None,
+                tools=self._tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._names,
@@ -137,13 +142,36 @@ class JinjaChatFormat:
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the tokenizer's chat template refuses the conversation: {error}") from error
 
+    def of(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> ChatFormat:
+        check_keys(messages, tools, self._read, self.name)
+        held = [self._more(message) for message in messages]
+        for text in strings([*held, *(tools or ())]):
+            if not all(isinstance(part, str) for part in self._special.split(text)):
+                raise DataError(
+                    f"tools, calls or reasoning hold {text[:60]!r}, where the template's text has a special token; "
+                    "leave the record out"
+                )
+        if not tools:
+            return self
+        other = copy.copy(self)
+        other._tools = list(tools)
+        return other
+
+    def by_answer(self, messages: Sequence[Message]) -> bool:
+        return self.rewrites or any(message.role == "tool" or self._more(message) for message in messages)
+
+    def _more(self, message: Message) -> dict[str, Any]:
+        """What the template reads of a message beside role and content."""
+        more = message.more or {}
+        return {key: value for key, value in more.items() if key in self._read or key == "content"}
+
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
-        if self.rewrites:  # what follows the last answer may change it
+        if self.by_answer(messages):  # what follows the last answer may change it
             messages = messages[: 1 + max(place for place, one in enumerate(messages) if one.role == "assistant")]
         return self._split(messages, add_generation_prompt=False)
 
-    def prompt(self, messages: Sequence[Message]) -> list[Piece]:
-        return self._split(messages, add_generation_prompt=True, date=datetime.now())
+    def prompt(self, messages: Sequence[Message], date: datetime | None = None) -> list[Piece]:
+        return self._split(messages, add_generation_prompt=True, date=date or datetime.now())
 
     def completion(self, prompt: str, completion: str) -> list[Piece]:
         bos: list[Piece] = [(Role.TEMPLATE, self._tokenizer.bos_id)] if self._has_bos else []
@@ -154,6 +182,7 @@ class JinjaChatFormat:
     ) -> list[Piece]:
         text, places = self._locate(messages, add_generation_prompt, date)
         begins = {} if add_generation_prompt else self._begins(messages, text, places)
+        places += [_Place(number, begin, begin) for number, begin in begins.items() if not _says(messages[number])]
         pieces: list[Piece] = []
         position, answering = 0, -1
         for place in places:
@@ -168,19 +197,37 @@ class JinjaChatFormat:
                 role = _ROLE[messages[place.message].role]
                 pieces.append((Role.TEMPLATE if role is Role.ANSWER and answering < 0 else role, place.text(text)))
             position = place.stop
-        self._add_template(pieces, self._special.split(text, position), answering >= 0)
+        rest = self._special.split(text, position)
+        if answering >= 0 and self._more(messages[answering]):
+            self._add_calls(pieces, rest)
+        else:
+            self._add_template(pieces, rest, answering >= 0)
         return pieces
+
+    def _add_calls(self, pieces: list[Piece], parts: list[str | int]) -> None:
+        """Append the rest of a last answer that says more than its content: all up to its end token is the answer's."""
+        end = max((place for place, value in enumerate(parts) if not isinstance(value, str)), default=-1)
+        after = "".join(str(value) for value in parts[end + 1 :])
+        if end < 0 or after.strip():
+            raise DataError(
+                f"the tokenizer's chat template ends an answer with {after[:20]!r} and not with a special token; "
+                "choose another template"
+            )
+        pieces += [(Role.ANSWER if place <= end else Role.TEMPLATE, value) for place, value in enumerate(parts)]
 
     def _begins(self, messages: Sequence[Message], text: str, places: Sequence[_Place]) -> dict[int, int]:
         """Where each supervised answer begins in the rendering, by the number of its message."""
         answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
         begins: dict[int, int] = {}
-        for number in answers[-1:] if self.rewrites else answers:
+        only_last = self.by_answer(messages)
+        for number in answers[-1:] if only_last else answers:
             before = max((place.stop for place in places if place.message < number), default=0)
             start = next((place.start for place in places if place.message == number), None)
+            if only_last and not _says(messages[number]):
+                start = len(text)
             if start is None:
                 raise DataError(f"answer {len(begins) + 1} of the conversation holds nothing but tags")
-            if not self.rewrites:
+            if not only_last:
                 begins[number] = start - (len(self._lead) if text[before:start].endswith(self._lead) else 0)
                 continue
             prompt = self.render(messages[:number], add_generation_prompt=True)
@@ -287,18 +334,26 @@ def _trim(parts: list[str]) -> list[str]:
     return parts
 
 
+def _says(message: Message) -> bool:
+    """Whether its content is something, or all that it says."""
+    return bool(message.content or not message.more)
+
+
 def _mark(messages: Sequence[Message], parts_of: Callable[[Message], list[str]]) -> tuple[list[Message], list[_Said]]:
     """The messages with marks around what they say, two for each entry of the list."""
     marked: list[Message] = []
     said: list[_Said] = []
     for number, message in enumerate(messages):
+        if not _says(message):
+            marked.append(message)
+            continue
         parts = parts_of(message)
         for place in range(1, len(parts), 2):
             if parts[place] or len(parts) == 3:
                 first = _FIRST_MARK + 2 * len(said)
                 said.append(_Said(number, parts[place], is_reasoning=place + 2 < len(parts)))
                 parts[place] = chr(first) + parts[place] + chr(first + 1)
-        marked.append(Message(message.role, "".join(parts)))
+        marked.append(message._replace(content="".join(parts)))
     return marked, said
 
 
@@ -339,8 +394,8 @@ def template_source(tokenizer: Tokenizer) -> str | None:
     return source if isinstance(source, str) else None
 
 
-def _compile(source: str, path: Path) -> Any:
-    """The compiled template, with what transformers gives to chat templates."""
+def _compile(source: str, path: Path) -> tuple[Any, frozenset[str]]:
+    """The compiled template, with what transformers gives to chat templates, and all names and texts in it."""
     try:
         from jinja2 import TemplateError, TemplateSyntaxError, nodes
         from jinja2.ext import Extension, loopcontrols
@@ -372,6 +427,11 @@ def _compile(source: str, path: Path) -> Any:
     environment.filters["tojson"] = as_json
     environment.globals["raise_exception"] = refuse
     try:
-        return environment.from_string(source)
+        tree = environment.parse(source)
+        compiled = environment.from_string(tree)
     except TemplateSyntaxError as error:
         raise DataError(f"its chat template is not Jinja: {error}", path=path) from error
+    named = {str(node.attr) for node in tree.find_all(nodes.Getattr)}
+    named |= {str(node.value) for node in tree.find_all(nodes.Const)}
+    named |= {str(node.name) for node in tree.find_all(nodes.Name)}
+    return compiled, frozenset(named)

@@ -130,8 +130,11 @@ class Project:
         return self._tokenizer
 
     def _check_tokenizer(self, path: Path) -> None:
-        if file_paths(path)[2].is_file() and read_meta(path).tokenizer_fingerprint != self.tokenizer.fingerprint:
-            raise DataError(f"was made with another tokenizer than {self.tokenizer.path}", path=path)
+        if not file_paths(path)[2].is_file():
+            return
+        problem = read_meta(path).other_tokenizer(self.tokenizer.path, self.tokenizer.fingerprint)
+        if problem is not None:
+            raise DataError(f"{problem}; build it again with the database's", path=path)
 
     def _looked_for(self, name: str) -> str:
         """Where a file is not, in words."""

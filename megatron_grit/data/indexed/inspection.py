@@ -48,8 +48,9 @@ def describe_records(
         DataError: a damaged file, another tokenizer than it was built with, or no record ``start``.
     """
     meta = read_meta(prefix) if _is_ours(prefix) else None
-    if tokenizer is not None and meta is not None and tokenizer.fingerprint != meta.tokenizer_fingerprint:
-        raise DataError(f"was built with another tokenizer than {tokenizer.path}", path=f"{prefix}.json")
+    other = tokenizer and meta and meta.other_tokenizer(tokenizer.path, tokenizer.fingerprint)
+    if other:
+        raise DataError(f"{other}; give that one", path=f"{prefix}.json")
     file = IndexedFile(prefix) if meta is None else IndexedRecords(prefix).file
     try:
         if count and not 0 <= start < file.num_documents:

@@ -72,4 +72,7 @@ def _facts_of(prefix: str | Path) -> IndexedFacts | None:
         template=meta.template,
         limits=meta.limits,
         template_source=meta.template_source,
+        template_rules=meta.template_rules,
+        template_turns=meta.template_turns,
+        template_date=meta.template_date,
     )

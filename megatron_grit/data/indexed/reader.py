@@ -46,6 +46,16 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
+_ABSENT = {
+    "template_source": None,
+    "template_rules": 1,
+    "template_turns": None,
+    "template_date": None,
+    "num_skipped": 0,
+}
+"""Values of the metadata that are not written."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class IndexedMeta:
     """The ``.json`` beside an indexed file."""
@@ -76,6 +86,12 @@ class IndexedMeta:
     """Of each CHECKED_BLOCK_BYTES of the ``.bin``: tells where it is damaged."""
     template_source: str | dict[str, Any] | None = None
     """What ``template`` is, where its name does not say it: Jinja, or the fields of a template of the user's."""
+    template_rules: int = 1
+    """By which a template became ids: ``RULES`` of :mod:`megatron_grit.data.chat.chat_format`."""
+    template_turns: str | None = None
+    """Which answers were kept of a template that writes earlier ones otherwise: "each" or "last"."""
+    template_date: str | None = None
+    """What ``strftime_now`` said. None: the template did not need it."""
     num_skipped: int = 0
     """Documents of fewer than two tokens, which have none to predict: training skips them."""
     format: str = FORMAT_NAME
@@ -84,10 +100,22 @@ class IndexedMeta:
     def to_json(self) -> str:
         """Text of the ``.json``: the fields, and the SHA-256 of what they say."""
         values = asdict(self)
-        for name, absent in (("template_source", None), ("num_skipped", 0)):
+        for name, absent in _ABSENT.items():
             if values[name] == absent:
                 del values[name]
         return json.dumps({**values, "sha256": digest_of_settings(values)}, indent=2) + "\n"
+
+    def other_tokenizer(self, path: Path, fingerprint: str) -> str | None:
+        """What to say of a tokenizer that is not the one the file was built with. None: it is that one.
+
+        Args:
+            path: of its file.
+            fingerprint: SHA-256 of that.
+        """
+        if fingerprint == self.tokenizer_fingerprint:
+            return None
+        built, given = self.tokenizer_fingerprint[:12], fingerprint[:12]
+        return f"was built with another tokenizer than {path} (SHA-256 {built}..., not {given}...)"
 
 
 def describe_skipped(count: int) -> str:

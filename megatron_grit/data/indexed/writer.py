@@ -88,6 +88,9 @@ class IndexedFacts:
     template: str = ""
     limits: dict[str, int] = field(default_factory=dict)
     template_source: str | dict[str, Any] | None = None
+    template_rules: int = 1
+    template_turns: str | None = None
+    template_date: str | None = None
 
 
 class IndexedStream:
@@ -324,6 +327,9 @@ def describe_files(
         idx_sha256=idx_sha256,
         bin_crc32=bin_crc32,
         template_source=facts.template_source,
+        template_rules=facts.template_rules,
+        template_turns=facts.template_turns,
+        template_date=facts.template_date,
         num_skipped=summary.num_skipped,
     )
 

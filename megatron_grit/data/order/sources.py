@@ -196,10 +196,8 @@ def _meta_errors(
     if source.kind is not rules.records:
         yield DataError(f"holds {meta.kind} records and stands under {rules.key}", path=path)
         return
-    if meta.tokenizer_fingerprint != tokenizer.fingerprint:
-        yield DataError(
-            f"was built with another tokenizer than {tokenizer.path}; build it again or set data.tokenizer", path=path
-        )
+    if (problem := meta.other_tokenizer(tokenizer.path, tokenizer.fingerprint)) is not None:
+        yield DataError(f"{problem}; build it again or set data.tokenizer", path=path)
     count = meta.num_records - meta.num_skipped
     count = count if entry.cap is None else min(count, entry.cap)
     if not count:

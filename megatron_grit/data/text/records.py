@@ -7,10 +7,12 @@
 ``{"text": [user, assistant, ...]}``                        generation, conversation
 ``{"prompt": str, "completion": str}``                      generation, a text of which the prompt is given
 ``{"messages": [{"role": str, "content": str}]}``           generation, conversation with system messages; a user
-                                                            turn at its end that nobody answers is dropped
+                                                            turn at its end that nobody answers is dropped.
+                                                            Beside it ``"tools"``, a list
 ==========================================================  ===================================================
 
-Other keys mean nothing here; those of embedding records are kept beside what was read. The format is found for each
+Other keys of a record mean nothing here; those of embedding records are kept beside what was read. Other keys of a
+message are for its template (:func:`~megatron_grit.data.chat.message_keys.check_keys`). The format is found for each
 record, not for each file, in this order of the keys.
 """
 
@@ -27,10 +29,15 @@ from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.text.lines import Line, filled_lines, parse_json
 from megatron_grit.errors import DataError
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """developer is the name that OpenAI's newer models have for system."""
-_EMPTY = {"refusal", "tool_calls", "function_call", "audio", "annotations", "reasoning_content"}
-"""Keys of messages that clients send back as they got them: of no meaning while nothing is in them."""
+TEMPLATE_KEYS = frozenset(
+    ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio")
+)
+"""Keys of messages that say something beside ``content``; of no meaning while nothing is in them."""
+_ACCOMPANYING = {"name", "tool_call_id"}
+_EMPTY = {"annotations"}
+"""What clients send back as they got it: of no meaning while nothing is in it."""
 
 
 class TextPair(NamedTuple):
@@ -44,8 +51,10 @@ class Message(NamedTuple):
     """One turn of a conversation."""
 
     role: str
-    """"system", "user" or "assistant"."""
+    """"system", "user", "assistant" or "tool"."""
     content: str
+    more: dict[str, Any] | None = None
+    """Other keys that hold something, such as ``tool_calls``, for a template that reads them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,7 +73,9 @@ class Record:
     completion: str | None = None
     messages: list[Message] = field(default_factory=list)
     """User and assistant in turn, beginning with the user and ending with the assistant; before a user's message any
-    number of system messages."""
+    number of system messages, after an assistant's with tool calls messages of tools and the assistant again."""
+    tools: list[Any] | None = None
+    """What the assistant may call, for a template that reads it."""
     other: dict[str, object] = field(default_factory=dict)
     """What an embedding record holds besides, by its keys."""
 
@@ -112,7 +123,10 @@ def parse_record(value: object) -> Record:
             raise DataError('"prompt" and "completion" must be strings')
         return Record(kind=RowKind.GENERATIVE, prompt=prompt, completion=completion)
     if "messages" in value:
-        return Record(kind=RowKind.GENERATIVE, messages=_messages(value["messages"]))
+        tools = value.get("tools") or None
+        if tools is not None and not isinstance(tools, list):
+            raise DataError(f'"tools" must be a list, found {_type_name(tools)}')
+        return Record(kind=RowKind.GENERATIVE, messages=_messages(value["messages"]), tools=tools)
     raise DataError('no "query", "text", "messages", or "prompt" with "completion" in this record')
 
 
@@ -139,13 +153,14 @@ def _text_pairs(value: dict[str, object], key: str) -> list[TextPair]:
 
 
 def read_messages(value: object, *, all_keys: bool = False) -> list[Message]:
-    """The turns of a conversation: user and assistant in turn, the user first, system messages before a user's. The one
-    rule for what is trained on and for what is asked.
+    """The turns of a conversation: user and assistant in turn, the user first, system messages before a user's, those
+    of tools between an assistant's tool calls and its next message. The one rule for what is trained on and for what is
+    asked.
 
     Args:
-        value: a list of objects with ``role`` (system, developer, user or assistant) and ``content``, a string or a
-            list of text parts.
-        all_keys: refuse a message that holds something else, such as tool calls or images, rather than ignore it.
+        value: a list of objects with ``role`` (system, developer, user, assistant or tool) and ``content``, a string or
+            a list of text parts. Other keys are kept, for the template to read or to refuse.
+        all_keys: refuse keys that no template is known to read, such as images, rather than leave it to the template.
 
     Raises:
         DataError: anything else; names the message.
@@ -160,18 +175,24 @@ def read_messages(value: object, *, all_keys: bool = False) -> list[Message]:
             raise DataError(f"the role of message {number} must be one of {', '.join(_ROLES)}, not {shortened(given)}")
         if all_keys:
             _refuse_other_keys(item, number)
-        content = _content(item.get("content"), f"content of message {number}")
-        if role != expected and not (role == "system" and expected == "user"):
+        more = {key: held for key, held in item.items() if key not in ("role", "content") and held}
+        calls = role == "assistant" and bool(more.keys() & {"tool_calls", "function_call"})
+        if calls and item.get("content") is None:
+            content, more["content"] = "", None  # as the template gets it
+        else:
+            content = _content(item.get("content"), f"content of message {number}")
+        if role not in expected and not (role == "system" and expected == "user"):
             raise DataError(f"message {number} is of role {role} where {expected} was expected")
-        messages.append(Message(role, content))
+        messages.append(Message(role, content, more or None))
         if role != "system":
-            expected = "assistant" if role == "user" else "user"
+            expected = {"user": "assistant", "tool": "tool or assistant"}.get(role, "tool" if calls else "user")
     return messages
 
 
 def _refuse_other_keys(message: Mapping[str, Any], number: int) -> None:
+    known = {"role", "content"} | TEMPLATE_KEYS | _ACCOMPANYING
     for key, value in message.items():
-        if key not in ("role", "content", "name") and not (key in _EMPTY and not value):
+        if key not in known and not (key in _EMPTY and not value):
             raise DataError(f"message {number} holds {key}, which this model's template has no place for; leave it out")
 
 

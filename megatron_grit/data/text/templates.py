@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
 
 import numpy as np
 
@@ -150,7 +152,8 @@ def encode_chat(
         DataError: the tokenizer does not keep answers apart from the template.
     """
     chat_format = load_chat_format(template, tokenizer) if isinstance(template, str) else template
-    pieces = chat_format.pieces(_messages(turns))
+    messages = _messages(turns)
+    pieces = chat_format.of(messages).pieces(messages)
     table = encode_units(tokenizer, [pieces])
     if table.problems:
         raise DataError(table.problems[0], path=tokenizer.path)
@@ -158,23 +161,31 @@ def encode_chat(
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, turns: Sequence[str] | Sequence[Message], template: str | ChatFormat
+    tokenizer: Tokenizer,
+    turns: Sequence[str] | Sequence[Message],
+    template: str | ChatFormat,
+    *,
+    tools: Sequence[Any] | None = None,
+    date: datetime | None = None,
 ) -> list[int]:
     """Ids that a model continues with its answer.
 
     Args:
         tokenizer: the tokenizer.
-        turns: messages that end with the user's, or the contents of user, assistant, ..., user.
+        turns: messages that end with the user's or a tool's, or the contents of user, assistant, ..., user.
         template: name of a chat template, or one that is loaded.
+        tools: what the assistant may call.
+        date: what a template that asks for the date is told. None: now.
 
     Raises:
-        DataError: the last turn is not the user's.
+        DataError: the last turn is not the user's or a tool's, or the template has no place for what they hold.
     """
     messages = _messages(turns)
-    if not messages or messages[-1].role != "user":
+    if not messages or messages[-1].role not in ("user", "tool"):
         raise DataError("a prompt is user, assistant, ..., user: its last turn has to be the user's")
     chat_format = load_chat_format(template, tokenizer) if isinstance(template, str) else template
-    return encode_units(tokenizer, [chat_format.prompt(messages)]).tokens.tolist()
+    pieces = chat_format.of(messages, tools).prompt(messages, date)
+    return encode_units(tokenizer, [pieces]).tokens.tolist()
 
 
 def _messages(turns: Sequence[str] | Sequence[Message]) -> list[Message]:

@@ -131,7 +131,10 @@ def test_records_beyond_the_last_position(
         (["a", 5], "messages must be a list of"),
         ([[], "a"], "messages must be a list of"),
         ([{"role": "user", "content": "a"}, "b"], "messages must be a list of"),
-        ([{"role": "bot", "content": "a"}], "role of message 0 must be one of system, developer, user, assistant, not"),
+        (
+            [{"role": "bot", "content": "a"}],
+            "message 0 must be one of system, developer, user, assistant, tool, not",
+        ),
         ([{"role": "user", "content": b"a"}], "content of message 0 must be a string, not b'a'"),
         ([{"content": "a"}], "role of message 0 must be one of"),
         ([{"role": "user", "content": "a", "images": ["b"]}], "message 0 holds images"),

@@ -132,7 +132,7 @@ def test_an_answer_ends_at_its_stop(client: TestClient, model: GritModel, monkey
         (CHAT, {"messages": []}, "messages must be a list of"),
         (CHAT, {"messages": [QUESTION, QUESTION]}, "message 1 is of role user where assistant was expected"),
         (CHAT, {"messages": CONVERSATION[:3]}, "last turn has to be the user's"),
-        (CHAT, {"messages": [{"role": "tool", "content": "4"}]}, "role of message 0 must be one of system, developer,"),
+        (CHAT, {"messages": [{"role": "bot", "content": "4"}]}, "role of message 0 must be one of system, developer,"),
         (CHAT, {"messages": [{"role": ["user"], "content": "4"}]}, "role of message 0 must be one of"),
         (CHAT, {"messages": [{"role": "user", "content": " "}]}, "content of message 0 must not be empty"),
         (CHAT, {"messages": [{"role": "user"}]}, "content of message 0 must be a string, not None"),

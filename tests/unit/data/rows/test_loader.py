@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +19,9 @@ from megatron_grit.data.kinds import generative
 from megatron_grit.data.order.sampler import passage_draws, pick_passages
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.data.rows.loader import GritDataLoader
-from megatron_grit.data.text.tokenizer import Tokenizer
+from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megatron_grit.errors import ConfigError, DataError
-from tests.unit.data.samples import generative_record
+from tests.unit.data.samples import TEXT, generative_record
 
 QUERIES, SEQUENCES, GROUP = 12, 20, 3
 
@@ -349,9 +351,13 @@ def test_impossible_runs(indexed_prefixes, tokenizer: Tokenizer, change: dict, e
         GritDataLoader(config, tokenizer, dp_size=change.get("dp_size", 1))
 
 
-def test_another_tokenizer_is_refused(config: RunConfig, mistral: Tokenizer) -> None:
-    with pytest.raises(DataError, match=r"emb_a.json: was built with another tokenizer than .*tokenizer.model.v1"):
-        GritDataLoader(config, mistral)
+def test_another_tokenizer_is_refused(config: RunConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Of the same name, size and special tokens, too; both are told by their SHA-256."""
+    other = load_tokenizer(train_sentencepiece([TEXT[::-1]], tmp_path / "tokenizer", 300))
+    message = f"emb_a.json: was built with another tokenizer than {other.path} "
+    message += f"(SHA-256 {tokenizer.fingerprint[:12]}..., not {other.fingerprint[:12]}...)"
+    with pytest.raises(DataError, match=re.escape(message)):
+        GritDataLoader(config, other)
 
 
 def test_more_rows_than_texts(indexed_prefixes: dict[str, str], tokenizer: Tokenizer) -> None:

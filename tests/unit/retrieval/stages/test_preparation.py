@@ -120,7 +120,7 @@ def test_another_tokenizer_in_the_same_place(project: Path, given: dict[str, Any
         path.unlink()
     before = content_of(project)
     train_sentencepiece(make_texts(50, seed=8), Path(given["tokenizer"]).with_suffix(""), 380)
-    words = "train.hdf5: is part of version 2 of the database" if without_json else "made with another tokenizer"
+    words = "train.hdf5: is part of version 2 of the database" if without_json else "built with another tokenizer"
     with pytest.raises(DataError, match=words):
         run_tasks(Preparation(project, "build", {}))
     assert content_of(project) == before

@@ -214,7 +214,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path, given: dict[str, Any]) -> 
     from megatron_grit.data.text.tokenizer import train_sentencepiece
 
     train_sentencepiece(make_texts(50, seed=8), tmp_path / "other", 380)
-    with pytest.raises(DataError, match="made with another tokenizer"):
+    with pytest.raises(DataError, match="built with another tokenizer"):
         run_tasks(Preparation(tmp_path / "db", "db-build", given | {"tokenizer": str(tmp_path / "other.model")}))
 
 
