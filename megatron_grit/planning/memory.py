@@ -21,6 +21,8 @@ from megatron_grit.config.shape import (
     expert_width,
     head_channels,
     padded_vocabulary,
+    read_tokens,
+    reading_layers,
     stage_layers,
 )
 from megatron_grit.config.workload import RowWorkload, TextLengths
@@ -123,6 +125,9 @@ class _StageMemory:
         self.last = stage == self.parallel.pipeline - 1
         layers = stage_layers(config, stage)
         self.num_layers = len(layers)
+        reading = reading_layers(self.model)
+        self.num_reading = len(set(layers).intersection(reading))
+        self.encodes = bool(reading) and reading[0] in layers
         self.num_mixtures = len(set(layers).difference(dense_layers(self.model)))
         self.parameters = count_parameters(config, vocab_size, stage)
         self.adapters = count_adapters(config, stage)
@@ -189,7 +194,8 @@ class _StageMemory:
     def _row_bytes(self) -> int:
         """Tokens, positions, labels and masks of every row of the step on this rank."""
         every = sum(rows.rows * rows.row_tokens * (8 + 8 + 1 + 8 + 4) for rows in self.workload.kinds)
-        return every // self.data_size
+        neighbors = sum(rows.rows * rows.row_tokens * read_tokens(self.model) * 8 for rows in self.workload.predicted)
+        return (every + int(neighbors)) // self.data_size
 
     def _activations(self, row: RowWorkload) -> int:
         """Kept for the backward pass of the rows in flight, logits left out."""
@@ -203,6 +209,8 @@ class _StageMemory:
         else:
             kept = (self.num_layers - self.num_mixtures) * self._layer_kept(row, False)
             kept += self.num_mixtures * self._layer_kept(row, True)
+            kept += self.num_reading * self._cross_kept(row) + self.encodes * self._encoder_kept(row)
+        kept += self._neighbors_kept(row)
         if self.stage == 0 and self.model.hidden_dropout:
             kept += shared * width * (self.size if self.device == "cpu" else 1)
         if self.model.position_embedding == "rope":
@@ -226,15 +234,14 @@ class _StageMemory:
         """What one layer keeps without full recompute."""
         model, size = self.model, self.size
         tokens = ceil(row.row_tokens / self.parallel.context)
-        shared = tokens // self.tensor if self.parallel.sequence_parallel else tokens
+        shared = self._shared(tokens)
         kept = self._norm_kept(shared) * (1 if model.parallel_residual == "one_norm" else 2)
         if model.parallel_residual == "two_norms":
             kept -= shared * model.hidden_size * size  # both have the same input
-        if model.hidden_dropout:
-            kept += 2 * shared * model.hidden_size * (size if self.device == "cpu" else 1)
-        kept += self._attention_kept(tokens, self._gathered_keys(row))
-        # Both halves, silu of one, the other plus its offset, their product; or before and after gelu.
-        copies = 5 if model.activation == "swiglu" else 2
+        kept += 2 * self._dropout_kept(shared, model.hidden_dropout)
+        gathered = self._gathered_keys(row) if self.parallel.context > 1 else None
+        kept += self._attention_kept(tokens, gathered, self.config.training.recompute == "none")
+        copies = self._feed_forward_copies()
         if not is_mixture:
             return kept + tokens * model.ffn_hidden_size // self.tensor * copies * size
         routed = tokens * model.moe_top_k
@@ -248,6 +255,83 @@ class _StageMemory:
             kept += shared * (model.hidden_size + 2) * size * model.moe_shared_expert_gate  # its output, and the gate
         return kept + shared * ((model.num_experts or 0) * 3 * FP32 + model.moe_top_k * 24)
 
+    def _shared(self, tokens: int) -> int:
+        """Of tokens those that a tensor parallel rank has between layers."""
+        return tokens // self.tensor if self.parallel.sequence_parallel else tokens
+
+    def _dropout_kept(self, tokens: int, dropout: float) -> int:
+        """The mask of what is dropped of states."""
+        return tokens * self.model.hidden_size * (self.size if self.device == "cpu" else 1) if dropout else 0
+
+    def _feed_forward_copies(self) -> int:
+        """Both halves, silu of one, the other plus its offset, their product; or before and after gelu."""
+        return 5 if self.model.activation == "swiglu" else 2
+
+    def _read(self, row: RowWorkload) -> tuple[int, int]:
+        """Tokens of a row and of its neighbors that a context parallel rank has, where the row reads any; at most."""
+        tokens = ceil(row.row_tokens / self.parallel.context)
+        return tokens, 0 if row.embeds else ceil(tokens * read_tokens(self.model))
+
+    def _neighbors_kept(self, row: RowWorkload) -> int:
+        """States of neighbors beside what the layers keep, and where they are, which layers share."""
+        tokens, read = self._read(row)
+        if not read:
+            return 0
+        states = self._shared(read) * self.model.hidden_size * self.size
+        kept = 8 * (2 * tokens + read) if self.num_reading else 0
+        if self.encodes:
+            kept += states  # encoded
+            if self.model.retro.encoder_conditioning == "chunk":
+                kept += 8 * (2 * read + tokens)
+            if self.config.training.recompute == "full":
+                kept += states  # what the layer that encodes is given
+        if self.stage:
+            kept += states  # as they came, in one tensor with the row
+        if not self.last:
+            kept += states + self._shared(tokens) * self.model.hidden_size * self.size  # as they are sent
+        return kept
+
+    def _cross_kept(self, row: RowWorkload) -> int:
+        """What cross-attention of a layer keeps beside the states of neighbors."""
+        tokens, read = self._read(row)
+        if not read:
+            return 0
+        kept = self._attended_kept(tokens, read) + self._dropout_kept(self._shared(tokens), self.model.hidden_dropout)
+        if self.model.retro.gate is None:
+            kept += self._shared(tokens) * self.model.hidden_size * self.size  # what the gate is multiplied with
+        return kept
+
+    def _attended_kept(self, asking: int, asked: int) -> int:
+        """What attention between two sequences keeps: the norm before it; queries and keys and values as they are
+        gathered into groups; the output, as it is computed and as each token's."""
+        queries, keys = (width // self.tensor for width in attention_widths(self.model))
+        heads = self.model.num_attention_heads // self.tensor
+        return (
+            self._norm_kept(self._shared(asking))
+            + (3 * asking * queries + 2 * asked * keys + asked) * self.size
+            + asking * heads * FP32
+        )
+
+    def _encoder_kept(self, row: RowWorkload) -> int:
+        """What the encoder keeps of the neighbors of a row."""
+        tokens, read = self._read(row)
+        if not read:
+            return 0
+        model, retro = self.model, self.model.retro
+        shared = self._shared(read)
+        layer = 2 * self._norm_kept(shared) + 2 * self._dropout_kept(shared, retro.encoder_hidden_dropout)
+        layer += self._attention_kept(read, None, True, rope=self._encoder_rotates())
+        layer += read * model.ffn_hidden_size // self.tensor * self._feed_forward_copies() * self.size
+        kept = retro.encoder_layers * layer
+        if retro.encoder_conditioning == "chunk":
+            kept += self._attended_kept(read, tokens) + self._dropout_kept(shared, retro.encoder_hidden_dropout)
+        if self._encoder_rotates():
+            kept += 2 * read * head_channels(model) * FP32
+        return kept
+
+    def _encoder_rotates(self) -> bool:
+        return self.model.position_embedding == "rope" and self.model.retro.encoder_rope
+
     def _norm_kept(self, tokens: int) -> int:
         """Input and output of a norm."""
         elements = tokens * self.model.hidden_size
@@ -256,19 +340,26 @@ class _StageMemory:
             return elements * (2 * FP32 + self.size)
         return elements * 2 * self.size
 
-    def _attention_kept(self, tokens: int, gathered: int) -> int:
-        """Bytes from the query-key-value projection to the output projection."""
+    def _attention_kept(self, tokens: int, gathered: int | None, has_output: bool, rope: bool | None = None) -> int:
+        """Bytes from the query-key-value projection to the output projection.
+
+        Args:
+            tokens: of the queries.
+            gathered: keys that come from all context parallel ranks. None: those of the queries' tokens.
+            has_output: the output of attention is kept, not computed again.
+            rope: queries and keys are turned. None: as in the decoder.
+        """
         queries, keys = (width // self.tensor for width in attention_widths(self.model))
-        rope = self.model.position_embedding == "rope"
+        rope = self.model.position_embedding == "rope" if rope is None else rope
         kept = tokens * 2 * queries  # queries, turned where they are; the context
         if rope:
             kept += tokens * 4 * head_channels(self.model)  # sines and cosines of queries and of keys
-        if self.parallel.context > 1:
+        if gathered is not None:
             kept += gathered * 2 * keys  # in place of this rank's own
         else:
             # The projection, whose values attention keeps, and turned keys.
             kept += tokens * (queries + 2 * keys + (keys if rope else 0))
-        if self.config.training.recompute == "none":
+        if has_output:
             kept += tokens * self._attention_output()
         normed = 0
         if self.model.qk_norm:  # queries are copied out of the projection; not fused, both are kept once more
@@ -290,7 +381,19 @@ class _StageMemory:
         if not row.row_tokens:
             return 0
         kinds = {False} if self.num_mixtures == 0 else {True} if self.num_mixtures == self.num_layers else {False, True}
-        return max(self._layer_adds(row, is_mixture) for is_mixture in kinds)
+        adds = max(self._layer_adds(row, is_mixture) for is_mixture in kinds)
+        tokens, read = self._read(row)
+        if not read or not self.num_reading:
+            return adds
+        # The gradient of the neighbors' states is there from the last layer that reads to the encoder.
+        states = self._shared(read) * self.model.hidden_size * self.size
+        again = self.config.training.recompute == "full"
+        adds += again * self._cross_kept(row)
+        if self.encodes:
+            of_encoder = self._feed_forward_adds(read, self.model.ffn_hidden_size // self.tensor)
+            of_encoder += read * self.model.hidden_size * self.size
+            adds = max(adds, of_encoder) + again * self._encoder_kept(row)
+        return states + adds
 
     def _layer_adds(self, row: RowWorkload, is_mixture: bool) -> int:
         model, tokens = self.model, ceil(row.row_tokens / self.parallel.context)
@@ -300,15 +403,19 @@ class _StageMemory:
             inner = expert_width(model) // self.expert_tensor
             routed = tokens * model.moe_top_k
             visits = ceil(routed * self.parallel.expert / (model.num_experts or 1))
-        gated = 2 if model.activation == "swiglu" else 1
-        hidden, states = visits * inner, routed * width
+        adds = self._feed_forward_adds(visits, inner) + routed * width * (2 if is_mixture else 1) * self.size
+        return adds + self._recomputed(row, is_mixture)
+
+    def _feed_forward_adds(self, visits: int, inner: int) -> int:
+        """Gradients of a feed-forward layer, or of an expert, at their worst, those of its input left out."""
+        gated, width = 2 if self.model.activation == "swiglu" else 1, self.model.hidden_size
+        hidden = visits * inner
         adds = max(
             hidden + width * inner,  # of the second matrix: gradients of its input and of itself
             gated * hidden,  # of the activation
             gated * width * inner - hidden * (gated - 1),  # of the first matrix, when most of the layer is gone
         )
-        adds += states * (2 if is_mixture else 1)
-        return adds * self.size + self._recomputed(row, is_mixture)
+        return adds * self.size
 
     def _recomputed(self, row: RowWorkload, is_mixture: bool) -> int:
         """What is computed again for the backward pass of a layer."""
