@@ -1,14 +1,13 @@
 """Reads a Hugging Face model's config.json and, one part at a time, its weights.
 
 Weights are safetensors. Pickle (``pytorch_model.bin``) can run code when it is read: it is refused unless asked for,
-and then read by ``torch.load(weights_only=True)``, which loads tensors only.
+and then only tensors are read (:mod:`~megatron_grit.convert.torch_file`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_grit.convert.param_map import Conversion, Index
+from megatron_grit.convert.torch_file import read_torch_file
 from megatron_grit.errors import CheckpointError
 
 DTYPES = {
@@ -262,17 +262,8 @@ def check_weights(plan: Iterable[Conversion], weights: WeightFolder) -> Literal[
 
 
 def _load_pickle(file: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # a damaged file fails in whatever way its bytes lead to
-        if type(error).__name__ == "UnpicklingError":
-            raise CheckpointError(
-                f"{file}: holds something else than tensors, which would run code when it is read; nothing of it was "
-                "run. Give weights as safetensors"
-            ) from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"{file}: not a whole file of torch ({reason}); copy it again") from None
-    if not isinstance(found, dict) or not all(isinstance(each, Tensor) for each in found.values()):
+    found = read_torch_file(file, "tensors", "Give weights as safetensors")
+    if not all(isinstance(each, Tensor) for each in found.values()):
         raise CheckpointError(f"{file}: not a state dict, names to tensors")
     return found
 

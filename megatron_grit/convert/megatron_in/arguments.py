@@ -18,7 +18,12 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "normalization": (None, "LayerNorm", "RMSNorm"),
     "rotary_interleaved": (None, False),
 }
-"""Arguments and the values that a decoder here can have; None is that of a version without the argument."""
+"""Arguments and the values that are read; None is that of a version without the argument."""
+_REMEDY = {
+    "num_experts": "experts are read from torch_dist checkpoints: save it with --ckpt-format torch_dist and give that "
+    "as checkpoint.load",
+    "pipeline_model_parallel_size": "convert the checkpoint with Megatron-LM's tools/checkpoint to one pipeline stage",
+}
 
 
 def model_of_arguments(arguments: Mapping[str, Any], vocab_size: int) -> ModelConfig:
@@ -33,7 +38,9 @@ def model_of_arguments(arguments: Mapping[str, Any], vocab_size: int) -> ModelCo
     """
     for name, possible in _REFUSED.items():
         if arguments.get(name) not in possible:
-            raise CheckpointError(f"args.{name} is {arguments[name]!r}, which no decoder here has")
+            values = " or ".join(str(each) for each in possible if each is not None) or "none"
+            remedy = _REMEDY.get(name, f"only checkpoints with {values} can be converted")
+            raise CheckpointError(f"args.{name} is {arguments[name]!r}, which is not read in this layout; {remedy}")
 
     def given(name: str) -> Any:
         if arguments.get(name) is None:

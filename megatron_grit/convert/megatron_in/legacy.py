@@ -8,8 +8,8 @@ part of both halves. Norms are called ``..._norm``, or ``..._layernorm`` in olde
 neighbors ``post_attention_norm`` comes before cross-attention and ``post_inter_attention_norm`` before the feed-forward
 layer; the encoder is the ``retriever`` of the first such layer.
 
-A file is pickle. It is read by ``torch.load(weights_only=True)``, which makes tensors, numbers and the arguments' plain
-values; in place of an object of any other class there is an empty one, and no code of a file or of its classes runs.
+A file is pickle. Tensors, numbers and the arguments' plain values are made of it; in place of an object of any other
+class there is an empty one, and no code of a file or of its classes runs (:mod:`~megatron_grit.convert.torch_file`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megatron_grit.config.shape import reading_layers
 from megatron_grit.convert.hf_in.reader import WeightFolder
 from megatron_grit.convert.megatron_in.folder import FILE, rank_folders
 from megatron_grit.convert.param_map import WHOLE, Conversion, Copy, Readable, Shard, VocabularyRows, dimensions
+from megatron_grit.convert.torch_file import read_torch_file
 from megatron_grit.errors import CheckpointError
 
 _COLUMN, _ROW, _WHOLE = (0, 0), (1, None), (None, None)
@@ -106,22 +107,12 @@ def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _load_file(file: Path) -> dict[str, Any]:
-    try:
-        strange = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        known: list[Any] = [(_Arguments if name == "argparse.Namespace" else _Empty, name) for name in strange]
-        with torch.serialization.safe_globals(known):
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file fails in whatever way its bytes lead to
-        if type(error).__name__ == "UnpicklingError":
-            raise CheckpointError(
-                f"{file}: holds something that would run code when it is read; nothing of it was run; load and "
-                "save the checkpoint once with a Megatron-LM that you trust it with"
-            ) from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"{file}: cannot be read ({reason}); copy it again") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: is not a checkpoint of Megatron-LM")
-    return found
+    return read_torch_file(
+        file,
+        "a checkpoint of Megatron-LM",
+        "Load and save the checkpoint once with a Megatron-LM that you trust it with",
+        lambda name: _Arguments if name == "argparse.Namespace" else _Empty,
+    )
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ pytestmark = pytest.mark.engine
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def write_pickle(file: Path, saved: object) -> None:
-    """For tests of readers of such files; nothing else writes them."""
-    torch.save(saved, file)
+def write_pickle(file: Path, saved: object, *, old: bool = False) -> None:
+    """For tests of readers of such files; nothing else writes them. ``old``: as torch before 1.6 did."""
+    torch.save(saved, file, _use_new_zipfile_serialization=not old)
 
 
 def write_shards(directory: Path, tensors: dict[str, Tensor], *, pickled: bool = False) -> Path:

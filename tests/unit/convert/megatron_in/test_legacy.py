@@ -178,10 +178,11 @@ def write(folder: Path, written: Written, **changed: Any) -> dict[str, Tensor]:
                 place = place.setdefault(part, {})
             place[last] = shard(tensor, dim, rank, written, name)
     iteration = folder / "iter_0000100"
+    version = changed.pop("checkpoint_version", 3.0)
     for rank, state in enumerate(ranks):
         saved = {
             "args": argparse.Namespace(**(written.arguments | changed)),
-            "checkpoint_version": 3.0,
+            "checkpoint_version": version,
             "iteration": 100,
             "model": {"language_model": state},
             "rng_state": [{"np_rng_state": np.random.get_state(), "random_rng_state": (3, (1, 2), None)}],
@@ -239,8 +240,14 @@ def test_it_computes_what_plain_torch_computes(tmp_path: Path, tokenizer: Path, 
         ({"hidden_size": 32}, r"word_embeddings.weight has shape \[160, 16\], but args makes it"),
         ({"num_layers": 8}, "has no place in a model of its args"),
         ({"num_layers": 12}, "encoder.layers.9.input_norm.weight is missing"),
-        ({"rotary_interleaved": True}, "args.rotary_interleaved is True, which no decoder here has"),
-        ({"num_experts": 4}, "args.num_experts is 4, which no decoder here has"),
+        ({"rotary_interleaved": True}, "args.rotary_interleaved is True, .*; only checkpoints with False can be"),
+        ({"num_experts": 4}, "args.num_experts is 4, .*; experts are read from torch_dist checkpoints: save it with"),
+        (
+            {"pipeline_model_parallel_size": 2},
+            "size is 2, .*; convert the checkpoint with Megatron-LM's tools",
+        ),
+        ({"normalization": "other"}, "is 'other', .* only checkpoints with LayerNorm or RMSNorm can be converted"),
+        ({"checkpoint_version": 1.0}, "has checkpoint_version 1, .*; load and save it once with a newer Megatron-LM"),
         ({"ffn_hidden_size": None}, "args has no ffn_hidden_size"),
         ({"swiglu": False}, "dense_h_to_4h.weight has shape"),
     ],
@@ -287,5 +294,16 @@ def test_no_code_of_a_file_runs(tmp_path: Path, tokenizer: Path) -> None:
     assert not (tmp_path / "ran").exists()
     file = source / "iter_0000100" / "mp_rank_00" / "model_optim_rng.pt"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(GritError, match="cannot be read"):
+    with pytest.raises(GritError, match="not a whole file of torch"):
         convert_to(source, tmp_path / "again", tokenizer)
+
+
+def test_files_of_an_old_torch_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    source = tmp_path / "theirs"
+    write(source, CLASSIC)
+    file = source / "iter_0000100" / "mp_rank_00" / FILE
+    saved = {"args": argparse.Namespace(), "model": {}, "harmful": Payload(tmp_path / "ran")}
+    write_pickle(file, saved, old=True)
+    with pytest.raises(CheckpointError, match=r"is of torch before 1\.6, .*; load and save it once with a newer torch"):
+        convert_to(source, tmp_path / "ours", tokenizer)
+    assert not (tmp_path / "ran").exists()
