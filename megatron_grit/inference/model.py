@@ -443,7 +443,8 @@ class GritModel:
         if self.model_group.size > 1:
             raise ConfigError(
                 f"{what} takes a model that each process holds whole, and this one is sharded over "
-                f"{self.model_group.size}; load it without parallel"
+                f"{self.model_group.size} processes; a checkpoint of any mesh loads whole, in one process: "
+                "GritModel.load(PATH) without parallel, or megatron-grit generate --checkpoint PATH"
             )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -71,6 +72,7 @@ class RowShare:
             label_index_L=None,
         )
 
+    @cached_property
     def places(self) -> np.ndarray:
         """Index among the rank's tokens of each position of the row: int64 [T]; -1 where another rank holds it."""
         places = np.full(self.row_length, -1, dtype=np.int64)

@@ -93,9 +93,8 @@ def held_neighbors(neighbors: Neighbors, share: RowShare) -> Neighbors:
         neighbors: of the whole row.
         share: the part of the row that the rank holds.
     """
-    place_T = share.places()
     used = _chunks_with_texts(neighbors)
-    kept = [chunk for chunk in used if (place_T[_group(neighbors, chunk)] >= 0).any()] or used[:1]
+    kept = [chunk for chunk in used if len(_readers(neighbors, chunk, share))] or used[:1]
     text_of_Ck = np.full_like(neighbors.text_of_Ck, -1)
     text_of_Ck[kept] = neighbors.text_of_Ck[kept]
     texts = np.unique(text_of_Ck[text_of_Ck >= 0])
@@ -128,14 +127,13 @@ def plan_of(
         return None
     places, num_tokens = _token_places(neighbors), neighbors.tokens_1N.shape[1]
     read = [np.concatenate([places[text] for text in neighbors.text_of_Ck[chunk] if text >= 0]) for chunk in used]
-    readers = [_group(neighbors, chunk) for chunk in used]
+    readers = [_readers(neighbors, chunk, share) for chunk in used]
     chunks = [np.arange(*neighbors.chunk_bounds_C2[chunk]) for chunk in used]
     if retro.parity == "core":  # a row of zeros comes after the last token
         chunks = [np.pad(chunk, (0, retro.chunk_length - len(chunk)), constant_values=row_length) for chunk in chunks]
     num_held = row_length
     if share is not None:
-        place_T, gathered_T = share.places(), gathered_places(row_length, share.size).numpy()
-        readers = [held[held >= 0] for held in (place_T[group] for group in readers)]
+        gathered_T = gathered_places(row_length, share.size).numpy()
         chunks = [gathered_T[chunk] for chunk in chunks]
         num_held = row_length // share.size
     asked = chunks if retro.encoder_conditioning == "chunk" else None
@@ -184,12 +182,14 @@ def _token_places(neighbors: Neighbors) -> list[np.ndarray]:
     return np.split(np.arange(neighbors.lengths_U.sum()), neighbors.lengths_U.cumsum()[:-1])
 
 
-def _group(neighbors: Neighbors, chunk: int) -> np.ndarray:
-    """Tokens of the row that read a chunk's neighbors."""
+def _readers(neighbors: Neighbors, chunk: int, share: RowShare | None) -> np.ndarray:
+    """Places of the tokens that read a chunk's neighbors: in the row, or among those that a rank holds of it."""
     segment_end, chunk_end = neighbors.segment_ends_C[chunk], neighbors.chunk_bounds_C2[chunk, 1]
-    if chunk_end == segment_end:
-        return np.array([segment_end - 1])
-    return np.arange(chunk_end - 1, neighbors.chunk_bounds_C2[chunk + 1, 1] - 1)
+    stop = segment_end if chunk_end == segment_end else neighbors.chunk_bounds_C2[chunk + 1, 1] - 1
+    if share is None:
+        return np.arange(chunk_end - 1, stop)
+    held = share.places[chunk_end - 1 : stop]
+    return held[held >= 0]
 
 
 def _groups(queries: list[np.ndarray], keys: list[np.ndarray], num_queries: int, device: torch.device) -> Groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from megatron_grit.config.options import SamplingOptions
 from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.data.rows.neighbors import Neighbors
+from megatron_grit.errors import ConfigError
 from megatron_grit.inference import generate, kv_cache
 from megatron_grit.inference.generate import continuation_row, generate_tokens
 from megatron_grit.inference.kv_cache import SequenceCache
+from megatron_grit.inference.model import GritModel
 from megatron_grit.inference.reading import Passage, Reader, Window
 from megatron_grit.models.decoder import GritDecoder, Output, build_model
 from megatron_grit.parallel.context import ParallelContext
@@ -223,3 +226,9 @@ def test_a_closed_gate_and_missing_neighbors_are_the_decoder_alone(
         assert outputs == expected and all(map(torch.equal, logits, alone))
     read, _ = generated(model, prompts, 5, DrawnNeighbors(2, 5, 1), monkeypatch)
     assert read != expected
+
+
+def test_a_model_that_is_sharded_does_not_generate() -> None:
+    sharded: Any = SimpleNamespace(model_group=SimpleNamespace(size=4))
+    with pytest.raises(ConfigError, match=r"sharded over 4 processes; .* megatron-grit generate --checkpoint PATH$"):
+        GritModel._refuse_sharded(sharded, "generate")
