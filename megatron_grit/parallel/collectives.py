@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -88,6 +89,13 @@ def any_rank(flag: bool, context: ParallelContext) -> bool:
     value = torch.tensor([float(flag)], device=context.device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item() > 0)
+
+
+def largest_of_ranks(numbers: Sequence[int], context: ParallelContext) -> list[int]:
+    """The largest that any process of the job has, of each of some numbers."""
+    values = torch.tensor(numbers, device=context.device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return [int(value) for value in values.tolist()]
 
 
 def from_rank_0(number: int, context: ParallelContext) -> int:

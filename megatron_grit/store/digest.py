@@ -8,7 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,12 +21,34 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES = 1 << 24
 _hashed = 0
+_stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
+
+
+class HashingStopped(Exception):
+    """Files were being compared with their checksums, and nobody waits for the answer any more."""
+
+
+@contextmanager
+def stopped_by(event: threading.Event) -> Iterator[None]:
+    """Within it this thread hashes no further block once the event is set: :class:`HashingStopped` is raised."""
+    token = _stop.set(event)
+    try:
+        yield
+    finally:
+        _stop.reset(token)
 
 
 def count_hashed(num_bytes: int) -> None:
-    """Count bytes of files and arrays that this process hashed."""
+    """Count bytes of files and arrays that this process hashed.
+
+    Raises:
+        HashingStopped: see :func:`stopped_by`.
+    """
     global _hashed
     _hashed += num_bytes
+    event = _stop.get()
+    if event is not None and event.is_set():
+        raise HashingStopped
 
 
 def hashed_bytes() -> int:

@@ -346,16 +346,24 @@ class Restored:
 def load_training_state(path: Path, model: Stage, optimizer: Any, context: ParallelContext) -> Restored:
     """Load weights, optimizer and, where the layout is the same, random states. Collective.
 
+    Args:
+        path: the checkpoint.
+        model: this process's stage, or its chunks, unwrapped.
+        optimizer: the engine's. None: the model is not trained on, and the weights are enough.
+        context: this process's place in the mesh.
+
     Raises:
         CheckpointError: it is damaged, holds weights only, or the optimizer did not come out as it was saved.
     """
-    verify_manifest(path, context)
+    verify_manifest(path, context, "weights" if optimizer is None else "")
     state = read_state(path)
     _load_model(path, path / "weights", saved_state(model, context), model)
     data: dict[str, Any] = {
         "next_records": state.get("next_records"),
         "versions_read": state.get("versions_read", []),
     }
+    if optimizer is None:
+        return Restored(path=path, step=int(state["step"]), random=None, **data)
     if state["step"] == 0:
         optimizer.reload_model_params()
         return Restored(path=path, step=0, random=None, **data)

@@ -7,7 +7,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from megatron_grit.parallel.collectives import any_rank
+from megatron_grit.parallel.collectives import largest_of_ranks
 from megatron_grit.parallel.context import ParallelContext
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -46,10 +46,18 @@ class StopRequest:
             signal.signal(number, handler)
         self._handlers = {}
 
-    def on_any_rank(self) -> bool:
-        """Whether any process of the job was asked to stop, or its time is up. Collective over all ranks."""
+    def on_any_rank(self, number: int = 0) -> tuple[bool, int]:
+        """Whether any process of the job was asked to stop, or its time is up. Collective over all ranks.
+
+        Args:
+            number: that ranks tell each other on the way.
+
+        Returns:
+            Whether to stop, and the largest number of all ranks.
+        """
         is_due = self._deadline is not None and time.monotonic() > self._deadline
-        return any_rank(self.number is not None or is_due, self.context)
+        stops, largest = largest_of_ranks([self.number is not None or is_due, number], self.context)
+        return bool(stops), largest
 
     @property
     def exit_status(self) -> int:

@@ -183,6 +183,9 @@ class Trainer:
             raise ConfigError(
                 f"training.skip_train measures a checkpoint, and {output} holds none; set checkpoint.load"
             )
+        restored = self.restored
+        if restored is not None and config.checkpoint.same_data:
+            check_versions_read(restored.path, restored.versions_read, self.loader, max(step - 1, 0))
         figures = self.validate(step)
         if self.context.rank == 0:
             output.mkdir(parents=True, exist_ok=True)
@@ -207,7 +210,8 @@ class Trainer:
             if self.config.adapter.kind != "none":
                 self._load_initial_weights()
                 self._take_as_base(checkpoints[-1])
-            self.restored = load_training_state(checkpoints[-1], self.chunks, self.optimizer, self.context)
+            optimizer = None if self.config.training.skip_train else self.optimizer
+            self.restored = load_training_state(checkpoints[-1], self.chunks, optimizer, self.context)
             log.info(f"resumed from {checkpoints[-1]}")
             return self.restored.step
         if self._load_initial_weights():
@@ -301,10 +305,9 @@ class Trainer:
             for callback in callbacks:
                 callback.after_step(record)
             interval = config.checkpoint.save_interval
-            positions.at("looking for a version of the database")
-            self.follower.after_step(trained)
             positions.at("agreeing on a stop")
-            stopping = stop.on_any_rank()
+            stopping, version = stop.on_any_rank(self.follower.newest())
+            self.follower.take(version, trained)
             positions.at("saving")
             if trained == last or stopping or (interval and trained % interval == 0):
                 self.save(trained, wait=trained == last or stopping)

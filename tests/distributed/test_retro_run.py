@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +18,7 @@ from megatron_grit.config.schema.retro import RetroConfig
 from tests.distributed.test_resume import metrics, train_and_describe
 from tests.harness.ranks import run_on_ranks
 from tests.rows import tiny_config
-from tests.unit.retrieval.databases import WordEmbedder, build, make_project, make_texts, tokenizer_of, write_documents
+from tests.unit.retrieval.databases import WordEmbedder, database_of, make_texts
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -35,9 +34,7 @@ def make_run(directory: Path) -> RunConfig:
     from megatron_grit.retrieval.stages.tombstone import remove_documents
     from megatron_grit.retrieval.work import Worker
 
-    prefix = write_documents(directory / "a", make_texts(30), tokenizer_of(directory))
-    project = build(make_project(directory / "db", [prefix], directory), WordEmbedder())
-    (project.folder / "config.json").write_text(json.dumps(asdict(project.config)))
+    project = database_of(directory, {"a": make_texts(30)}, {"held": make_texts(4, seed=3)})
     remove_documents(project, Worker(), ",".join(f"a:{number}" for number in range(0, 30, 2)))
     query_neighbors(project, Worker(), WordEmbedder())
     versions = project.folder / "db" / "versions"
@@ -46,6 +43,7 @@ def make_run(directory: Path) -> RunConfig:
     config.model.hidden_dropout = config.model.attention_dropout = 0.0
     config.model.retro = RetroConfig(num_neighbors=2, layers=[0, 1])
     config.data.retro_project, config.data.retro_version = str(project.folder), "newest"
+    config.data.generative = project.config.data_paths
     config.data.over_long, config.data.tokens_per_row, config.data.num_rows_multiple = "split", 64, 2
     config.data.prefetch_steps = AHEAD
     config.training.objective, config.training.generative_batch_size = "generative", 6
@@ -71,26 +69,54 @@ def train_here(config: RunConfig, name: str, source: tuple[Path, int] | None = N
         folder = f"checkpoints/step_{source[1]:08d}"
         shutil.copytree(source[0] / folder, Path(config.output_dir) / folder)
     dist.barrier()
-    after_step, versions = VersionFollower.after_step, Path(config.data.retro_project or "") / "db" / "versions"
+    newest, take = VersionFollower.newest, VersionFollower.take
+    versions = Path(config.data.retro_project or "") / "db" / "versions"
     reads: dict[str, list[dict[str, Any]]] = {}
+    asked: list[VersionFollower] = []
 
-    def appear(self: VersionFollower, num_trained: int) -> None:
-        if num_trained == SEEN_AFTER and source is None and self._context.rank == 0:
+    def appear(self: VersionFollower) -> int:
+        asked.append(self)
+        if len(asked) == SEEN_AFTER and source is None and self._context.rank == 0:
             show(versions)
             self.look()
-        after_step(self, num_trained)
+        return newest(self)
+
+    def note(self: VersionFollower, number: int, num_trained: int) -> None:
+        take(self, number, num_trained)
         reads["versions"] = self._loader.versions_read()
 
     with (
         mock.patch("megatron_grit.data.rows.version_follower.SECONDS", 1e6),
-        mock.patch.object(VersionFollower, "after_step", appear),
+        mock.patch.object(VersionFollower, "newest", appear),
+        mock.patch.object(VersionFollower, "take", note),
     ):
         found = train_and_describe(config)
     return found | reads | {"metrics": metrics(config.output_dir)}
 
 
 def train_on_one(config_path: str) -> dict[str, Any]:
-    return train_here(load_config(config_path), "one")
+    found = train_here(load_config(config_path), "one")
+    return found | {"measured": measure_alone(load_config(config_path))}
+
+
+def measure_alone(config: RunConfig) -> dict[str, Any]:
+    """The last checkpoint of the run, without its optimizer, on held-out texts; and what is said where another version
+    of the database is to be read."""
+    from megatron_grit.errors import CheckpointError
+    from megatron_grit.training.trainer import train
+
+    one, folder = Path(config.output_dir).with_name("one"), f"checkpoints/step_{STEPS:08d}"
+    config.output_dir = str(one.with_name("measured"))
+    copied = Path(config.output_dir) / folder
+    shutil.copytree(one / folder, copied)
+    shutil.rmtree(copied / "optimizer")
+    config.training.skip_train, config.data.valid = True, [str(one.with_name("held"))]
+    train(config)
+    line = json.loads((Path(config.output_dir) / "metrics.jsonl").read_text())
+    config.data.retro_version = 1
+    with pytest.raises(CheckpointError) as error:
+        train(config)
+    return {"line": line, "refused": str(error.value)}
 
 
 def train_on_two(config_path: str) -> dict[str, Any]:
@@ -140,6 +166,13 @@ def test_a_newer_version_is_taken_at_one_step(runs: list[dict[str, Any]]) -> Non
         assert rank["state"]["versions_read"] == rank["one"]["versions"]
     losses = [step["loss_gen"] for step in runs[0]["one"]["metrics"]]
     assert len(set(losses)) == STEPS
+
+
+def test_a_checkpoint_is_measured_with_the_version_that_it_read(runs: list[dict[str, Any]]) -> None:
+    measured = runs[0]["one"]["measured"]
+    assert measured["line"]["step"] == STEPS and measured["line"]["valid_loss"] > 0
+    assert "step 6 of the run that saved it reads version 2" in measured["refused"]
+    assert "set data.retro_version to 2" in measured["refused"]
 
 
 def test_a_run_resumes_with_the_versions_that_it_read(runs: list[dict[str, Any]]) -> None:

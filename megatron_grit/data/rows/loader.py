@@ -18,7 +18,7 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.reader import IndexedMeta
 from megatron_grit.data.order.sources import OpenFiles
 from megatron_grit.data.rows.batch import BatchPart, PackedRow, StepBatch
-from megatron_grit.data.rows.neighbor_versions import NeighborVersions, VersionChange
+from megatron_grit.data.rows.neighbor_versions import NeighborVersions, VersionChange, first_version
 from megatron_grit.data.rows.stream import PlannedRow, RowStream
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError
@@ -61,6 +61,8 @@ class GritDataLoader:
         self._lock = threading.Lock()  # files are closed and opened as they are needed
         self.streams = self._open(config, tokenizer)
         """The stream of each kind that the run trains."""
+        if self.neighbors:
+            self.read_versions([{"first_step": 0, "version": first_version(config, self.neighbors)}])
 
     def _open(self, config: RunConfig, tokenizer: Tokenizer) -> dict[str, RowStream]:
         multiple = config.data.num_rows_multiple or self._dp_size
@@ -138,21 +140,22 @@ class GritDataLoader:
         """
         with self._lock:
             segments = [segment for stream in self.streams.values() for segment in stream.segments(step)]
-            beside = [versions.at(step).identity() for versions in self._neighbors]
+            beside = [versions.at(step).identity() for versions in self.neighbors]
         digest = hashlib.sha256("".join(beside).encode())
         for segment in segments:
             digest.update(f"{Path(segment.name).name}:{segment.start}:{segment.stop}\n".encode())
         return digest.hexdigest()
 
     @property
-    def _neighbors(self) -> list[NeighborVersions]:
+    def neighbors(self) -> list[NeighborVersions]:
+        """What the rows of each stream read from ``data.retro_project``, of those that read."""
         return [stream.neighbors for stream in self.streams.values() if stream.neighbors is not None]
 
     def versions_read(self) -> list[dict[str, Any]]:
         """Which version of ``data.retro_project`` is read from which step on, for a checkpoint and
         :meth:`read_versions`: ``first_step`` from 0, ``version``, and ``identity`` of its chunks and neighbors,
         "" for one that was not opened. An empty list where rows have no neighbors."""
-        every = self._neighbors
+        every = self.neighbors
         return [
             {
                 "first_step": change.first_step,
@@ -164,14 +167,14 @@ class GritDataLoader:
 
     def _identity(self, number: int) -> str:
         """Of a version, in all streams; "" where one has not opened it."""
-        found = [versions.identities.get(number, "") for versions in self._neighbors]
+        found = [versions.identities.get(number, "") for versions in self.neighbors]
         return ":".join(found) if all(found) else ""
 
     def read_versions(self, record: Sequence[Mapping[str, Any]]) -> None:
         """Read the versions that :meth:`versions_read` told, perhaps of another run."""
         changes = [VersionChange(first_step=int(each["first_step"]), version=int(each["version"])) for each in record]
         with self._lock:
-            for versions in self._neighbors:
+            for versions in self.neighbors:
                 versions.changes = list(changes)
 
     def open_version(self, number: int) -> str:
@@ -180,7 +183,7 @@ class GritDataLoader:
         Raises:
             ConfigError, DataError: a source has no neighbors in it, or it cannot be read.
         """
-        for versions in self._neighbors:
+        for versions in self.neighbors:
             versions.open(number)
         return self._identity(number)
 
@@ -194,7 +197,7 @@ class GritDataLoader:
         ahead = self._data.prefetch_steps
         first = num_trained + (ahead + 1 if ahead else 0)  # in the queue, and the one that waits to be put there
         with self._lock:
-            for versions in self._neighbors:
+            for versions in self.neighbors:
                 kept = [change for change in versions.changes if change.first_step < first]
                 versions.changes = [*kept, VersionChange(first_step=first, version=number)]
         return first

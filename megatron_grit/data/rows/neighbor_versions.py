@@ -5,6 +5,7 @@ A version is taken from a step on that no rank has made rows of yet, so all rank
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,37 +39,15 @@ class NeighborVersions:
         sources: of the rows.
 
     Attributes:
-        changes: by first step, which is 0 for the first of them.
+        changes: by first step, which is 0 for the first of them; empty before :func:`begin`.
         identities: of the versions that were opened, see :meth:`NeighborReader.identity`.
-
-    Raises:
-        ConfigError, DataError: as for :class:`NeighborReader`; with ``newest``, of the newest version where none can be
-            read.
     """
 
     def __init__(self, config: RunConfig, sources: Sources) -> None:
         self._config, self._sources = config, sources
         self._readers: dict[int, NeighborReader] = {}
         self.identities: dict[int, str] = {}
-        wanted = config.data.retro_version
-        first = self._newest() if isinstance(wanted, str) else self.open(wanted)
-        self.changes = [VersionChange(first_step=0, version=first)]
-
-    def _newest(self) -> int:
-        folder = Path(self._config.data.retro_project or "")
-        refused: list[tuple[int, GritError]] = []
-        for number in reversed(version_numbers(folder)):
-            try:
-                self.open(number)
-            except GritError as error:
-                refused.append((number, error))
-                continue
-            for passed, reason in refused:
-                log.info(f"version {passed} of {folder} is passed over: {reason}")
-            return number
-        if refused:
-            raise refused[0][1]
-        return self.open(None)  # which says that there is none
+        self.changes: list[VersionChange] = []
 
     def open(self, version: int | None) -> int:
         """Look at a version, and keep it open. Returns its number; None stands for the newest.
@@ -97,3 +76,36 @@ class NeighborVersions:
     def version_at(self, step: int) -> int:
         """Number of the version that a step reads."""
         return next(change.version for change in reversed(self.changes) if change.first_step <= step)
+
+
+def first_version(config: RunConfig, streams: Sequence[NeighborVersions]) -> int:
+    """Number of the version that a run begins with: ``data.retro_version``, null for the newest; with ``newest`` the
+    newest in which all of some streams have neighbors. It is open in all of them then.
+
+    Raises:
+        ConfigError, DataError: as for :class:`NeighborReader`; with ``newest``, of the newest version where there is
+            none that all can read.
+    """
+    wanted, folder = config.data.retro_version, Path(config.data.retro_project or "")
+    if not isinstance(wanted, str):
+        return _open_in_all(streams, wanted)
+    refused: list[tuple[int, GritError]] = []
+    for number in reversed(version_numbers(folder)):
+        try:
+            _open_in_all(streams, number)
+        except GritError as error:
+            refused.append((number, error))
+            continue
+        for passed, reason in refused:
+            log.info(f"version {passed} of {folder} is passed over: {reason}")
+        return number
+    if refused:
+        raise refused[0][1]
+    return _open_in_all(streams, None)  # which says that there is none
+
+
+def _open_in_all(streams: Sequence[NeighborVersions], number: int | None) -> int:
+    for versions in streams:
+        number = versions.open(number)
+    assert number is not None
+    return number

@@ -21,7 +21,7 @@ from megatron_grit.data.order.blend import blend_weights
 from megatron_grit.data.order.sources import OpenFiles, SourceRules, Sources, find_errors, longest_segment
 from megatron_grit.data.rows.held_out import HeldOutStream
 from megatron_grit.data.rows.loader import KINDS
-from megatron_grit.data.rows.neighbor_versions import NeighborVersions
+from megatron_grit.data.rows.neighbor_versions import NEWEST, NeighborVersions, first_version
 from megatron_grit.data.rows.stream import RowStream
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import ConfigError, GritError
@@ -72,9 +72,18 @@ def neighbor_errors(config: RunConfig, tokenizer: Tokenizer) -> Iterator[GritErr
     if not config.model.retro.num_neighbors:
         return
     streams = [stream for kind, stream in _streams(config).items() if not kind_options(kind).EMBEDS]
-    for stream in streams + [HeldOutStream] * bool(config.data.valid):
+    every, read = streams + [HeldOutStream] * bool(config.data.valid), []
+    for stream in every:
         try:
-            NeighborVersions(config, Sources(config, tokenizer, stream.rules(config, tokenizer), OpenFiles()))
+            found = NeighborVersions(config, Sources(config, tokenizer, stream.rules(config, tokenizer), OpenFiles()))
+            first_version(config, [found])
+        except GritError as error:
+            yield error
+        else:
+            read.append(found)
+    if len(every) == len(read) > 1 and config.data.retro_version == NEWEST:
+        try:
+            first_version(config, read)  # each may have one, and another one
         except GritError as error:
             yield error
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from megatron_grit.config.database.schema import RetroDbConfig
+from megatron_grit.config.database.schema import RetroDbConfig, save_project_config
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.writer import IndexedWriter
@@ -84,6 +84,35 @@ def make_project(folder: Path, data_paths: Sequence[str], tokenizer_folder: Path
     values |= {"num_neighbors_query": 20, "num_neighbors_save": 5, "max_overlap": None}
     config = RetroDbConfig(data_paths=list(data_paths), tokenizer=str(tokenizer_folder / "tokenizer.model"))
     return Project(folder, dataclasses.replace(config, **values | settings))  # type: ignore[arg-type]
+
+
+def database_of(
+    folder: Path,
+    files: Mapping[str, Sequence[str]],
+    held_out: Mapping[str, Sequence[str]] | None = None,
+    *,
+    query: bool = True,
+    **settings: object,
+) -> Project:
+    """A database with its config.json in ``folder/db``.
+
+    Args:
+        folder: also of the files.
+        files: texts of each file of documents, by name.
+        held_out: of files whose neighbors are searched as well, and which are not in the database.
+        query: whether neighbors are searched.
+        settings: of the database.
+    """
+    tokenizer = tokenizer_of(folder)
+    stored, asked = (
+        [write_documents(folder / name, texts, tokenizer) for name, texts in each.items()]
+        for each in (files, held_out or {})
+    )
+    if asked:
+        settings = {"query_paths": stored + asked} | settings
+    project = make_project(folder / "db", stored, folder, **settings)
+    save_project_config(project.config, project.folder)
+    return build(project, WordEmbedder(), query=query)
 
 
 def build(project: Project, embedder: WordEmbedder, *, query: bool = True) -> Project:

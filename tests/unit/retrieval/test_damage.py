@@ -39,6 +39,7 @@ from megatron_grit.store.sealed import CHECKSUM
 from tests.unit.retrieval.databases import (
     WordEmbedder,
     build,
+    database_of,
     make_project,
     make_texts,
     tokenizer_of,
@@ -180,8 +181,7 @@ def test_a_table_that_would_be_another_is_refused(campaign: Campaign, monkeypatc
 
 
 def test_neighbors_of_another_database(campaign: Campaign, tmp_path: Path) -> None:
-    prefix = write_documents(tmp_path / "first", make_texts(24), tokenizer_of(tmp_path))
-    other = build(make_project(tmp_path / "db", [prefix], tmp_path, min_chunk_tokens=2), WordEmbedder())
+    other = database_of(tmp_path, {"first": make_texts(24)}, min_chunk_tokens=2)
     (theirs,) = tables_of(other).values()
     mine = next(folder for prefix, folder in tables_of(project_of(campaign)).items() if prefix.endswith("first"))
     own = np.load(mine / "neighbors.npy")
@@ -226,8 +226,7 @@ def test_a_build_hashes_its_index_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(content, "NUM_SAMPLES", 2)
     hashed, hash_file = Counter[str](), content._hash
     monkeypatch.setattr(content, "_hash", lambda path: (hashed.update([path.name]), hash_file(path))[1])
-    prefix = write_documents(tmp_path / "corpus", make_texts(12), tokenizer_of(tmp_path))
-    project = build(make_project(tmp_path / "db", [prefix], tmp_path), WordEmbedder())
+    project = database_of(tmp_path, {"corpus": make_texts(12)})
     for _ in range(2):
         forget_opened()
         open_index(project, read_version(project.folder))

@@ -22,6 +22,7 @@ from tests.unit.retrieval.databases import (
     CHUNK,
     WordEmbedder,
     build,
+    database_of,
     make_project,
     make_texts,
     tokenizer_of,
@@ -34,11 +35,7 @@ pytest.importorskip("bm25s")
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
-    tokenizer = tokenizer_of(tmp_path)
-    prefixes = [write_documents(tmp_path / name, make_texts(9, seed), tokenizer) for seed, name in enumerate("ab")]
-    project = make_project(tmp_path / "db", prefixes, tmp_path)
-    save_project_config(project.config, project.folder)
-    return build(project, WordEmbedder(), query=False)
+    return database_of(tmp_path, {name: make_texts(9, seed) for seed, name in enumerate("ab")}, query=False)
 
 
 def test_it_finds_what_a_comparison_with_all_chunks_finds(project: Project) -> None:

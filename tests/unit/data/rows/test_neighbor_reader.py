@@ -30,15 +30,7 @@ from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.rows.neighbor_reader import NeighborReader
 from megatron_grit.data.rows.prospects import look_ahead
 from megatron_grit.errors import ConfigError, DataError
-from tests.unit.retrieval.databases import (
-    CHUNK,
-    WordEmbedder,
-    build,
-    make_project,
-    make_texts,
-    tokenizer_of,
-    write_documents,
-)
+from tests.unit.retrieval.databases import CHUNK, database_of, make_texts, write_documents
 
 pytest.importorskip("faiss")
 
@@ -46,14 +38,8 @@ pytest.importorskip("faiss")
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A database of a file of 30 documents and another of 12."""
-    folder = tmp_path_factory.mktemp("neighbors")
-    tokenizer = tokenizer_of(folder)
-    prefixes = [
-        write_documents(folder / name, make_texts(size, size), tokenizer) for name, size in (("a", 30), ("b", 12))
-    ]
-    made = build(make_project(folder / "db", prefixes, folder), WordEmbedder())
-    (made.folder / "config.json").write_text(json.dumps(asdict(made.config)))
-    return made
+    files = {name: make_texts(size, size) for name, size in (("a", 30), ("b", 12))}
+    return database_of(tmp_path_factory.mktemp("neighbors"), files)
 
 
 def run_of(project: Project, **settings: object) -> RunConfig:
@@ -193,7 +179,7 @@ def test_manifests_are_read_once(project: Project, monkeypatch: pytest.MonkeyPat
         return read_table_manifest(folder)
 
     monkeypatch.setattr("megatron_grit.data.rows.neighbor_reader.read_table_manifest", counting)
-    stream = GenerativeStream(run_of(project), project.tokenizer, OpenFiles())
+    (stream,) = loader_of(run_of(project), project).streams.values()
     assert len(stream.sources) == 2 and len(read) == len(set(read)) == 2
 
 

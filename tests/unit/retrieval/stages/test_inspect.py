@@ -28,7 +28,7 @@ from tests.unit.retrieval.databases import (
     CHUNK,
     WordEmbedder,
     another,
-    build,
+    database_of,
     make_project,
     make_texts,
     tokenizer_of,
@@ -44,9 +44,7 @@ def ask(folder: Path, *, version: int | None = None, verify: bool = False, **ask
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    prefix = write_documents(tmp_path / "corpus", TEXTS, tokenizer_of(tmp_path))
-    project = build(make_project(tmp_path / "db", [prefix], tmp_path, embedder="words"), WordEmbedder())
-    save_project_config(project.config, project.folder)
+    project = database_of(tmp_path, {"corpus": TEXTS}, embedder="words")
     monkeypatch.setattr(inspect, "project_embedder", lambda config, **_: WordEmbedder())
     return project
 
