@@ -184,12 +184,19 @@ def _token_places(neighbors: Neighbors) -> list[np.ndarray]:
 
 def _readers(neighbors: Neighbors, chunk: int, share: RowShare | None) -> np.ndarray:
     """Places of the tokens that read a chunk's neighbors: in the row, or among those that a rank holds of it."""
-    segment_end, chunk_end = neighbors.segment_ends_C[chunk], neighbors.chunk_bounds_C2[chunk, 1]
-    stop = segment_end if chunk_end == segment_end else neighbors.chunk_bounds_C2[chunk + 1, 1] - 1
+    group = _group(neighbors, chunk)
     if share is None:
-        return np.arange(chunk_end - 1, stop)
-    held = share.places[chunk_end - 1 : stop]
+        return group
+    held = share.places[group]
     return held[held >= 0]
+
+
+def _group(neighbors: Neighbors, chunk: int) -> np.ndarray:
+    """Tokens of the row that read a chunk's neighbors."""
+    segment_end, chunk_end = neighbors.segment_ends_C[chunk], neighbors.chunk_bounds_C2[chunk, 1]
+    if chunk_end == segment_end:
+        return np.array([segment_end - 1])
+    return np.arange(chunk_end - 1, neighbors.chunk_bounds_C2[chunk + 1, 1] - 1)
 
 
 def _groups(queries: list[np.ndarray], keys: list[np.ndarray], num_queries: int, device: torch.device) -> Groups:
