@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 
 from megatron_grit.cli.main import guarded
+from megatron_grit.config.checkpoint_folder import finished_lines
 from megatron_grit.config.checks.run import as_errors, find_problems, mesh_summary, names_data
 from megatron_grit.config.database.run import resolve_retro_project
 from megatron_grit.config.parse import TrainArguments, dump_config, parse_train_arguments
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import GritError, raise_all
 from megatron_grit.store.environment import check_job, planned_size
-from megatron_grit.store.logs import say_loading
+from megatron_grit.store.logs import get_logger, say_loading
 
 
 def resolved(arguments: TrainArguments, *, files: bool) -> RunConfig:
@@ -59,6 +60,8 @@ def _run(argv: list[str] | None) -> None:
         lines = [mesh_summary(config, world_size), *prospects]
         print("".join(f"# {line}\n" for line in lines) + dump_config(config), end="")
         return
+    if finished := finished_lines(config):
+        return get_logger("megatron_grit.cli.train").info(*finished)  # this file is run as __main__
     say_loading()
     from megatron_grit.convert.hf_in.pretrained import pretrained_weights
     from megatron_grit.convert.peft.runtime import peft_adapters

@@ -32,7 +32,7 @@ from megatron_grit.config.kinds import objective_problem
 from megatron_grit.config.knob import expand_path, expanded, knob
 from megatron_grit.config.locate import Dumper, Located, read_yaml
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.config.values import convert, describe_type, takes_null
+from megatron_grit.config.values import convert, describe_type, shortened, takes_null
 from megatron_grit.errors import ConfigError
 from megatron_grit.store.files import replacing
 
@@ -248,7 +248,7 @@ def _typed(located: Located) -> dict[str, Any]:
             try:
                 values[key] = expanded(run_options()[key].field, convert(hint, located.values[key]))
             except ValueError:
-                told = f"{key} must be {describe_type(hint)}, not {located.values[key]!r}"
+                told = f"{key} must be {describe_type(hint)}, not {shortened(located.values[key])}"
                 raise ConfigError(f"{located.origins[key]}: {told}") from None
             except ConfigError as error:
                 raise ConfigError(f"{located.origins[key]}: {key} {error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
+import json
 import numbers
 import os
 import textwrap
@@ -70,10 +71,19 @@ def is_of(hint: Any, value: Any) -> bool:
 
 
 def shortened(value: Any) -> str:
-    """A value as a message shows it, on one line; Python refuses to write integers of many digits."""
+    """A value as a message shows it, on one line, in the words of JSON and YAML; Python refuses to write integers of
+    many digits."""
     if isinstance(value, int) and abs(value) >= 10**30:
         return f"an integer of {int(value.bit_length() * 0.30103) + 1} digits"
-    told = str(value) if isinstance(value, numbers.Number) else repr(value[:100] if isinstance(value, str) else value)
+    if isinstance(value, str):
+        told = repr(value[:100])
+    elif isinstance(value, numbers.Number) and value is not True and value is not False:
+        told = str(value)
+    else:
+        try:
+            told = json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError):  # what JSON cannot hold, or an integer of many digits in it
+            told = type(value).__name__ if isinstance(value, dict | list | tuple) else repr(value)
     return told if len(told) <= 80 else f"{told[:80]} ..."
 
 

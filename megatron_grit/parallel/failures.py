@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from megatron_grit.errors import EXIT_STATUS, GritError, JobError
-from megatron_grit.store.environment import job_rank, job_size, leave_job
+from megatron_grit.store.environment import job_rank, job_size, leave_job, restart_line
 from megatron_grit.store.logs import configure_logging, get_logger
 from megatron_grit.store.streams import drop_closed_outputs, prepare_streams
 
@@ -42,6 +42,8 @@ def guarded(
     configure_logging()
     if problem is not None:
         get_logger(__name__).info(f"runs alone: {problem}")
+    if joins_job and (line := restart_line()) is not None:
+        get_logger(__name__).info(f"{line}: all processes start again")
     signals = _Signals()
     try:
         with signals:

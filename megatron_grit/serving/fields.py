@@ -90,7 +90,7 @@ def check_fields(body: Json, done: set[str], name: str) -> None:
         if field not in NEUTRAL:
             raise RequestError(f"unknown field {field[:80]}{suggestion(field, done)}", field)
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in NEUTRAL[field]):
-            allowed = "".join(f", or give {one!r}" for one in NEUTRAL[field][:1])
+            allowed = "".join(f", or give {shortened(one)}" for one in NEUTRAL[field][:1])
             raise RequestError(f"{field} {shortened(value)} is not supported; leave it out{allowed}", field)
     model = body.get("model")
     if model is not None and model != name:

@@ -38,6 +38,14 @@ def local_size() -> int | None:
     return int(given) if given else 1 if planned_size() == 1 else None
 
 
+def restart_line() -> str | None:
+    """Which restart by the launcher this is, where it is one."""
+    count, most = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if not (count.isdecimal() and most.isdecimal() and 0 < int(count) <= int(most)) or not os.environ.get("RANK"):
+        return None
+    return f"restart {count} of {most}"
+
+
 def planned_size() -> int:
     """Number of processes that a command is checked for, WORLD_SIZE; RANK need not be set.
 

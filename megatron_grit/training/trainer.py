@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from megatron_grit.config.checkpoint_folder import started_from
+from megatron_grit.config.checkpoint_folder import finished_lines, started_from
+from megatron_grit.config.checks.checkpoint import check_same_model, check_same_reader
 from megatron_grit.config.checks.run import check, mesh_summary
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
@@ -25,6 +26,7 @@ from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.devices import warn_of_slow_bf16
 from megatron_grit.parallel.launch import parallel_job
 from megatron_grit.parallel.watch import JobWatch, is_broken_connection
+from megatron_grit.store.environment import restart_line
 from megatron_grit.store.files import write_json
 from megatron_grit.store.lock import locked_folder
 from megatron_grit.store.logs import configure_logging, get_logger
@@ -39,8 +41,6 @@ from megatron_grit.training.base_weights import (
 from megatron_grit.training.callbacks import Callback, MetricsFile, build_callbacks
 from megatron_grit.training.checkpoint import (
     Restored,
-    check_same_model,
-    check_same_reader,
     list_checkpoints,
     load_adapters,
     load_training_state,
@@ -151,6 +151,8 @@ class Trainer:
         log.info("loading weights")
         positions.enter("restoring")
         start = self._restore()
+        if finished := finished_lines(config):
+            return log.info(*finished)
         keeps_data = self.restored is not None and config.checkpoint.same_data
         self.follower.start(self.restored.versions_read if self.restored is not None and keeps_data else None)
         if config.training.skip_train:
@@ -205,6 +207,8 @@ class Trainer:
     def _restore(self) -> int:
         """Weights and step to start from."""
         checkpoints = list_checkpoints(self.config.output_dir) if self.config.checkpoint.resume else []
+        if not self.config.checkpoint.resume and (line := restart_line()) is not None:
+            log.warning(f"{line} begins at step 0, because checkpoint.resume is false")
         if checkpoints:
             check_same_model(checkpoints[-1], self.config)
             if self.config.adapter.kind != "none":

@@ -57,4 +57,4 @@ def run(config_path: str, fault: str, marker: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: run(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))
+    sys.exit(guarded(lambda: run(sys.argv[1], sys.argv[2], Path(sys.argv[3])), joins_job=True))

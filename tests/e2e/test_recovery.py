@@ -31,14 +31,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_with(fault: str, corpus: Path, directory: Path, *, max_restarts: int = 0, **parallel: Any) -> dict[str, Any]:
-    """Two processes under torchrun; what they print and their status."""
+    """Two processes under torchrun, with restarts under ours; what they print and their status."""
+    launcher_module = "megatron_grit.parallel.torchrun" if max_restarts else "torch.distributed.run"
     config = tiny_run(corpus)
     config.output_dir = str(directory / "run")
     config.checkpoint.save_interval = 1 if max_restarts else 0
     for name, value in parallel.items():
         setattr(config.parallel, name, value)
     save_config(config, directory / "run.yaml")
-    launcher = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [python(), "-m", launcher_module, "--standalone", "--nproc-per-node", "2"]
     launcher += ["--max-restarts", str(max_restarts), "--monitor-interval", "0.1"]
     program = [str(ROOT / "tests" / "e2e" / "faulty_train.py"), str(directory / "run.yaml")]
     marker = directory / "marker"
@@ -78,6 +79,7 @@ def test_a_killed_rank_is_named_and_the_launcher_goes_on_from_the_newest_checkpo
     assert result["status"] == 0, result["text"]
     assert "[rank 0] ends: rank 1 was killed or crashed: process " in result["text"]
     assert "it was last known at generative forward and backward of step 3, row 1 of " in result["text"]
+    assert result["text"].count("restart 1 of 3") == 1 and "restart 2" not in result["text"]
     assert "resumed from" in result["text"]
     assert metrics(killed) == metrics(whole)
     final = Path("run", "checkpoints", "step_00000006")

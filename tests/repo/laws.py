@@ -129,7 +129,7 @@ NAMES_A_KIND = {
     "inference/model.py": "reads a file's kind of record",
     "retrieval/mining/mine.py": "reads a file's kind of record",
     "serving/service.py": "a word of the protocol that it speaks",
-    "training/checkpoint.py": "the section of the configuration with the embedding's shape",
+    "config/checks/checkpoint.py": "the section of the configuration with the embedding's shape",
 }
 # Folders below, or of, the kinds.
 KIND_HOMES = ("config/schema/", "losses/", "parallel/", "training/objectives/")

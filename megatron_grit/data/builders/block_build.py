@@ -399,11 +399,11 @@ class _Build:
         if totals.first_rejection is None:
             what = f"all {totals.num_records} documents are empty" if totals.num_records else "no records"
             return DataError(f"{what} for {prefix} in the input", path=self.files[0].path)
-        reason, count = max(totals.rejected.items(), key=lambda item: item[1])
-        return DataError(
-            f"nothing is left for {prefix}: {count} of {totals.num_records} records were dropped as {reason}; "
-            f"the first: {totals.first_rejection}"
+        counts = sorted(totals.rejected.items(), key=lambda item: -item[1])
+        told = ", ".join(
+            f"{count} of {totals.num_records} records were dropped as {reason}" for reason, count in counts
         )
+        return DataError(f"nothing is left for {prefix}: {told}; the first: {totals.first_rejection}")
 
 
 class _PieceFiller:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from megatron_grit.data.chat.chat import Chat, chat_beside, chat_of_file, defaul
 from megatron_grit.data.indexed.reader import IndexedFile, IndexedMeta, read_meta
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
-from megatron_grit.errors import ConfigError, GritError
+from megatron_grit.errors import CheckpointError, ConfigError, GritError
+from megatron_grit.store.hub import local_folder
 from megatron_grit.store.logs import get_logger
 
 log = get_logger(__name__)
@@ -80,8 +82,8 @@ def checkpoint_chat(path: Path, config: RunConfig, tokenizer: Tokenizer) -> Chat
 
 
 def unlike_base(config: RunConfig, tokenizer: Tokenizer, chat: Chat) -> Iterator[str]:
-    """Lines about a run whose tokenizer or template is not that of the model that it goes on from: its own checkpoint,
-    that of ``checkpoint.load``, or the directory of ``model.pretrained``.
+    """Warnings of a run whose tokenizer or template is not that of the model that it goes on from: its own checkpoint,
+    that of ``checkpoint.load``, or the directory or hub name of ``model.pretrained``.
 
     Args:
         config: the run.
@@ -91,7 +93,10 @@ def unlike_base(config: RunConfig, tokenizer: Tokenizer, chat: Chat) -> Iterator
     Raises:
         DataError: a file that cannot be read.
     """
-    folders = [*started_from(config), *([] if config.model.pretrained is None else [Path(config.model.pretrained)])]
+    folders = started_from(config)
+    if not folders and config.model.pretrained is not None:
+        with suppress(CheckpointError):  # gone, which a run that resumes does not mind
+            folders = [local_folder(config.model.pretrained, weights=False)]
     folder = next((path for path in folders if any((path / name).is_file() for name in TOKENIZER_FILES)), None)
     if folder is None:
         return
@@ -103,10 +108,11 @@ def unlike_base(config: RunConfig, tokenizer: Tokenizer, chat: Chat) -> Iterator
             names = (
                 f"{base.id_to_token(other)!r} in {base.path} and {tokenizer.id_to_token(other)!r} in {tokenizer.path}"
             )
-            yield f"data.tokenizer is another one than the base's, which knows other words: id {other} is {names}"
+            yield f"warning: data.tokenizer is another than the base's, which knows other words: id {other} is {names}"
     before = chat_beside(base)
     if before is not None and before.origin != "default" and before.source != chat.source:
-        yield f"the base converses in {before.template} ({folder}), this run in {chat.template}, from {chat.origin}"
+        here = f"{chat.template}, from {chat.origin}"
+        yield f"warning: the base converses in {before.template} ({folder}), this run in {here}"
 
 
 def _of_data(config: RunConfig, tokenizer: Tokenizer, metas: Mapping[str, IndexedMeta]) -> Chat | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import resource
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError, GritError
 
 _MOST_OPEN = 2048
+_LOOKED_AT = 1 << 16
+"""Records whose lengths are read at a time."""
 
 
 class OpenFiles:
@@ -105,6 +108,8 @@ class Sources:
                 raise error
             if config.data.checksum:
                 open_files.use(source).verify()
+        if (none_left := _none_left(self._sources, config, rules)) is not None:
+            raise none_left
         self.sizes = np.array([len(source) - source.meta.num_skipped for source in self._sources], dtype=np.int64)
         """Records of each source that are trained on: int64 [num_sources]."""
         self._gaps: dict[int, np.ndarray] = {}
@@ -171,14 +176,20 @@ def find_errors(config: RunConfig, tokenizer: Tokenizer, rules: SourceRules) -> 
     except ConfigError as error:
         yield error
         return
+    good: list[IndexedRecords] = []
     for entry in entries:
         try:
             source = IndexedRecords(entry.path)
-            yield from _meta_errors(entry, source, config, tokenizer, rules)
+            errors: list[GritError] = list(_meta_errors(entry, source, config, tokenizer, rules))
             _ = source.file
             source.close()
         except DataError as error:
-            yield error
+            errors = [error]
+        else:
+            good += [] if errors else [source]
+        yield from errors
+    if len(good) == len(entries) and (none_left := _none_left(good, config, rules)) is not None:
+        yield none_left
 
 
 def _read_entries(config: RunConfig, rules: SourceRules) -> list[BlendEntry]:
@@ -214,6 +225,33 @@ def _meta_errors(
         )
     if rules.policy == "stop":
         yield from _longest_errors(source, config, rules)
+
+
+def _none_left(sources: Sequence[IndexedRecords], config: RunConfig, rules: SourceRules) -> ConfigError | None:
+    """Records that are all too long, and left out for it. Lengths are read up to the first record that is not."""
+    limit, shortest = longest_segment(config) - rules.num_added, sys.maxsize
+    if rules.policy != "drop" or any(source.meta.longest_segment_tokens <= limit for source in sources):
+        return None
+    for source in sources:
+        try:
+            for start in range(0, len(source), _LOOKED_AT):
+                lengths = source.segment_lengths(np.arange(start, min(start + _LOOKED_AT, len(source))))
+                shortest = min(shortest, int(lengths.min(initial=shortest)))
+                if shortest <= limit:
+                    return None
+        finally:
+            source.close()
+    return ConfigError(
+        f"{rules.key}: all {sum(map(len, sources)):,} {rules.segments} are longer than {row_knob(config)} "
+        f"{longest_segment(config):,}, the shortest has {shortest:,} tokens, and {rules.policy_key} drop leaves none; "
+        f"raise it, or set {rules.policy_key} to truncate or split"
+    )
+
+
+def row_knob(config: RunConfig) -> str:
+    """The configuration's key that limits a segment."""
+    rows, positions = config.data.tokens_per_row, config.model.max_position_embeddings
+    return "model.max_position_embeddings" if rows > positions else "data.tokens_per_row"
 
 
 def _longest_errors(source: IndexedRecords, config: RunConfig, rules: SourceRules) -> Iterator[DataError]:

@@ -187,6 +187,12 @@ class GritDataLoader:
             versions.open(number)
         return self._identity(number)
 
+    @property
+    def num_ahead(self) -> int:
+        """Steps whose rows may be made before one is trained: in the queue, and one that waits to be put there."""
+        ahead = self._data.prefetch_steps
+        return ahead + 1 if ahead else 0
+
     def change_version(self, number: int, num_trained: int) -> int:
         """Read another version as soon as no rank has made rows of the step. Returns the first such step, from 0.
 
@@ -194,8 +200,7 @@ class GritDataLoader:
             number: the version.
             num_trained: steps that were trained; the same on all ranks.
         """
-        ahead = self._data.prefetch_steps
-        first = num_trained + (ahead + 1 if ahead else 0)  # in the queue, and the one that waits to be put there
+        first = num_trained + self.num_ahead
         with self._lock:
             for versions in self.neighbors:
                 kept = [change for change in versions.changes if change.first_step < first]

@@ -11,14 +11,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from megatron_grit.config.blend import BlendEntry, read_blend
-from megatron_grit.config.checkpoint_folder import started_from
+from megatron_grit.config.checkpoint_folder import finished_lines, started_from
+from megatron_grit.config.checks.checkpoint import checkpoint_errors
 from megatron_grit.config.kinds import kind_batch_size, kind_options, load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.chat.chat import Chat
 from megatron_grit.data.chat.run_chat import run_chat, unlike_base
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.order.blend import blend_weights
-from megatron_grit.data.order.sources import OpenFiles, SourceRules, Sources, find_errors, longest_segment
+from megatron_grit.data.order.sources import OpenFiles, SourceRules, Sources, find_errors, longest_segment, row_knob
 from megatron_grit.data.rows.held_out import HeldOutStream
 from megatron_grit.data.rows.loader import KINDS
 from megatron_grit.data.rows.neighbor_versions import NEWEST, NeighborVersions, first_version
@@ -45,9 +46,10 @@ def look_ahead(config: RunConfig) -> tuple[list[GritError], list[str]]:
         return [error], []
     errors = list(data_errors(config, tokenizer))
     errors = errors or list(neighbor_errors(config, tokenizer))
+    errors += checkpoint_errors(config)
     try:
         chat = run_chat(config, tokenizer, started_from(config))
-        lines = [] if errors else list(prospects(config, tokenizer, chat))
+        lines = [] if errors else [*finished_lines(config), *prospects(config, tokenizer, chat)]
     except GritError as error:
         return [*errors, error], []
     return errors, lines
@@ -141,10 +143,7 @@ def _epochs(config: RunConfig, kind: str, entries: list[BlendEntry], sources: Se
 def _too_long(config: RunConfig, rules: SourceRules, sources: Sequence[IndexedRecords]) -> Iterator[str]:
     limit = longest_segment(config) - rules.num_added
     found = [source for source in sources if source.meta.longest_segment_tokens > limit]
-    knob = "data.tokens_per_row"
-    if config.data.tokens_per_row > config.model.max_position_embeddings:
-        knob = "model.max_position_embeddings"
-    what = rules.segments
+    knob, what = row_knob(config), rules.segments
     for source in found[:_SOURCES_NAMED]:
         looked_at = _some(len(source), max(1, _BLOCKS // len(found)))
         lengths = _lengths(source, looked_at)

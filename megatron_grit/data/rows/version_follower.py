@@ -86,13 +86,15 @@ class VersionFollower:
         return self.found
 
     def take(self, number: int, num_trained: int) -> None:
-        """Read a version from the next possible step on, if it is a newer one.
+        """Read a version from the next possible step on, if it is a newer one and the run has such a step.
 
         Args:
             number: what :meth:`newest` said on rank 0; the same on all ranks.
             num_trained: steps that were trained.
         """
         if not self._follows or number <= int(self._loader.versions_read()[-1]["version"]):
+            return
+        if num_trained + self._loader.num_ahead >= self._config.training.steps:
             return
         first = self._loader.change_version(number, num_trained)
         log.info(f"neighbors are read from version {number} of {self._folder} from step {first + 1} on")

@@ -74,6 +74,37 @@ def test_dry_run_tells_everything_that_is_wrong(capsys: pytest.CaptureFixture[st
     assert "is no multiple of tensor 3" in lines[0] and len(lines) > 3
 
 
+def test_a_finished_run_says_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before torch is loaded, with how to go on; one of more steps, afresh or that only measures goes on."""
+    monkeypatch.setattr(train, "find_problems", lambda *_, **__: [])
+    monkeypatch.setattr(train, "say_loading", lambda: 1 // 0)
+    for step in (3, 10):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step_{step:08d}" / "state.json").touch()
+    given = [*GOOD, "--output_dir", str(tmp_path), "--training.steps"]
+    for steps in ("10", "4"):
+        assert train.main([*given, steps]) == 0
+        line = (
+            f"{tmp_path} is finished: its newest checkpoint is of step 10, and training.steps is {steps}. Nothing to do"
+        )
+        error = capsys.readouterr().err
+        assert line in error and len(error.splitlines()) == 1
+    for more in (["11"], ["10", "--checkpoint.resume", "false"], ["10", "--training.skip_train", "true"]):
+        assert train.main([*given, *more]) == 1 and "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_restart_by_the_launcher_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_MAX_RESTARTS": "3"}.items():
+        monkeypatch.setenv(name, value)
+    for count, told in (("0", ""), ("2", "restart 2 of 3"), ("x", "")):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert cli.guarded(lambda: None, joins_job=True) == 0
+        error = capsys.readouterr().err
+        assert told in error and bool(error) == bool(told)
+
+
 @pytest.mark.parametrize(("rank", "speaker"), [("0", "error: command line"), ("1", "error: [rank 1] command line")])
 def test_errors_are_one_line(rank: str, speaker: str, repository: Path) -> None:
     """Rank 1 speaks late: a launcher would have ended it by then, had rank 0 the same to say."""

@@ -117,7 +117,7 @@ BAD_FILES = [
     ("nothing_like_it: 1\n", 1, "unknown key nothing_like_it"),
     ("training:\n  steps: 1.5\n", 2, "training.steps must be int, not 1.5"),
     ("training:\n  steps: many\n", 2, "training.steps must be int, not 'many'"),
-    ("training:\n  steps: true\n", 2, "training.steps must be int, not True"),
+    ("training:\n  steps: true\n", 2, "training.steps must be int, not true"),
     ("training:\n  steps: null\n", 2, "training.steps must be int, not null"),
     ("training:\n  objective: all\n", 2, "must be one of unified, embedding, generative, or a list of kinds such as ["),
     ("training:\n  objective: [embedding, all]\n", 2, "such as [embedding, generative], not ['embedding', 'all']"),

@@ -149,7 +149,7 @@ def test_conversations_that_cannot_be(model: GritModel, given: Any, message: str
     ("given", "options", "message"),
     [
         ([], {}, "there is no text to encode"),
-        (None, {}, "texts must be a string, a list of strings, or ids of tokens, not None"),
+        (None, {}, "texts must be a string, a list of strings, or ids of tokens, not null"),
         ({"a": 1}, {}, "texts must be a string, a list of strings, or ids of tokens"),
         (["a", 5], {}, "text 1 must be a string, not 5"),
         (["a", b"b"], {}, "text 1 must be a string"),

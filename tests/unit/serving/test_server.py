@@ -110,7 +110,7 @@ def test_an_answer_ends_at_its_stop(client: TestClient, model: GritModel, monkey
         (EMBEDDINGS, {"input": [1, "a"]}, "text 0 holds 'a'; ids of tokens are from 0 to"),
         (EMBEDDINGS, {"input": [[1, 2], [10**6]]}, "text 1 holds 1000000; ids of tokens"),
         (EMBEDDINGS, {"input": [[]]}, "text 0 is empty"),
-        (EMBEDDINGS, {"input": [True]}, "text 0 holds True"),
+        (EMBEDDINGS, {"input": [True]}, "text 0 holds true"),
         (EMBEDDINGS, {"input": [None]}, "text 0 must be a string"),
         (EMBEDDINGS, {"input": [{}]}, "text 0 must be a string"),
         (EMBEDDINGS, {"input": "a", "dimensions": 0}, "dimensions must be at least 1, not 0"),
@@ -135,7 +135,7 @@ def test_an_answer_ends_at_its_stop(client: TestClient, model: GritModel, monkey
         (CHAT, {"messages": [{"role": "bot", "content": "4"}]}, "role of message 0 must be one of system, developer,"),
         (CHAT, {"messages": [{"role": ["user"], "content": "4"}]}, "role of message 0 must be one of"),
         (CHAT, {"messages": [{"role": "user", "content": " "}]}, "content of message 0 must not be empty"),
-        (CHAT, {"messages": [{"role": "user"}]}, "content of message 0 must be a string, not None"),
+        (CHAT, {"messages": [{"role": "user"}]}, "content of message 0 must be a string, not null"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a text in content of message 0"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content of message 0 must be a"),
         (CHAT, {"messages": [QUESTION | {"tool_calls": [{}]}]}, "message 0 holds tool_calls"),
@@ -147,7 +147,7 @@ def test_an_answer_ends_at_its_stop(client: TestClient, model: GritModel, monkey
         (CHAT, {"messages": [QUESTION], "max_completion_tokens": 9, "max_tokens": 8}, "two names of one limit"),
         (CHAT, {"messages": [QUESTION], "temperature": -1}, "temperature must be at least 0, not -1"),
         (CHAT, {"messages": [QUESTION], "temperature": float("nan")}, "NaN is no JSON"),
-        (CHAT, {"messages": [QUESTION], "temperature": True}, "temperature must be float, at least 0, not True"),
+        (CHAT, {"messages": [QUESTION], "temperature": True}, "temperature must be float, at least 0, not true"),
         (CHAT, {"messages": [QUESTION], "top_p": 0}, "top_p must be above 0 and at most 1, not 0"),
         (CHAT, {"messages": [QUESTION], "top_p": 1.1}, "top_p must be above 0 and at most 1, not 1.1"),
         (CHAT, {"messages": [QUESTION], "seed": 2**63}, "seed must be at least 0 and at most 9223372036854775807"),
@@ -199,7 +199,7 @@ def test_what_changes_an_answer_is_done_or_refused(client: TestClient) -> None:
         assert f"{field} " in error_of(answer) and "is not supported; leave it out" in error_of(answer)
         assert answer.json()["error"]["param"] == field
     answer = client.post(CHAT, json={"messages": [QUESTION], "n": True})
-    assert "n True is not supported" in error_of(answer)
+    assert "n true is not supported" in error_of(answer)
 
 
 def test_what_changes_nothing_is_accepted(client: TestClient) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from megatron_grit.config.checks.checkpoint import check_same_model, check_same_reader, checkpoint_errors
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.errors import CheckpointError
-from megatron_grit.training.checkpoint import check_same_model, check_same_reader
 from megatron_grit.training.checkpoint_save import CheckpointSaver
 from megatron_grit.training.restore_checks import check_versions_read
 from tests.rows import tiny_config
@@ -51,6 +51,26 @@ def test_the_same_parameters_are_taken(changed: dict[str, Any], checkpoint: Path
     config = tiny_config(retro=replace(RETRO, **changed))
     check_same_model(checkpoint, config)
     check_same_reader(checkpoint, config)
+
+
+def test_a_dry_run_refuses_what_the_start_refuses(checkpoint: Path, tmp_path: Path) -> None:
+    """Of the checkpoint that is resumed from, or of the one that is loaded."""
+    newest = tmp_path / "run" / "checkpoints" / "step_00000002"
+    newest.mkdir(parents=True)
+    save_config(tiny_config(retro=RETRO), newest / "config.yaml")
+    for path in (newest, checkpoint):
+        (path / "state.json").write_text("{}")
+    config = tiny_config(retro=replace(RETRO, gate=None))
+    config.output_dir, config.checkpoint.load = str(tmp_path / "run"), str(checkpoint)
+    for path, check in ((newest, check_same_model), (checkpoint, check_same_reader)):
+        with pytest.raises(CheckpointError) as caught:
+            check(path, config)
+        assert [str(error) for error in checkpoint_errors(config)] == [str(caught.value)]
+        config.checkpoint.resume = False
+    config.checkpoint.load = str(tmp_path / "of_megatron")
+    assert not list(checkpoint_errors(config))
+    config.checkpoint.load, config.model.retro = str(checkpoint), RETRO
+    assert not list(checkpoint_errors(config))
 
 
 def test_a_decoder_that_reads_none_can_be_fitted(checkpoint: Path) -> None:

@@ -136,10 +136,11 @@ def test_first_turn_that_just_fits(write_jsonl, build, tmp_path: Path, tokenizer
         build(write_jsonl([{"text": chat}]), limits=Limits(generative=prompt), overwrite=True)
 
 
-def test_nothing_left_names_the_main_reason(write_jsonl, build, tmp_path: Path) -> None:
+def test_nothing_left_names_the_reasons(write_jsonl, build, tmp_path: Path) -> None:
     path = write_jsonl([{"text": [sentence(1, 60), "yes"]}, {"text": ""}, {"text": " "}])
     with pytest.raises(
-        DataError, match=rf"nothing is left for .*: 2 of 3 .* empty_text; the first: {path}:1: the first user"
+        DataError,
+        match=rf"nothing is left for .*: 2 of 3 .* empty_text, 1 of 3 .*; the first: {path}:1: the first user",
     ):
         build(path)
     assert outputs(tmp_path) == []

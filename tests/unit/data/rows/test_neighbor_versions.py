@@ -62,6 +62,9 @@ def test_a_version_is_read_once_its_neighbors_are_there(tmp_path: Path, caplog: 
     query_neighbors(project, Worker(), WordEmbedder())
     follower.look()
     assert follower.found == 2
+    config.training.steps = 1 + AHEAD + 1
+    follower.take(2, 1)
+    assert len(loader.versions_read()) == 1 and "from step" not in caplog.text, "no step of the run reads it"
     rows = {step: [row.neighbors for row in loader.batch(step).rows] for step in range(6)}
     trained = 1
     assert loader.change_version(2, trained) == trained + AHEAD + 1

@@ -12,6 +12,7 @@ import torch
 
 from megatron_grit.cli import train
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.chat import run_chat
 from megatron_grit.data.chat.chat import Chat, named_chat, write_chat
 from megatron_grit.data.chat.run_chat import unlike_base
 from megatron_grit.data.indexed.records import IndexedRecords
@@ -19,7 +20,7 @@ from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows import prospects
 from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
-from megatron_grit.errors import GritError
+from megatron_grit.errors import ConfigError, GritError
 from megatron_grit.parallel.devices import device_errors, select_device
 from tests.unit.data.indexed_files import TOKENIZER, pair, run_config, text, write, write_chats
 
@@ -148,7 +149,14 @@ def test_a_dry_run_tells_data_devices_and_port_at_once(
     given += ["--training.objective=embedding", f"--data.embedding=[{indexed_prefixes['no_neg']}]", "--dry-run"]
     enough = ["--training.embedding_batch_size=8", "--data.train_group_size=1", "--training.steps=10"]
     assert train.main([*given, *enough]) == 0
-    assert "\n# data.embedding: 10 steps of 8 records are 2 epochs of its 40 records\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\n# data.embedding: 10 steps of 8 records are 2 epochs of its 40 records\n" in said
+    (tmp_path / "checkpoints" / "step_00000010").mkdir(parents=True)
+    for name, content in (("state.json", "{}"), ("config.yaml", said)):
+        (tmp_path / "checkpoints" / "step_00000010" / name).write_text(content)
+    assert train.main([*given, *enough]) == 0
+    said = f"\n# {tmp_path} is finished: its newest checkpoint is of step 10, and training.steps is 10. Nothing to do; "
+    assert said in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in (("WORLD_SIZE", 8), ("LOCAL_WORLD_SIZE", 4), ("MASTER_PORT", taken_port)):
@@ -178,7 +186,9 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("template", ["gritlm", "zephyr"])
-def test_a_base_of_another_tokenizer_or_template(files: dict[str, str], tmp_path: Path, template: str) -> None:
+def test_a_base_of_another_tokenizer_or_template(
+    files: dict[str, str], tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A base like the run is passed over in silence."""
     words = [f"word{number} number {number * 7}" for number in range(300)]
     for name, size in (("base", 300), ("own", 290)):
@@ -191,12 +201,34 @@ def test_a_base_of_another_tokenizer_or_template(files: dict[str, str], tmp_path
     config.checkpoint.load = str(tmp_path / "base")
     assert list(unlike_base(config, base, chat)) == []
     (other,) = unlike_base(config, base, named_chat("chatml", base, "data.chat_template"))
-    assert (
-        other == f"the base converses in {template} ({tmp_path / 'base'}), this run in chatml, from data.chat_template"
-    )
+    here = "chatml, from data.chat_template"
+    assert other == f"warning: the base converses in {template} ({tmp_path / 'base'}), this run in {here}"
     (line,) = unlike_base(config, own, chat)
     number = next(index for index in range(290) if base.id_to_token(index) != own.id_to_token(index))
     assert line == (
-        f"data.tokenizer is another one than the base's, which knows other words: id {number} is "
+        f"warning: data.tokenizer is another than the base's, which knows other words: id {number} is "
         f"{base.id_to_token(number)!r} in {base.path} and {own.id_to_token(number)!r} in {own.path}"
     )
+    # A name on the hub is looked at where it was fetched to; one that is not there any more is passed over.
+    config.checkpoint.load, config.model.pretrained = None, "some/base"
+    monkeypatch.setattr(run_chat, "local_folder", lambda name, weights: tmp_path / name.partition("/")[2])
+    assert list(unlike_base(config, own, chat)) == [line]
+    config.model.pretrained = "some/gone"
+    assert list(unlike_base(config, own, chat)) == []
+
+
+def test_records_that_are_all_longer_than_rows(files: dict[str, str], tmp_path: Path) -> None:
+    """Refused in a line that the dry run and the start share; one short record in any source is enough."""
+    long = write(tmp_path / "long", [text(number, 70 + number) for number in range(3)], RowKind.GENERATIVE)
+    short = write(tmp_path / "short", [text(9, 64)], RowKind.GENERATIVE)
+    for names, drops in (([long], True), ([long, short], False), ([files["texts"]], False)):
+        config = run_config(tmp_path, generative=names, over_long="drop", training={"generative_batch_size": 1})
+        found = [str(error) for error in prospects.data_errors(config, TOKENIZER)]
+        assert found == drops * [
+            "data.generative: all 3 records are longer than data.tokens_per_row 64, the shortest has 70 tokens, and "
+            "data.over_long drop leaves none; raise it, or set data.over_long to truncate or split"
+        ]
+        if drops:
+            with pytest.raises(ConfigError) as caught:
+                GritDataLoader(config, TOKENIZER)
+            assert str(caught.value) == found[0]

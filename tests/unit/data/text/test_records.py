@@ -120,7 +120,7 @@ def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
         ('{"messages": [{"role": "bot", "content": "c"}]}', "the role of message 0 must be one of system, developer"),
         ('{"messages": [{"role": "tool", "content": "c"}]}', "message 0 is of role tool where user was expected"),
         ('{"messages": [{"role": "user", "content": "c"}], "tools": {"a": 1}}', '"tools" must be a list, found an obj'),
-        ('{"messages": [{"role": "user", "content": null}]}', "content of message 0 must be a string, not None"),
+        ('{"messages": [{"role": "user", "content": null}]}', "content of message 0 must be a string, not null"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 0 is of role assistant where user was"),
         ('{"messages": [{"role": "user", "content": "u"}]}', "no user turn with an answer"),
         (

@@ -1,0 +1,85 @@
+"""Whether a run fits the checkpoint that it resumes from or starts with, as far as its config.yaml tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_grit.config.checkpoint_folder import holds_checkpoint, list_checkpoints, resolve_checkpoint
+from megatron_grit.config.parse import load_config
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.shape import reading_layers
+from megatron_grit.errors import CheckpointError, GritError
+
+_MAKES: dict[str, Callable[[Any], bool]] = {"num_neighbors": bool, "gate": lambda gate: gate is None}
+"""Options of ``model.retro`` that may change unless it changes which parameters there are."""
+
+
+def check_same_model(path: Path, config: RunConfig) -> None:
+    """Refuse to go on from a checkpoint whose model the configuration does not describe.
+
+    Raises:
+        CheckpointError: names the first key that differs.
+    """
+    saved = load_config(path / "config.yaml")
+    for section in ("model", "embedding", "adapter", "training"):
+        for name, before, now in _changed(section, getattr(saved, section), getattr(config, section)):
+            raise CheckpointError(
+                f"{path}: was trained with {name} {before}, and this run has {now}; choose another output_dir, or set "
+                "checkpoint.resume to false to start afresh in this one"
+            )
+
+
+def _changed(section: str, saved: Any, present: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Options of a section that differ and may not, with both values; those of sections in it as well."""
+    for field in fields(present):
+        before, now = getattr(saved, field.name), getattr(present, field.name)
+        if is_dataclass(now):
+            yield from _changed(f"{section}.{field.name}", before, now)
+            continue
+        makes = _MAKES.get(field.name)
+        may_change = field.metadata.get("may_change", section == "training")
+        if before != now and not (may_change and (makes is None or makes(before) == makes(now))):
+            yield f"{section}.{field.name}", before, now
+
+
+def check_same_reader(path: Path, config: RunConfig) -> None:
+    """Refuse to start from a checkpoint whose decoder reads neighbors in another way. One that reads none is taken.
+
+    Raises:
+        CheckpointError: names the first option that differs and makes other parameters.
+    """
+    if not (path / "config.yaml").is_file():
+        return
+    saved, present = load_config(path / "config.yaml").model, config.model
+    if not saved.retro.num_neighbors:
+        return
+    for name, before, now in (
+        ("num_neighbors", saved.retro.num_neighbors, present.retro.num_neighbors),
+        ("layers", reading_layers(saved), reading_layers(present)),
+        ("encoder_layers", saved.retro.encoder_layers, present.retro.encoder_layers),
+        ("encoder_conditioning", saved.retro.encoder_conditioning, present.retro.encoder_conditioning),
+        ("gate", saved.retro.gate, present.retro.gate),
+    ):
+        if before != now and (name not in _MAKES or _MAKES[name](before) != _MAKES[name](now)):
+            told = "null" if before is None else before
+            raise CheckpointError(
+                f"{path}: was trained with model.retro.{name} {told}, which makes other parameters than "
+                f"{'null' if now is None else now}; set model.retro.{name} to {told}"
+            )
+
+
+def checkpoint_errors(config: RunConfig) -> Iterator[GritError]:
+    """What the start of a run would refuse of the checkpoint that it resumes from, or else of ``checkpoint.load``."""
+    found = list_checkpoints(config.output_dir)[-1:] if config.checkpoint.resume else []
+    try:
+        if found:
+            check_same_model(found[0], config)
+        elif config.checkpoint.load is not None:
+            check_same_reader(resolve_checkpoint(config.checkpoint.load), config)
+    except GritError as error:
+        # One of Megatron-LM has another form; one that is not there is told of when it is loaded.
+        if found or holds_checkpoint(config.checkpoint.load or ""):
+            yield error
