@@ -12,11 +12,10 @@ from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.retrieval.dedup.buckets import choose_bands
 from megatron_grit.retrieval.estimate.rates import Rates, Spent
 from megatron_grit.retrieval.index.factory import MOST_BYTES, code_bytes, index_bytes, lists_of, width_of
+from megatron_grit.retrieval.index.kmeans import ITERATIONS, POINTS_PER_LIST, SHARED_LISTS
 from megatron_grit.retrieval.index.recall_queries import NUM_QUERIES
 from megatron_grit.retrieval.stages.query_neighbors import AT_A_TIME
 
-_ITERATIONS = 10
-"""Of k-means for the lists of an index."""
 _MOST_FOR_CODES = 65_536
 """Vectors that a product quantiser or a rotation learns from, 256 for each of its centres."""
 _TURNS = 50
@@ -154,14 +153,23 @@ class Estimate:
         sizes, rates = self.sizes, self.rates
         sample = self.config.train_load_fraction * sizes.num_train
         for_codes = min(sample, _MOST_FOR_CODES) if self.codes.startswith(("PQ", "SQ")) else 0
-        alone = rates.compare.times(sample * self.lists * self.width * _ITERATIONS) + rates.learn.times(for_codes)
+        alone, spent, passing = rates.learn.times(for_codes), rates.fixed["index-train"], 0.0
         if "OPQ" in sizes.factory:
             alone += rates.learn.times(for_codes * _TURNS / 5)
-        spent, passing = rates.fixed["index-train"], 0.0
+        together = self.lists >= SHARED_LISTS
+        held = float(sample)
+        if together:
+            held = min(sample, POINTS_PER_LIST * self.lists) / sizes.num_processes
+            spent += rates.compare.times(held * sizes.num_processes * self.lists * self.width * ITERATIONS)
+            passing += 3 * 4 * self.lists * self.width
+        else:
+            alone += rates.compare.times(sample * self.lists * self.width * ITERATIONS)
         if not sizes.stored:
             spent += rates.embed.times(sizes.num_train)
-            passing = 4 * sizes.dim * sizes.num_train
-        memory = 4 * sizes.dim * sample + (4 * self.width * sample if self.width != sizes.dim else 0)
+            passing += 4 * sizes.dim * sizes.num_train
+        memory = 4 * sizes.dim * held + (4 * self.width * held if self.width != sizes.dim else 0)
+        # Centres as they are gathered, and those before them; sums of this process's vectors and of its centres.
+        memory += (12 * self.lists + 16 * min(held, self.lists)) * self.width if together else 0
         disk = 4 * self.lists * self.width + 28 * sizes.num_train
         memory = max(memory, 0 if sizes.stored else self._block_memory(sizes.num_train))
         return self._cost("index-train", spent, alone=alone, disk=disk, memory=memory, passing=passing)

@@ -12,8 +12,7 @@ makes sense.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -24,10 +23,14 @@ import numpy as np
 
 from megatron_grit.config.database.schema import MOST_ON_GPU
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.retrieval.index.factory import GRAPHS, MIN_POINTS_PER_LIST, check_kind, lists_of
+from megatron_grit.retrieval.index.factory import GRAPHS, check_kind, lists_of
 from megatron_grit.retrieval.index.id_ranges import NO_RANGES, count, drop_members, outside
 from megatron_grit.retrieval.index.manifest import IndexManifest, is_whole, read_manifest, remedy_of, write_manifest
+from megatron_grit.retrieval.index.on_torch import device_of_process, nearest_by_torch
 from megatron_grit.retrieval.index.pair_scores import scored_by_pairs
+from megatron_grit.retrieval.index.threads import in_parts
+from megatron_grit.retrieval.index.threads import num_threads as threads_of
+from megatron_grit.retrieval.index.training import Training
 from megatron_grit.store.blocks import cannot_write
 from megatron_grit.store.environment import job_size, local_rank
 from megatron_grit.store.files import replacing_path
@@ -36,10 +39,9 @@ from megatron_grit.store.progress import still_at_work
 
 log = get_logger(__name__)
 
-_PART = 4096
-"""Rows that one thread works on."""
 _LARGEST_PART = 1 << 40
 """Bytes that any part of an index file may say it has."""
+RAISE_NTRAIN = "raise ntrain, or choose a smaller index"
 _TABLES = (1 << 31) + 8
 """Bytes of the tables that faiss computes for a product quantiser when it opens a file, above the most that it makes.
 They count as read, so the limit is never below them, however small the file."""
@@ -107,30 +109,6 @@ def new_index(factory: str, metric: str, dim: int) -> Any:
     return index
 
 
-def _in_parts(function: Callable[[np.ndarray], np.ndarray], vectors: np.ndarray) -> np.ndarray:
-    """``function`` of runs of rows of one length, a thread for each. A matrix product that itself uses several threads
-    has other last bits for each number of them."""
-    parts = [vectors[start : start + _PART] for start in range(0, max(len(vectors), 1), _PART)]
-
-    def of_part(part: np.ndarray) -> np.ndarray:
-        with _threads(1):
-            return function(part)
-
-    with ThreadPoolExecutor(max(1, _faiss().omp_get_max_threads())) as pool:
-        return np.concatenate(list(pool.map(of_part, parts)))
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    faiss = _faiss()
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(before if count is None else count)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
-
-
 class VectorIndex:
     """An index in memory, or mapped.
 
@@ -163,7 +141,7 @@ class VectorIndex:
         vectors_ND: np.ndarray,
         *,
         num_threads: int | None = None,
-        remedy: str = "raise ntrain, or choose a smaller index",
+        remedy: str = RAISE_NTRAIN,
     ) -> VectorIndex:
         """A trained index without vectors.
 
@@ -179,83 +157,77 @@ class VectorIndex:
         """
         index = new_index(factory, metric, vectors_ND.shape[1])
         made = VectorIndex(index, factory, metric)
-        made._check_number(len(vectors_ND), remedy)
+        made._training.check_number(len(vectors_ND), remedy)
         vectors = np.ascontiguousarray(vectors_ND, dtype=np.float32)
         if not index.is_trained:
-            try:
-                with _threads(num_threads), still_at_work(f"training index {factory}"):
-                    vectors = made._train_transforms(vectors)
-                    made._train_lists(vectors)
-                    made.inner.train(vectors)
-            except RuntimeError as error:
-                raise ConfigError(f"index {factory!r} cannot be trained ({_reason(error)})") from None
-            index.is_trained = True
+            with made._learning(num_threads):
+                vectors = made._training.train_transforms(vectors)
+                made._training.train_lists(vectors)
+                made._training.train_codes(vectors)
         return made
 
-    def _check_number(self, num_vectors: int, remedy: str) -> None:
-        """Refuse too few vectors to learn from, and say once of few what faiss would print for each clustering."""
-        codes = _faiss().downcast_index(self.inner.storage) if self.is_graph else self.inner
-        product = getattr(codes, "pq", None)
-        centres = max(0 if self._ivf is None else self._ivf.nlist, 0 if product is None else product.ksub)
-        if any(isinstance(transform, _faiss().OPQMatrix) for transform in self._transforms):
-            centres = max(centres, 256)
-        if num_vectors < max(centres, not self.index.is_trained):
-            raise ConfigError(
-                f"index {self.factory!r} needs {max(centres, 1):,} vectors at least to be trained on, and there are "
-                f"{num_vectors:,}; {remedy}"
-            )
-        if num_vectors < MIN_POINTS_PER_LIST * centres:
-            log.warning(
-                f"index {self.factory}: {num_vectors:,} vectors to train {centres:,} centres on; "
-                f"{MIN_POINTS_PER_LIST * centres:,} would be better: {remedy}"
-            )
-        for part in filter(None, (self._ivf, product)):
-            part.cp.min_points_per_centroid = 1
-        if hasattr(codes, "do_polysemous_training"):
-            # It orders centres for a filter of codes that is not used here, and takes a second a byte of the code.
-            codes.do_polysemous_training = False
+    @property
+    def _training(self) -> Training:
+        return Training(
+            _faiss(), self.factory, self.index, self.inner, self._ivf, self._transforms, is_graph=self.is_graph
+        )
 
-    def _train_lists(self, vectors: np.ndarray) -> None:
-        """Centres of the lists, before the rest is trained. The engine would put them into an HNSW graph from several
-        threads at once, and the graph would be another one each time."""
-        faiss = _faiss()
-        if self._ivf is None or self._ivf.quantizer.is_trained and self._ivf.quantizer.ntotal:
-            return
-        if not isinstance(faiss.downcast_index(self._ivf.quantizer), (faiss.IndexFlat, faiss.IndexHNSW)):
-            return
-        dim = vectors.shape[1]
-        flat = faiss.IndexFlat(dim, self._ivf.metric_type)
-        if faiss.get_num_gpus():
-            flat = faiss.index_cpu_to_all_gpus(flat)
-        clustering = faiss.Clustering(dim, self._ivf.nlist, self._ivf.cp)
-        clustering.train(vectors, flat)
-        centres = faiss.vector_to_array(clustering.centroids).reshape(self._ivf.nlist, dim)
-        with _threads(1):
-            self._ivf.quantizer.train(centres)
-            self._ivf.quantizer.add(centres)
+    @staticmethod
+    def with_transforms(factory: str, metric: str, vectors_ND: np.ndarray) -> VectorIndex:
+        """An index that has learned from a sample how vectors are turned, and nothing else.
 
-    def _train_transforms(self, vectors: np.ndarray) -> np.ndarray:
-        """Train what turns vectors before they are stored, and apply it. In one thread: with more, the last bits of
-        OPQ's matrix depend on their number."""
-        faiss = _faiss()
-        for transform in self._transforms:
-            if not transform.is_trained:
-                if isinstance(transform, faiss.OPQMatrix):
-                    # Its own, but for the warnings of each of its 200 clusterings where there are few vectors.
-                    transform.pq = quantizer = faiss.ProductQuantizer(transform.d_out, transform.M, 8)
-                    quantizer.cp.min_points_per_centroid = 1
-                with _threads(1):
-                    transform.train(vectors)
-                if isinstance(transform, faiss.OPQMatrix):
-                    transform.pq = None
-            vectors = _in_parts(transform.apply, vectors)
-        return vectors
+        Raises:
+            ConfigError: faiss does not know the string, or there are too few vectors.
+        """
+        made = VectorIndex(new_index(factory, metric, vectors_ND.shape[1]), factory, metric)
+        with made._learning(None):
+            made._training.train_transforms(np.ascontiguousarray(vectors_ND, dtype=np.float32))
+        return made
+
+    def finish_training(self, vectors_ND: np.ndarray, centres_KD: np.ndarray) -> None:
+        """Learn the rest.
+
+        Args:
+            vectors_ND: a sample that is large enough for codes; not turned.
+            centres_KD: of the lists, of vectors that were turned.
+
+        Raises:
+            ConfigError: faiss cannot train it.
+        """
+        with self._learning(None):
+            self._training.set_centres(centres_KD)
+            self._training.train_codes(self.transformed(vectors_ND))
+
+    def check_training(self, num_vectors: int, remedy: str = RAISE_NTRAIN) -> None:
+        """Refuse too few vectors to be trained on, and warn of few.
+
+        Raises:
+            ConfigError: there are fewer than centres.
+        """
+        self._training.check_number(num_vectors, remedy)
+
+    @contextmanager
+    def _learning(self, threads: int | None) -> Iterator[None]:
+        try:
+            with threads_of(_faiss(), threads), still_at_work(f"training index {self.factory}"):
+                yield
+        except RuntimeError as error:
+            raise ConfigError(f"index {self.factory!r} cannot be trained ({_reason(error)})") from None
+
+    def to_bytes(self) -> np.ndarray:
+        """As :meth:`of_bytes` reads it, uint8 [n]."""
+        return np.asarray(_faiss().serialize_index(self.index))
+
+    @staticmethod
+    def of_bytes(content: np.ndarray, factory: str, metric: str) -> VectorIndex:
+        """An index of bytes that were compared with their checksum."""
+        return VectorIndex(_faiss().deserialize_index(content), factory, metric)
 
     def transformed(self, vectors_ND: np.ndarray) -> np.ndarray:
         """Vectors as they are before they are encoded."""
         vectors = np.ascontiguousarray(vectors_ND, dtype=np.float32)
         for transform in self._transforms:
-            vectors = _in_parts(transform.apply, vectors)
+            vectors = np.concatenate(in_parts(_faiss(), transform.apply, vectors))
         return vectors
 
     @property
@@ -270,7 +242,7 @@ class VectorIndex:
         """Codes to add, uint8 [N, bytes], of any process; for a graph the vectors, float32 [N, D]."""
         if self.is_graph:
             return self.transformed(vectors_ND)
-        return _in_parts(self.inner.sa_encode, self.transformed(vectors_ND))
+        return np.concatenate(in_parts(_faiss(), self.inner.sa_encode, self.transformed(vectors_ND)))
 
     def add_codes(self, codes: np.ndarray, ids: np.ndarray) -> None:
         """Add vectors by their codes, with the ids of their chunks.
@@ -295,7 +267,7 @@ class VectorIndex:
             raise ConfigError(f"index {self.factory!r} holds no ids; set add_load_fraction to 1")
         if self.is_graph:
             # From several threads at once the graph would be another one each time.
-            with _threads(1):
+            with threads_of(_faiss(), 1):
                 self.inner.add(codes)
         else:
             self.inner.add_sa_codes(codes)
@@ -491,6 +463,17 @@ def exact_search(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int, metric:
     else:
         scores, ids = faiss.knn(queries, vectors, k, metric=kind)
     return scores, ids
+
+
+def nearest_centres(vectors_ND: np.ndarray, centres_KD: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest of some centres of each vector: scores, float32 [N], and numbers, int64 [N]. On a GPU where faiss or
+    torch finds one. Parts of as many rows are compared by themselves."""
+    if not _devices():
+        return nearest_by_torch(vectors_ND, centres_KD, metric, device_of_process())
+    if not len(vectors_ND):
+        return np.empty(0, np.float32), np.empty(0, np.int64)
+    found = in_parts(_faiss(), lambda part: exact_search(part, centres_KD, 1, metric), vectors_ND)
+    return np.concatenate([scores[:, 0] for scores, _ in found]), np.concatenate([ids[:, 0] for _, ids in found])
 
 
 def _reason(error: BaseException) -> str:

@@ -16,7 +16,8 @@ from megatron_grit.retrieval.work import Worker
 def run_together(num_workers: int, task: Callable[[Worker], None]) -> None:
     """Call a function once for each of several workers that wait for each other. What they exchange is arrays, or goes
     through JSON, as between processes."""
-    barrier, values = threading.Barrier(num_workers, timeout=60), [None] * num_workers
+    barrier = threading.Barrier(num_workers, timeout=60)
+    values: list[Any] = [None] * num_workers
 
     def gather_of(rank: int) -> Callable[[Any], list[Any]]:
         def gather(value: Any) -> list[Any]:
@@ -28,8 +29,20 @@ def run_together(num_workers: int, task: Callable[[Worker], None]) -> None:
 
         return gather
 
+    def exchange_of(rank: int) -> Callable[[list[np.ndarray]], list[np.ndarray]]:
+        def exchange(arrays: list[np.ndarray]) -> list[np.ndarray]:
+            values[rank] = arrays
+            barrier.wait()
+            received = [sent[rank] for sent in values]
+            barrier.wait()
+            return received
+
+        return exchange
+
     workers = [
-        Worker(rank, num_workers, gather_of(rank), gather_of(rank), group=rank, num_groups=num_workers)
+        Worker(
+            rank, num_workers, gather_of(rank), gather_of(rank), exchange_of(rank), group=rank, num_groups=num_workers
+        )
         for rank in range(num_workers)
     ]
     with ThreadPoolExecutor(num_workers) as pool:

@@ -13,14 +13,18 @@ from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.data.chunks.chunk_db import ChunkDb
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.retrieval.database import index_files
 from megatron_grit.retrieval.database.index_files import IndexFiles
 from megatron_grit.retrieval.database.vectors import SegmentVectors, embed_chunks, find_chunks, open_vectors
+from megatron_grit.retrieval.index import kmeans, threads
 from megatron_grit.retrieval.index.factory import choose_factory, num_training_vectors
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search
+from megatron_grit.retrieval.index.kmeans import KMeans
 from megatron_grit.retrieval.index.manifest import read_manifest
 from megatron_grit.retrieval.index.recall import RECALL_AT, choose_search, fewest, read_search, recall_of, without_own
 from megatron_grit.retrieval.index.recall_queries import NUM_QUERIES, query_ids
 from megatron_grit.retrieval.index.search import ShardedIndex
+from megatron_grit.retrieval.stages import index_train
 from megatron_grit.retrieval.stages.db_build import build_chunks
 from megatron_grit.retrieval.stages.index_add import add_to_index
 from megatron_grit.retrieval.stages.index_train import train_index
@@ -98,11 +102,68 @@ def test_a_graph_is_searched_for_the_wanted_recall(project: Project, index: str)
     assert digests(files) == again
 
 
+@pytest.mark.parametrize(
+    ("index", "metric"),
+    [("OPQ4_8,IVF8_HNSW4,PQ4x4", "l2"), ("IVF8,Flat", "inner_product"), ("PCA8,IVF8_HNSW4,SQ8", "l2")],
+)
+def test_many_lists_are_trained_by_all_processes(
+    project: Project, monkeypatch: pytest.MonkeyPatch, index: str, metric: str
+) -> None:
+    """The same index by one process, by three, of vectors that are stored, and after a kill; and one that finds as much
+    as that which faiss trains."""
+    by_faiss, _ = built(project, index=index, metric=metric, nprobe=2)
+    settings = {"index": index, "metric": metric, "nprobe": 2, "block_size": 50}
+    wanted = read_search(IndexFiles(by_faiss, ChunkDb(by_faiss), "words-16", 16).search).recall
+    monkeypatch.setattr(index_train, "SHARED_LISTS", 8)
+    for module in (threads, kmeans):
+        monkeypatch.setattr(module, "ROWS_OF_PART", 32)
+    iterations: list[int] = []
+    means = KMeans._means
+
+    def counting(self: KMeans, *options: Any) -> Any:
+        if len(iterations) in stops:
+            stops.remove(len(iterations))
+            raise KeyboardInterrupt
+        iterations.append(options[-1])
+        return means(self, *options)
+
+    monkeypatch.setattr(KMeans, "_means", counting)
+    project, stops, found = another(project, **settings), list[int](), []
+    files = IndexFiles(project, ChunkDb(project), "words-16", 16)
+    for num_workers, is_stored in ((1, False), (3, False), (1, True)):
+        files.trained.unlink(missing_ok=True)
+        if is_stored:
+            embed_chunks(open_vectors(project, Worker(), Words()), Worker())
+            stops = [len(iterations) + 4]
+            with pytest.raises(KeyboardInterrupt):
+                train_index(project, Worker(), Words())
+            assert (files.root / "training").is_dir()
+        run_together(num_workers, lambda worker: train_index(project, worker, Words()))
+        found.append(read_manifest(files.trained).sha256)
+        assert not (files.root / "training").exists()
+    assert len(set(found)) == 1 and iterations.count(9) == 1 + 3 + 1 and iterations[-10:] == list(range(10))
+    add_to_index(project, Worker(), Words())
+    assert read_search(files.search).recall == pytest.approx(wanted, abs=0.1)
+
+
 def test_more_shards_than_blocks(project: Project) -> None:
     project, files = built(project, num_shards=5, block_size=10_000)
     assert [len(VectorIndex.load(path)) > 0 for path in files.added] == [True] * 5
     with pytest.raises(ConfigError, match="num_shards 100000 is above"):
         built(project, num_shards=100_000)
+
+
+def test_a_large_index_has_several_files(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few as keep each below the size that one process is given; num_shards says otherwise."""
+    _, files = built(project)
+    wanted = files.added[0].stat().st_size
+    assert len(files.added) == 1
+    monkeypatch.setattr(index_files, "MOST_BYTES", wanted // 3)
+    _, files = built(project)
+    sizes = [path.stat().st_size for path in files.added]
+    assert len(sizes) == 3 and max(sizes) < wanted // 3 + 1000
+    _, files = built(project, num_shards=2)
+    assert len(files.added) == 2
 
 
 def test_shards_are_filled_together(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
