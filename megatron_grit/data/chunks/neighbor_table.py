@@ -73,8 +73,8 @@ class TableManifest:
     num_none: int | None = None
     """Of these, places with none."""
     num_copies: int | None = None
-    """Candidates that were left out because they repeat the chunk, of the places that were searched for this table.
-    None: not counted."""
+    """Candidates that were left out because they repeat the chunk, in the searches for this table and for those that it
+    goes on from. None: not counted."""
     sha256: str = ""
     """Of the numbers of ``neighbors.npy``."""
     starts_sha256: str = ""

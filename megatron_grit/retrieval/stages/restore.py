@@ -24,7 +24,7 @@ from megatron_grit.retrieval.stages.add import Addition
 from megatron_grit.retrieval.stages.compact import files_to_join, write_joined
 from megatron_grit.retrieval.stages.db_build import write_tables
 from megatron_grit.retrieval.stages.index_add import add_to_index
-from megatron_grit.retrieval.stages.index_train import clear_blocks
+from megatron_grit.retrieval.stages.index_train import clear_blocks, restore_trained
 from megatron_grit.retrieval.work import Worker
 from megatron_grit.store.logs import get_logger
 
@@ -56,13 +56,19 @@ def restore_tables(project: Project, worker: Worker) -> None:
 
 
 def restore_index(project: Project, worker: Worker, embedder: Embedder) -> None:
-    """Make those index files of the newest version again that are missing or damaged. All processes call it.
+    """Make those index files of the newest version again that are missing or damaged, the trained one first. All
+    processes call it.
 
     Raises:
-        DataError: what is made is not what the version was made of; the trained index is damaged.
+        DataError: what is made is not what the version was made of.
     """
     folder = project.folder
     versions = [read_version(folder, number) for number in version_numbers(folder)]
+    trained = versions[-1].trained
+    if not worker.from_first(lambda: _is_whole(folder, trained)):
+        _announce(worker, trained)
+        restore_trained(project, worker, embedder)
+        _compare(project, worker, trained)
     damaged = worker.from_first(lambda: _damaged(folder, versions))
     for number, (version, paths) in enumerate(zip(versions, damaged, strict=True)):
         files = [file for file in _files_of(version) if file.path in paths]

@@ -111,7 +111,7 @@ def _run_task(task: Task, prepared: Preparation, worker: Worker, embedder: Embed
             log.info(f"task {task.name}: left as it is; the task add adds documents")
         if task.name == "db-build":
             restore_tables(project, worker)
-        elif task.name == "index-add":
+        elif task.name in ("index-train", "index-add"):
             restore_index(project, group, job.embedder)
     else:
         if task.name == "embed" and "index-train" in prepared.tasks:

@@ -152,7 +152,7 @@ def test_tables_of_a_grown_database_are_made_again(campaign: Campaign, table: st
 
 @pytest.mark.parametrize("is_gone", [False, True], ids=["damaged", "gone"])
 def test_index_files_of_a_grown_database_are_made_again(campaign: Campaign, is_gone: bool) -> None:
-    """That of the first build and that of the addition, by the task index-add; the trained index is not made again."""
+    """That of the first build and that of the addition, by the task index-add."""
     folder = campaign.folder / "db"
     paths = [folder / file.path for segment in read_version(folder).segments for file in segment.index]
     assert len(paths) == 2 and "added_v" in paths[1].name
@@ -163,6 +163,11 @@ def test_index_files_of_a_grown_database_are_made_again(campaign: Campaign, is_g
             open_index(project_of(campaign), read_version(folder))
         run_together(2, lambda worker: restore_index(project_of(campaign), worker, WordEmbedder()))
         assert path.read_bytes() == campaign.files[path.relative_to(campaign.folder).as_posix()]
+    trained = folder / read_version(folder).trained.path
+    trained.unlink() if is_gone else trained.write_bytes(b"x" + trained.read_bytes()[1:])
+    forget_opened()
+    run_together(2, lambda worker: restore_index(project_of(campaign), worker, WordEmbedder()))
+    assert trained.read_bytes() == campaign.files[trained.relative_to(campaign.folder).as_posix()]
     open_index(project_of(campaign), read_version(folder))
     assert {path.name for path in paths[1].parent.iterdir()} == {
         Path(name).name for name in campaign.files if Path(name).parent == paths[1].parent.relative_to(campaign.folder)

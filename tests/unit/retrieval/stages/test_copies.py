@@ -16,7 +16,9 @@ from megatron_grit.data.chunks.versions import VersionedDb, read_version
 from megatron_grit.retrieval.database.queried import tables_of
 from megatron_grit.retrieval.index import overlap
 from megatron_grit.retrieval.index.overlap import Outline, shared_at_most, shared_runs
+from megatron_grit.retrieval.stages.add import add_documents
 from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
+from megatron_grit.retrieval.stages.tombstone import remove_documents
 from megatron_grit.retrieval.work import Worker
 from tests.unit.retrieval.databases import (
     CHUNK,
@@ -86,6 +88,36 @@ def test_shared_runs(pairs: list[tuple[list[int], list[int]]]) -> None:
     wanted = [plain_share(*pair) for pair in pairs]
     assert np.allclose(shared_runs(*texts, *others), wanted)
     assert (shared_at_most(Outline.of(*texts), Outline.of(*others)) >= np.array(wanted) - 1e-9).all()
+
+
+def test_short_rows_are_searched_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A passage has more copies than are searched, so its search ends before there is a neighbor; and so does one after
+    an addition, although what came is none. Copies that earlier searches left out are counted still."""
+    tokenizer, num_copies = tokenizer_of(tmp_path), []
+    passage = tokenizer.decode(tokenizer.encode(" ".join(make_texts(3, seed=6)))[:16])
+    texts = [passage] * 40 + make_texts(12, seed=8)
+    settings = {"chunk_length": 16, "max_overlap": 0.25, "duplicates": "keep"}
+    settings |= {"num_neighbors_query": 2, "num_neighbors_save": 2}
+    prefix = write_documents(tmp_path / "corpus", texts[:43], tokenizer)
+    project = build(make_project(tmp_path / "db", [prefix], tmp_path, **settings), WordEmbedder())
+    num_copies.append(open_table(project)[1].manifest.num_copies)
+    write_documents(tmp_path / "corpus", texts, tokenizer)
+    add_documents(another(project), Worker(), WordEmbedder())
+    with caplog.at_level("INFO"):
+        query_neighbors(another(project), Worker(), WordEmbedder())
+    table = open_table(another(project))[1]
+    num_copies.append(table.manifest.num_copies)
+    remove_documents(another(project), Worker(), "corpus:50")
+    query_neighbors(another(project), Worker(), WordEmbedder())
+    num_copies.append(open_table(another(project))[1].manifest.num_copies)
+    whole = build(make_project(tmp_path / "whole", [prefix], tmp_path, **settings), WordEmbedder())
+    at_once = open_table(whole)[1]
+    assert (at_once.neighbors[:40, 0] == -1).all() and at_once.manifest.num_none == 40
+    assert 0 < table.manifest.num_taken_over < 43
+    for name in ("neighbors", "scores"):
+        assert np.array_equal(getattr(table, name), getattr(at_once, name)), name
+    assert num_copies[0] >= 40 * 31 and num_copies[1] >= num_copies[0] and num_copies[2] >= num_copies[1]
+    assert f"{num_copies[1]:,} copies were left out" in caplog.text
 
 
 @pytest.mark.parametrize("most_kept", [1 << 18, 0])
