@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_grit.data.indexed.label_weights import ANSWERS
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.kinds import embedding, generative
 from megatron_grit.data.rows.batch import BatchPart, StepBatch
 from megatron_grit.data.rows.packing import pack
-from megatron_grit.data.rows.segments import Segment, labels_between
+from megatron_grit.data.rows.segments import Segment
+from megatron_grit.data.rows.stream import PlannedRow
 
 GROUP_SIZE = 2
 _ROW_MULTIPLE = 8
@@ -72,7 +74,7 @@ def random_batch(
     def segment(record: int, length: int, roles: tuple[Role, Role], first: int) -> Segment:
         first = min(first, length // 2)
         spans, sizes = [int(role) for role in roles], [first, length - first]
-        labels = labels_between(spans, sizes, 0, length)
+        num_labels, label_weight = ANSWERS.total(spans, sizes, starts_record=True)
         return Segment(
             sources=sources,
             source=0,
@@ -81,7 +83,8 @@ def random_batch(
             stop=length,
             roles=spans,
             lengths=sizes,
-            num_labels=labels,
+            num_labels=num_labels,
+            label_weight=label_weight,
         )
 
     query, passage = (Role.QUERY_INSTRUCTION, Role.QUERY), (Role.POSITIVE_INSTRUCTION, Role.POSITIVE)
@@ -94,17 +97,17 @@ def random_batch(
     ]
     parts = {}
     for name, kind, segments in (("embedding", embedding, texts), ("generative", generative, chats)):
-        places = pack(np.array([each.length for each in segments]), tokens_per_row)
-        rows = [
-            kind.make_row([segments[slot] for slot in row], row, _padded(segments, row, _ROW_MULTIPLE), 0)
-            for row in places
+        planned = [
+            PlannedRow(segments=[segments[slot] for slot in slots], slots=slots)
+            for slots in pack(np.array([each.length for each in segments]), tokens_per_row)
         ]
-        slots = [torch.from_numpy(np.concatenate(places))]
+        rows = [kind.make_row(row, -(-row.length // _ROW_MULTIPLE) * _ROW_MULTIPLE, 0) for row in planned]
+        slots = [torch.from_numpy(np.concatenate([row.slots for row in planned]))]
         counts: Any = (
             embedding.EmbeddingCounts(num_queries=num_queries, group_size=GROUP_SIZE, slots_by_rank=slots)
             if kind is embedding
-            else generative.GenerativeCounts(
-                num_loss_tokens=sum(chat.num_labels for chat in chats), num_sequences=num_sequences, num_rows=len(rows)
+            else generative.count_labels(
+                np.array([each.label_weight for each in segments]), sum(each.num_labels for each in segments), len(rows)
             )
         )
         parts[name] = BatchPart(rows=rows, counts=counts)
@@ -116,8 +119,3 @@ def random_batch(
         num_tokens=sum(row.num_tokens for part in parts.values() for row in part.rows),
         num_padded_tokens=sum(lengths),
     )
-
-
-def _padded(segments: list[Segment], row: np.ndarray, multiple: int) -> int:
-    used = sum(segments[index].length for index in row)
-    return -(-used // multiple) * multiple

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.kinds.embedding import EmbeddingCounts
-from megatron_grit.data.kinds.generative import GenerativeCounts
+from megatron_grit.data.kinds.generative import count_labels
 from megatron_grit.data.rows.batch import BatchPart, PackedRow, StepBatch
 
 VOCAB = 100
@@ -99,8 +100,12 @@ def grit_batch(
     *,
     data_rank: int = 0,
     data_size: int = 1,
+    microbatch_sequences: int = 1,
 ) -> StepBatch:
-    """A data parallel rank's part of the global batch that has these rows; a kind without rows has no part."""
+    """A data parallel rank's part of the global batch that has these rows; a kind without rows has no part.
+
+    The segments of generative rows stand in the step as they stand in the rows.
+    """
     every, mine = embedding + generative, slice(data_rank, None, data_size)
     parts = {}
     if embedding:
@@ -109,11 +114,14 @@ def grit_batch(
         pairs = EmbeddingCounts(num_queries=num_queries, group_size=group_size, slots_by_rank=by_rank)
         parts["embedding"] = BatchPart(rows=embedding[mine], counts=pairs)
     if generative:
-        counts = GenerativeCounts(
-            num_loss_tokens=int(sum(row.loss_mask_1T.sum() for row in generative if row.loss_mask_1T is not None)),
-            num_sequences=sum(len(row.record_ids) for row in generative),
-            num_rows=len(generative),
-        )
+        weights: list[float] = []
+        for row in generative:
+            assert row.loss_mask_1T is not None
+            sizes, mask_T = row.cu_seqlens.diff().tolist(), row.loss_mask_1T[0].double()
+            row.slots_S = torch.arange(len(weights), len(weights) + len(row.record_ids))
+            weights += [part.sum().item() for part in mask_T.split(sizes)[: len(row.record_ids)]]
+        num_labels = sum(int(row.loss_mask_1T.count_nonzero()) for row in generative if row.loss_mask_1T is not None)
+        counts = count_labels(np.array(weights), num_labels, len(generative), microbatch_sequences)
         parts["generative"] = BatchPart(rows=generative[mine], counts=counts)
     lengths = [row.tokens_1T.shape[1] for row in every]
     return StepBatch(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-KINDS = ("token", "mixed", "sequence")
+KINDS = ("token", "mixed", "sequence", "microbatch_mean", "sum")
 
 
 def next_token_loss(
@@ -20,38 +20,44 @@ def next_token_loss(
     loss_mask_T: Tensor,
     kind: str,
     *,
-    num_loss_tokens: int,
-    num_sequences: int,
-    num_rows: int,
+    num_loss_tokens: float,
+    num_groups: int,
+    group_sizes_T: Tensor | None = None,
 ) -> Tensor:
     """One row's share of the global batch's next-token loss.
 
-    token: sum over supervised tokens / ``num_loss_tokens``: each token counts the same, however rows are cut.
-    sequence: sum / ``num_sequences``: each token counts the same and long answers weigh more in the total (GritLM's
-    "token"). mixed: the row's mean / ``num_rows``: a mean of means, as GritLM's "mixed" takes over micro-batches, and
-    like it dependent on which sequences share a row (GRIT, arXiv 2402.09906, equation 2 and appendix).
+    token: sum over labels / ``num_loss_tokens``: each label counts the same, however rows are cut.
+    sequence, sum: sum over labels / ``num_groups``: each label counts the same and long answers weigh more in the total
+    (groups of one sequence: GritLM's "token"). mixed: the row's mean / ``num_groups``, the number of rows: a mean of
+    means, as GritLM's "mixed" takes over micro-batches, and like it dependent on which sequences share a row (GRIT,
+    arXiv 2402.09906, equation 2 and appendix). microbatch_mean: each label's loss / the labels of its group, and /
+    ``num_groups``: a mean of means over groups that do not depend on rows.
 
     Args:
         token_losses_T: cross-entropy of each position in nats, any shape.
-        loss_mask_T: same shape; 1 where the label is supervised, 0 elsewhere.
+        loss_mask_T: same shape; weight of each label, 0 where there is none.
         kind: one of :data:`KINDS`.
-        num_loss_tokens: supervised tokens of the global batch.
-        num_sequences: generative sequences of the global batch.
-        num_rows: generative rows of the global batch.
+        num_loss_tokens: labels of the global batch, each counted by its weight.
+        num_groups: of sequences or rows in the global batch.
+        group_sizes_T: same shape, for microbatch_mean: labels of the group that a position belongs to, by weight.
 
     Returns:
-        fp32 scalar; 0, with a gradient of zeros, for a row without supervised tokens.
+        fp32 scalar; 0, with a gradient of zeros, for a row without labels.
 
     Raises:
         ValueError: unknown kind.
     """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of next-token loss {kind!r}; one of {', '.join(KINDS)}")
     mask_T = loss_mask_T.float()
     # where, not a product: the loss of an unsupervised position may be infinite, and 0 x inf is not a number.
-    total = torch.where(mask_T > 0, token_losses_T.float() * mask_T, 0.0).sum()
+    shares_T = torch.where(mask_T > 0, token_losses_T.float() * mask_T, 0.0)
+    if kind == "microbatch_mean":
+        assert group_sizes_T is not None
+        shares_T = torch.where(mask_T > 0, shares_T / group_sizes_T, 0.0)
+    total = shares_T.sum()
     if kind == "token":
-        return total / max(num_loss_tokens, 1)
-    if kind == "sequence":
-        return total / max(num_sequences, 1)
+        return total / (num_loss_tokens or 1)
     if kind == "mixed":
-        return total / mask_T.sum().clamp(min=1.0) / max(num_rows, 1)
-    raise ValueError(f"unknown kind of next-token loss {kind!r}; one of {', '.join(KINDS)}")
+        total = total / torch.where(mask_T.sum() > 0, mask_T.sum(), 1.0)
+    return total / max(num_groups, 1)

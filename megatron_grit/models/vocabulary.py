@@ -96,7 +96,7 @@ class OutputLayer(TrainedBiasLinear):
         assert row.labels_1T is not None and row.loss_mask_1T is not None
         if self.config.sequence_parallel:
             logits = self.shard_logits(states_T1D, weight)
-            return _cross_entropy(logits, row.labels_1T[0]) * row.loss_mask_1T[0]
+            return _cross_entropy(logits, row.labels_1T[0]) * (row.loss_mask_1T[0] > 0)
         # Logits are computed for supervised tokens only.
         supervised = row.label_index_L
         if supervised is None:  # makes the host wait for a GPU

@@ -116,7 +116,9 @@ def _rows_of(config: RunConfig, kind: str, part: BatchPart, data_size: int) -> R
         rows=len(rows) * data_size,
         segment_tokens=tokens / max(part.counts.num_segments, 1),
         row_tokens=max((row.tokens_1T.shape[1] for row in rows), default=0),
-        row_labels=max((int(row.loss_mask_1T.sum()) for row in rows if row.loss_mask_1T is not None), default=0),
+        row_labels=max(
+            (int(row.loss_mask_1T.count_nonzero()) for row in rows if row.loss_mask_1T is not None), default=0
+        ),
         samples=part.counts.num_samples,
         segments=part.counts.num_segments,
         labels=part.counts.num_labels,

@@ -10,6 +10,7 @@ import torch
 
 from megatron_grit.config.checks.run import find_problems
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.schema.loss import RoleWeightsConfig
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
@@ -66,6 +67,9 @@ MOE: dict[str, Any] = {"model.num_experts": 4, "model.moe_aux_loss_coeff": 0.01}
 EMBEDDING: dict[str, Any] = DENSE | {"training.objective": "embedding"}
 GENERATIVE: dict[str, Any] = DENSE | {"training.objective": "generative"}
 RETRO: dict[str, Any] = {"model.retro": RetroConfig(num_neighbors=2, chunk_length=8, layers=[0, 1], gate=None)}
+WEIGHED: dict[str, Any] = {"loss.role_weights": RoleWeightsConfig(user=0.25)}
+MEANS: dict[str, Any] = GENERATIVE | WEIGHED | {"loss.loss_gen_type": "microbatch_mean", "loss.microbatch_sequences": 3}
+SUMS: dict[str, Any] = MEANS | {"loss.loss_gen_type": "sum"}
 DEEP: dict[str, Any] = {  # the encoder, and all that reads, in later stages
     "model.retro": RetroConfig(num_neighbors=3, chunk_length=8, layers=[2, 3], encoder_conditioning="none", gate=0.5),
     "model.num_layers": 4,
@@ -107,6 +111,13 @@ _NAMED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "generative_cp2": (2, GENERATIVE, layout(context=2)),
     "generative_pp2_vpp2": (2, GENERATIVE, layout(pipeline=2, virtual_pipeline=2)),
     "generative_moe_ep2": (2, MOE | {"training.objective": "generative"}, layout(expert=2)),
+    "weights_tp2_sp": (2, DENSE | WEIGHED, SP),
+    "weights_retro_pp2": (2, RETRO | WEIGHED, layout(pipeline=2)),
+    "means_tp2": (2, MEANS, layout(tensor=2)),
+    "means_cp2": (2, MEANS, layout(context=2)),
+    "means_pp2": (2, MEANS, layout(pipeline=2)),
+    "means_dp2": (2, MEANS, {}),
+    "sums_cp2": (2, SUMS, layout(context=2)),
     "retro_tp2": (2, RETRO, layout(tensor=2)),
     "retro_tp2_sp": (2, RETRO, SP),
     "retro_dp2": (2, RETRO, {}),
@@ -204,6 +215,9 @@ def make_rows(case: Case) -> list[PackedRow]:
         for number, length in enumerate(case.row_lengths):
             row = make_row(RowKind.GENERATIVE, _lengths(rng, length, rng.randint(1, 5)), length, seed=100 + number)
             _supervise_answers(row, rng, nothing=number == 1 and rng.random() < 0.3)
+            if (weights := case.settings.get("loss.role_weights")) is not None:  # prompts alternate with answers
+                assert row.loss_mask_1T is not None
+                row.loss_mask_1T[0, ::3] *= weights.user
             if (retro := case.settings.get("model.retro")) is not None:
                 # A row in which nothing is read, too, and one in which tokens of one context parallel rank read alone.
                 missing = {1: 0.0, 2: 1.0}.get(number, 0.3)
@@ -245,7 +259,13 @@ def batch_of(case: Case, rows: list[PackedRow], data_rank: int, data_size: int) 
     """A data parallel rank's part of the global batch."""
     embedding, generative = ([row for row in rows if row.embeds is embeds] for embeds in (True, False))
     return grit_batch(
-        embedding, generative, case.num_queries, case.group_size, data_rank=data_rank, data_size=data_size
+        embedding,
+        generative,
+        case.num_queries,
+        case.group_size,
+        data_rank=data_rank,
+        data_size=data_size,
+        microbatch_sequences=case.settings.get("loss.microbatch_sequences", 1),
     )
 
 

@@ -179,7 +179,7 @@ def reference_step(
         scale = 1 if knobs.emb_grad_scale == "exact" else knobs.grit_world_size or 1
         trained = trained + knobs.loss_emb_factor * loss / scale
     if generative:
-        loss = _next_token(model, generative, knobs.loss_gen_type)
+        loss = _next_token(model, generative, knobs)
         metrics["loss_gen"] = float(loss.detach())
         reported, trained = reported + knobs.loss_gen_factor * loss, trained + knobs.loss_gen_factor * loss
     metrics["loss"] = float(reported.detach())
@@ -477,24 +477,23 @@ def _contrastive(
             losses.append(scores.logsumexp(0) - scores[0])
         return torch.stack(losses).mean()
 
-    losses = []
-    for embeddings in every:
-        loss = direction(embeddings, queries, positives, passages)
-        if knobs.symmetric:
-            loss = (loss + direction(embeddings, positives, queries, queries)) / 2
-        losses.append(loss)
+    losses = [direction(embeddings, queries, positives, passages) for embeddings in every]
+    if knobs.symmetric:
+        losses += [direction(embeddings, positives, queries, queries) for embeddings in every]
     return torch.stack(losses).mean()
 
 
-def _next_token(model: _Decoder, rows: list[PackedRow], kind: str) -> Tensor:
+def _next_token(model: _Decoder, rows: list[PackedRow], knobs: LossConfig) -> Tensor:
     head = model.weights[WORDS if model.config.model.tie_embeddings else HEAD]
-    sums, counts, num_sequences = [], [], 0
+    sequences: list[list[Tensor]] = []  # sums of losses and of weights
     for row in rows:
         assert row.labels_1T is not None and row.loss_mask_1T is not None
         losses = F.cross_entropy(model.states(row) @ head.T, row.labels_1T[0], reduction="none")
-        sums.append((losses * row.loss_mask_1T[0]).sum())
-        counts.append(float(row.loss_mask_1T.sum()))
-        num_sequences += len(row.record_ids)
-    if kind == "mixed":
-        return torch.stack([total / max(count, 1) for total, count in zip(sums, counts, strict=True)]).mean()
-    return torch.stack(sums).sum() / (sum(counts) if kind == "token" else num_sequences)
+        pairs = torch.stack([losses * row.loss_mask_1T[0], row.loss_mask_1T[0].double()])
+        parts = pairs.split(row.cu_seqlens.diff().tolist(), dim=1)[: len(row.record_ids)]
+        sequences.append([part.sum(1) for part in parts])
+    kind, flat = knobs.loss_gen_type, sum(sequences, [])
+    size = {"token": len(flat), "sequence": 1}.get(kind, knobs.microbatch_sequences)
+    groups = sequences if kind == "mixed" else [flat[begin : begin + size] for begin in range(0, len(flat), size)]
+    sums = torch.stack([torch.stack(group).sum(0) for group in groups])
+    return (sums[:, 0] / (1 if kind in ("sequence", "sum") else sums[:, 1].where(sums[:, 1] > 0, 1))).mean()

@@ -1,7 +1,8 @@
 """What is supervised on real data, character by character, against an oracle that knows no tokens.
 
-The oracle writes each conversation down as stretches of text, supervised or not. The file's tokens are spelled out from
-the vocabulary alone, without offsets and without decoding, and have to give the same stretches. All 2,996 records of
+The oracle writes each conversation down as stretches of text and says whose each is. The file's tokens are spelled out
+from the vocabulary alone, without offsets and without decoding, and have to give the same stretches, for each value of
+``loss.labels``. All 2,996 records of
 Alpagasus Dolly, and conversations of three turns with system messages made of them, for every template, with a
 SentencePiece and a byte-level tokenizer.
 """
@@ -12,18 +13,26 @@ import json
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_grit.config.schema.loss import LossConfig
 from megatron_grit.data.builders.grit_builder import Limits, build_grit
+from megatron_grit.data.indexed.label_weights import LabelWeights
 from megatron_grit.data.indexed.records import IndexedRecords
-from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from tests.unit.data.json_tokenizers import CHATML, chat_json
 
 NUM_RECORDS = 2996
-Stretches = list[tuple[bool, str]]
+Stretches = list[tuple[str, str]]
+"""Whose text it is (t: the template, s, u, a: system, user, assistant), and the text; neighbours differ."""
+LABELS = {"it": "a", "im": "sua", "im_release": "suat", "lm": "suat"}
+"""Whose text is supervised; im_release leaves out what stands before the first turn."""
+Spans = list[tuple[bool, list[int]]]
+"""Tokens, and whether they are supervised."""
+Marked = list[tuple[bool, str]]
 """Text, and whether it is supervised; neighbours differ."""
 
 
@@ -65,52 +74,64 @@ def tokenizers(dolly: tuple[Path, list], tmp_path_factory: pytest.TempPathFactor
 
 def oracle(name: str, conversation: list[tuple[str, str]], eos: str) -> Stretches:
     """What a template writes."""
-    stretches: list[tuple[bool, str]] = [] if name in ("chatml", "tokenizer") else [(False, "<s>")]
+    stretches: Stretches = [] if name in ("chatml", "tokenizer") else [("t", "<s>")]
     rules = ""
     for place, (role, content) in enumerate(conversation):
         begins = place == 0 or conversation[place - 1][0] == "assistant"
+        whose = role[0]
         if name != "llama2" and place and begins:
-            stretches.append((False, "\n"))
+            stretches.append(("t", "\n"))
         if role == "assistant":
             stretches += _answer(name, content, eos)
         elif name in ("chatml", "tokenizer"):
-            stretches.append((False, f"<|im_start|>{role}\n{content}<|im_end|>\n"))
+            stretches += [("t", f"<|im_start|>{role}\n"), (whose, content), ("t", "<|im_end|>\n")]
         elif name == "tulu":
-            stretches.append((False, f"<|{role}|>\n{content.strip()}\n"))
+            stretches += [("t", f"<|{role}|>\n"), (whose, content.strip()), ("t", "\n")]
         elif name == "zephyr":
-            stretches.append((False, f"<|{role}|>\n{content}{eos}\n"))
+            stretches += [("t", f"<|{role}|>\n"), (whose, content), ("t", f"{eos}\n")]
         elif role == "system":
             rules = content
         elif name == "gritlm":
-            stretches.append((False, f"<|user|>\n{rules}{chr(10) * bool(rules)}{content}\n"))
+            stretches += [("t", "<|user|>\n"), ("u", rules + "\n" * bool(rules) + content), ("t", "\n")]
             rules = ""
         else:
-            block = f"<<SYS>>\n{rules}\n<</SYS>>\n\n" if rules else ""
-            stretches.append((False, f"[INST] {block}{content.strip()} [/INST]"))
+            block = [("t", "<<SYS>>\n"), ("s", rules), ("t", "\n<</SYS>>\n\n")] if rules else []
+            stretches += [("t", "[INST] "), *block, ("u", content.strip()), ("t", " [/INST]")]
             rules = ""
     if name == "tokenizer":
-        stretches.append((False, "\n"))
+        stretches.append(("t", "\n"))
     return merge(stretches)
 
 
 def _answer(name: str, content: str, eos: str) -> Stretches:
     if name == "tokenizer":  # ChatML as its own template writes it: nothing is stripped
-        return [(False, "<|im_start|>assistant\n"), (True, content + "<|im_end|>")]
+        return [("t", "<|im_start|>assistant\n"), ("a", content + "<|im_end|>")]
     content = content.strip()
     if name == "chatml":
-        return [(False, "<|im_start|>assistant\n"), (True, content + "<|im_end|>")]
+        return [("t", "<|im_start|>assistant\n"), ("a", content + "<|im_end|>")]
     if name == "llama2":
-        return [(True, f" {content} {eos}")]
-    return [(False, "<|assistant|>\n"), (True, content + eos)]
+        return [("a", f" {content} {eos}")]
+    return [("t", "<|assistant|>\n"), ("a", content + eos)]
 
 
-def merge(stretches: Stretches) -> Stretches:
+def mark(labels: str, stretches: Stretches) -> Marked:
+    """Which of the stretches are supervised."""
+    first = next(place for place, (whose, _) in enumerate(stretches) if whose != "t")
+    return merge(
+        [
+            (whose in LABELS[labels] and not (labels == "im_release" and place < first), text)
+            for place, (whose, text) in enumerate(stretches)
+        ]
+    )
+
+
+def merge(stretches: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
     groups = groupby(stretches, key=lambda stretch: stretch[0])
-    merged = [(supervised, "".join(text for _, text in group)) for supervised, group in groups]
-    return [(supervised, text) for supervised, text in merged if text]
+    merged = [(whose, "".join(text for _, text in group)) for whose, group in groups]
+    return [(whose, text) for whose, text in merged if text]
 
 
-def spell_sentencepiece(tokenizer: Tokenizer) -> Callable[[list[tuple[bool, list[int]]]], Stretches]:
+def spell_sentencepiece(tokenizer: Tokenizer) -> Callable[[Spans], Marked]:
     """Bytes of each piece. The space that SentencePiece puts before every stretch of text is left out."""
     names = [tokenizer.id_to_token(index) for index in range(tokenizer.vocab_size)]
     spelled = [
@@ -118,7 +139,7 @@ def spell_sentencepiece(tokenizer: Tokenizer) -> Callable[[list[tuple[bool, list
     ]
     special = {tokenizer.bos_id, tokenizer.eos_id}
 
-    def spell(spans: list[tuple[bool, list[int]]]) -> Stretches:
+    def spell(spans: Spans) -> Marked:
         stretches = []
         fresh = True
         for supervised, ids in spans:
@@ -133,7 +154,7 @@ def spell_sentencepiece(tokenizer: Tokenizer) -> Callable[[list[tuple[bool, list
     return spell
 
 
-def spell_byte_level(tokenizer: Tokenizer) -> Callable[[list[tuple[bool, list[int]]]], Stretches]:
+def spell_byte_level(tokenizer: Tokenizer) -> Callable[[Spans], Marked]:
     """Bytes of each token, with the alphabet taken from the tokens of single bytes: they come in order of the bytes."""
     from tokenizers import decoders
 
@@ -141,7 +162,7 @@ def spell_byte_level(tokenizer: Tokenizer) -> Callable[[list[tuple[bool, list[in
     decoder = decoders.ByteLevel()
     special = set(tokenizer.special_tokens.values())
 
-    def spell(spans: list[tuple[bool, list[int]]]) -> Stretches:
+    def spell(spans: Spans) -> Marked:
         stretches = []
         for supervised, ids in spans:
             text = ""
@@ -162,12 +183,19 @@ SPELL = {"sentencepiece": spell_sentencepiece, "byte-level": spell_byte_level}
 CASES = [(kind, name) for kind in SPELL for name in ("tulu", "gritlm", "zephyr", "llama2", "chatml")]
 
 
-def read_spans(prefix: Path) -> list[list[tuple[bool, list[int]]]]:
-    records = IndexedRecords(prefix)
-    return [
-        [(role in (Role.ANSWER, Role.TEXT), ids.tolist()) for role, ids in records.get(index)]
-        for index in range(len(records))
-    ]
+def read_spans(prefix: Path, labels: str = "it") -> list[Spans]:
+    weights, records = LabelWeights.of(LossConfig(labels=labels)), IndexedRecords(prefix)  # type: ignore[arg-type]
+    found = []
+    for index in range(len(records)):
+        roles, lengths = records.spans(index)
+        ids = records.tokens(index, 0, sum(lengths))
+        weights_T = weights.of_tokens(roles, lengths, True, ids)
+        by_span = weights.spans(roles, starts_record=True)
+        assert weights_T[0] == 0 and np.array_equal(weights_T[1:], np.repeat(by_span, lengths)[1:])
+        assert weights.total(roles, lengths, True) == (np.count_nonzero(weights_T), weights_T.sum())
+        parts = np.split(ids, np.cumsum(lengths)[:-1])
+        found.append([(weight > 0, part.tolist()) for weight, part in zip(by_span, parts, strict=True)])
+    return found
 
 
 @pytest.mark.parametrize(("kind", "name"), [*CASES, ("byte-level", "tokenizer")])
@@ -188,15 +216,31 @@ def test_supervised_characters(
     else:
         assert report.dropped == {}
     kept = [chat for number, chat in enumerate(conversations, 1) if number not in dropped]
-    records = read_spans(tmp_path / name)
-    assert len(records) == len(kept) and report.truncated == {}
-    for spans, conversation in zip(records, kept, strict=True):
-        expected = oracle(name, conversation, eos)
-        if expected[-1][1] == "\n":  # what follows the last answer is not stored
-            expected.pop()
-        assert spell(spans) == expected
-        answers = sum(role == "assistant" for role, _ in conversation)
-        assert sum(supervised for supervised, _ in expected) == answers
+    assert report.truncated == {}
+    written = [oracle(name, conversation, eos) for conversation in kept]
+    for stretches in written:
+        if stretches[-1][1] == "\n":  # what follows the last answer is not stored
+            stretches.pop()
+    for labels in LABELS:
+        records = read_spans(tmp_path / name, labels)
+        assert len(records) == len(kept)
+        for spans, stretches in zip(records, written, strict=True):
+            found, expected = spell(spans), mark(labels, stretches)
+            if name == "llama2" and labels in ("im", "im_release"):
+                found = _with_begun_words(found, expected)
+            assert found == expected
+
+
+def _with_begun_words(found: Marked, expected: Marked) -> Marked:
+    """Llama 2 writes a space before a message. The token that begins with it, and holds the first word of the message
+    or its beginning, is the template's."""
+    moved = list(found)
+    for place in range(1, min(len(found), len(expected))):
+        before, after = expected[place - 1][1], moved[place - 1][1]
+        begun = after.removeprefix(before)
+        if expected[place][0] and begun != after and before[-1] == " " and begun.split() == [begun]:
+            moved[place - 1 : place + 1] = [(False, before), (True, begun + moved[place][1])]
+    return moved
 
 
 def rejected_lines(prefix: Path) -> list[int]:
@@ -216,23 +260,23 @@ def test_the_oracle_sees_a_mask_that_is_one_token_off(
     tokenizer = load_tokenizer(tokenizers[kind])
     spell, eos = SPELL[kind](tokenizer), tokenizer.id_to_token(tokenizer.eos_id)
     for spans, conversation in zip(read_spans(tmp_path / "tulu"), conversations[-40:], strict=True):
-        expected = oracle("tulu", conversation, eos)
+        expected = mark("it", oracle("tulu", conversation, eos))
         assert spell(spans) == expected
         answer = [place for place, (supervised, _) in enumerate(spans) if supervised][1]
         for wrong in (_shifted(spans, answer, 1), _shifted(spans, answer, -1), _without_end(spans, answer)):
             assert spell(wrong) != expected
         shifted = [(role, content + "." * (role == "assistant")) for role, content in conversation]
-        assert spell(spans) != oracle("tulu", shifted, eos)
+        assert spell(spans) != mark("it", oracle("tulu", shifted, eos))
 
 
-def _shifted(spans: list[tuple[bool, list[int]]], place: int, by: int) -> list[tuple[bool, list[int]]]:
+def _shifted(spans: Spans, place: int, by: int) -> Spans:
     """The mask of one answer begins one token earlier or later."""
     before, answer = spans[place - 1][1], spans[place][1]
     both, cut = before + answer, len(before) + by
     return [*spans[: place - 1], (False, both[:cut]), (True, both[cut:]), *spans[place + 1 :]]
 
 
-def _without_end(spans: list[tuple[bool, list[int]]], place: int) -> list[tuple[bool, list[int]]]:
+def _without_end(spans: Spans, place: int) -> Spans:
     """The EOS of an answer that is not the last loses its label."""
     ids = spans[place][1]
     return [*spans[:place], (True, ids[:-1]), (False, ids[-1:]), *spans[place + 1 :]]

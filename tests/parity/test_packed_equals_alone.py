@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import ParallelConfig, RunConfig
+from megatron_grit.data.indexed.label_weights import ANSWERS
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.writer import IndexedWriter
 from megatron_grit.data.kinds import embedding, generative
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.loader import GritDataLoader
-from megatron_grit.data.rows.segments import labels_between
+from megatron_grit.data.rows.segments import spans_between
 from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_grit.models import attention
 from megatron_grit.models.decoder import GritDecoder, Output, build_model
@@ -93,7 +94,10 @@ def test_rows_are_full_and_hold_every_record(loader: GritDataLoader) -> None:
     assert set(counts.values()) == {8}
     assert {record for record, _ in counts} == set(range(NUM_RECORDS))
     source = stream.sources[0]
-    labels = sum(labels_between(*source.spans(record), start, stop) for _, record, start, stop, _ in pieces.tolist())
+    labels = sum(
+        ANSWERS.total(*spans_between(*source.spans(record), start, stop), not start)[0]
+        for _, record, start, stop, _ in pieces.tolist()
+    )
     assert labels == 8 * source.meta.num_supervised_tokens
     batch = loader.batch(0)
     assert sum(row.num_tokens for row in batch.rows_of("generative")) / (4 * TOKENS_PER_ROW) >= 0.99

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_grit.config.knob import knob
+
+
+@dataclass(kw_only=True)
+class RoleWeightsConfig:
+    """Weights of the tokens of each role as labels, in place of those that ``loss.labels`` gives. null: as it gives."""
+
+    text: float | None = knob(None, at_least=0)
+    """Plain texts."""
+    system: float | None = knob(None, at_least=0)
+    """System messages."""
+    user: float | None = knob(None, at_least=0)
+    """User turns and prompts: prompt loss weight (arXiv 2401.13586, 2507.07817) is a number between 0 and 1."""
+    assistant: float | None = knob(None, at_least=0)
+    """Assistant turns."""
+    template: float | None = knob(None, at_least=0)
+    """What the template puts around the turns."""
+    assistant_eos: float | None = knob(None, at_least=0)
+    """Tokens that end an assistant turn. null: as the rest of the turn."""
+    template_eos: float | None = knob(None, at_least=0)
+    """The same tokens where the template puts them after other turns. null: as the rest of the template."""
 
 
 @dataclass(kw_only=True)
@@ -38,9 +58,21 @@ class LossConfig:
     """Weight of the contrastive loss."""
     loss_gen_factor: float = knob(1.0, at_least=0)
     """Weight of the next-token loss."""
-    loss_gen_type: Literal["token", "mixed", "sequence"] = "token"
-    """token: mean over the supervised tokens of the global batch. mixed: mean over rows of each row's mean (GritLM's
-    mixed). sequence: sum over tokens divided by the number of sequences (GritLM's token)."""
+    labels: Literal["it", "im", "im_release", "lm"] = "it"
+    """Which tokens of a conversation are labels of the next-token loss. it: assistant turns. im: all but the template's
+    (Instruction Modelling, arXiv 2405.14394, equation 4). im_release: all but what stands before the first turn, as the
+    code released with that paper behaves under tokenizers with a BOS token. lm: all. Plain texts are labels always."""
+    role_weights: RoleWeightsConfig = field(default_factory=RoleWeightsConfig)
+    """Weights by role, where 0 and 1 will not do."""
+    loss_gen_type: Literal["token", "mixed", "sequence", "microbatch_mean", "sum"] = "token"
+    """token: mean over the labels of the global batch. mixed: mean over rows of each row's mean (GritLM's mixed).
+    sequence: sum over labels divided by the number of sequences (GritLM's token). microbatch_mean: mean over groups of
+    microbatch_sequences sequences of each group's mean, as trainers compute that average over micro-batches and ranks;
+    with groups of one, each sequence counts the same. sum: sum over labels divided by the number of such groups. A mean
+    over labels is by their weights."""
+    microbatch_sequences: int = knob(1, at_least=1)
+    """Sequences of a group, which follow each other in the step: what a device of the trainer to be reproduced took at
+    once. Neither rows nor the mesh matter to it."""
     emb_grad_scale: Literal["exact", "grit"] = "exact"
     """exact: the gradient of the global contrastive loss. grit: divided by grit_world_size, as data parallel averaging
     did in GritLM; use it to reproduce its published ratio of the two losses."""

@@ -14,6 +14,7 @@ from megatron_grit.config.checks.run import TOKENIZER_FILES
 from megatron_grit.config.kinds import kind_options, kind_sources, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.chat.chat import Chat, chat_beside, chat_of_file, default_chat, is_known, named_chat, read_chat
+from megatron_grit.data.indexed.label_weights import LabelWeights, weighs_ends
 from megatron_grit.data.indexed.reader import IndexedFile, IndexedMeta, read_meta
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -79,6 +80,20 @@ def checkpoint_chat(path: Path, config: RunConfig, tokenizer: Tokenizer) -> Chat
         f"{found.origin}; say otherwise with --chat-template"
     )
     return found
+
+
+def label_weights(config: RunConfig, tokenizer: Tokenizer) -> LabelWeights:
+    """How a run weighs the labels of its next-token loss.
+
+    Args:
+        config: the run.
+        tokenizer: its tokenizer.
+
+    Raises:
+        ConfigError, DataError: as :func:`run_chat`, where the run weighs the tokens that end a turn.
+    """
+    ends = run_chat(config, tokenizer, started_from(config)).end_ids if weighs_ends(config.loss) else ()
+    return LabelWeights.of(config.loss, ends)
 
 
 def unlike_base(config: RunConfig, tokenizer: Tokenizer, chat: Chat) -> Iterator[str]:

@@ -196,32 +196,32 @@ class EmbeddingStream(RowStream):
 
     def make_row(self, row: PlannedRow, row_length: int, pad_id: int) -> PackedRow:
         """As in the base class."""
-        return make_row(row.segments, row.slots, row_length, pad_id)
+        return make_row(row, row_length, pad_id)
 
     def source_counts(self, num_steps: int) -> dict[str, int]:
         """Queries of each source in the first steps."""
         return dict(zip(self.sources.names, self._sampler.counts(num_steps).tolist(), strict=True))
 
 
-def make_row(texts: Sequence[Segment], slots: np.ndarray, row_length: int, pad_id: int) -> PackedRow:
+def make_row(planned: PlannedRow, row_length: int, pad_id: int) -> PackedRow:
     """A row of queries and passages.
 
     Args:
-        texts: the segments of the row.
-        slots: int64 [S], place of each in the global list of texts.
+        planned: the segments of the row.
         row_length: T.
         pad_id: token of the padding.
 
     Raises:
         DataError: a damaged source.
     """
+    texts = planned.segments
     roles_T, row = start_row(EmbeddingStream.kind, True, texts, row_length, pad_id)
     _put_markers(row, texts)
     sizes = np.diff(row.cu_seqlens.numpy())
     segment_ids_T = np.repeat(np.arange(len(sizes)), sizes)  # padding comes last: its number is S
     row.segment_ids_T = torch.from_numpy(segment_ids_T)
     row.pool_mask_T = torch.from_numpy(_POOLED[roles_T])
-    row.slots_S = torch.from_numpy(slots)
+    row.slots_S = torch.from_numpy(planned.slots)
     row.is_query_S = torch.tensor([text.roles[-1] == Role.QUERY for text in texts])
     return row
 

@@ -6,45 +6,47 @@ Shape suffix legend: T = tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from megatron_grit.config.kinds import kind_batch_size, kind_options, kind_sources
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.indexed.roles import Role, RowKind, supervised
+from megatron_grit.data.chat.run_chat import label_weights
+from megatron_grit.data.indexed.label_weights import ANSWERS, LabelWeights
+from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.order.blend import RecordOrder, blend_weights
 from megatron_grit.data.order.sampler import GenerativeSampler, Stream, stream_key
 from megatron_grit.data.order.sources import OpenFiles, SourceRules, Sources, longest_segment
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.neighbor_versions import NeighborVersions
-from megatron_grit.data.rows.row import PADDING_ROLE, start_row
+from megatron_grit.data.rows.row import start_row
 from megatron_grit.data.rows.row_plan import PIECE, RowPlan
-from megatron_grit.data.rows.segments import Segment, labels_between, ranges, spans_between, too_long
+from megatron_grit.data.rows.segments import Segment, ranges, spans_between, too_long
 from megatron_grit.data.rows.stream import PlannedRow, RowStream, cache_folder
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError
 
 LEAD_AND_TEXT = (Role.USER, Role.ANSWER)
-_SUPERVISED = np.array([*(supervised(role) for role in Role), False], dtype=np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerativeCounts:
     """What the next-token loss is divided by, counted over the global batch."""
 
-    num_loss_tokens: int
-    """Supervised tokens."""
+    num_labels: int
+    """Tokens that are labels."""
+    num_loss_tokens: float
+    """The same, each counted by its weight."""
     num_sequences: int
     """Segments."""
     num_rows: int
     """Rows."""
-
-    @property
-    def num_labels(self) -> int:
-        """Supervised tokens."""
-        return self.num_loss_tokens
+    group_sizes_S: np.ndarray = field(compare=False)
+    """float32 [num_sequences]: labels, by weight, of the group of consecutive segments that each belongs to."""
+    num_groups: int
+    """Such groups."""
 
     @property
     def num_samples(self) -> int:
@@ -91,6 +93,8 @@ class GenerativeStream(RowStream):
     ) -> None:
         super().__init__(config, num_rows_multiple)
         self._policy, self._multiple = config.data.over_long, config.data.split_multiple
+        self._weights = label_weights(config, tokenizer)
+        self._group = config.loss.microbatch_sequences
         self._num_sequences, self._num_rows = kind_batch_size(config, self.kind), self.full_rows(config)
         if self._num_rows is not None and self._num_rows % num_rows_multiple:
             raise ConfigError(
@@ -117,6 +121,8 @@ class GenerativeStream(RowStream):
             }
             if self._multiple > 1:
                 identity["split_multiple"] = self._multiple
+            if self._weights.identity():
+                identity["labels"] = self._weights.identity()
             self._plan = RowPlan(
                 self._pieces,
                 config.data.tokens_per_row,
@@ -166,15 +172,15 @@ class GenerativeStream(RowStream):
 
     def counts(self, rows: Sequence[PlannedRow], data_size: int) -> GenerativeCounts:
         """As in the base class."""
-        return GenerativeCounts(
-            num_loss_tokens=sum(segment.num_labels for row in rows for segment in row.segments),
-            num_sequences=sum(len(row.segments) for row in rows),
-            num_rows=len(rows),
-        )
+        weights_S = np.zeros(sum(len(row.segments) for row in rows))
+        for row in rows:
+            weights_S[row.slots] = [segment.label_weight for segment in row.segments]
+        num_labels = sum(segment.num_labels for row in rows for segment in row.segments)
+        return count_labels(weights_S, num_labels, len(rows), self._group)
 
     def make_row(self, row: PlannedRow, row_length: int, pad_id: int) -> PackedRow:
         """As in the base class."""
-        return make_row(row.segments, row.slots, row_length, pad_id, self.kind)
+        return make_row(row, row_length, pad_id, self._weights, self.kind)
 
     def _slots(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Source and record of each slot of the stream: int64 each."""
@@ -220,7 +226,10 @@ class GenerativeStream(RowStream):
         return self.sources[source].spans(record)
 
     def _nothing(self, source: int, record: int) -> DataError:
-        return DataError(f"record {self.sources[source].name(record)} has no token to predict; build the file again")
+        remedy = "build the file again"
+        if self._weights != ANSWERS:
+            remedy = "loss.labels or loss.role_weights leave out the roles that it has"
+        return DataError(f"record {self.sources[source].name(record)} has no token to predict; {remedy}")
 
     def _ranges(self, source: int, record: int, roles: list[int], lengths: list[int]) -> list[tuple[int, int]]:
         """What becomes of a record: pieces of one that is too long only where they have something to train on."""
@@ -230,14 +239,20 @@ class GenerativeStream(RowStream):
             return found
         if self._policy == "stop":
             raise too_long(self.sources, source, record, length)
-        return [(start, stop) for start, stop in found if labels_between(roles, lengths, start, stop)]
+        made = [self._segment(source, record, roles, lengths, start, stop) for start, stop in found]
+        return [(segment.start, segment.stop) for segment in made if segment.num_labels]
 
     def _segment(
         self, source: int, record: int, roles: list[int], lengths: list[int], start: int, stop: int
     ) -> Segment:
-        num_labels = labels_between(roles, lengths, start, stop)
         if stop - start < sum(lengths):
             roles, lengths = spans_between(roles, lengths, start, stop)
+        if self._weights.needs_tokens:
+            tokens_T = self.sources[source].tokens(record, start, stop - start)
+            weights_T = self._weights.of_tokens(roles, lengths, not start, tokens_T)
+            num_labels, label_weight = int(np.count_nonzero(weights_T)), float(weights_T.sum(dtype=np.float64))
+        else:
+            num_labels, label_weight = self._weights.total(roles, lengths, not start)
         return Segment(
             sources=self.sources,
             source=source,
@@ -247,6 +262,7 @@ class GenerativeStream(RowStream):
             roles=roles,
             lengths=lengths,
             num_labels=num_labels,
+            label_weight=label_weight,
         )
 
     def _pieces(self, start: int, stop: int) -> np.ndarray:
@@ -277,30 +293,60 @@ class GenerativeStream(RowStream):
         return dict(zip(self.sources.names, counts.tolist(), strict=True))
 
 
+def count_labels(
+    weights_S: np.ndarray, num_labels: int, num_rows: int, microbatch_sequences: int = 1
+) -> GenerativeCounts:
+    """What the losses of a step are divided by.
+
+    Args:
+        weights_S: float64 [S], sum of the weights of the labels of each segment of the global batch.
+        num_labels: of the global batch.
+        num_rows: of the global batch.
+        microbatch_sequences: ``loss.microbatch_sequences``.
+    """
+    groups_S = np.arange(len(weights_S)) // microbatch_sequences
+    return GenerativeCounts(
+        num_labels=num_labels,
+        num_loss_tokens=weights_S.sum().item(),
+        num_sequences=len(weights_S),
+        num_rows=num_rows,
+        group_sizes_S=np.bincount(groups_S, weights_S)[groups_S].astype(np.float32),
+        num_groups=-(-len(weights_S) // microbatch_sequences),
+    )
+
+
 def make_row(
-    sequences: Sequence[Segment], slots: np.ndarray, row_length: int, pad_id: int, kind: str = GenerativeStream.kind
+    planned: PlannedRow,
+    row_length: int,
+    pad_id: int,
+    weights: LabelWeights = ANSWERS,
+    kind: str = GenerativeStream.kind,
 ) -> PackedRow:
     """A row of texts and conversations.
 
     Args:
-        sequences: the segments of the row.
-        slots: int64 [S], place of each among those of the step; the loss has no use for it.
+        planned: the segments of the row.
         row_length: T.
         pad_id: token of the padding.
+        weights: of the labels.
         kind: name of the kind that trains on it.
 
     Raises:
         DataError: a damaged source.
     """
-    roles_T, row = start_row(kind, False, sequences, row_length, pad_id)
-    tokens_T, positions_T = row.tokens_1T[0].numpy(), row.positions_1T[0].numpy()
-    # Position t predicts token t + 1 of its own segment, if that one has a supervised role.
-    follows = (positions_T[1:] > 0) & (roles_T[1:] != PADDING_ROLE)
+    _, row = start_row(kind, False, planned.segments, row_length, pad_id)
+    tokens_T = row.tokens_1T[0].numpy()
     mask_1T = np.zeros((1, row_length), dtype=np.float32)
-    mask_1T[0, :-1] = _SUPERVISED[roles_T[1:]] * follows
     labels_1T = np.zeros((1, row_length), dtype=np.int64)
-    labels_1T[0, :-1] = tokens_T[1:] * follows
+    end = 0
+    for segment in planned.segments:
+        # Position t predicts token t + 1 of its own segment.
+        begin, end = end, end + segment.length
+        own_T = tokens_T[begin:end]
+        labels_1T[0, begin : end - 1] = own_T[1:]
+        mask_1T[0, begin : end - 1] = weights.of_tokens(segment.roles, segment.lengths, not segment.start, own_T)[1:]
     row.labels_1T, row.loss_mask_1T = torch.from_numpy(labels_1T), torch.from_numpy(mask_1T)
+    row.slots_S = torch.from_numpy(planned.slots)
     return row
 
 

@@ -48,20 +48,21 @@ class PackedRow:
     labels_1T: Tensor | None = None
     """int64 [1, T]; the token that position t predicts (the next one of its segment), 0 where none is."""
     loss_mask_1T: Tensor | None = None
-    """float32 [1, T]; 1 where the label is supervised."""
+    """float32 [1, T]; weight of the label, 0 where there is none."""
     label_index_L: Tensor | None = None
-    """int64 [L]; the positions where it is, found by :meth:`to` while the mask is still on the host."""
+    """int64 [L]; the positions where it is not 0, found by :meth:`to` while the mask is still on the host."""
 
     neighbors: Neighbors | None = None
     """What the row's chunks read. None: nothing."""
+
+    slots_S: Tensor | None = None
+    """int64 [S]; place of each segment in the global list of those of its kind."""
 
     # Rows that are embedded
     segment_ids_T: Tensor | None = None
     """int64 [T]; index in 0..S-1 of each token's segment, S on padding."""
     pool_mask_T: Tensor | None = None
     """float32 [T]; 1 on the text of a query or passage, 0 on its instruction and on padding."""
-    slots_S: Tensor | None = None
-    """int64 [S]; place of each segment in the global list of texts of its kind."""
     is_query_S: Tensor | None = None
     """bool [S]; True on queries, False on passages. None: not known."""
     marker_mask_T: Tensor | None = None

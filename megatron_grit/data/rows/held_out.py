@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_grit.config.kinds import kind_options, load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.schema.loss import RoleWeightsConfig
 from megatron_grit.data.order.sources import OpenFiles, SourceRules
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.loader import KINDS, GritDataLoader
@@ -26,8 +27,9 @@ class HeldOutStream(RowStream):
     """The records of ``data.valid`` in their order, a step as many whole ones as fill about :data:`ROWS_OF_A_STEP`
     rows.
 
-    What is longer than a row is split, so that each token is predicted once. Rows without a segment make the rows of a
-    step a multiple of ``num_rows_multiple``.
+    What is longer than a row is split, so that each token is predicted once. Labels are texts and answers whatever the
+    run trains on, so that runs can be compared. Rows without a segment make the rows of a step a multiple of
+    ``num_rows_multiple``.
 
     Raises:
         ConfigError, DataError: as for the stream of the kind.
@@ -129,4 +131,5 @@ def _held_out(config: RunConfig) -> RunConfig:
     section, name = kind_options(held_out_kind(config)).DATA.split(".")
     setattr(getattr(changed, section), name, config.data.valid)
     changed.data.over_long, changed.data.packing = "split", "step"
+    changed.loss.labels, changed.loss.role_weights = "it", RoleWeightsConfig()
     return changed

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_grit.data.indexed.roles import SUPERVISED
 from megatron_grit.data.order.sources import Sources
 from megatron_grit.data.text.markers import NO_MARKERS, TextMarkers
 from megatron_grit.errors import DataError
@@ -29,7 +27,9 @@ class Segment:
     lengths: list[int]
     """Tokens of each of its spans; their sum is ``stop - start``."""
     num_labels: int = 0
-    """Tokens that the next-token loss counts."""
+    """Tokens that are labels of the next-token loss."""
+    label_weight: float = 0.0
+    """Sum of their weights."""
     markers: TextMarkers = NO_MARKERS
     """Of a query or passage: what is put around its last span, the text."""
 
@@ -64,16 +64,6 @@ def ranges(length: int, limit: int, policy: OverLong, multiple: int = 1) -> list
         return [(0, limit)]
     step = (limit - 1) // multiple * multiple
     return [(start, min(start + step + 1, length)) for start in range(0, length - 1, step)]
-
-
-def labels_between(roles: Sequence[int], lengths: Sequence[int], start: int, stop: int) -> int:
-    """Labels of a segment that holds tokens ``start`` to ``stop - 1`` of a record with these spans."""
-    count = end = 0
-    for role, length in zip(roles, lengths, strict=True):
-        begin, end = end, end + length
-        if role in SUPERVISED:
-            count += max(0, min(end, stop) - max(begin, start + 1))
-    return count
 
 
 def spans_between(roles: list[int], lengths: list[int], start: int, stop: int) -> tuple[list[int], list[int]]:

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from megatron_grit.data.indexed.label_weights import LabelWeights
 from megatron_grit.data.indexed.records import IndexedRecords
-from megatron_grit.data.indexed.roles import SUPERVISED, Role, split_segments
+from megatron_grit.data.indexed.roles import Role, split_segments
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.data.text.tokenizer import Tokenizer
 
@@ -21,10 +22,11 @@ class BatchAudit:
 
     Args:
         tokenizer: of the run.
+        weights: of its labels.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, weights: LabelWeights) -> None:
+        self._tokenizer, self._weights = tokenizer, weights
         self._sources: dict[str, IndexedRecords] = {}
         self._conversations: dict[str, list[bool]] = {}
         self._num_tokens: Counter[tuple[str, bool]] = Counter()  # by the row's kind, and whether it is embedded
@@ -110,14 +112,15 @@ class BatchAudit:
             self._conversations.setdefault(name.rpartition("#")[0], []).append(len(labelled) == last - first - 1)
         if sum(lengths) != last - first:
             return  # a piece of a record that was cut
-        by_role = np.repeat([role in SUPERVISED for role in roles], lengths)
+        by_role = self._weights.of_tokens(roles, lengths, True, tokens_T[first:last]) > 0
         extra = np.flatnonzero(label_T[first:last] & ~by_role)
         missing = np.flatnonzero(~label_T[first + 1 : last] & by_role[1:])
         if len(extra):
             role = Role(int(np.repeat(roles, lengths)[extra[0]]))
             yield f"token {extra[0] + 1} of record {name} is supervised, and its role is {role.name}"
         elif len(missing):
-            yield f"token {missing[0] + 2} of record {name} is of an answer or a text, and not supervised"
+            role = Role(int(np.repeat(roles, lengths)[missing[0] + 1]))
+            yield f"token {missing[0] + 2} of record {name} is not supervised, and its role is {role.name}"
 
     def _text_problems(self, name: str, pooled: np.ndarray) -> Iterator[str]:
         count = int(pooled.sum())
@@ -138,7 +141,7 @@ class BatchAudit:
 
     def _whole_conversations(self) -> str | None:
         for source, whole in self._conversations.items():
-            if all(whole):
+            if all(whole) and not self._weights.by_role[Role.USER]:
                 return (
                     f"every token of all {len(whole)} conversations of {source} in the first steps is supervised; "
                     "prompts are trained as if they were answers"

@@ -20,6 +20,7 @@ from megatron_grit.data.order.sources import Sources
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.loader import KINDS
 from megatron_grit.data.rows.segments import Segment
+from megatron_grit.data.rows.stream import PlannedRow
 
 ROW_LENGTH = 48
 """Tokens, where the layout allows so short a row."""
@@ -134,7 +135,7 @@ def audit_row(kind: str, vocab_size: int, pad_id: int, row_multiple: int, longes
         )
         for number, size in enumerate(sizes)
     ]
-    row = rows.make_row(segments, np.arange(len(segments)), length, pad_id)
+    row = rows.make_row(PlannedRow(segments=segments, slots=np.arange(len(segments))), length, pad_id)
     ends = np.cumsum(sizes).tolist()
     return AuditRow(row, tuple((end - size, end) for size, end in zip(sizes, ends, strict=True)))
 

@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_grit.config.kinds import trained_kinds
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.chat.run_chat import label_weights
 from megatron_grit.data.rows.batch import StepBatch
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.models.decoder import GritDecoder
@@ -48,7 +49,7 @@ def audit(
         GritError: as the loader.
     """
     began = time.perf_counter()
-    data = BatchAudit(tokenizer)
+    data = BatchAudit(tokenizer, label_weights(config, tokenizer))
     raise_if_any(data.check(batches), context)
     audit_weights([chunk.module for chunk in wrapped], context)
     num_passes = audit_model(config, context, wrapped, tokenizer.pad_id)

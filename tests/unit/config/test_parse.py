@@ -157,7 +157,10 @@ BAD_COMMAND_LINES = [
     (["--model.num_layers", "--training.steps", "3"], "--model.num_layers needs a value"),
     (["--model.num_layers", "x"], "--model.num_layers must be int, at least 1, not 'x'"),
     (["--training.steps", "null"], "--training.steps must be int, at least 0, not null"),
-    (["--loss.loss_gen_type=x"], "--loss.loss_gen_type must be one of token, mixed, sequence, not 'x'"),
+    (
+        ["--loss.loss_gen_type=x"],
+        "--loss.loss_gen_type must be one of token, mixed, sequence, microbatch_mean, sum, not 'x'",
+    ),
     (["--data", "a.yaml"], "--data is a section"),
     (["stray"], "'stray' belongs to no option"),
     (["--model", "tiny_mistrl"], "no model preset 'tiny_mistrl' (did you mean tiny_mistral?)"),

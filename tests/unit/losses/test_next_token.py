@@ -17,8 +17,7 @@ def sum_over_rows(rows: list[tuple[Tensor, Tensor]], kind: str, num_sequences: i
             mask,
             kind,
             num_loss_tokens=num_loss_tokens,
-            num_sequences=num_sequences,
-            num_rows=len(rows),
+            num_groups=len(rows) if kind == "mixed" else num_sequences,
         )
         for losses, mask in rows
     ]
@@ -70,12 +69,12 @@ def test_gradient_accumulation_toy() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unsupervised_positions_leave_no_trace(kind: str) -> None:
-    counts = {"num_loss_tokens": 2, "num_sequences": 1, "num_rows": 1}
+    counts = {"num_loss_tokens": 2, "num_groups": 1, "group_sizes_T": torch.tensor([0.0, 2.0, 2.0, 0.0])}
     mask = torch.tensor([0.0, 1.0, 1.0, 0.0])
     losses = torch.tensor([torch.inf, 1.0, 3.0, torch.nan], requires_grad=True)
     loss = next_token_loss(losses, mask, kind, **counts)
     loss.backward()
-    assert loss.item() == pytest.approx(4.0 if kind == "sequence" else 2.0)
+    assert loss.item() == pytest.approx(4.0 if kind in ("sequence", "sum") else 2.0)
     assert losses.grad is not None
     assert torch.equal(losses.grad[mask == 0], torch.zeros(2)) and bool((losses.grad[mask == 1] > 0).all())
 
@@ -83,17 +82,17 @@ def test_unsupervised_positions_leave_no_trace(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_row_without_supervision_is_zero(kind: str) -> None:
     losses = torch.ones(3, requires_grad=True)
-    loss = next_token_loss(losses, torch.zeros(3), kind, num_loss_tokens=5, num_sequences=1, num_rows=2)
+    loss = next_token_loss(losses, torch.zeros(3), kind, num_loss_tokens=5, num_groups=2, group_sizes_T=torch.ones(3))
     loss.backward()
     assert loss.item() == 0.0 and losses.grad is not None and not losses.grad.any()
 
 
 def test_shape_does_not_matter_and_bf16_is_summed_in_fp32() -> None:
     losses, mask = torch.full((1, 4096), 1.0078125, dtype=torch.bfloat16), torch.ones(1, 4096)
-    loss = next_token_loss(losses, mask, "token", num_loss_tokens=4096, num_sequences=1, num_rows=1)
+    loss = next_token_loss(losses, mask, "token", num_loss_tokens=4096, num_groups=1)
     assert loss.dtype is torch.float32 and loss.item() == 1.0078125
 
 
 def test_unknown_kind() -> None:
     with pytest.raises(ValueError, match="token, mixed, sequence"):
-        next_token_loss(torch.ones(1), torch.ones(1), "mean", num_loss_tokens=1, num_sequences=1, num_rows=1)
+        next_token_loss(torch.ones(1), torch.ones(1), "mean", num_loss_tokens=1, num_groups=1)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from megatron_grit.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from megatron_grit.data.indexed.label_weights import LabelWeights
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role, RowKind, pooled, split_segments, supervised
-from megatron_grit.data.kinds import generative
 from megatron_grit.data.order.sampler import passage_draws, pick_passages
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.data.rows.loader import GritDataLoader
@@ -61,7 +61,8 @@ def same(left: StepBatch, right: StepBatch) -> bool:
         for kind, part in values.pop("parts").items():
             values[f"{kind} rows"] = [tensors(row) for row in part.rows]
             values[f"{kind} counts"] = vars(part.counts) | {
-                "slots_by_rank": [slots.tolist() for slots in getattr(part.counts, "slots_by_rank", [])]
+                "slots_by_rank": [slots.tolist() for slots in getattr(part.counts, "slots_by_rank", [])],
+                "group_sizes_S": list(getattr(part.counts, "group_sizes_S", [])),
             }
         return values
 
@@ -381,7 +382,7 @@ def test_long_record_is_named_where_the_metadata_hides_it(
 def test_record_without_labels_is_refused(
     indexed_prefixes: dict[str, str], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generative, "labels_between", lambda *arguments: 0)
+    monkeypatch.setattr(LabelWeights, "total", lambda *arguments: (0, 0.0))
     loader = GritDataLoader(make_config(indexed_prefixes, objective="generative"), tokenizer)
     with pytest.raises(DataError, match=r"gen#\d+ has no token to predict"):
         loader.batch(0)
@@ -392,4 +393,4 @@ def test_row_kinds(config: RunConfig, tokenizer: Tokenizer) -> None:
     assert {row.kind for row in batch.rows_of("embedding")} == {RowKind.EMBEDDING}
     assert {row.kind for row in batch.rows_of("generative")} == {RowKind.GENERATIVE}
     assert all(row.labels_1T is None and row.loss_mask_1T is None for row in batch.rows_of("embedding"))
-    assert all(row.slots_S is None and row.pool_mask_T is None for row in batch.rows_of("generative"))
+    assert all(row.segment_ids_T is None and row.pool_mask_T is None for row in batch.rows_of("generative"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_grit.data.indexed.label_weights import ANSWERS
 from megatron_grit.data.indexed.roles import SUPERVISED, Role, num_labels
-from megatron_grit.data.rows.segments import labels_between, ranges, spans_between
+from megatron_grit.data.rows.segments import ranges, spans_between
 
 SPANS = st.lists(st.tuples(st.sampled_from([Role.TEMPLATE, Role.ANSWER]), st.integers(1, 12)), min_size=1, max_size=8)
 
@@ -26,7 +27,8 @@ def test_split_pieces_train_every_label_once(spans: list[tuple[int, int]], limit
     for start, stop in pieces:
         assert 0 < stop - start <= limit
         labels = [place for place in range(start + 1, stop) if tokens[place] in SUPERVISED]
-        assert labels_between(roles, lengths, start, stop) == len(labels)
+        own = spans_between(roles, lengths, start, stop)
+        assert ANSWERS.total(*own, starts_record=not start) == (len(labels), len(labels))
         trained += labels
     assert trained == [place for place in range(1, len(tokens)) if tokens[place] in SUPERVISED]
     assert len(trained) == num_labels(roles, lengths)

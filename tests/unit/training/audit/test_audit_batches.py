@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from megatron_grit.data.builders.grit_builder import build_grit
+from megatron_grit.data.indexed.label_weights import LabelWeights
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.kinds import embedding, generative
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
@@ -34,8 +36,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def check_data(corpus: Path, *, generative: str = "gen", change: Callable[[StepBatch], None] | None = None) -> Any:
+def check_data(
+    corpus: Path,
+    *,
+    generative: str = "gen",
+    change: Callable[[StepBatch], None] | None = None,
+    labels: Literal["it", "im", "im_release", "lm"] = "it",
+) -> Any:
     config = tiny_run(corpus)
+    config.loss.labels = labels
     config.data.generative = [str(corpus / generative)]
     tokenizer = load_tokenizer(config.data.tokenizer)  # type: ignore[arg-type]
     loader = GritDataLoader(config, tokenizer)
@@ -43,7 +52,7 @@ def check_data(corpus: Path, *, generative: str = "gen", change: Callable[[StepB
     for batch in batches if change is not None else []:
         assert change is not None
         change(batch)
-    audit = BatchAudit(tokenizer)
+    audit = BatchAudit(tokenizer, LabelWeights.of(config.loss))
     return audit.check(batches), audit.summary()
 
 
@@ -57,20 +66,45 @@ def test_sound_data_passes(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "value", "message"),
+    ("value", "message"),
     [
-        ("_SUPERVISED", 0.0, r"data of step 1: record .*gen#\d+ has no supervised token"),
-        ("_SUPERVISED", 1.0, r"token 2 of record .*gen#\d+ is supervised, and its role is (TEMPLATE|USER)"),
-        ("_POOLED", 0.0, r"a text of record .*emb#\d+ has no token to pool"),
-        ("_POOLED", 1.0, r"padding after .*emb#\d+ is pooled|an instruction of record .*emb#\d+ is pooled in part"),
+        (0.0, r"a text of record .*emb#\d+ has no token to pool"),
+        (1.0, r"padding after .*emb#\d+ is pooled|an instruction of record .*emb#\d+ is pooled in part"),
     ],
 )
-def test_a_lost_mask_is_found(corpus: Path, table: str, value: float, message: str) -> None:
-    rows = generative if table == "_SUPERVISED" else embedding
-    with mock.patch.object(rows, table, np.full(len(Role) + 1, value, dtype=np.float32)):
+def test_a_lost_pooling_mask_is_found(corpus: Path, value: float, message: str) -> None:
+    with mock.patch.object(embedding, "_POOLED", np.full(len(Role) + 1, value, dtype=np.float32)):
         problem, _ = check_data(corpus)
     assert problem is not None
     assert re.search(message, problem), problem
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0.0, r"data of step 1: record .*gen#\d+ has no supervised token"),
+        (1.0, r"token 2 of record .*gen#\d+ is supervised, and its role is (TEMPLATE|USER)"),
+    ],
+)
+def test_a_lost_loss_mask_is_found(corpus: Path, value: float, message: str) -> None:
+    """Of the rows alone: what the run asks for is as it was."""
+    original = generative.make_row
+
+    def make_row(planned: Any, row_length: int, pad_id: int, weights: LabelWeights, kind: str) -> PackedRow:
+        return original(planned, row_length, pad_id, replace(weights, by_role=(value,) * len(Role)), kind)
+
+    with mock.patch.object(generative, "make_row", make_row):
+        problem, _ = check_data(corpus)
+    assert problem is not None
+    assert re.search(message, problem), problem
+
+
+def test_prompts_that_are_to_be_trained_are_no_problem(corpus: Path) -> None:
+    summaries = {}
+    for labels in ("it", "im", "im_release", "lm"):
+        problem, summaries[labels] = check_data(corpus, labels=labels)  # type: ignore[arg-type]
+        assert problem is None, problem
+    assert len(set(summaries.values())) == 4
 
 
 def first_generative(change: Callable[[PackedRow], None]) -> Callable[[StepBatch], None]:
@@ -138,7 +172,7 @@ def end_early(row: PackedRow) -> None:
         (first_generative(shift_labels), "has not the next token as its label"),
         (first_generative(label_last_tokens), "has a label, which is of another segment"),
         (first_generative(label_padding), "padding after .* is supervised"),
-        (first_generative(forget_last_label), "is of an answer or a text, and not supervised"),
+        (first_generative(forget_last_label), "is not supervised, and its role is ANSWER"),
         (first_generative(restart_nowhere), "do not count up from 0"),
         (first_generative(double_bos), "begins with two BOS tokens"),
         (first_embedding(empty), "a row is all padding"),
