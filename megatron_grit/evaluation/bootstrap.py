@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_grit.retrieval.shares import interval_of_few
+
 _CELLS_PER_BLOCK = 4_000_000
 
 
@@ -69,6 +71,9 @@ def bootstrap_ratio(
 def bootstrap_mean(
     values: np.ndarray, *, num_resamples: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Interval of the mean of ``values`` [n]; see :func:`bootstrap_ratio`."""
+    """Interval of the mean of ``values`` [n]; see :func:`bootstrap_ratio`. Of few shares, and of those that are all
+    alike, it is Wilson's (:func:`~megatron_grit.retrieval.shares.interval_of_few`), always of 95 %."""
     values = np.asarray(values, dtype=np.float64)
+    if values.ndim == 1 and len(values) and (few := interval_of_few(values)) is not None:
+        return Interval(value=float(values.mean()), low=few[0], high=few[1])
     return bootstrap_ratio(values, np.ones_like(values), num_resamples=num_resamples, confidence=confidence, seed=seed)

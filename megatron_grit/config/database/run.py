@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_grit.config.checkpoint_folder import list_checkpoints
-from megatron_grit.config.database.schema import CONFIG_FILE, load_project_config, version_numbers
+from megatron_grit.config.database.schema import CONFIG_FILE, RetroDbConfig, load_project_config, version_numbers
 from megatron_grit.config.parse import load_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
+from megatron_grit.store.logs import get_logger
+
+log = get_logger(__name__)
 
 
 def resolve_retro_project(config: RunConfig, origins: Mapping[str, str], *, files: bool = True) -> RunConfig:
@@ -51,6 +54,8 @@ def resolve_retro_project(config: RunConfig, origins: Mapping[str, str], *, file
     documents = [_in_project(folder, prefix, ".idx") for prefix in project.query_paths or project.data_paths]
     held_out = {Path(prefix).resolve() for prefix in data.valid}
     documents = [prefix for prefix in documents if Path(prefix).resolve() not in held_out]
+    if files and not (data.generative or data.valid):
+        _warn_of_others(config, folder, project)
     data = dataclasses.replace(data, tokenizer=data.tokenizer or tokenizer, generative=data.generative or documents)
     # Neighbors are those of whole chunks: a piece that began within one would have none.
     if data.split_multiple % project.chunk_length:
@@ -63,6 +68,21 @@ def resolve_retro_project(config: RunConfig, origins: Mapping[str, str], *, file
     if "model.retro.chunk_length" not in origins:
         retro = dataclasses.replace(retro, chunk_length=project.chunk_length)
     return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, retro=retro))
+
+
+def _warn_of_others(config: RunConfig, folder: Path, project: RetroDbConfig) -> None:
+    """Tell a new run of files that get neighbors and, unlike others, are no documents of the database, as held-out ones
+    are."""
+    own = {Path(_in_project(folder, prefix, ".idx")).resolve() for prefix in project.data_paths}
+    others = [_in_project(folder, prefix, ".idx") for prefix in project.query_paths]
+    others = [prefix for prefix in others if Path(prefix).resolve() not in own]
+    if 0 < len(others) < len(project.query_paths) and not (
+        config.checkpoint.resume and list_checkpoints(config.output_dir)
+    ):
+        log.warning(
+            f"data.retro_project {folder}: trains on {', '.join(others)} too, of its query_paths and not of its "
+            "data_paths; if they are held out, give them as data.valid"
+        )
 
 
 def _version_of_checkpoint(config: RunConfig) -> int | Literal["newest"] | None:

@@ -13,6 +13,7 @@ import numpy as np
 from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.errors import DataError
 from megatron_grit.retrieval.index.search import Found, ShardedIndex
+from megatron_grit.retrieval.shares import interval_of_few
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import still_at_work
 from megatron_grit.store.sealed import read_sealed
@@ -43,7 +44,7 @@ class SearchSettings:
     """Share of the exact nearest neighbors that a search finds, over queries that chose nothing."""
     recall_low: float
     recall_high: float
-    """95% confidence interval, by bootstrap over queries."""
+    """95% confidence interval, by bootstrap over queries, or Wilson's where they are few."""
     recall_at: int
     num_queries: int
     population: Population = "chunks"
@@ -140,7 +141,7 @@ def choose_search(
         values = recalls(measuring, nprobe, ef_search)
     rng = np.random.default_rng(config.seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(1000)]
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = interval_of_few(values) or np.quantile(means, [0.025, 0.975])
     return SearchSettings(
         nprobe=nprobe,
         ef_search=ef_search,

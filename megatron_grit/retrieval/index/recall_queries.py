@@ -273,8 +273,9 @@ class RecallQuestions(_Queries):
         self._embedder = embedder
         self.path = project.folder / given if (project.folder / given).is_file() else Path(given)
         if not self.path.is_file():
+            what = "is a folder" if self.path.is_dir() or (project.folder / given).is_dir() else "no such file"
             raise DataError(
-                "no such file; recall_queries is a text file with a question in each line, or JSONL", path=self.path
+                f"{what}; recall_queries is a text file with a question in each line, or JSONL", path=self.path
             )
         self.sha256 = sha256_of_file(self.path)
 

@@ -37,6 +37,8 @@ def run_tasks(prepared: Preparation) -> None:
         DataError: a missing or damaged input; with ``validate``, a block that differs.
     """
     with worker() as this, alone_in(prepared.folder, this):
+        if this.is_first and prepared.needs_embedder:  # what is known before one is loaded, which may take minutes
+            prepared.check(None)
         embedder = project_embedder(prepared.wanted) if prepared.needs_embedder else None
         if this.is_first:
             if load_project_config(prepared.folder) != prepared.old:

@@ -38,8 +38,25 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     assert bootstrap_mean(values, num_resamples=100, seed=4) != whole
 
 
-def test_constant_values_have_no_width() -> None:
-    assert bootstrap_mean(np.full(10, 0.5)) == Interval(value=0.5, low=0.5, high=0.5)
+@pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [
+        ([1.0], 0.206549, 1.0),
+        ([0.0], 0.0, 0.793451),
+        ([1.0] * 10, 0.722467, 1.0),
+        ([1.0] * 9 + [0.0], 0.595850, 0.982124),
+        ([1.0] * 100, 0.963007, 1.0),
+    ],
+)
+def test_few_shares_and_those_all_alike_have_wilsons_interval(values: list[float], low: float, high: float) -> None:
+    """Of 10 of 10, 9 of 10 and so on, as published tables have it; a resample of them says too little or nothing."""
+    interval = bootstrap_mean(np.array(values))
+    assert interval.value == np.mean(values)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=1e-5)
+
+
+def test_other_constants_have_no_width() -> None:
+    assert bootstrap_mean(np.full(10, 5.0)) == Interval(value=5.0, low=5.0, high=5.0)
 
 
 @pytest.mark.parametrize(

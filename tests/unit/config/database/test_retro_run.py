@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,23 @@ def test_a_directory_that_is_none(tmp_path: Path) -> None:
     assert resolve_retro_project(arguments.config, arguments.origins) == arguments.config
 
 
-def test_held_out_documents_are_not_trained_on(project: Path) -> None:
+def test_held_out_documents_are_not_trained_on(
+    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = RetroDbConfig(data_paths=["data/own"], query_paths=["data/own", "held/out"], tokenizer="t.model")
     save_project_config(config, project)
     assert resolve(project, "--data.valid", "[./held/out]").generative == [str(project / "data" / "own")]
+    monkeypatch.setattr(logging.getLogger("megatron_grit"), "propagate", True)
+    new = ["--output_dir", str(tmp_path / "run")]
+    assert resolve(project, "--data.valid", "[./held/out]", *new) and resolve(project, "--data.generative", "[x]", *new)
+    assert not caplog.messages
+    assert "held/out" in resolve(project, *new).generative
+    (line,) = caplog.messages
+    assert f"{project}: trains on held/out too, of its query_paths and not of its data_paths" in line
+    assert line.endswith("if they are held out, give them as data.valid")
+    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step_00000001" / "state.json").touch()
+    save_project_config(
+        RetroDbConfig(data_paths=["data/own"], query_paths=["a"], tokenizer="t.model"), tmp_path / "all"
+    )
+    assert resolve(project, *new) and resolve(tmp_path / "all", "--output_dir", "x") and len(caplog.messages) == 1

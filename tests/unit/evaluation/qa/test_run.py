@@ -169,7 +169,7 @@ BAD = {
         "a\n",
         "right.json",
         '[{"answers": [{"start": 1}]}]',
-        "an answer must be a text, not None",
+        "an answer must be a text, not null",
     ),
     "SQuAD's whole file": ("a\n", "right.json", '{"data": []}', 'right.json:1: has no "answers"'),
     "JSON that is broken in a line": (

@@ -222,7 +222,7 @@ def test_a_database_of_an_earlier_release(tmp_path: Path, given: Given, caplog: 
     assert read_search(path).population == "chunks"
 
 
-def test_what_is_no_file_of_questions(tmp_path: Path, given: Given) -> None:
+def test_what_is_no_file_of_questions(tmp_path: Path, given: Given, embedders: list[WordEmbedder]) -> None:
     folder = build(tmp_path / "db", given)
     before = (folder / "config.json").read_bytes()
     with pytest.raises(ConfigError, match="recall_queries is null; give --recall_queries FILE"):
@@ -239,6 +239,9 @@ def test_what_is_no_file_of_questions(tmp_path: Path, given: Given) -> None:
             build(folder, {"recall_queries": str(path)}, "recall")
     with pytest.raises(DataError, match="no.txt: no such file; recall_queries is a text file"):
         build(folder, {"recall_queries": "no.txt"}, "recall")
+    with pytest.raises(DataError, match=f"{tmp_path}: is a folder; recall_queries is a text file"):
+        build(folder, {"recall_queries": str(tmp_path)}, "recall")
+    assert len(embedders) == 1, "an embedder was loaded for what is known to be wrong"
     assert (folder / "config.json").read_bytes() == before, "what was refused is not kept"
     packed = tmp_path / "q.txt.gz"
     packed.write_bytes(gzip.compress(b'who wrote it\n\n{"query": "x"}\nwho wrote it\n'))
