@@ -22,6 +22,7 @@ from megatron_grit.config.shape import (
     padded_vocabulary,
     read_tokens,
     reading_layers,
+    stage_layers,
 )
 from megatron_grit.planning.memory import FP32, Workload, caches_gradients
 from megatron_grit.planning.parameters import count_parameters, expert_tensor_size
@@ -97,7 +98,8 @@ class StepTime:
     compute: float
     """Operations of a process, if all had as many."""
     bubble: float
-    """Waiting for other pipeline stages: until the first row arrives, and for the last stage with its head."""
+    """Waiting for other pipeline stages: until the first row arrives, and for the slowest one, which has the head or
+    the encoder of neighbors."""
     tensor: float
     context: float
     pipeline: float
@@ -204,9 +206,15 @@ def expected_step_time(
     data_size = data_parallel_size(config, world_size)
     flops = count_flops(config, world_size, vocab_size, workload)
     rate = world_size * machine.peak_tflops * 1e12 * machine.efficiency
-    compute, last_alone = flops.total / rate, (flops.head + sum(flops.losses.values())) / rate
+    compute = flops.total / rate
+    alone = [0.0] * parallel.pipeline  # what a stage has beside its share of all layers, on all processes together
+    alone[-1] = (flops.head + sum(flops.losses.values())) / rate
+    if reading := reading_layers(model):
+        stage = next(stage for stage in range(parallel.pipeline) if reading[0] in stage_layers(config, stage))
+        passes = 4 if config.training.recompute == "full" else 3
+        alone[stage] += passes * encoding_flops(config) * sum(rows.tokens for rows in workload.predicted) / rate
     num_rows = sum(ceil(rows.rows / data_size) for rows in workload.kinds)
-    slowest = compute + last_alone * (parallel.pipeline - 1)
+    slowest = compute - sum(alone) + parallel.pipeline * max(alone)
     bubble = slowest * (1 + (parallel.pipeline - 1) / (max(num_rows, 1) * (parallel.virtual_pipeline or 1))) - compute
     size = 2 if config.training.precision == "bf16" else FP32
     layers = model.num_layers // parallel.pipeline

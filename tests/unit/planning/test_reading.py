@@ -9,7 +9,7 @@ import pytest
 
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.planning.memory import Workload, _StageMemory, estimate_memory
-from megatron_grit.planning.operations import Machine, encoding_flops, expected_step_time, reading_flops
+from megatron_grit.planning.operations import Machine, count_flops, encoding_flops, expected_step_time, reading_flops
 from tests.rows import VOCAB, tiny_config
 from tests.unit.planning.test_memory import sequences
 
@@ -52,6 +52,24 @@ def test_neighbors_are_sent_between_stages() -> None:
     alone = sent()
     config.model.retro = RetroConfig(num_neighbors=2, layers=[1, 3])  # two of 128 tokens for a chunk of 64
     assert sent() == pytest.approx(5 * alone)
+
+
+def test_stages_wait_for_the_one_that_encodes() -> None:
+    config, machine = tiny_config(), Machine(peak_tflops=1, efficiency=1)
+    config.parallel.pipeline, config.model.retro = 4, RetroConfig(num_neighbors=2, layers=[1, 3])
+    workload = Workload(kinds=(sequences(4096, rows=8, labels=0),))
+
+    def time() -> float:
+        found = expected_step_time(config, 4, VOCAB, workload, machine)
+        return found.compute + found.bubble
+
+    encoder = 3 * 4096 * encoding_flops(config)
+    of_all = count_flops(config, 4, VOCAB, workload).total
+    slowest = (of_all - encoder) / 4 + encoder
+    assert time() == pytest.approx(slowest / 1e12 * (1 + 3 / 8))
+    config.training.recompute = "full"
+    of_all, encoder = of_all / 3 * 4, encoder / 3 * 4
+    assert time() == pytest.approx(((of_all - encoder) / 4 + encoder) / 1e12 * (1 + 3 / 8))
 
 
 KEPT: dict[str, dict[str, Any]] = {
