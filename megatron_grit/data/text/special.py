@@ -71,9 +71,14 @@ def _as_library(tokenizer: Tokenizer, find: SpecialFinder, pieces: Sequence[Piec
             if part := text[max(0, start - end + len(text)) : max(0, stop - end + len(text))]:
                 kept.append((role, value if value in always else part))
 
-    done = 0
-    for index, start, stop in find("".join(texts)):
-        owners = range(bisect_right(ends, start), bisect_left(ends, stop) + 1)
+    whole, done = "".join(texts), 0
+    for index, start, stop in find(whole):
+        if start == stop:
+            kept.append((pieces[bisect_right(ends, start)][0], index))
+            continue
+        # The white space beside its name, which the token takes, may be anybody's.
+        first, last = _name_in(whole, start, stop, names[index])
+        owners = range(bisect_right(ends, first), bisect_left(ends, last) + 1)
         mine = [place for place in owners if not isinstance(pieces[place][1], str)]
         same = [place for place in mine if pieces[place][1] == index]
         if not same and any(place not in mine and pieces[place][0] is not Role.TEMPLATE for place in owners):
@@ -86,6 +91,15 @@ def _as_library(tokenizer: Tokenizer, find: SpecialFinder, pieces: Sequence[Piec
         done = stop
     add_text(done, ends[-1] if ends else 0)
     return kept
+
+
+def _name_in(text: str, start: int, stop: int, name: str) -> tuple[int, int]:
+    """Where the name of a special token stands within what the token takes."""
+    place = text.find(name, start, stop)
+    if place >= 0:
+        return place, place + len(name)
+    taken = text[start:stop]  # it is written otherwise than in normalised text
+    return start + len(taken) - len(taken.lstrip(_WHITE)), stop - len(taken) + len(taken.rstrip(_WHITE))
 
 
 def _only_words(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Sequence[Piece]:

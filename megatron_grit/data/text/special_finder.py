@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 SpecialFinder = Callable[[str], list[tuple[int, int, int]]]
-"""Gives the id, the first character and the one after the last of each special token in a string."""
+"""Gives the id, the first character and the one after the last of each special token in a string. What a normaliser
+puts in front of a text that such a token takes whole stands before it, as tokens of no characters."""
 
 
 def special_finder(backend: Any, written: Iterable[int]) -> SpecialFinder | None:
@@ -37,8 +38,18 @@ def special_finder(backend: Any, written: Iterable[int]) -> SpecialFinder | None
 
     def find(text: str) -> list[tuple[int, int, int]]:
         encoding = backend.encode(text, add_special_tokens=False)
-        pairs = zip(encoding.ids, encoding.offsets, strict=True)
-        return [(index, begin, end) for index, (begin, end) in pairs if index in looked_for]
+        found: list[tuple[int, int, int]] = []
+        before: list[int] = []  # since the last special token
+        done = 0
+        for index, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if index not in looked_for:
+                before.append(index)
+                continue
+            if begin == done:
+                found += [(other, begin, begin) for other in before]
+            found.append((index, begin, end))
+            before, done = [], end
+        return found
 
     return find
 

@@ -290,6 +290,9 @@ class JsonTokenizer(Tokenizer):
         if len(kept) == len(parts):
             return after
         state["normalizer"] = {"type": "Sequence", "normalizers": kept}
+        for token in state["added_tokens"]:  # what was put in front of their names is still looked for
+            if token["normalized"] and not token["special"]:
+                token["content"] = self._tokenizer.normalizer.normalize_str(token["content"])
         return after._with_state(state)
 
     def _with_state(self, state: dict[str, Any]) -> JsonTokenizer:

@@ -216,6 +216,45 @@ def test_a_longer_token_that_is_not_special(state: dict[str, Any], tmp_path: Pat
     assert found.count(290) == 1 and ours.special_tokens["<|user|>"] not in found
 
 
+CASES: dict[str, tuple[str, dict[str, list[str]], list[str | int]]] = {
+    "a space before a normalised one": ("llama", {"<|user|>": ["normalized"]}, [" ", "<|user|>", "a"]),
+    "the same behind BOS": ("llama", {"<|user|>": ["normalized", "lstrip"]}, ["<s>", " ", "<|user|>", " a"]),
+    "white space that two take": (
+        "nfkc",
+        {"<|user|>": ["rstrip"], "end": ["lstrip"]},
+        ["<|user|>", " \n ", "end", "a"],
+    ),
+    "white space of a message": ("none", {"<|user|>\nx": ["normalized"], "<|user|>": ["lstrip"]}, [" ", "<|user|>\nx"]),
+    "behind a normalised one": (
+        "none",
+        {"<|user|>": ["normalized", "rstrip"], "end": ["lstrip"]},
+        ["<|user|>", " ", "end"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_spaces_beside_special_tokens(state: dict[str, Any], tmp_path: Path, name: str) -> None:
+    normalizer, flags, parts = CASES[name]
+    given = {token: dict.fromkeys(properties, True) for token, properties in flags.items()}
+    ours, theirs = variant(state | {"normalizer": NORMALIZERS[normalizer]}, tmp_path, given)
+    ids = ours.special_tokens
+    check(ours, theirs, [(Role.TEMPLATE, ids[part]) if part in ids else (Role.USER, part) for part in parts])
+
+
+def test_a_longer_token_behind_a_normalised_one(state: dict[str, Any], tmp_path: Path) -> None:
+    """A name of which the normaliser has put a space in front is not found without it."""
+    longer = {"id": 290, "content": "b<|", "special": False, "normalized": True}
+    longer |= dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+    state = state | {"normalizer": NORMALIZERS["llama"], "added_tokens": [*state["added_tokens"], longer]}
+    ours, theirs = variant(state, tmp_path, {"<|user|>": {"normalized": True}})
+    for text in (".b<|", ". b<|"):
+        check(ours, theirs, [(Role.TEMPLATE, ours.special_tokens["<|user|>"]), (Role.USER, text)])
+
+
+PIECES = st.one_of(st.sampled_from(NAMES), st.sampled_from([" ", "  ", "a", " a", "a ", "\n", " \n", "b", " b ", "."]))
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_ids_are_those_of_the_whole_string(
@@ -236,5 +275,9 @@ def test_ids_are_those_of_the_whole_string(
     messages = [Message(role, content) for role, content in zip(roles, contents, strict=True)]
     for name in (*TEMPLATES, "tokenizer"):
         check(ours, theirs, load_chat_format(name, ours).pieces(messages))
+    parts = data.draw(st.lists(st.lists(PIECES, min_size=1, max_size=6), min_size=8, max_size=8), label="pieces")
+    for each in parts if not longer else ():  # beside longer tokens a piece need not be found by itself
+        ids = ours.special_tokens
+        check(ours, theirs, [(Role.TEMPLATE, ids[part]) if part in ids else (Role.USER, part) for part in each])
     for instruction in ("", contents[0]):
         check(ours, theirs, embedding_pieces(ours, TextPair(instruction, contents[1]), Role.USER, Role.QUERY))
