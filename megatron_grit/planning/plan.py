@@ -78,7 +78,7 @@ class Plan:
 
 def problems_of(config: RunConfig, world_size: int) -> list[Problem]:
     """What makes a run impossible, inputs that are not there yet left out."""
-    inputs = {"data.tokenizer", *(kind_options(kind).DATA for kind in kind_names())}
+    inputs = {"data.tokenizer", "data.retro_project", *(kind_options(kind).DATA for kind in kind_names())}
     return [problem for problem in find_problems(config, world_size, files=False) if problem.key not in inputs]
 
 

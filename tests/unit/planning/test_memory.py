@@ -244,6 +244,7 @@ def test_a_mixture_is_planned_over_expert_sizes() -> None:
 
 def test_inputs_need_not_be_there() -> None:
     assert problems_of(preset("mistral_7b"), 8) == []
+    assert problems_of(preset("mistral_7b", "--model.retro.num_neighbors", "2"), 8) == []
 
 
 def test_the_command() -> None:
