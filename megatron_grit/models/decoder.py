@@ -30,7 +30,7 @@ from megatron_grit.models.retro.passes import NeighborCache, PassSegments, pass_
 from megatron_grit.models.retro.plan import RetroSegments, held_neighbors, plan_of
 from megatron_grit.models.rope import RotaryAngles
 from megatron_grit.models.row_share import RowShare
-from megatron_grit.models.vocabulary import OutputLayer, token_embedding
+from megatron_grit.models.vocabulary import OutputLayer, embedding_noise, token_embedding
 from megatron_grit.parallel.context import ParallelContext
 
 
@@ -100,6 +100,7 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
         self.num_tokens_in_vocab = vocab_size
         self.embedding_config = config.embedding
         self.retro = model.retro
+        self.noise_alpha = config.training.neftune_alpha
         self._received: Tensor | None = None
         self._shards = context.tensor_size if engine_config.sequence_parallel else 1
         self.context = context
@@ -140,6 +141,8 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=held.tokens_1T, position_ids=held.positions_1T)
+            if row.noise_key is not None and self.training:
+                hidden = hidden + self._noise(row, share).to(hidden.dtype)
             if self.config.recompute_granularity == "full" and has_trained(self.decoder):
                 hidden = reach_back(hidden)  # a recomputed layer has a gradient if its input has one
         hidden = self.decoder(
@@ -166,6 +169,13 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
                     losses = losses + 0.0 * sum(parameter.sum() for parameter in module.parameters())
             return losses if share is None else losses.new_zeros(share.row_length).index_put((share.index_L,), losses)
         return self.output_layer.logits(hidden, self._output_weight())[:, : self.num_tokens_in_vocab]
+
+    def _noise(self, row: PackedRow, share: RowShare | None) -> Tensor:
+        """Of the tokens that this rank embeds: [L, 1, D]."""
+        noise = embedding_noise(row, self.noise_alpha, self.config.hidden_size)
+        if share is not None:
+            noise = noise[share.index_L]
+        return noise.chunk(self._shards)[self.context.tensor_rank if self._shards > 1 else 0]
 
     def _read_neighbors(
         self, row: PackedRow, segments: PackedSegments, share: RowShare | None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -20,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_grit.config.schema import ModelConfig
-from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.data.rows.batch import PackedRow, to_device
 from megatron_grit.models.biases import TrainedBiasLinear
 
 
@@ -35,6 +36,27 @@ def token_embedding(
         position_embedding_type=model.position_embedding,
         tp_group=group,
     )
+
+
+def embedding_noise(row: PackedRow, alpha: float, width: int) -> Tensor:
+    """Noise of NEFTune (arXiv 2310.05914) on the embeddings of a row, a function of ``row.noise_key``: fp32 [T, 1, D].
+
+    Uniform within alpha / root(tokens x width) of each segment, without padding, as published; its code takes the
+    length that a batch is padded to. Padding gets none.
+
+    Args:
+        row: on its device, with a key.
+        alpha: see ``training.neftune_alpha``.
+        width: D.
+    """
+    assert row.noise_key is not None and row.segment_lengths is not None
+    device = row.tokens_1T.device
+    generator = torch.Generator(device).manual_seed(row.noise_key)
+    noise_T1D = torch.empty(row.tokens_1T.shape[1], 1, width, device=device).uniform_(-1, 1, generator=generator)
+    lengths = np.array(row.segment_lengths)
+    bounds = alpha / np.sqrt(lengths * width, dtype=np.float32)
+    bounds[len(row.record_ids) :] = 0
+    return noise_T1D * to_device(torch.from_numpy(np.repeat(bounds, lengths)), device)[:, None, None]
 
 
 class OutputLayer(TrainedBiasLinear):

@@ -69,6 +69,7 @@ GENERATIVE: dict[str, Any] = DENSE | {"training.objective": "generative"}
 RETRO: dict[str, Any] = {"model.retro": RetroConfig(num_neighbors=2, chunk_length=8, layers=[0, 1], gate=None)}
 WEIGHED: dict[str, Any] = {"loss.role_weights": RoleWeightsConfig(user=0.25)}
 MEANS: dict[str, Any] = GENERATIVE | WEIGHED | {"loss.loss_gen_type": "microbatch_mean", "loss.microbatch_sequences": 3}
+NOISE: dict[str, Any] = {"training.neftune_alpha": 20.0}
 SUMS: dict[str, Any] = MEANS | {"loss.loss_gen_type": "sum"}
 DEEP: dict[str, Any] = {  # the encoder, and all that reads, in later stages
     "model.retro": RetroConfig(num_neighbors=3, chunk_length=8, layers=[2, 3], encoder_conditioning="none", gate=0.5),
@@ -117,6 +118,10 @@ _NAMED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "means_cp2": (2, MEANS, layout(context=2)),
     "means_pp2": (2, MEANS, layout(pipeline=2)),
     "means_dp2": (2, MEANS, {}),
+    "noise_tp2_sp": (2, DENSE | NOISE, SP),
+    "noise_cp2": (2, GENERATIVE | NOISE, layout(context=2)),
+    "noise_retro_pp2": (2, DEEP | NOISE, layout(pipeline=2)),
+    "noise_dp2": (2, GENERATIVE | NOISE | {"training.recompute": "full"}, {}),
     "sums_cp2": (2, SUMS, layout(context=2)),
     "retro_tp2": (2, RETRO, layout(tensor=2)),
     "retro_tp2_sp": (2, RETRO, SP),
@@ -215,6 +220,7 @@ def make_rows(case: Case) -> list[PackedRow]:
         for number, length in enumerate(case.row_lengths):
             row = make_row(RowKind.GENERATIVE, _lengths(rng, length, rng.randint(1, 5)), length, seed=100 + number)
             _supervise_answers(row, rng, nothing=number == 1 and rng.random() < 0.3)
+            row.noise_key = number if case.settings.get("training.neftune_alpha") else None
             if (weights := case.settings.get("loss.role_weights")) is not None:  # prompts alternate with answers
                 assert row.loss_mask_1T is not None
                 row.loss_mask_1T[0, ::3] *= weights.user

@@ -2,7 +2,7 @@
 
 Nothing here is shared with the code under test: no engine, no packing, no kernels, no chunks. One process, one autograd
 graph, fp64. Attention is a mask of [T, T], experts are a loop, a contrastive loss is a loop over anchors. What it takes
-from the product is the configuration and the rows.
+from the product is the configuration, the rows, and the noise on their embeddings.
 
 Weights have the names, and the shapes over the whole model, that checkpoints have: layers (and experts) are stacked.
 
@@ -26,6 +26,8 @@ from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.config.shape import reading_layers
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.neighbors import Neighbors
+from megatron_grit.models.vocabulary import embedding_noise
+from tests.distributed.plain_losses import accuracy, contrastive
 
 LAYERS = "decoder.layers."
 CROSS, CROSS_NORM, GATE = "cross_attention.", "pre_cross_attn_layernorm.", "cross_attention.gate"
@@ -170,9 +172,9 @@ def reference_step(
     if embedding:
         texts, tokens = _texts(model, embedding)
         texts.retain_grad()
-        loss = _contrastive(texts, tokens, num_queries, group_size, knobs, model.distances)
+        loss = contrastive(texts, tokens, num_queries, group_size, knobs, model.distances)
         metrics["loss_emb"] = float(loss.detach())
-        hits, margin = _accuracy(texts.detach(), num_queries, group_size)
+        hits, margin = accuracy(texts.detach(), num_queries, group_size)
         if margin > MARGIN:
             metrics["accuracy_emb"] = hits
         reported = reported + knobs.loss_emb_factor * loss
@@ -213,15 +215,6 @@ def first_update(config: RunConfig, weights: dict[str, Tensor], reference: Refer
     return updated
 
 
-def _accuracy(texts: Tensor, num_queries: int, group_size: int) -> tuple[float, float]:
-    """Share of queries whose positive is the most similar passage, and by how much it comes nearest to being wrong."""
-    similar = texts[:num_queries] @ texts[num_queries:].T
-    positive = torch.arange(num_queries) * group_size
-    others = similar.scatter(1, positive[:, None], -torch.inf).max(1).values
-    ahead = similar.gather(1, positive[:, None])[:, 0] - others
-    return float((ahead > 0).double().mean()), float(ahead.abs().min())
-
-
 def _heads(model: ModelConfig) -> tuple[int, int, int]:
     """Query heads, key heads, channels of a head."""
     heads = model.num_attention_heads
@@ -246,6 +239,9 @@ class _Decoder:
         """[T, D] after the final norm."""
         model = self.config.model
         states = self.weights[WORDS][row.tokens_1T[0]]
+        if row.noise_key is not None:  # the noise itself is the product's: that every layout has the same is compared
+            noised = row.to(states.device)
+            states = states + embedding_noise(noised, self.config.training.neftune_alpha, states.shape[1])[:, 0]
         if model.position_embedding == "learned_absolute":
             states = states + self.weights[POSITIONS][row.positions_1T[0]]
         seen_TT = self._seen(row)
@@ -440,47 +436,6 @@ def _pooled(states: Tensor, begin: int, text: list[int], method: str) -> Tensor:
         return states[text].mean(0)
     weights = torch.arange(1.0, len(text) + 1, dtype=torch.float64)[:, None]
     return (states[text] * weights).sum(0) / weights.sum()
-
-
-def _contrastive(
-    texts: Tensor,
-    tokens: list[tuple[int, ...]],
-    num_queries: int,
-    group_size: int,
-    knobs: LossConfig,
-    distances: list[float],
-) -> Tensor:
-    sizes = [size for size in knobs.matryoshka_dims if size < texts.shape[1]]
-    every = [texts] + [texts[:, :size] / texts[:, :size].norm(dim=1, keepdim=True) for size in sizes]
-    queries = list(range(num_queries))
-    passages = list(range(num_queries, len(texts)))
-    positives = passages[::group_size]
-
-    def direction(embeddings: Tensor, anchors: list[int], targets: list[int], candidates: list[int]) -> Tensor:
-        losses = []
-        for anchor, target in zip(anchors, targets, strict=True):
-            own = passages[(target - num_queries) // group_size * group_size :][:group_size]
-            among = own if knobs.negatives == "hard" else candidates
-            others = [other for other in anchors if other != anchor] if knobs.same_side_negatives else []
-            similarity = embeddings @ embeddings[anchor]
-            kept = [target]
-            for other in [each for each in among if each != target] + others:
-                if knobs.mask_equal_texts and tokens[other] in (tokens[target], tokens[anchor]):
-                    continue
-                if knobs.false_negative_margin is not None:
-                    above = float((similarity[other] - similarity[target]).detach()) - knobs.false_negative_margin
-                    distances.append(abs(above))
-                    if above > 0:
-                        continue
-                kept.append(other)
-            scores = similarity[kept] / knobs.temperature
-            losses.append(scores.logsumexp(0) - scores[0])
-        return torch.stack(losses).mean()
-
-    losses = [direction(embeddings, queries, positives, passages) for embeddings in every]
-    if knobs.symmetric:
-        losses += [direction(embeddings, positives, queries, queries) for embeddings in every]
-    return torch.stack(losses).mean()
 
 
 def _next_token(model: _Decoder, rows: list[PackedRow], knobs: LossConfig) -> Tensor:

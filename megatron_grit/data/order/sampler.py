@@ -32,6 +32,7 @@ class Stream(IntEnum):
     PASSAGES = 3
     EXCHANGES = 4
     ROWS = 5
+    NOISE = 6
 
 
 def _draw(count: int, seed: int, stream: int, *key: int) -> np.ndarray:
@@ -48,6 +49,17 @@ def stream_of(kind: str) -> int:
 def stream_key(seed: int, stream: int) -> np.uint64:
     """Key of a stream's permutations."""
     return _draw(1, seed, stream)[0]
+
+
+def noise_key(seed: int, step: int, row: int) -> int:
+    """Seed of the noise on a row's embeddings.
+
+    Args:
+        seed: of the data order.
+        step: from 0.
+        row: its number among those of its kind in the global batch.
+    """
+    return int(_draw(1, seed, Stream.NOISE, step, row)[0] >> np.uint64(1))
 
 
 class EmbeddingSampler:

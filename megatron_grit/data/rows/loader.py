@@ -16,6 +16,7 @@ from typing import Any
 from megatron_grit.config.kinds import load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.reader import IndexedMeta
+from megatron_grit.data.order.sampler import noise_key
 from megatron_grit.data.order.sources import OpenFiles
 from megatron_grit.data.rows.batch import BatchPart, PackedRow, StepBatch
 from megatron_grit.data.rows.neighbor_versions import NeighborVersions, VersionChange, first_version
@@ -54,6 +55,7 @@ class GritDataLoader:
         equal_rows: bool = True,
     ) -> None:
         self._data = config.data
+        self._noise_seed = config.training.seed if config.training.neftune_alpha else None
         self._pad_id = tokenizer.pad_id
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._row_multiple = row_multiple
@@ -125,6 +127,10 @@ class GritDataLoader:
             found = stream.neighbors.at(step).read([rows[number].segments for number in full])
             for number, neighbors in zip(full, found, strict=True):
                 made[number].neighbors = neighbors
+        if self._noise_seed is not None:
+            for number, row in enumerate(made):
+                if not row.embeds:
+                    row.noise_key = noise_key(self._noise_seed, step, self._dp_rank + number * self._dp_size)
         return made
 
     def _padded(self, row: PlannedRow, stream: RowStream) -> int:
