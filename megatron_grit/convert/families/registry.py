@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_grit.config.knob import names_with
 from megatron_grit.config.schema import ModelConfig
 from megatron_grit.config.shape import expert_width, head_channels, num_query_groups
+from megatron_grit.config.values import shortened
 from megatron_grit.convert.families import gpt_neo, gpt_neox, gptj, llama, mistral, mixtral, qwen
 from megatron_grit.convert.hf_in.reader import read_config_json
 from megatron_grit.convert.param_map import Family
@@ -86,23 +87,36 @@ def family_of_model(model: ModelConfig) -> Family:
     for family in named:
         if describes(family, model):
             return family
-    supported = ", ".join(family.architecture for family in FAMILIES)
-    if model.architecture is None:
-        raise CheckpointError(f"no architecture of transformers has such a shape; those known here: {supported}")
     if not named:
+        supported = ", ".join(family.architecture for family in FAMILIES)
         raise CheckpointError(f"model.architecture is {model.architecture}; supported: {supported}")
-    raise CheckpointError(f"model.architecture is {model.architecture}, whose config.json cannot say the model's shape")
+    what = f"model.architecture is {model.architecture}, whose config.json cannot say the model's shape"
+    if model.architecture is None:
+        what = "no architecture of transformers that is known here has such a shape"
+    differing = {family.architecture: differences(family, model) for family in named}
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    raise CheckpointError(f"{what}; in the nearest, {nearest}, {', '.join(differing[nearest])}")
 
 
 def describes(family: Family, model: ModelConfig) -> bool:
     """Whether a model's shape survives being written to a family's config.json and read again."""
+    return not differences(family, model)
+
+
+def differences(family: Family, model: ModelConfig) -> list[str]:
+    """What of a model's shape does not survive being written to a family's config.json and read again: options with
+    their values and those that the family would have."""
     model = replace(model, architecture=family.architecture, vocab_size=model.vocab_size or 1)
     try:
         read = family.model_config(family.hf_config(model))
-    except CheckpointError:
-        return False
+    except CheckpointError as error:
+        return [str(error)]
     ours, theirs = _resolved(model), _resolved(read)
-    return ours.keys() == theirs.keys() and all(same_value(value, theirs[name]) for name, value in ours.items())
+    return [
+        f"model.{name} {shortened(ours.get(name))} would be {shortened(theirs.get(name))}"
+        for name in dict.fromkeys([*ours, *theirs])
+        if name not in ours or name not in theirs or not same_value(ours[name], theirs[name])
+    ]
 
 
 def _resolved(model: ModelConfig) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def test_stretched_rope_there_and_back(kind: Any) -> None:
 def test_the_first_family_with_the_shape() -> None:
     shapes = (DENSE, MIXTURE, replace(DENSE, add_mlp_bias=True), replace(QWEN_MIXTURE, qk_norm=True))
     assert [family_of_model(shape).name for shape in shapes] == ["Mistral", "Mixtral", "Llama", "Qwen3-MoE"]
-    with pytest.raises(CheckpointError, match="no architecture of transformers has such a shape"):
+    with pytest.raises(CheckpointError, match="no architecture of transformers that is known here has such a shape"):
         family_of_model(replace(DENSE, attention_scale=0.3))
     with pytest.raises(CheckpointError, match="model.architecture is Falcon; supported: Mistral"):
         family_of_model(replace(DENSE, architecture="Falcon"))

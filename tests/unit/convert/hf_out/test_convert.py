@@ -140,7 +140,10 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"normalization": "layernorm"}, "no architecture of transformers has such a shape"),
+        (
+            {"normalization": "layernorm"},
+            "has such a shape; in the nearest, MistralForCausalLM, model.normalization 'layernorm' would be 'rmsnorm'",
+        ),
         ({"architecture": "LlamaForCausalLM", "qk_norm": True}, "LlamaForCausalLM, whose config.json cannot say"),
         ({"architecture": "FalconForCausalLM"}, "model.architecture is FalconForCausalLM; supported: Mistral"),
     ],
