@@ -96,3 +96,55 @@ class ServingLimits(TextLength):
 
     max_new_tokens: int = knob(512, at_least=1)
     """Longest answer in tokens, and the length where a request gives none."""
+
+
+@dataclass(kw_only=True)
+class TokenizerTraining(Checked):
+    """How a tokenizer is trained."""
+
+    vocab_size: int = knob(at_least=270)
+    """Pieces, 260 bytes and special tokens included."""
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    """SentencePiece's algorithm."""
+
+
+@dataclass(kw_only=True)
+class SentencePieceTraining(TokenizerTraining):
+    """What a program may choose as well."""
+
+    character_coverage: float = knob(0.9995, above=0, at_most=1)
+    """Share of the characters that get pieces of their own."""
+    max_text_chars: int = knob(4096, at_least=1, at_most=1 << 24)
+    """Longer texts are cut into pieces of this many characters for training."""
+
+
+@dataclass(kw_only=True)
+class AllNliChoice(Checked):
+    """What is taken of AllNLI."""
+
+    split: str = "train"
+    """Rows of the table that are taken."""
+    seed: int = knob(42, at_least=0)
+    """Seed of the choice of entailments."""
+
+
+@dataclass(kw_only=True)
+class MsMarcoNegatives(Checked):
+    """Which negatives of MS MARCO are taken."""
+
+    margin: float | None = knob(3.0, null="off")
+    """By how much a negative's score must be below that of the worst positive; off: not compared."""
+    per_system: int = knob(5, at_least=1)
+    """Negatives of each system."""
+    systems: list[str] = knob([])
+    """Whose negatives are taken. Empty: those of all."""
+
+
+@dataclass(kw_only=True)
+class ShownRecords(Checked):
+    """Which records of an indexed file are shown."""
+
+    show: int = knob(3, at_least=0)
+    """Number of records."""
+    start: int = knob(0, at_least=0)
+    """First record."""

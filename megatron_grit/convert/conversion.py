@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_grit.config.checkpoint_folder import holds_checkpoint, resolve_checkpoint
-from megatron_grit.config.knob import knob
+from megatron_grit.config.knob import Checked, knob
 from megatron_grit.convert.megatron_in.folder import find_legacy
 from megatron_grit.errors import ConfigError
 from megatron_grit.store.logs import get_logger, say_loading
@@ -17,7 +17,7 @@ log = get_logger(__name__)
 
 
 @dataclass(kw_only=True)
-class ConvertOptions:
+class ConvertOptions(Checked):
     """What is converted, and how."""
 
     source: str = knob(flag="from", path=True)

@@ -11,20 +11,17 @@ from dataclasses import dataclass
 
 from megatron_grit.cli.main import command
 from megatron_grit.config.knob import knob
+from megatron_grit.config.options import AllNliChoice
 
 
 @dataclass(kw_only=True)
-class AllNliOptions:
+class AllNliOptions(AllNliChoice):
     """AllNLI to JSONL."""
 
     input: str = knob(path=True)
     """AllNLI.tsv with its header, or .jsonl of anchor, positive, negative; or .gz."""
     output: str = knob(path=True)
     """JSONL file to write."""
-    split: str = "train"
-    """Rows of the table that are taken."""
-    seed: int = knob(42, at_least=0)
-    """Seed of the choice of entailments."""
 
 
 def run(options: AllNliOptions) -> None:

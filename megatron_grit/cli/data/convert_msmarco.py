@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from megatron_grit.cli.main import command
 from megatron_grit.config.knob import knob
+from megatron_grit.config.options import MsMarcoNegatives
 
 
 @dataclass(kw_only=True)
-class MsMarcoOptions:
+class MsMarcoOptions(MsMarcoNegatives):
     """MS MARCO to JSONL."""
 
     queries: str = knob(path=True)
@@ -33,12 +34,6 @@ class MsMarcoOptions:
     """Further positives: qid 0 pid relevance."""
     output: str = knob(path=True)
     """JSONL file to write."""
-    margin: float | None = knob(3.0, null="off")
-    """By how much a negative's score must be below that of the worst positive; off: not compared."""
-    per_system: int = knob(5, at_least=1)
-    """Negatives of each system."""
-    systems: list[str] = knob([])
-    """Whose negatives are taken. Empty: those of all."""
 
 
 def run(options: MsMarcoOptions) -> None:

@@ -15,20 +15,17 @@ from typing import Literal
 
 from megatron_grit.cli.main import command
 from megatron_grit.config.knob import knob
+from megatron_grit.config.options import ShownRecords
 
 
 @dataclass(kw_only=True)
-class InspectOptions:
+class InspectOptions(ShownRecords):
     """Which file and how much of it."""
 
     prefix: str = knob(path=True)
     """The file without its extension."""
     tokenizer: str | None = knob(None, path=True)
     """Shows text. null: token ids are shown."""
-    show: int = knob(3, at_least=0)
-    """Number of records."""
-    start: int = knob(0, at_least=0)
-    """First record."""
     colour: Literal["auto", "always", "never"] = "auto"
     """Whether roles are told by colours. auto: on a terminal."""
     checksum: bool = False

@@ -11,24 +11,20 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_grit.cli.main import command
 from megatron_grit.config.knob import knob
+from megatron_grit.config.options import TokenizerTraining
 
 
 @dataclass(kw_only=True)
-class TrainTokenizerOptions:
+class TrainTokenizerOptions(TokenizerTraining):
     """What a tokenizer is trained on."""
 
     input: list[str] = knob(path=True)
     """JSONL files, plain or .gz."""
     output_prefix: str = knob(path=True)
     """PREFIX.model is written."""
-    vocab_size: int = knob(at_least=1)
-    """Pieces, 260 bytes and special tokens included."""
-    model_type: Literal["bpe", "unigram"] = "bpe"
-    """SentencePiece's algorithm."""
 
 
 def run(options: TrainTokenizerOptions) -> None:

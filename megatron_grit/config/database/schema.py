@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from megatron_grit.config.commands import options_of, suggestion
 from megatron_grit.config.database.megatron_names import MEGATRON_NAMES
-from megatron_grit.config.knob import knob, range_problem
+from megatron_grit.config.knob import knob, value_problem
 from megatron_grit.config.options import BatchSize
 from megatron_grit.config.values import convert, describe_type, takes_null
 from megatron_grit.errors import ConfigError
@@ -147,10 +147,13 @@ def config_problems(config: RetroDbConfig) -> Iterator[str]:
 
 def _value_problems(config: RetroDbConfig) -> Iterator[str]:
     """Values that JSON or a command line can give and no setting can have."""
-    for name in _is_null(config):
-        yield f"{name} must not be null; leave it out for its default"
+    nulls = list(_is_null(config))
+    yield from (f"{name} must not be null; leave it out for its default" for name in nulls)
     for field in dataclasses.fields(config):
-        if (problem := range_problem(field, getattr(config, field.name))) is not None:
+        if (
+            field.name not in nulls
+            and (problem := value_problem(RetroDbConfig, field.name, getattr(config, field.name))) is not None
+        ):
             yield f"{field.name} {problem}"
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_grit.config.knob import value_problem
 from megatron_grit.config.schema import EmbeddingConfig, ModelConfig, RunConfig
 from megatron_grit.convert.hf_in.embedder import decoder_folder, embedder_defaults
 from megatron_grit.convert.hf_in.stored_model import open_model
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
-from megatron_grit.errors import CheckpointError
+from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.store.hub import local_folder
 
 
@@ -40,7 +41,10 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: the source cannot be converted, or the target has a checkpoint already.
+        ConfigError: ``vocab_size`` is no number of tokens.
     """
+    if (problem := value_problem(ModelConfig, "vocab_size", vocab_size)) is not None:
+        raise ConfigError(f"vocab_size {problem}")
     folder, target = decoder_folder(local_folder(source, revision, allow_pickle=allow_pickle)), Path(target)
     if target.exists() and target.samefile(folder):
         raise CheckpointError(f"{target}: is the model that is read; give another directory to write")

@@ -154,7 +154,7 @@ def parse_size(text: str) -> int:
     Raises:
         ConfigError: not a size, or not above 0.
     """
-    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text) if isinstance(text, str) else None
     unit = None if match is None else _UNITS.get(match[2].upper())
     size = 0 if match is None or unit is None else int(float(match[1]) * unit)
     if size < 1:

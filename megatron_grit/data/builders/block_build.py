@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_grit.config.knob import Checked, knob
 from megatron_grit.data.builders.block_encoder import BlockEncoder, EncodedBlock, Rejection
 from megatron_grit.data.builders.block_join import (
     DUPLICATE,
@@ -98,14 +99,14 @@ class BuildSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildRun:
+class BuildRun(Checked):
     """How a build runs. Only ``checksum`` changes what is written."""
 
-    workers: int = 1
+    workers: int = knob(1, at_least=1)
     """Processes that encode. 1 encodes in this process."""
-    partitions: int = 1
+    partitions: int = knob(1, at_least=1)
     """Split the input into this many ranges, each with a journal of its own, and join them at the end."""
-    partition: int | None = None
+    partition: int | None = knob(None, at_least=0)
     """Build only this one of them, 0-based; a call without it builds what is missing and joins."""
     overwrite: bool = False
     """Replace outputs that exist."""
@@ -115,11 +116,11 @@ class BuildRun:
     """Show progress on stderr."""
     description: str = "build"
     """Name on the progress bar."""
-    log_interval: int | None = None
+    log_interval: int | None = knob(None, at_least=1)
     """Where stderr is not a terminal, log a line every so many documents. None: every 30 seconds."""
-    block_bytes: int = BLOCK_BYTES
+    block_bytes: int = knob(BLOCK_BYTES, at_least=1)
     """About how much of the input a worker is given at a time."""
-    journal_seconds: float = JOURNAL_SECONDS
+    journal_seconds: float = knob(JOURNAL_SECONDS, at_least=0)
     """Time between two entries of the journal."""
 
 

@@ -113,7 +113,7 @@ def build_grit(
     encoder = EncoderOptions(
         kind=RowKind.GENERATIVE, tokenizer=os.fspath(tokenizer_path), limits=limits or Limits(), **options
     )
-    encoder = replace(encoder, held_out=tuple(map(os.fspath, encoder.held_out)))
+    encoder = replace(encoder, held_out=tuple(str(path) for path in encoder.held_out))
     encoder = replace(encoder, tokenizer=str(local_folder(encoder.tokenizer, weights=False)))  # once, for all workers
     facts, dtype = _facts(encoder)  # before the input is read: a wrong option is found at once
     encoder = replace(encoder, kind=kind or _find_kind(files, skip_bad=on_error == "skip"))

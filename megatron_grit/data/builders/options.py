@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_grit.config.knob import knob
+from megatron_grit.config.knob import Checked, knob
 
 
 @dataclass(kw_only=True)
-class BuildOptions:
+class BuildOptions(Checked):
     """How any build runs."""
 
     workers: int | None = knob(None, at_least=1)

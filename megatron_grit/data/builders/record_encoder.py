@@ -6,10 +6,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from megatron_grit.config.knob import Checked, knob
 from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
 from megatron_grit.data.builders.filters import FINGERPRINT_BYTES, HeldOut, contents, fingerprint
 from megatron_grit.data.chat.chat_format import Piece, renderings
@@ -41,17 +43,12 @@ _INSTRUCTIONS = [int(instruction) for instruction, _ in _PAIR_ROLES.values()]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class Limits(Checked):
     """Longest texts in tokens, template included; longer ones are truncated."""
 
-    query: int = 256
-    passage: int = 2048
-    generative: int = 2048
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 2:
-                raise ConfigError(f"the {name} limit is {value} tokens; it must be at least 2")
+    query: int = knob(256, at_least=2)
+    passage: int = knob(2048, at_least=2)
+    generative: int = knob(2048, at_least=2)
 
     @property
     def max_chars(self) -> int:
@@ -60,7 +57,7 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderOptions:
+class EncoderOptions(Checked):
     """Options that decide how a record becomes tokens."""
 
     kind: RowKind
@@ -75,20 +72,19 @@ class EncoderOptions:
     turns: Literal["each", "last"] = "each"
     """Of a template that writes earlier answers otherwise: see
     :func:`~megatron_grit.data.chat.chat_format.renderings`."""
-    min_tokens: int = 0
+    min_tokens: int = knob(0, at_least=0)
     """Records with a text of fewer tokens, template included, are dropped."""
-    max_tokens: int | None = None
+    max_tokens: int | None = knob(None, at_least=1)
     """Records with a text of more tokens before truncation are dropped."""
-    held_out: tuple[str, ...] = ()
+    held_out: tuple[str | Path, ...] = ()
     """Files; see :class:`~megatron_grit.data.builders.filters.HeldOut`."""
-    ngram: int = 13
+    ngram: int = knob(13, at_least=1)
     deduplicate: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < max(1, self.min_tokens):
+        super().__post_init__()
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             raise ConfigError(f"no text has at least {self.min_tokens} and at most {self.max_tokens} tokens")
-        if self.over_long not in ("drop", "truncate", "split"):
-            raise ConfigError(f"over_long is {self.over_long}; it must be drop, truncate or split")
 
 
 class _RejectedError(Exception):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_grit.config.options import ShownRecords
 from megatron_grit.data.indexed.reader import IndexedFile, IndexedMeta, describe_skipped, file_paths, read_meta
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role, pooled, supervised
@@ -47,6 +48,7 @@ def describe_records(
     Raises:
         DataError: a damaged file, another tokenizer than it was built with, or no record ``start``.
     """
+    ShownRecords(show=count, start=start)
     meta = read_meta(prefix) if _is_ours(prefix) else None
     other = tokenizer and meta and meta.other_tokenizer(tokenizer.path, tokenizer.fingerprint)
     if other:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_grit.config.options import SentencePieceTraining
 from megatron_grit.data.text.special_finder import SpecialFinder, special_finder
 from megatron_grit.data.text.token_offsets import (
     EncodedTexts,
@@ -31,7 +32,7 @@ from megatron_grit.data.text.token_offsets import (
 )
 from megatron_grit.data.text.tokenizer_settings import added_tokens, read_settings, token_name, tokens_of_pieces
 from megatron_grit.data.text.word_cache import WordCache, word_cache
-from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.errors import DataError
 from megatron_grit.store.files import replacing
 from megatron_grit.store.hub import local_folder
 from megatron_grit.store.logs import get_logger
@@ -442,12 +443,16 @@ def train_sentencepiece(
 
     Raises:
         DataError: no text, or too little of it for ``vocab_size``.
-        ConfigError: ``vocab_size`` has no room for the bytes.
+        ConfigError: ``vocab_size`` has no room for the bytes, or another value is none.
     """
     import sentencepiece
 
-    if vocab_size < 270:
-        raise ConfigError(f"vocab_size {vocab_size} is too small: 260 ids are bytes and special tokens")
+    SentencePieceTraining(
+        vocab_size=vocab_size,
+        model_type=model_type,  # type: ignore[arg-type]
+        character_coverage=character_coverage,
+        max_text_chars=max_text_chars,
+    )
     pieces = [piece for text in texts for piece in _training_pieces(text, max_text_chars)]
     if not pieces:
         raise DataError("no text to train a tokenizer on")

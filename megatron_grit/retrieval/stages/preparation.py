@@ -17,6 +17,7 @@ from megatron_grit.config.database.schema import (
     version_numbers,
 )
 from megatron_grit.config.database.settings import same_value
+from megatron_grit.config.values import is_of, shortened
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import give_up_versions, next_version_number, read_version
 from megatron_grit.errors import ConfigError, DataError
@@ -101,8 +102,8 @@ class Preparation:
                 raise ConfigError(f"overwrite names {name}, which is not among the tasks {', '.join(self.tasks)}")
         if self.validate is not None and self.overwritten:
             raise ConfigError("validate compares and overwrites nothing")
-        if self.validate is not None and not 0 < self.validate <= 1:
-            raise ConfigError(f"validate must be above 0 and at most 1, not {self.validate}")
+        if self.validate is not None and not (is_of(float, self.validate) and 0 < self.validate <= 1):
+            raise ConfigError(f"validate must be above 0 and at most 1, not {shortened(self.validate)}")
         if ("tombstone" in self.tasks) != bool(self.tombstone):
             raise ConfigError("the task tombstone goes with --tombstone DATASET:DOCUMENT[,...] or a file of them")
 

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import typing
+from pathlib import Path
 
 import pytest
 
 from megatron_grit.config.checks.ranges import range_problems
 from megatron_grit.config.commands import Option, options_of
+from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.config.knob import may_be_empty, range_text
-from megatron_grit.config.options import EmbeddingOptions, SamplingOptions, ServingLimits
+from megatron_grit.config.options import (
+    AllNliChoice,
+    EmbeddingOptions,
+    MsMarcoNegatives,
+    RetroOptions,
+    SamplingOptions,
+    ServingLimits,
+    ShownRecords,
+    TokenizerTraining,
+)
 from megatron_grit.config.parse import TrainSwitches, run_options
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.values import takes_null
+from megatron_grit.convert.conversion import ConvertOptions
+from megatron_grit.data.builders.block_build import BuildRun
+from megatron_grit.data.builders.options import DocumentFileOptions, GritOptions
+from megatron_grit.data.builders.record_encoder import EncoderOptions, Limits
+from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.errors import ConfigError
 from megatron_grit.inference.encoders.protocol import EmbedderOptions
+from megatron_grit.retrieval.stages.preparation import Preparation
 from tests.unit.cli.test_help import VERBS, options_class
 
 NO_NUMBERS = [
@@ -120,16 +138,72 @@ def test_a_run_that_a_program_makes_is_checked_alike() -> None:
             assert told and told[0].startswith(f"{key} must ") and "\n" not in told[0], (key, value)
 
 
-@pytest.mark.parametrize("cls", [EmbeddingOptions, SamplingOptions, ServingLimits, EmbedderOptions])
+NEEDED: dict[type, dict[str, typing.Any]] = {
+    EncoderOptions: {"kind": RowKind.GENERATIVE, "tokenizer": "t"},
+    GritOptions: {"input": ["a"], "output_prefix": "b", "tokenizer": "t"},
+    DocumentFileOptions: {"input": ["a"], "output_prefix": "b", "tokenizer_model": "t"},
+    ConvertOptions: {"source": "a", "target": "b"},
+    TokenizerTraining: {"vocab_size": 300},
+}
+CHECKED = [EmbeddingOptions, SamplingOptions, ServingLimits, EmbedderOptions, RetroOptions, Limits, BuildRun, *NEEDED]
+CHECKED += [AllNliChoice, MsMarcoNegatives, ShownRecords]
+
+
+@pytest.mark.parametrize("cls", CHECKED)
 def test_options_that_a_program_makes_are_checked_alike(cls: type) -> None:
+    needed = NEEDED.get(cls, {})
     for option in options_of(cls).values():
+        if option.key not in {field.name for field in dataclasses.fields(cls)}:
+            continue  # of a dataclass in it, which is looked at by itself
         parts, values = parts_of(option), [{"a": 1}, object(), b"a", math.nan, math.inf, -math.inf]
         values += [-1, 10**20, True, "nan", "", [1.0]] if int in parts else []
-        values += [-1, 10**400, True, "nan", ""] if float in parts else []
-        values += [5, "\ud800"] if str in parts else []
+        values += [10**400, True, "nan", "", *[-1] * (option.key not in ANY_FINITE)] if float in parts else []
+        values += [5] * (str in parts) + ["\ud800"] * bool(option.field.metadata.get("text"))
         values += [] if type(None) in parts else [None]
         for value in values:
             with pytest.raises(ConfigError) as caught:
-                cls(**{option.key: value})
+                cls(**(needed | {option.key: value}))
             told = str(caught.value)
             assert told.startswith(f"{option.key} ") and "\n" not in told and len(told) < 200, told
+
+
+@pytest.mark.parametrize("option", options_of(RetroDbConfig).values(), ids=lambda option: option.key)
+def test_settings_of_a_database_that_a_program_gives_are_checked_alike(option: Option) -> None:
+    if not (parts := parts_of(option)) & {int, float}:
+        return
+    for value in (math.nan, math.inf, -math.inf, 10**400, True, "3", "", [1], {}, *([1.5] if int in parts else [])):
+        with pytest.raises(ConfigError) as caught:
+            Preparation(Path("nowhere"), "db-build", {option.key: value})
+        assert str(caught.value).startswith(f"{option.key} must ") and "\n" not in str(caught.value)
+
+
+def functions() -> list[tuple[str, typing.Callable[[typing.Any], object]]]:
+    """Functions of a program's own with a number each."""
+    from megatron_grit.convert.hf_in.convert import convert_checkpoint
+    from megatron_grit.convert.hf_out.convert import parse_size
+    from megatron_grit.data.builders.sources.allnli import convert_allnli
+    from megatron_grit.data.builders.sources.msmarco import convert_msmarco
+    from megatron_grit.data.indexed.inspection import describe_records
+    from megatron_grit.data.text.tokenizer import train_sentencepiece
+
+    return [
+        ("vocab_size", lambda value: convert_checkpoint("a", "b", vocab_size=value)),
+        ("max_shard_size", lambda value: parse_size(value)),
+        ("seed", lambda value: convert_allnli("a", "b", seed=value)),
+        ("margin", lambda value: convert_msmarco("a", "b", "c", "d", margin=value)),
+        ("per_system", lambda value: convert_msmarco("a", "b", "c", "d", per_system=value)),
+        ("start", lambda value: list(describe_records("a", start=value))),
+        ("show", lambda value: list(describe_records("a", count=value))),
+        ("vocab_size", lambda value: train_sentencepiece(["a"], "b", value)),
+        ("character_coverage", lambda value: train_sentencepiece(["a"], "b", 300, character_coverage=value)),
+        ("max_text_chars", lambda value: train_sentencepiece(["a"], "b", 300, max_text_chars=value)),
+        ("validate", lambda value: Preparation(Path("nowhere"), "db-build", {}, validate=value)),
+    ]
+
+
+def test_numbers_that_a_program_gives_are_checked_before_a_file_is_read() -> None:
+    for name, call in functions():
+        for value in (math.nan, math.inf, -math.inf, 10**400, True, "x", "", [1], {}):
+            with pytest.raises(ConfigError) as caught:
+                call(value)
+            assert str(caught.value).startswith(f"{name} ") and len(str(caught.value).splitlines()) == 1

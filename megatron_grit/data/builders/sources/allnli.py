@@ -15,6 +15,7 @@ from typing import IO
 
 import numpy as np
 
+from megatron_grit.config.options import AllNliChoice
 from megatron_grit.data.text.lines import Line, filled_lines
 from megatron_grit.errors import DataError
 from megatron_grit.store.files import check_output, replacing
@@ -50,9 +51,10 @@ def convert_allnli(
 
     Raises:
         DataError: a line that is not as described, or no record at all.
-        ConfigError: the output is the input.
+        ConfigError: the output is the input, or a value that is none.
         OutputError: it cannot be written.
     """
+    AllNliChoice(split=split, seed=seed)
     path = Path(input_path)
     check_output(output_path, [path])
     is_table = ".tsv" in path.suffixes

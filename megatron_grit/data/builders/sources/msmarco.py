@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_grit.config.options import MsMarcoNegatives
 from megatron_grit.data.builders.sources.allnli import write_record
 from megatron_grit.data.text.line_blocks import count_lines, without_mark
 from megatron_grit.data.text.lines import Line, decode, filled_lines, parse_json
-from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.errors import DataError
 from megatron_grit.store.files import check_output, replacing
 from megatron_grit.store.progress import Progress
 
@@ -152,8 +153,7 @@ def convert_msmarco(
         ConfigError: options that make no sense, or the output is one of the inputs.
         OutputError: it cannot be written.
     """
-    if per_system < 1:
-        raise ConfigError(f"{per_system} negatives of each system; take at least 1")
+    MsMarcoNegatives(margin=margin, per_system=per_system, systems=list(systems))
     given = (queries_path, corpus_path, negatives_path, scores_path, qrels_path)
     check_output(output_path, [path for path in given if path is not None])
     queries = {}

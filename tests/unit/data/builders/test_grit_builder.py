@@ -182,7 +182,7 @@ def test_input_and_limits_are_checked_first(write_jsonl, build, tmp_path: Path) 
         build(write_jsonl([GOOD]), tmp_path / "absent.jsonl")
     with pytest.raises(DataError, match="no input files"):
         build()
-    with pytest.raises(ConfigError, match="the query limit is 1 tokens"):
+    with pytest.raises(ConfigError, match="query must be at least 2, not 1"):
         Limits(query=1)
     assert outputs(tmp_path) == []
 

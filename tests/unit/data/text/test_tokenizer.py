@@ -72,7 +72,7 @@ def test_training_is_deterministic(tmp_path: Path) -> None:
 
 
 def test_training_errors_leave_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="260 ids are bytes"):
+    with pytest.raises(ConfigError, match="vocab_size must be at least 270"):
         train_sentencepiece(["text"], tmp_path / "a", 200)
     with pytest.raises(DataError, match="no text"):
         train_sentencepiece(["", " "], tmp_path / "a", 300)
