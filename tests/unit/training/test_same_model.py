@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.errors import CheckpointError
 from megatron_grit.training.checkpoint_save import CheckpointSaver
 from megatron_grit.training.restore_checks import check_versions_read
+from megatron_grit.training.trainer import Trainer
 from tests.rows import tiny_config
 
 RETRO = RetroConfig(num_neighbors=2, layers=[1, 3], gate=0.5)
@@ -129,3 +131,15 @@ def test_a_checkpoint_knows_the_version_that_comes_next() -> None:
         "next_records": "records of 4",
         "versions_read": [{"first_step": 0, "version": 1, "identity": "a"}],
     }
+
+
+def test_a_restart_that_does_not_resume_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megatron_grit"), "propagate", True)
+    run: Any = SimpleNamespace(config=tiny_config(), _load_initial_weights=lambda: False)
+    run.config.checkpoint.resume = False
+    for count, told in (("0", []), ("1", ["restart 1 of 3 begins at step 0, because checkpoint.resume is false"])):
+        for name, value in (("RANK", "0"), ("TORCHELASTIC_RESTART_COUNT", count), ("TORCHELASTIC_MAX_RESTARTS", "3")):
+            monkeypatch.setenv(name, value)
+        assert Trainer._restore(run) == 0 and caplog.messages == told
