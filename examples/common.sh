@@ -221,15 +221,16 @@ run_job() {
     fi
 }
 
-# epochs_to_steps BATCH EPOCHS PREFIX...: steps that see each record of the files EPOCHS times.
+# epochs_to_steps VARIABLE TOOL BATCH EPOCHS PREFIX...: steps that see each record of the files EPOCHS times. VARIABLE
+# names the files, and TOOL makes them.
 epochs_to_steps() {
     "$PYTHON" - "${0##*/}" "$@" <<'EOF'
 import json, sys
-name, batch, epochs, *prefixes = sys.argv[1:]
+name, variable, tool, batch, epochs, *prefixes = sys.argv[1:]
 try:
     records = sum(json.load(open(f"{prefix}.json"))["num_records"] for prefix in prefixes)
 except (OSError, ValueError, KeyError) as error:
-    print(f"{name}: error: EMBEDDING_DATA: {error}; make it with tools/preprocess/build_grit.py", file=sys.stderr)
+    print(f"{name}: error: {variable}: {error}; make it with tools/preprocess/{tool}", file=sys.stderr)
     sys.exit(2)
 print(max(1, int(records * float(epochs)) // int(batch)))
 EOF
@@ -261,6 +262,17 @@ tiny_records() {
         "$PYTHON" "$ROOT/tools/preprocess/build_grit.py" --overwrite --tokenizer "$directory/tokenizer.model" "$@" \
             --input "$directory/$name.jsonl" --output-prefix "$directory/$name"
     done
+}
+
+# tiny_sft DIRECTORY: a few dozen conversations, a tokenizer, and the indexed file. Sets GENERATIVE_DATA and TOKENIZER.
+tiny_sft() {
+    GENERATIVE_DATA="$1/chats" TOKENIZER="$1/tokenizer.model"
+    [[ "${DRY_RUN:-0}" == 1 ]] && return
+    tiny_texts grit "$1"
+    "$PYTHON" "$ROOT/tools/preprocess/train_tokenizer.py" --vocab-size 512 --output-prefix "$1/tokenizer" \
+        --input "$1/generative.jsonl"
+    "$PYTHON" "$ROOT/tools/preprocess/build_sft.py" --overwrite --tokenizer "$TOKENIZER" --generative-max-len 256 \
+        --input "$1/generative.jsonl" --output-prefix "$GENERATIVE_DATA"
 }
 
 # --- Recipes ---------------------------------------------------------------------------------------------------------
@@ -307,7 +319,7 @@ train_sgpt() {
         required EMBEDDING_DATA "the prefixes of the data (see the top of this file)"
         if [[ "${DRY_RUN:-0}" != 1 ]]; then
             # Prefixes are words: shellcheck disable=SC2086
-            steps="$(epochs_to_steps "$batch" "$epochs" $EMBEDDING_DATA)" || exit $?
+            steps="$(epochs_to_steps EMBEDDING_DATA build_grit.py "$batch" "$epochs" $EMBEDDING_DATA)" || exit $?
             recipe+=(--training.steps "$steps")
         fi
         if [[ "${DRY_RUN:-0}" == 1 && ! -f "$MODEL/config.json" ]]; then
@@ -319,5 +331,35 @@ train_sgpt() {
     fi
     # shellcheck disable=SC2086
     run_training 1 "$processes" "${recipe[@]}" --data.embedding "$(yaml_list $EMBEDDING_DATA)" \
+        --output_dir "${OUTPUT_DIR:=runs/$name}" "$@"
+}
+
+# train_sft NAME BATCH EPOCHS OPTION...: with MODEL and GENERATIVE_DATA.
+train_sft() {
+    local name="$1" batch="$2" epochs="${EPOCHS:-$3}" processes="${GPUS_PER_NODE:-8}" steps
+    local recipe=(--config "$ROOT/examples/configs/$1.yaml")
+    shift 3
+    if is_tiny; then
+        name="${name}_tiny" processes=2
+        recipe+=(--config "$ROOT/examples/configs/tiny.yaml" --model tiny_mistral --checkpoint.resume false)
+        tiny_sft "${OUTPUT_DIR:=runs/$name}/data"
+        recipe+=(--data.tokenizer "$TOKENIZER")
+    else
+        required MODEL "the directory of the base model's Hugging Face files"
+        required GENERATIVE_DATA "the prefixes of the data (see the top of this file)"
+        if [[ "${DRY_RUN:-0}" != 1 ]]; then
+            # Prefixes are words: shellcheck disable=SC2086
+            steps="$(epochs_to_steps GENERATIVE_DATA build_sft.py "$batch" "$epochs" $GENERATIVE_DATA)" || exit $?
+            recipe+=(--training.steps "$steps")
+        fi
+        if [[ "${DRY_RUN:-0}" == 1 && ! -f "$MODEL/config.json" ]]; then
+            # Its shape is in its files, which need not be there.
+            recipe+=(--model mistral_7b --data.tokenizer "$MODEL")
+        else
+            recipe+=(--model.pretrained "$MODEL")
+        fi
+    fi
+    # shellcheck disable=SC2086
+    run_training 1 "$processes" "${recipe[@]}" --data.generative "$(yaml_list $GENERATIVE_DATA)" \
         --output_dir "${OUTPUT_DIR:=runs/$name}" "$@"
 }

@@ -20,6 +20,9 @@ LAUNCHERS = {"train_gritlm_7b.sh": 8, "train_gritlm_8x7b.sh": 256}
 PATHS = {"EMBEDDING_DATA": "a b", "GENERATIVE_DATA": "c", "TOKENIZER": "t", "CHECKPOINT": "base"}
 SGPT_LAUNCHERS = ("train_sgpt_nli.sh", "train_sgpt_msmarco.sh")
 """They take a model of transformers and embedding data."""
+SFT_LAUNCHERS = ("finetune_im.sh", "finetune_tulu.sh")
+"""They take a model of transformers and conversations."""
+SFT_PATHS = {"MODEL": "llama", "GENERATIVE_DATA": "a b"}
 REAL = {"PYTHON": sys.executable, "PYTHON_EXEC": sys.executable}
 """A fresh interpreter: for one launcher of each family."""
 SGPT_PATHS = {"MODEL": "gpt-j", "EMBEDDING_DATA": "a b"}
@@ -28,7 +31,7 @@ SGPT_PATHS = {"MODEL": "gpt-j", "EMBEDDING_DATA": "a b"}
 def launch(
     repository: Path, cwd: Path, name: str, *options: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    unset = PATHS | SGPT_PATHS | {"EPOCHS": ""}
+    unset = PATHS | SGPT_PATHS | SFT_PATHS | {"EPOCHS": ""}
     clean = {key: value for key, value in os.environ.items() if key not in unset and not key.startswith("SLURM")}
     return subprocess.run(
         ["bash", str(repository / "examples" / name), *options],
@@ -43,7 +46,7 @@ def launch(
 def test_the_list_of_launchers_is_complete(repository: Path) -> None:
     others = {"common.sh", "quickstart.sh"} | {"build_retro_db.sh", "pretrain_retro.sh"}  # see test_retro_launcher.py
     scripts = {path.name for path in (repository / "examples").glob("*.sh")} - others
-    assert scripts == {*LAUNCHERS, *SGPT_LAUNCHERS}
+    assert scripts == {*LAUNCHERS, *SGPT_LAUNCHERS, *SFT_LAUNCHERS}
 
 
 def test_every_configuration_of_the_examples_is_read(repository: Path) -> None:
@@ -288,3 +291,65 @@ def test_sgpts_recipe_in_miniature(name: str, repository: Path, tmp_path: Path) 
     assert saved.loss == recipe.loss and saved.embedding == recipe.embedding
     assert saved.training.trainable == ["biases"]
     assert list((run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("name", SFT_LAUNCHERS)
+@pytest.mark.parametrize("environment", [{}, SFT_PATHS], ids=["nothing set", "paths set"])
+def test_dry_run_of_fine_tuning(name: str, environment: dict[str, str], repository: Path, tmp_path: Path) -> None:
+    """Without the model's files the shape is that of Mistral 7B."""
+    result = launch(repository, tmp_path, name, "--training.seed", "7", DRY_RUN="1", **environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("# 8 processes = tensor 2 x pipeline 1 x data 4")
+    resolved = yaml.safe_load(result.stdout)
+    assert (resolved["training"]["seed"], resolved["model"]["num_layers"]) == (7, 32)
+    assert resolved["data"]["generative"] == environment.get("GENERATIVE_DATA", "GENERATIVE_DATA").split()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "labels", "steps"), [("finetune_im", "im", 46), ("finetune_tulu", "it", 5096)])
+def test_recipes_of_fine_tuning_are_the_published_ones(name: str, labels: str, steps: int, repository: Path) -> None:
+    path = repository / "examples" / "configs" / f"{name}.yaml"
+    config = parse_run_config(
+        ["--config", str(path), "--model", "mistral_7b", "--data.tokenizer=t", "--data.generative=[g]"]
+    )
+    check(config, 8, files=False)
+    training, optimizer = config.training, config.optimizer
+    assert (training.generative_batch_size, training.steps, training.objective) == (128, steps, "generative")
+    assert (optimizer.lr, optimizer.schedule, optimizer.warmup_ratio, optimizer.weight_decay) == (
+        2e-5,
+        "linear",
+        0.03,
+        0,
+    )
+    assert (config.loss.labels, config.loss.loss_gen_type) == (labels, "token")
+
+
+@pytest.mark.parametrize("name", SFT_LAUNCHERS)
+@pytest.mark.parametrize("missing", SFT_PATHS)
+def test_a_missing_path_of_fine_tuning_is_named(name: str, missing: str, repository: Path, tmp_path: Path) -> None:
+    given = {key: value for key, value in SFT_PATHS.items() if key != missing}
+    result = launch(repository, tmp_path, name, **given)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"{name}: error: set {missing} to ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_data_of_fine_tuning_that_is_not_there_is_named(repository: Path, tmp_path: Path) -> None:
+    result = launch(repository, tmp_path, "finetune_im.sh", **SFT_PATHS)
+    assert result.returncode == 2
+    assert "finetune_im.sh: error: GENERATIVE_DATA: " in result.stderr and "a.json" in result.stderr
+    assert "make it with tools/preprocess/build_sft.py" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.processes(2)
+@pytest.mark.parametrize("name", SFT_LAUNCHERS)
+def test_fine_tuning_in_miniature(name: str, repository: Path, tmp_path: Path) -> None:
+    result = launch(repository, tmp_path, name, SCALE="tiny", OUTPUT_DIR=str(tmp_path / "run"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert records[-1]["loss_gen"] < records[0]["loss_gen"]
+    recipe = load_config(repository / "examples" / "configs" / f"{name.removesuffix('.sh')}.yaml")
+    assert load_config(tmp_path / "run" / "config.yaml").loss == recipe.loss
