@@ -31,9 +31,10 @@ from megatron_grit.data.text.markers import Side
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.vectors import embed_chunks, open_vectors
 from megatron_grit.retrieval.index.factory import lists_of, width_of
-from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search
+from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search, nearest_centres
 from megatron_grit.retrieval.index.recall import RECALL_AT
 from megatron_grit.retrieval.index.recall_queries import NUM_QUERIES
+from megatron_grit.retrieval.index.threads import ROWS_OF_PART
 from megatron_grit.retrieval.stages.db_build import build_chunks
 from megatron_grit.retrieval.stages.index_add import add_to_index
 from megatron_grit.retrieval.stages.index_train import train_index
@@ -98,7 +99,9 @@ class Rates:
     embed: Spent = Spent()
     """Of one chunk, reading its text and writing its vector included."""
     compare: Spent = Spent()
-    """Of one query with one channel of one vector, all with all, as training does and exact search."""
+    """Of one query with one channel of one vector, all with all, as faiss trains lists and as exact search does."""
+    assign: Spent = Spent()
+    """Of one vector with one channel of one centre, as processes train lists together."""
     scan: Spent = Spent()
     """Of one query with one vector of the index or of a list, in codes of the index's kind."""
     ask: Spent = Spent()
@@ -285,6 +288,8 @@ def measure_vectors(rates: Rates, every_ND: np.ndarray, factory: str, config: Re
     vectors_ND = every_ND[:_VECTORS]
     metric, queries = config.metric, vectors_ND[:_QUERIES]
     rates.compare = _least(lambda: exact_search(queries, vectors_ND, 1, metric)).times(1 / (_QUERIES * vectors_ND.size))
+    asked = vectors_ND[:ROWS_OF_PART]
+    rates.assign = _least(lambda: nearest_centres(asked, vectors_ND, metric)).times(1 / (len(asked) * vectors_ND.size))
     codes = factory.split(",")[-1]
     width = min(width_of(factory, vectors_ND.shape[1]), vectors_ND.shape[1])
     inner, sample = (np.ascontiguousarray(each[:, :width]) for each in (vectors_ND, every_ND))

@@ -160,7 +160,7 @@ class Estimate:
         held = float(sample)
         if together:
             held = min(sample, POINTS_PER_LIST * self.lists) / sizes.num_processes
-            spent += rates.compare.times(held * sizes.num_processes * self.lists * self.width * ITERATIONS)
+            spent += rates.assign.times(held * sizes.num_processes * self.lists * self.width * ITERATIONS)
             passing += 3 * 4 * self.lists * self.width
         else:
             alone += rates.compare.times(sample * self.lists * self.width * ITERATIONS)
