@@ -64,7 +64,8 @@ def measure(num_chunks: int, options: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         copies = make_blocks(folder, num_chunks, options)
         state, ours = in_process(find, folder, num_chunks, options)
-        num_bytes = sum(path.stat().st_size for path in (folder / "found").rglob("*") if path.is_file())
+        made = [path for name in ("found", "keys") for path in (folder / name).rglob("*") if path.is_file()]
+        num_bytes = sum(path.stat().st_size for path in made)
         result = {"chunks": num_chunks, "chunks_per_s": num_chunks / ours["seconds"], **ours}
         result["bytes_on_disk_per_chunk"] = num_bytes / num_chunks
         result |= compare_with_curve(copies, state, options)

@@ -48,7 +48,7 @@ def train(folder: str, config: Any, rows_of_part: int) -> int:
 def test_processes_train_what_one_trains(tmp_path: Path, index: str) -> None:
     """With shares of unlike sizes, and lists of which not every process has a vector."""
     tokenizer = tokenizer_of(tmp_path)
-    prefix = write_documents(tmp_path / "corpus", make_texts(14), tokenizer)
+    prefix = write_documents(tmp_path / "corpus", make_texts(40), tokenizer)
     project = make_project(tmp_path / "db", [prefix], tmp_path, index=index)
     build_chunks(project, Worker())
     count = train(str(project.folder), project.config, 32)
@@ -57,6 +57,7 @@ def test_processes_train_what_one_trains(tmp_path: Path, index: str) -> None:
     for num_processes in (2, 3):
         path.unlink()
         folder = tmp_path / f"ranks{num_processes}"
+        folder.mkdir()
         shares = run_on_ranks(train, num_processes, folder, str(project.folder), project.config, 32)
         assert sum(shares) == count and len(set(shares)) > 1
         assert path.read_bytes() == content

@@ -85,6 +85,7 @@ class KeyedChunks:
         signature |= {"near": self.is_near, "entries": ENTRIES_IN_MEMORY, **vars(self.bands)}
         self._seal, self._signature = folder / "chunks.hdf5", digest_of_settings(signature)
         self._is_sealed = signature_of(self._seal) == self._signature
+        self._made_here = False
         self.ends = self._count()
         self.num_chunks = int(self.ends[-1]) if self.blocks else 0
         # Where keys spread evenly a part takes half of what fits.
@@ -142,6 +143,7 @@ class KeyedChunks:
         """
         if not self.num_chunks or worker.from_first(self._is_made):
             return
+        self._made_here = True
         compute_blocks(self._runs, self._make_run, worker, "keys of chunks", "run")
         compute_blocks(self._hashes, self._list_hashes, worker, "hashes of chunks", "part")
         if self.is_near:
@@ -180,15 +182,17 @@ class KeyedChunks:
         """Whether an earlier one of these chunks has the same hash: bool [chunks]."""
         found = np.zeros(self.num_chunks, dtype=bool)
         for block in self._hashes.blocks:
+            if not self._made_here:
+                check_arrays(block.path, remembered=True)
             found[map_dataset(block.path, "repeats", compare=False)] = True
         return found
 
     def entries(self, number: int, part: int) -> Entries:
-        """Those of a part of a list that this run made."""
+        """Those of a part of a list."""
         folder, at = (
             (self._hashes, part) if number == HASHES else (self._of_bands, (number - 1) * self.num_parts + part)
         )
-        return _decoded(*self._arrays(folder.blocks[at].path, number, compare=False))
+        return _decoded(*self._arrays(folder.blocks[at].path, number, compare=not self._made_here))
 
     def look_up(self, number: int, keys: np.ndarray) -> Entries:
         """Those entries of a list that have one of some keys. Reads of the other ones what a binary search passes.

@@ -352,6 +352,8 @@ def test_a_damaged_list_is_not_read(tmp_path: Path, blocks: list[ChunkBlock]) ->
 
     with pytest.raises(DataError, match=f"{path.name}: does not match its checksum; delete it"):
         state()
+    with pytest.raises(DataError, match=f"{path.name}: does not match its checksum; delete it"):
+        state_of(tmp_path / "before", blocks[:8])  # nor by those whose keys they are
     path.unlink()
     assert (state() == whole).all()
     (tmp_path / "before" / "keys" / "chunks.hdf5").write_bytes(b"")
