@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from megatron_grit.cli.main import guarded
-from megatron_grit.config.checkpoint_folder import finished_lines
+from megatron_grit.config.checks.checkpoint import finished_lines
 from megatron_grit.config.checks.run import as_errors, find_problems, mesh_summary, names_data
 from megatron_grit.config.database.run import resolve_retro_project
 from megatron_grit.config.parse import TrainArguments, dump_config, parse_train_arguments

@@ -51,17 +51,3 @@ def started_from(config: RunConfig) -> list[Path]:
         # One of Megatron-LM has another form; one that is not there is told of when it is loaded.
         places += list_checkpoints(config.checkpoint.load)[-1:] or [Path(config.checkpoint.load)]
     return places
-
-
-def finished_lines(config: RunConfig) -> list[str]:
-    """A line about a run whose newest checkpoint is of its last step, or of a later one; none where there is something
-    to do."""
-    if not config.checkpoint.resume or config.training.skip_train:
-        return []
-    newest, last = list_checkpoints(config.output_dir)[-1:], config.training.steps
-    step = int(newest[0].name.removesuffix(REPLACED).removeprefix("step_")) if newest else -1
-    line = (
-        f"{config.output_dir} is finished: its newest checkpoint is of step {step:,}, and training.steps is {last:,}. "
-    )
-    line += "Nothing to do; to go on raise training.steps, to start afresh give another output_dir"
-    return [line] if step >= last else []

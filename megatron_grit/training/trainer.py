@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from megatron_grit.config.checkpoint_folder import finished_lines, started_from
-from megatron_grit.config.checks.checkpoint import check_same_model, check_same_reader
+from megatron_grit.config.checkpoint_folder import started_from
+from megatron_grit.config.checks.checkpoint import check_same_model, check_same_reader, finished_lines
 from megatron_grit.config.checks.run import check, mesh_summary
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_grit.config.checkpoint_folder import holds_checkpoint, list_checkpoints, resolve_checkpoint
+from megatron_grit.config.checkpoint_folder import REPLACED, holds_checkpoint, list_checkpoints, resolve_checkpoint
 from megatron_grit.config.parse import load_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import reading_layers
@@ -83,3 +83,23 @@ def checkpoint_errors(config: RunConfig) -> Iterator[GritError]:
         # One of Megatron-LM has another form; one that is not there is told of when it is loaded.
         if found or holds_checkpoint(config.checkpoint.load or ""):
             yield error
+
+
+def finished_lines(config: RunConfig) -> list[str]:
+    """A line about a run whose newest checkpoint is of its last step, or of a later one; none where there is something
+    to do.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+    """
+    if not config.checkpoint.resume or config.training.skip_train:
+        return []
+    newest, last = list_checkpoints(config.output_dir)[-1:], config.training.steps
+    step = int(newest[0].name.removesuffix(REPLACED).removeprefix("step_")) if newest else -1
+    if step < last:
+        return []
+    check_same_model(newest[0], config)
+    return [
+        f"{config.output_dir} is finished: its newest checkpoint is of step {step:,}, and training.steps is {last:,}. "
+        "Nothing to do; to go on raise training.steps, to start afresh give another output_dir"
+    ]

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from megatron_grit.config.blend import BlendEntry, read_blend
-from megatron_grit.config.checkpoint_folder import finished_lines, started_from
-from megatron_grit.config.checks.checkpoint import checkpoint_errors
+from megatron_grit.config.checkpoint_folder import started_from
+from megatron_grit.config.checks.checkpoint import checkpoint_errors, finished_lines
 from megatron_grit.config.kinds import kind_batch_size, kind_options, load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.chat.chat import Chat

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_grit.cli import main as cli
 from megatron_grit.cli import train
+from megatron_grit.config.parse import parse_run_config, save_config
 from megatron_grit.errors import DataError
 from megatron_grit.parallel import failures
 
@@ -83,6 +84,8 @@ def test_a_finished_run_says_so(
     for step in (3, 10):
         (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
         (tmp_path / "checkpoints" / f"step_{step:08d}" / "state.json").touch()
+        saved = parse_run_config(GOOD)
+        save_config(saved, tmp_path / "checkpoints" / f"step_{step:08d}" / "config.yaml")
     given = [*GOOD, "--output_dir", str(tmp_path), "--training.steps"]
     for steps in ("10", "4"):
         assert train.main([*given, steps]) == 0
@@ -91,6 +94,8 @@ def test_a_finished_run_says_so(
         )
         error = capsys.readouterr().err
         assert line in error and len(error.splitlines()) == 1
+    assert train.main([*given, "10", "--model.num_layers", "3"]) == 2, "as a run that is not finished"
+    assert "was trained with model.num_layers 2, and this run has 3; choose" in capsys.readouterr().err
     for more in (["11"], ["10", "--checkpoint.resume", "false"], ["10", "--training.skip_train", "true"]):
         assert train.main([*given, *more]) == 1 and "ZeroDivisionError" in capsys.readouterr().err
 
