@@ -127,15 +127,21 @@ def hidden(*paths: Path) -> Iterator[None]:
             path.rename(path.with_name(path.name.removesuffix(".gone")))
 
 
-def by_transformers(export: Path, messages: list[dict[str, str]], adapter: Path | None = None) -> str:
+def by_transformers(export: Path, adapter: Path | None = None) -> list[str]:
+    """What transformers answers in each conversation."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(adapter or export)
     model = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
     if adapter is not None:
         model = pytest.importorskip("peft").PeftModel.from_pretrained(model, str(adapter))
         model.generation_config = transformers.GenerationConfig.from_pretrained(adapter)
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**prompt, max_new_tokens=LENGTH, do_sample=False)
-    return str(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+    answers = []
+    for messages in CONVERSATIONS.values():
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        answer = model.generate(**prompt, max_new_tokens=LENGTH, do_sample=False)
+        answers.append(str(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)))
+    return answers
 
 
 def answers_of(model: GritModel) -> list[str]:
@@ -150,7 +156,7 @@ def test_every_door_answers_alike(folder: Path, tmp_path: Path, name: str, caplo
         export = export_checkpoint(tmp_path / "run", tmp_path / "export")
     imported = convert_checkpoint(export, tmp_path / "imported")
     again = export_checkpoint(imported, tmp_path / "again")
-    expected = [by_transformers(export, messages) for messages in CONVERSATIONS.values()]
+    expected = by_transformers(export)
 
     model, back = GritModel.load(tmp_path / "run", device="cpu"), GritModel.load(imported, device="cpu")
     end = "</s>" if name in ("tulu", "gritlm", "zephyr", "llama2") else "<|im_end|>"
@@ -159,7 +165,7 @@ def test_every_door_answers_alike(folder: Path, tmp_path: Path, name: str, caplo
     assert answers_of(model) == expected
     assert answers_of(back) == expected
     assert 0 < len(model.tokenizer.encode(expected[0])) < LENGTH, "the end was generated, and ended it"
-    assert [by_transformers(again, messages) for messages in CONVERSATIONS.values()] == expected
+    assert by_transformers(again) == expected
     stated = json.loads((export / "generation_config.json").read_text())["eos_token_id"]
     assert ({stated} if isinstance(stated, int) else set(stated)) == ends
     other = GritModel.load(tmp_path / "run", device="cpu", chat_template="zephyr" if name == "tulu" else "tulu")
@@ -167,23 +173,34 @@ def test_every_door_answers_alike(folder: Path, tmp_path: Path, name: str, caplo
     assert "chat template" not in caplog.text
 
 
-@pytest.mark.parametrize("name", ["llama2", "chatml", "mine"])
-def test_adapters_keep_the_template_of_their_data(folder: Path, tmp_path: Path, name: str) -> None:
+@pytest.fixture(scope="module")
+def base(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
+    """A model of data in tulu's template, its export, and what it answers."""
+    root = tmp_path_factory.mktemp("base")
+    make_run(folder, "tulu", root / "run")
+    export = export_checkpoint(root / "run", root / "export")
+    return root / "run", export, answers_of(GritModel.load(root / "run", device="cpu"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_adapters_keep_the_template_of_their_data(
+    folder: Path, base: tuple[Path, Path, list[str]], tmp_path: Path, name: str
+) -> None:
     """Their base answers in its own; the run with adapters in that of its data, merged or not."""
-    make_run(folder, "tulu", tmp_path / "base")
+    run, plain, of_base = base
     config = config_of(folder, data_of(folder, name))
-    config.output_dir, config.checkpoint.load = str(tmp_path / "run"), str(tmp_path / "base")
+    config.output_dir, config.checkpoint.load = str(tmp_path / "run"), str(run)
     config.adapter, config.training.steps = AdapterConfig(kind="lora", rank=2), 1
     config.training.generative_batch_size, config.optimizer.lr = 4, 0.05
     train(config)
     merged = export_checkpoint(tmp_path / "run", tmp_path / "merged", adapters="trained")
-    base = export_checkpoint(tmp_path / "base", tmp_path / "plain")
     adapter = export_adapter(tmp_path / "run", tmp_path / "adapter")
-    expected = [by_transformers(merged, messages) for messages in CONVERSATIONS.values()]
-    assert [by_transformers(base, messages, adapter) for messages in CONVERSATIONS.values()] == expected
+    expected = by_transformers(merged)
+    assert by_transformers(plain, adapter) == expected
     model = GritModel.load(tmp_path / "run", device="cpu")
-    assert model.chat.template.partition(":")[0] == name and answers_of(model) == expected
-    assert answers_of(GritModel.load(tmp_path / "base", device="cpu")) != expected
+    kind = model.chat.template.partition(":")[0]
+    assert kind == name and answers_of(model) == expected
+    assert of_base != expected
 
 
 def test_messages_as_clients_write_them() -> None:
