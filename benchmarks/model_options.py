@@ -1,7 +1,7 @@
 """Models drawn at random from every family's config.json: import, states, gradients, a step, export, adapters.
 
 A case is drawn from its number (tests/parity/drawn_models.py). The first that is wrong ends the run with status 1 and
-the command that repeats it.
+the command that repeats it. With --own a case is drawn from our own options instead (tests/parity/drawn_options.py).
 
 Example:
     python -m benchmarks.model_options --minutes 10 --seed 1000
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_grit.config.schema import ParallelConfig
 from tests.parity.drawn_models import run_case
+from tests.parity.drawn_options import run_own_case
 
 
 def main() -> int:
@@ -27,7 +28,9 @@ def main() -> int:
     parser.add_argument("--cases", type=int, help="so many at most")
     parser.add_argument("--minutes", type=float, default=10.0, help="start no case after them (default: %(default)s)")
     parser.add_argument("--keep-going", action="store_true", help="count wrong cases rather than end at the first")
+    parser.add_argument("--own", action="store_true", help="draw from our own options")
     arguments = parser.parse_args()
+    draw, flag = (run_own_case, " --own") if arguments.own else (run_case, "")
     from megatron_grit.parallel.launch import parallel_job
 
     end, done, wrong = time.monotonic() + 60 * arguments.minutes, Counter[str](), 0
@@ -37,9 +40,12 @@ def main() -> int:
                 break
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    told = run_case(number, Path(folder), context)
+                    told = draw(number, Path(folder), context)
                 except Exception as error:
-                    print(f"{error}\nrepeat: python -m benchmarks.model_options --cases 1 --seed {number}", flush=True)
+                    print(
+                        f"{error}\nrepeat: python -m benchmarks.model_options{flag} --cases 1 --seed {number}",
+                        flush=True,
+                    )
                     wrong += 1
                     if not arguments.keep_going:
                         return 1

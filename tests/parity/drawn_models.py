@@ -7,7 +7,7 @@ adapter that stands beside it. It is right if
 - states of both modes and logits are those of transformers,
 - the gradient of every tensor is that of transformers,
 - after a step the exported model, loaded by transformers, has our logits, and
-- an adapter's logits are PEFT's.
+- an adapter's logits are PEFT's, beside weights that bitsandbytes has rounded to 4 bits where it is quantised.
 
 Or it is refused in one line, for a reason that :data:`REFUSED` lists.
 """
@@ -171,7 +171,15 @@ def draw_adapter(draw: random.Random) -> AdapterConfig:
     targets = draw.sample(["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"], draw.randint(1, 6))
     pattern = [f"{draw.choice(targets)}={draw.randint(1, 6)}"] if draw.random() < 0.5 else []
     return AdapterConfig(
-        kind=kind, rank=3, alpha=7.0, targets=targets, rslora=draw.random() < 0.3, rank_pattern=pattern
+        kind=kind,
+        rank=3,
+        alpha=7.0,
+        targets=targets,
+        rslora=draw.random() < 0.3,
+        rank_pattern=pattern,
+        alpha_pattern=[f"{draw.choice(targets)}={draw.randint(1, 20)}"] if draw.random() < 0.3 else [],
+        quantize="nf4" if draw.random() < 0.4 else "none",
+        double_quantize=False,  # the library's search for codes of scales is not exact on a CPU
     )
 
 
@@ -298,7 +306,7 @@ def _run(
     table, shape = family_of_model(config.model), config.model
     assert family_of_model(replace(shape, architecture=None)), "a shape that no family has"
     _step(ours, theirs, table, shape)
-    _export(ours, table, shape, folder / "out")
+    export_case(ours, table, shape, folder / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(
         folder / "out", attn_implementation=theirs.config._attn_implementation
     ).eval()
@@ -358,7 +366,8 @@ def _as_files(tensors: dict[str, Tensor], theirs: Any) -> dict[str, Tensor]:
     return found
 
 
-def _export(ours: Any, table: Any, shape: ModelConfig, folder: Path) -> None:
+def export_case(ours: Any, table: Any, shape: ModelConfig, folder: Path) -> None:
+    """Write a model as its family does."""
     folder.mkdir()
     weights = {name: value.detach() for name, value in ours.named_parameters()}
     tensors = {name: value.clone().contiguous() for name, value in table.to_hf(weights, shape)}
@@ -375,6 +384,7 @@ def _adapt(config: RunConfig, adapter: AdapterConfig, theirs: Any, folder: Path,
     from megatron_grit.convert.peft.sites import WholeAdapter
     from megatron_grit.convert.peft.writer import write_peft
     from megatron_grit.models.decoder import Output, build_model
+    from megatron_grit.training.base_weights import prepare_base
 
     run = replace(config, model=replace(config.model, pretrained=str(folder / "out")), adapter=adapter)
     for problem in adapter_problems(run):
@@ -382,10 +392,12 @@ def _adapt(config: RunConfig, adapter: AdapterConfig, theirs: Any, folder: Path,
     ours = build_model(run, VOCAB, context)
     load_pretrained(run, [ours], context)
     factors = {name: value for name, value in ours.named_parameters() if ".adapter." in name}
-    for linear in {name.partition(".adapter.")[0] for name in factors}:
-        module = ours.get_submodule(linear)
-        module.adapter.reset_magnitudes(module)
+    prepare_base([ours], adapter)
     with torch.no_grad():
+        if adapter.quantize != "none":
+            before = logits_of_theirs(theirs)
+            _round(theirs, adapter, run.model)
+            assert (logits_of_theirs(theirs) - before).abs().max() > 1e-4, "nothing is rounded"
         for value in factors.values():
             value.add_(torch.randn_like(value) * 0.1)
         before = logits_of_theirs(theirs)
@@ -394,3 +406,48 @@ def _adapt(config: RunConfig, adapter: AdapterConfig, theirs: Any, folder: Path,
         expected = logits_of_theirs(loaded)
         assert (expected - before).abs().max() > 1e-3, "the adapter does nothing"
         near("adapter", ours.eval()(ROWS[RowKind.GENERATIVE], Output.LOGITS), expected)
+
+
+def _round(theirs: Any, adapter: AdapterConfig, model: ModelConfig) -> None:
+    """Round the weights of the layers with an adapter to 4 bits, each projection by itself, by bitsandbytes."""
+    import bitsandbytes.functional as library
+
+    def rounded(weight: Tensor) -> Tensor:
+        packed, state = library.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=False)
+        # By the format: its kernel for CPUs gives other values for rows of 16 (bitsandbytes 0.50).
+        codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten()[: weight.numel()].long()
+        values = state.code[codes] * state.absmax.repeat_interleave(state.blocksize)[: weight.numel()]
+        return values.view_as(weight).to(weight.dtype)
+
+    targets = set(adapter.targets or ())
+    for together in ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}):  # one layer of the engine
+        targets |= together if targets & together else set()
+    for name, module in theirs.named_modules():
+        own = name.rpartition(".")[2]
+        if own == "query_key_value" and "q_proj" in targets:
+            heads = model.num_attention_heads
+            weight = module.weight.view(heads, 3, -1, module.weight.shape[1])
+            for place in range(3):
+                weight[:, place] = rounded(weight[:, place].flatten(0, 1)).view_as(weight[:, place])
+        elif _OURS.get(own, own) in targets and own != "query_key_value":
+            module.weight.copy_(rounded(module.weight))
+    for layer in theirs.modules():  # experts, which are adapted one by one
+        for name, key in (("gate_up_proj", "up_proj"), ("down_proj", "down_proj")):
+            weight = getattr(layer, name, None)
+            if isinstance(weight, torch.nn.Parameter) and key in targets:
+                for expert in weight:
+                    for part in expert.chunk(2) if name == "gate_up_proj" else (expert,):
+                        part.copy_(rounded(part))
+
+
+_OURS = {
+    "out_proj": "o_proj",
+    "fc_in": "up_proj",
+    "c_fc": "up_proj",
+    "dense_h_to_4h": "up_proj",
+    "fc_out": "down_proj",
+    "c_proj": "down_proj",
+    "dense_4h_to_h": "down_proj",
+    "dense": "o_proj",
+}
+"""Projections by their names in transformers, where these are others."""

@@ -40,3 +40,15 @@ def test_a_wrong_gradient_shows(context: Any, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(param_map.GatedFC1, "megatron_to_hf", lambda self, tensor, model: list(tensor.chunk(2))[::-1])
     with pytest.raises(AssertionError, match="apart"):
         run_case(CASES[0], tmp_path, context)
+
+
+OWN_CASES = (2, 27, 33, 114)
+"""Of our own options: a shape that no family has, and one that Qwen3 has (114); 27 once ended in the engine."""
+
+
+@pytest.mark.parametrize("case", OWN_CASES)
+def test_a_drawn_decoder_of_our_own(case: int, context: Any, tmp_path: Path) -> None:
+    from tests.parity.drawn_options import run_own_case
+
+    found = run_own_case(case, tmp_path, context)
+    assert ("refused" in found) == (case == 27) and ("is a Qwen3ForCausalLM" in found) == (case == 114)

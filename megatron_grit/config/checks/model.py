@@ -83,3 +83,9 @@ def _layers(model: ModelConfig) -> Iterator[Problem]:
             yield Problem(
                 f"model.{name}", f"model.{name} gives experts biases, which they cannot have; set it to false"
             )
+    if model.add_attention_output_bias and model.moe_shared_ffn_hidden_size is not None:
+        yield Problem(
+            "model.add_attention_output_bias",
+            "model.add_attention_output_bias does not go with model.moe_shared_ffn_hidden_size: a shared expert would "
+            "have biases too; set it to false",
+        )
