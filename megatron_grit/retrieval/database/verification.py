@@ -24,9 +24,12 @@ from megatron_grit.store.blocks import DAMAGED, check_arrays
 from megatron_grit.store.content import content_digest, thoroughly
 from megatron_grit.store.sealed import CHECKSUM, unseal
 
+FOLDERS = ("db", "embeddings", "index", "query", "lexical")
+"""Of a project directory, what tasks and searches write. What else lies there is the user's: documents, an embedder."""
+
 
 def verify_files(project: Project, version: Version | None) -> list[str]:
-    """Read every file of a project directory, and the indexed files that it is of.
+    """Read every file that tasks wrote into a project directory, and the indexed files that it is of.
 
     Args:
         project: the database.
@@ -59,7 +62,9 @@ def verify_files(project: Project, version: Version | None) -> list[str]:
 
 
 def _files(folder: Path, ending: str) -> Iterator[Path]:
-    for path in sorted(folder.rglob(f"*{ending}")):
+    """Those of ``config.json`` and :data:`FOLDERS`."""
+    inside = [path for name in FOLDERS for path in (folder / name).rglob(f"*{ending}")]
+    for path in sorted([*inside, *folder.glob(f"config{ending}")]):
         # What no run finished, and what versions were before they were given up.
         if not any(part.startswith(".") for part in path.relative_to(folder).parts) and path.parent.name != "given_up":
             yield path

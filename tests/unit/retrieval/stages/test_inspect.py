@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,13 @@ from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import VersionedDb, read_version
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.database.queried import tables_of
+from megatron_grit.retrieval.database.verification import FOLDERS
 from megatron_grit.retrieval.stages import inspect
 from megatron_grit.retrieval.stages.add import add_documents
 from megatron_grit.retrieval.stages.db_build import build_chunks
 from megatron_grit.retrieval.stages.inspect import Questions, inspect_database, report_lines
 from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
+from megatron_grit.retrieval.stages.tasks import TASKS
 from megatron_grit.retrieval.stages.tombstone import remove_documents
 from megatron_grit.retrieval.work import Worker
 from tests.unit.retrieval.databases import (
@@ -63,6 +66,22 @@ def test_summary(project: Project) -> None:
     assert removed["num_removed_chunks"] == (db.rows[:, 1] == 2).sum() > 0
     assert ask(project.folder, version=1)["summary"]["num_removed_chunks"] == 0
     assert any(line.startswith("version 2: ") for line in report_lines(ask(project.folder)))
+
+
+def test_files_of_the_user_are_not_verified(project: Project) -> None:
+    """As the documents and the model that examples/build_retro_db.sh keeps in the directory with SCALE=tiny."""
+    mine = project.folder / "data"
+    (mine / "model").mkdir(parents=True)
+    for name, content in {"model/config.json": "{}", "broken.json": "{", "x.hdf5": "no", "x.faissindex": "no"}.items():
+        (mine / name).write_text(content)
+    shutil.copy(f"{project.config.data_paths[0]}.json", mine)
+    summary = ask(project.folder, verify=True)["summary"]
+    assert summary["verified"] and not summary["without_checksum"]
+    for task in TASKS.values():
+        assert {name.split("/")[0] for name in (*task.makes, task.trace) if name} <= set(FOLDERS), task.name
+    stranger = project.folder / "index" / "stranger.json"
+    stranger.write_text("{}")
+    assert ask(project.folder, verify=True)["summary"]["without_checksum"] == ["index/stranger.json"]
 
 
 def test_chunks_and_documents(project: Project) -> None:
