@@ -14,7 +14,9 @@ Tasks, as a comma list:
 Without embed the later tasks embed what they need themselves: chunks twice, and nothing is kept on disk.
 
 After a kill the same command resumes. Settings are kept in DIR/config.json. One that something was built with is
-changed only together with --overwrite TASK. With --dry-run it is checked, in one process, and nothing is changed.
+changed only together with --overwrite TASK. With --dry-run it is checked, in one process, and nothing is changed; it
+says what each task takes as well. Whether the codes of an index can reach the recall that is wanted is known when they
+are trained: --tasks db-build,index-train embeds a sample of the chunks alone, and says so, with the codes that would.
 
 Example:
   megatron-grit build-db --project-dir db --tasks build --data_paths '[data/corpus_text_document]' \\

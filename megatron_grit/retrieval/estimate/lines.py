@@ -39,8 +39,9 @@ def estimate_build(project: Project, embedder: Embedder, tasks: Sequence[str], n
         DataError: a file is damaged.
     """
     config, num_tokens = project.config, num_tokens_of(project)
-    guess, num_train = check_index(config, embedder.dim, max(1, num_tokens // config.chunk_length))
-    rates = measure(project, embedder, guess, num_train)
+    most = max(1, num_tokens // config.chunk_length)
+    guess, num_train = check_index(config, embedder.dim, most)
+    rates = measure(project, embedder, guess, num_train, most)
     num_chunks = max(1, round(rates.chunks_per_token * num_tokens))
     factory, num_train = check_index(config, embedder.dim, num_chunks)
     sizes = Sizes(

@@ -14,10 +14,12 @@ import io
 import logging
 import resource
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +34,7 @@ from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.vectors import embed_chunks, open_vectors
 from megatron_grit.retrieval.index.factory import lists_of, width_of
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search, nearest_centres
+from megatron_grit.retrieval.index.kmeans import ITERATIONS
 from megatron_grit.retrieval.index.recall import RECALL_AT
 from megatron_grit.retrieval.index.recall_queries import NUM_QUERIES
 from megatron_grit.retrieval.index.threads import ROWS_OF_PART
@@ -48,15 +51,21 @@ _SAMPLES = 1 << 18, 1 << 20
 """Tokens of the two samples of the corpus."""
 _RUNS = 16
 """Places of the corpus that a sample is read from."""
-_EMBED_SECONDS = 4.0
+_EMBED_SECONDS = 3.0
 _EMBED_AT_A_TIME = 256
 _VECTORS = 10_240
 """Vectors that are compared."""
 _LEARNT_FROM = 40_960
 """Vectors that codes are trained on, at most: from about so many on faiss takes a tenth of the time for each."""
 _QUERIES = 1024
+_CENTRES = 256
+"""Of the lists that are trained to time k-means."""
+_SHORTEST = 8
+"""Vectors of a list, at least, of the index that is searched."""
+_UNKNOWN_NPROBE = 32
+"""Share of the lists, as a divisor, that are assumed to be visited where nprobe is to be chosen."""
 _REPEATS = 3
-"""Of what takes milliseconds; the fastest counts."""
+"""Of what takes milliseconds; the middle one counts, as the build shares the machine with whatever else runs there."""
 _WIDTH = 8
 """Channels of the vectors in place of the embedder's."""
 
@@ -99,19 +108,24 @@ class Rates:
     embed: Spent = Spent()
     """Of one chunk, reading its text and writing its vector included."""
     compare: Spent = Spent()
-    """Of one query with one channel of one vector, all with all, as faiss trains lists and as exact search does."""
+    """Of one query with one channel of one vector, all with all, as exact search does."""
+    cluster: Spent = Spent()
+    """Of one vector with one channel of one centre, in one iteration of k-means, as faiss trains lists."""
     assign: Spent = Spent()
-    """Of one vector with one channel of one centre, as processes train lists together."""
+    """The same, as processes train lists together."""
     scan: Spent = Spent()
-    """Of one query with one vector of the index or of a list, in codes of the index's kind."""
+    """Of one query with one vector of the index, or of a list that it visits, in codes of the index's kind; of lists of
+    the length that they will have."""
     ask: Spent = Spent()
-    """Of one query of an index, whatever its size, for as many neighbors as are searched."""
+    """Of one query of an index, whatever its size, for as many neighbors as are searched; without finding lists."""
     encode: Spent = Spent()
     """Of one vector into such a code."""
     learn: Spent = Spent()
     """Of one vector, to train such codes on it."""
     memory: int = 0
-    """Bytes of this process after a batch was embedded."""
+    """Bytes of a process that holds the embedder and does nothing, as of :func:`own_bytes`."""
+    batch: int = 0
+    """Bytes that embedding needs beside those."""
 
 
 class _ShortVectors:
@@ -124,7 +138,12 @@ class _ShortVectors:
         return np.random.default_rng(len(texts)).standard_normal((len(texts), _WIDTH), dtype=np.float32)
 
 
-def measure(project: Project, embedder: Embedder, factory: str, num_train: int) -> Rates:
+def nprobe_of(config: RetroDbConfig, lists: int) -> int:
+    """Lists that a query visits: as the configuration says, or by a guess."""
+    return min(lists, config.nprobe or max(1, lists // _UNKNOWN_NPROBE))
+
+
+def measure(project: Project, embedder: Embedder, factory: str, num_train: int, num_chunks: int) -> Rates:
     """Measure on a project's corpus. Writes to a temporary folder alone.
 
     Args:
@@ -132,6 +151,7 @@ def measure(project: Project, embedder: Embedder, factory: str, num_train: int) 
         embedder: of its vectors.
         factory: string of the index that is to be built.
         num_train: vectors that it is to be trained on.
+        num_chunks: vectors that it is to hold, about.
 
     Raises:
         DataError: a file of the corpus is damaged.
@@ -150,6 +170,8 @@ def measure(project: Project, embedder: Embedder, factory: str, num_train: int) 
                 min(NUM_QUERIES, len(db))
             )
             sizes.append((db, sample))
+            if len(sizes) == 1:
+                held = own_bytes()  # with all that the tasks import
         (small, _), (large, sample) = sizes
         file = sample.file(0)
         num_tokens = file.bin_bytes // file.dtype.itemsize
@@ -160,15 +182,17 @@ def measure(project: Project, embedder: Embedder, factory: str, num_train: int) 
             places_per_token=num_places / num_tokens,
             documents_per_token=file.num_documents / num_tokens,
             text_bytes=float(np.mean([len(text.encode()) for text in texts])),
+            memory=held,
         )
         for task in spent[0]:
             each = (spent[1][task] - spent[0][task]).times(1 / max(1, len(large) - len(small)))
             rates.per_chunk[task] = each
             rates.fixed[task] = (spent[0][task] - each.times(len(small))).times(1)
-    vectors, rates.embed = _embed(embedder, texts)
+    with most_beyond() as batch:
+        vectors, rates.embed = _embed(embedder, texts)
+    rates.batch = batch[0]
     rates.embed += rates.per_chunk["embed"]
-    rates.memory = resident_bytes()
-    measure_vectors(rates, vectors_around(vectors, num_train), factory, project.config)
+    measure_vectors(rates, vectors_around(vectors, num_train), factory, project.config, num_chunks)
     return rates
 
 
@@ -183,9 +207,33 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def resident_bytes() -> int:
-    """Most memory that this process has had so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def own_bytes() -> int:
+    """Memory of this process without pages of files, which the system takes back when it needs them; where that is not
+    known, the most that it has had so far."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon:")))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def most_beyond() -> Iterator[list[int]]:
+    """Within it one number, of bytes: the most by which this process's memory exceeds what it was before. It is looked
+    at so seldom that this takes no time."""
+    before, most, done = own_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            most[0] = max(most[0], own_bytes() - before)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        watcher.join()
 
 
 def _spent(function: Callable[[], object]) -> Spent:
@@ -245,32 +293,32 @@ def _search_of(project: Project) -> Spent:
     (path,) = project.folder.glob("index/*/*/added_*.faissindex")
     index = VectorIndex.load(path)
     queries = np.random.default_rng(1).standard_normal((_QUERIES, _WIDTH), dtype=np.float32)
-    return _least(lambda: index.search(queries, project.config.num_neighbors_query))
+    return _typical(lambda: index.search(queries, project.config.num_neighbors_query))
 
 
 def _exact_search_of(num_vectors: int, metric: str) -> Spent:
     """Of the queries that measure the recall, in as many vectors."""
     vectors = np.random.default_rng(2).standard_normal((num_vectors, _WIDTH), dtype=np.float32)
-    return _least(lambda: exact_search(vectors[:NUM_QUERIES], vectors, RECALL_AT + 1, metric))
+    return _typical(lambda: exact_search(vectors[:NUM_QUERIES], vectors, RECALL_AT + 1, metric))
 
 
-def _least(function: Callable[[], object]) -> Spent:
+def _typical(function: Callable[[], object]) -> Spent:
     function()
     found = [_spent(function) for _ in range(_REPEATS)]
-    return Spent(min(spent.wall for spent in found), min(spent.cpu for spent in found))
+    return Spent(median(spent.wall for spent in found), median(spent.cpu for spent in found))
 
 
 def _embed(embedder: Embedder, texts: list[str]) -> tuple[np.ndarray, Spent]:
-    """Vectors of as many texts as a few seconds allow, and what one took. The first half of them warms up."""
-    parts: list[np.ndarray] = []
-    spent: list[Spent] = []
-    for start in range(0, len(texts), _EMBED_AT_A_TIME):
-        part = texts[start : start + _EMBED_AT_A_TIME]
-        spent.append(_spent(lambda part=part: parts.append(embedder.embed(part))).times(1 / len(part)))  # type: ignore[misc]
-        if sum(each.wall * len(vectors) for each, vectors in zip(spent, parts, strict=True)) > _EMBED_SECONDS:
-            break
-    warm = spent[len(spent) // 2 :]
-    return np.concatenate(parts), sum(warm, start=Spent()).times(1 / len(warm))
+    """Vectors of as many texts as a few seconds allow, and what one took. They are given at once, since an embedder
+    sorts what it is given by length, and twice, since what it makes for each shape of a batch serves a whole build."""
+    few = texts[:_EMBED_AT_A_TIME]
+    embedder.embed(few)
+    warm = _spent(lambda: embedder.embed(few)).times(1 / len(few))
+    count = max(_EMBED_AT_A_TIME, int(_EMBED_SECONDS / max(warm.wall, 1e-9)))
+    most, parts = texts[:count], list[np.ndarray]()
+    embedder.embed(most)
+    spent = _spent(lambda: parts.append(embedder.embed(most)))
+    return parts[0], spent.times(1 / len(most))
 
 
 def vectors_around(vectors_ND: np.ndarray, num_train: int) -> np.ndarray:
@@ -283,26 +331,51 @@ def vectors_around(vectors_ND: np.ndarray, num_train: int) -> np.ndarray:
     return (chosen + spread * random.standard_normal(chosen.shape, dtype=np.float32)).astype(np.float32)
 
 
-def measure_vectors(rates: Rates, every_ND: np.ndarray, factory: str, config: RetroDbConfig) -> None:
-    """Fill in what depends on the embedder's channels: codes are trained on all vectors, some of them are compared."""
+def measure_vectors(rates: Rates, every_ND: np.ndarray, factory: str, config: RetroDbConfig, num_chunks: int) -> None:
+    """Fill in what depends on the embedder's channels: codes are trained on all vectors, some of them are compared, and
+    searched in lists of the length that those of the index will have."""
     vectors_ND = every_ND[:_VECTORS]
     metric, queries = config.metric, vectors_ND[:_QUERIES]
-    rates.compare = _least(lambda: exact_search(queries, vectors_ND, 1, metric)).times(1 / (_QUERIES * vectors_ND.size))
+    rates.compare = _typical(lambda: exact_search(queries, vectors_ND, RECALL_AT + 1, metric)).times(
+        1 / (_QUERIES * vectors_ND.size)
+    )
     asked = vectors_ND[:ROWS_OF_PART]
-    rates.assign = _least(lambda: nearest_centres(asked, vectors_ND, metric)).times(1 / (len(asked) * vectors_ND.size))
-    codes = factory.split(",")[-1]
+    rates.assign = _typical(lambda: nearest_centres(asked, vectors_ND, metric)).times(
+        1 / (len(asked) * vectors_ND.size)
+    )
+    codes, lists = factory.split(",")[-1], lists_of(factory)
     width = min(width_of(factory, vectors_ND.shape[1]), vectors_ND.shape[1])
     inner, sample = (np.ascontiguousarray(each[:, :width]) for each in (vectors_ND, every_ND))
-    small = codes if lists_of(factory) is None else f"IVF16,{codes}"
+    small, visited, trains = codes, 0, Spent()
+    if lists is not None:
+        centres = min(_CENTRES, len(inner))
+        rates.cluster = _spent(lambda: VectorIndex.train(f"IVF{centres},Flat", metric, inner)).times(
+            1 / (ITERATIONS * centres * inner.size)
+        )
+        length = min(max(num_chunks / lists, _SHORTEST), len(inner) / 16)
+        count = max(1, int(len(inner) / length))
+        small, visited = f"IVF{count},{codes}", min(count, nprobe_of(config, lists))
+        trains = rates.cluster.times(ITERATIONS * count * sample.size)
     trained: list[VectorIndex] = []
-    rates.learn = _spent(lambda: trained.append(VectorIndex.train(small, metric, sample))).times(1 / len(sample))
+    learnt = _spent(lambda: trained.append(VectorIndex.train(small, metric, sample))) - trains
+    rates.learn = learnt.times(1 / len(sample))
     index = trained[0]
-    rates.encode = _least(lambda: index.encode(inner)).times(1 / len(inner))
-    # What a query costs beside comparing is the same in an index of any size: two sizes tell them apart.
-    encoded, few, found = index.encode(inner), len(inner) // 4, []
-    for first, last in ((0, few), (few, len(inner))):
-        index.add_codes(encoded[first:last], np.arange(first, last))
-        index.set_search(16, None)
-        found.append(_least(lambda: index.search(inner[:_QUERIES], config.num_neighbors_query)))
-    rates.scan = (found[1] - found[0]).times(1 / (_QUERIES * (len(inner) - few)))
-    rates.ask = (found[0] - rates.scan.times(_QUERIES * few)).times(1 / _QUERIES)
+    finding = rates.compare.times(index.num_lists * width if lists is not None else 0)
+    rates.encode = (_typical(lambda: index.encode(inner)).times(1 / len(inner)) - finding).times(1)
+    encoded, compared, spent = index.encode(inner), [0.0], [Spent()]
+    # What a query costs beside comparing is the same whatever is compared. Two searches tell them apart, the larger of
+    # which compares as many as the one that will be made, as far as these vectors reach.
+    if lists is None:
+        few = len(inner) // 4
+        for first, last in ((0, few), (few, len(inner))):
+            index.add_codes(encoded[first:last], np.arange(first, last))
+            compared.append(last)
+            spent.append(_typical(lambda: index.search(inner[:_QUERIES], config.num_neighbors_query)))
+    else:
+        index.add_codes(encoded, np.arange(len(inner)))
+        for nprobe in sorted({visited // 4, visited} - {0}):
+            index.set_search(nprobe, None)
+            compared.append(len(inner) * nprobe / index.num_lists)
+            spent.append(_typical(lambda: index.search(inner[:_QUERIES], config.num_neighbors_query)))
+    rates.scan = (spent[-1] - spent[-2]).times(1 / (_QUERIES * (compared[-1] - compared[-2])))
+    rates.ask = (spent[-1].times(1 / _QUERIES) - rates.scan.times(compared[-1]) - finding).times(1)

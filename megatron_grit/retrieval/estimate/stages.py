@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.retrieval.dedup.buckets import choose_bands
-from megatron_grit.retrieval.estimate.rates import Rates, Spent
+from megatron_grit.retrieval.estimate.rates import Rates, Spent, nprobe_of
 from megatron_grit.retrieval.index.factory import MOST_BYTES, code_bytes, index_bytes, lists_of, width_of
 from megatron_grit.retrieval.index.kmeans import ITERATIONS, POINTS_PER_LIST, SHARED_LISTS
+from megatron_grit.retrieval.index.recall import RECALL_AT
 from megatron_grit.retrieval.index.recall_queries import NUM_QUERIES
+from megatron_grit.retrieval.index.sizing import MOST_COMPARED, NUM_TRIED
 from megatron_grit.retrieval.stages.query_neighbors import AT_A_TIME
 
 _MOST_FOR_CODES = 65_536
@@ -22,8 +24,6 @@ _TURNS = 50
 """Rounds of OPQ, in each of which codes are trained for a few iterations of 25."""
 _HNSW_VISITS = 1500
 """Centres with which a vector is compared where an HNSW graph finds its lists."""
-_UNKNOWN_NPROBE = 32
-"""Share of the lists, as a divisor, that are assumed to be visited where nprobe is to be chosen."""
 _NOTHING = Spent()
 _TOKENS = 10
 """Bytes that a tokenizer holds for a byte of text: itself, and for about every fourth a number and where it is."""
@@ -60,7 +60,8 @@ class StageCost:
     passing: int
     """Bytes of files that are removed at its end."""
     memory: int
-    """Bytes of the process that needs most, the embedder's included."""
+    """Bytes of the process that needs most, the embedder's included, without pages of files that the system takes
+    back."""
 
     def seconds(self, num_processes: int) -> float:
         """Time with so many processes of the speed that was measured."""
@@ -89,7 +90,7 @@ class Estimate:
     @property
     def nprobe(self) -> int:
         """Lists that a query visits: as the configuration says, or by a guess."""
-        return min(self.lists, self.config.nprobe or max(1, self.lists // _UNKNOWN_NPROBE))
+        return nprobe_of(self.config, self.lists)
 
     def of(self, task: str) -> StageCost | None:
         """The cost of a task; None where it is not known before it runs, as of what a later version gets."""
@@ -136,9 +137,11 @@ class Estimate:
 
     def _block_memory(self, num_vectors: int) -> float:
         """Of a block of vectors: its texts and their tokens, the vectors as they come and as they are kept, and the
-        file's image."""
+        file's image; and a batch in the embedder."""
         count = min(self.config.block_size, num_vectors)
-        return count * (_TEXT + _TOKENS * self.rates.text_bytes + self.sizes.dim * (8 + 2 * self.item))
+        return self.rates.batch + count * (
+            _TEXT + _TOKENS * self.rates.text_bytes + self.sizes.dim * (8 + 2 * self.item)
+        )
 
     def _embed(self) -> StageCost:
         count = self.sizes.num_chunks
@@ -156,6 +159,8 @@ class Estimate:
         alone, spent, passing = rates.learn.times(for_codes), rates.fixed["index-train"], 0.0
         if "OPQ" in sizes.factory:
             alone += rates.learn.times(for_codes * _TURNS / 5)
+        # What the codes find is tried on a part of the sample.
+        alone += rates.compare.times(2.0 * min(sample, MOST_COMPARED) * NUM_TRIED * self.width)
         together = self.lists >= SHARED_LISTS
         held = float(sample)
         if together:
@@ -163,7 +168,7 @@ class Estimate:
             spent += rates.assign.times(held * sizes.num_processes * self.lists * self.width * ITERATIONS)
             passing += 3 * 4 * self.lists * self.width
         else:
-            alone += rates.compare.times(sample * self.lists * self.width * ITERATIONS)
+            alone += rates.cluster.times(sample * self.lists * self.width * ITERATIONS)
         if not sizes.stored:
             spent += rates.embed.times(sizes.num_train)
             passing += 4 * sizes.dim * sizes.num_train
@@ -190,8 +195,11 @@ class Estimate:
         codes = self.code_bytes + 2 if self.lists else self.code_bytes
         block = min(self.config.block_size, count)
         memory = max(block * (4 * 2 * sizes.dim + 3 * codes), self.index_bytes / self.num_files + 3 * block * codes)
+        memory += 0 if sizes.stored and not asked else rates.batch
         passing = 0 if self.config.keep_embeddings else count * codes
-        disk = self.index_bytes + 4 * (queries + questions) * sizes.dim + (0 if passing else count * codes)
+        # Vectors of the queries, their texts as JSON, and their exact neighbors.
+        asking = 4 * sizes.dim + rates.text_bytes + 24 + 8 * RECALL_AT
+        disk = self.index_bytes + (queries + questions) * asking + (0 if passing else count * codes)
         return self._cost("index-add", spent, alone=alone, disk=disk, memory=memory, passing=passing)
 
     def _query_neighbors(self) -> StageCost:
@@ -205,6 +213,7 @@ class Estimate:
         candidates = AT_A_TIME * (24 * config.num_neighbors_query + 4 * sizes.dim + rates.text_bytes + _TEXT)
         held = self.index_bytes if config.index_placement == "memory" else 0
         held += self.index_bytes // sizes.num_processes if config.index_placement == "spread" else 0
+        held += int(rates.batch * min(1.0, max(0, asked) / AT_A_TIME))
         return self._cost("query-neighbors", spent, disk=2 * table, memory=3 * block + 2 * candidates + held)
 
     def _search(self, num_queries: int) -> Spent:

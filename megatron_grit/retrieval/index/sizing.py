@@ -13,7 +13,8 @@ from megatron_grit.retrieval.index.recall import RECALL_AT, recall_of, without_o
 
 MOST_COMPARED = 20_000
 """Vectors of the sample that codes are tried on."""
-_NUM_QUERIES = 500
+NUM_TRIED = 500
+"""Of them that the nearest are asked of."""
 
 
 def larger_choices(factory: str, dim: int, num_vectors: int) -> Iterator[tuple[str, float]]:
@@ -55,7 +56,7 @@ def recall_of_codes(index: VectorIndex, vectors_ND: np.ndarray) -> float | None:
     count = min(len(vectors_ND), MOST_COMPARED)
     taken = np.arange(count) * len(vectors_ND) // count
     vectors = np.ascontiguousarray(vectors_ND[taken], dtype=np.float32)
-    own = np.linspace(0, count - 1, min(_NUM_QUERIES, count), dtype=np.int64)
+    own = np.linspace(0, count - 1, min(NUM_TRIED, count), dtype=np.int64)
     decoded = index.inner.sa_decode(index.encode(vectors))
     queries = index.transformed(vectors[own])
     exact = exact_search(vectors[own], vectors, RECALL_AT + 1, index.metric)[1]

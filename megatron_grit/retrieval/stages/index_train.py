@@ -84,6 +84,11 @@ def index_line(inputs: Inputs) -> Iterator[str]:
         gigabytes = index_bytes(factory, inputs.embedder.dim, count) / 2**30
         few = "at most " if at_most else ""
         yield f"index: {factory} of {few}{count:,} chunks{trained}, {few}{gigabytes:.3g} GiB to search"
+        if num_train and not factory.split(",")[-1].startswith(("Flat", "HNSW")):
+            yield (
+                f"index: whether such codes can reach recall {config.recall} is said by --tasks db-build,index-train, "
+                f"which embeds {few}{num_train:,} chunks"
+            )
         if gigabytes > config.index_memory_gb:
             yield (
                 f"{WARNING}{gigabytes:.3g} GiB of index {factory} are above index_memory_gb, "

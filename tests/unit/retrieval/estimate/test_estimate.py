@@ -82,8 +82,27 @@ def test_codes_are_learnt_from_as_many_vectors_as_they_will_be(
     monkeypatch.setattr(VectorIndex, "train", lambda *given: trained.append(len(given[2])) or train(*given))
     known = Rates(chunks_per_token=0, places_per_token=0, documents_per_token=0, text_bytes=200)
     vectors = rates.vectors_around(np.random.default_rng(0).standard_normal((50, 8), dtype=np.float32), num_train)
-    rates.measure_vectors(known, vectors, "IVF16,PQ4x4", RetroDbConfig())
-    assert trained == [measured] and known.learn.cpu > 0 and known.encode.cpu > 0
+    rates.measure_vectors(known, vectors, "IVF16,PQ4x4", RetroDbConfig(), 1600)
+    assert trained == [300, measured] and known.cluster.cpu > 0
+    assert known.scan.cpu + known.ask.cpu > 0
+
+
+@pytest.mark.parametrize(("num_chunks", "lists", "nprobes"), [(160, 30, {2, 8}), (10**6, 16, {2, 8})])
+def test_lists_are_as_long_as_they_will_be(
+    monkeypatch: pytest.MonkeyPatch, num_chunks: int, lists: int, nprobes: set[int]
+) -> None:
+    """A vector of a short list costs more than one of a long one, so as many lists of that length are visited."""
+    monkeypatch.setattr(rates, "_VECTORS", 300)
+    monkeypatch.setattr(rates, "_QUERIES", 16)
+    monkeypatch.setattr(rates, "_REPEATS", 1)
+    factories, train = [], VectorIndex.train
+    monkeypatch.setattr(VectorIndex, "train", lambda *given: factories.append(given[0]) or train(*given))
+    visited, search = set(), VectorIndex.set_search
+    monkeypatch.setattr(VectorIndex, "set_search", lambda self, *n: visited.add(n[0]) or search(self, *n))
+    known = Rates(chunks_per_token=0, places_per_token=0, documents_per_token=0, text_bytes=200)
+    vectors = np.random.default_rng(0).standard_normal((300, 8), dtype=np.float32)
+    rates.measure_vectors(known, vectors, "IVF16,SQ8", RetroDbConfig(nprobe=8), num_chunks)
+    assert factories[-1] == f"IVF{lists},SQ8" and visited == nprobes
 
 
 @pytest.mark.parametrize(
@@ -116,7 +135,7 @@ def test_time_of_several_processes() -> None:
     """What one does while the others wait is not shared."""
     each = Spent(1e-3, 1e-3)
     known = Rates(
-        chunks_per_token=0, places_per_token=0, documents_per_token=0, text_bytes=200, embed=each, compare=each
+        chunks_per_token=0, places_per_token=0, documents_per_token=0, text_bytes=200, embed=each, cluster=each
     )
     known.fixed = known.per_chunk = dict.fromkeys(TASKS, Spent())
     numbers = {"num_places": 1000, "num_documents": 10, "dim": 4, "num_train": 100}

@@ -365,7 +365,11 @@ def test_a_dry_run_changes_nothing(
     lines = stages.dry_run(Preparation(tmp_path / "new", "build", given))
     assert not (tmp_path / "new").exists()
     assert any(line.endswith("new, new") for line in lines) and "task embed: to do" in lines
-    assert any("index: Flat of at most" in line for line in lines)
+    assert any("index: Flat of at most" in line for line in lines) and not any("such codes" in line for line in lines)
+    lines = stages.dry_run(Preparation(tmp_path / "new", "build", given | {"index": "SQ8"}))
+    assert any(
+        re.search(r"such codes .* recall 0.95 .*db-build,index-train, which embeds at most \d", x) for x in lines
+    )
     with pytest.raises(DataError, match="typo: no such indexed file"):
         stages.dry_run(Preparation(tmp_path / "new", "build", given | {"data_paths": ["typo"]}))
     monkeypatch.setenv("WORLD_SIZE", "6")
