@@ -3,7 +3,7 @@
 Tasks, as a comma list:
   db-build         cut documents into chunks, leave out empty and repeated ones; needs no embedder
   embed            embed all chunks, 4 bytes a channel on disk (2 with --embedding_dtype float16)
-  index-train      train the index on a random sample of the chunks
+  index-train      train the index on a random sample of the chunks, and say whether its codes are too coarse
   index-add        add all chunks to it and measure its recall against exact search
   query-neighbors  find the neighbors of every chunk that is trained on
   build            all of these; index-build: index-train and index-add
@@ -14,9 +14,7 @@ Tasks, as a comma list:
 Without embed the later tasks embed what they need themselves: chunks twice, and nothing is kept on disk.
 
 After a kill the same command resumes. Settings are kept in DIR/config.json. One that something was built with is
-changed only together with --overwrite TASK. With --dry-run it is checked, in one process, and nothing is changed; it
-says what each task takes as well. Whether the codes of an index can reach the recall that is wanted is known when they
-are trained: --tasks db-build,index-train embeds a sample of the chunks alone, and says so, with the codes that would.
+changed only together with --overwrite TASK. With --dry-run it is checked, in one process, and nothing is changed.
 
 Example:
   megatron-grit build-db --project-dir db --tasks build --data_paths '[data/corpus_text_document]' \\
