@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from megatron_grit.data.text.lines import Line, filled_lines
-from megatron_grit.data.text.records import Record, parse_record
+from megatron_grit.data.text.records import TEMPLATE_KEYS, Record, parse_record
 from megatron_grit.errors import ConfigError, DataError
 
 FINGERPRINT_BYTES = 16
@@ -17,16 +18,21 @@ _TEXT_SUFFIXES = (".txt", ".text")
 _COMPRESSED = (".gz", ".zst")
 
 
-def fingerprint(record: Record) -> bytes:
-    """16 bytes that are equal for records that differ in white space only."""
+def fingerprint(record: Record, read: Collection[str] = TEMPLATE_KEYS) -> bytes:
+    """16 bytes that are equal for records that differ in white space only.
+
+    Args:
+        record: of any kind.
+        read: keys of messages beside role and content that tell records apart: those that the chat template reads.
+    """
     digest = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
-    for part in _parts(record):
+    for part in _parts(record, read):
         digest.update(" ".join(part.split()).encode())
         digest.update(b"\0")
     return digest.digest()
 
 
-def _parts(record: Record) -> Iterator[str]:
+def _parts(record: Record, read: Collection[str]) -> Iterator[str]:
     """The texts of a record, each after its name and role."""
     for name, pairs in (("query", record.pairs[:1]), ("pos", record.positives), ("neg", record.negatives)):
         for pair in pairs:
@@ -36,6 +42,11 @@ def _parts(record: Record) -> Iterator[str]:
     for message in record.messages:
         yield message.role
         yield message.content
+        more = {key: held for key, held in (message.more or {}).items() if key in read or key == "content"}
+        if more:
+            yield json.dumps(more, sort_keys=True)
+    if record.tools:
+        yield json.dumps(record.tools, sort_keys=True)
     for name, text in (("text", record.text), ("prompt", record.prompt), ("completion", record.completion)):
         if text is not None:
             yield name
@@ -43,9 +54,13 @@ def _parts(record: Record) -> Iterator[str]:
 
 
 def contents(record: Record) -> list[str]:
-    """The texts of a record without instructions and system messages, which many records share."""
+    """The texts of a record, tool calls and reasoning with them, without instructions, system messages and tools, which
+    many records share."""
     texts = [pair.text for pair in record.pairs]
-    texts += [message.content for message in record.messages if message.role != "system"]
+    for message in record.messages:
+        if message.role != "system":
+            texts.append(message.content)
+            texts += _strings([held for key, held in (message.more or {}).items() if key in TEMPLATE_KEYS])
     return texts + [text for text in (record.text, record.prompt, record.completion) if text is not None]
 
 

@@ -361,7 +361,7 @@ class RecordEncoder:
         part = 0
         for owner in owners.tolist():
             part = part + 1 if owner == before else 0
-            own = fingerprint(batch.records[owner])
+            own = fingerprint(batch.records[owner], self.chat_format.read)
             if part:  # of a record that was split: the pieces of equal records are equal in turn
                 own = hashlib.blake2b(own + part.to_bytes(8, "little"), digest_size=FINGERPRINT_BYTES).digest()
             result.append(own)

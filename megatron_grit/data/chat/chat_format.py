@@ -32,6 +32,8 @@ class ChatFormat(Protocol):
 
     name: str
     """Written into the indexed file."""
+    read: frozenset[str]
+    """Keys of messages beside role and content that it is given, and others."""
     rewrites: bool
     """Whether it writes an answer otherwise once another turn follows. Then :meth:`pieces` supervises the last answer
     alone."""

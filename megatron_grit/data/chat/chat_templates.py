@@ -195,6 +195,7 @@ class BoundTemplate:
     """A template with the ids of a tokenizer. See :class:`ChatFormat`."""
 
     rewrites = False
+    read: frozenset[str] = frozenset()
     date_in_data: str | None = None
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:

@@ -72,7 +72,7 @@ class JinjaChatFormat:
         self._names = {key: name for key in _TOKEN_KEYS if (name := token_name(settings.get(key))) is not None}
         self._names.setdefault("bos_token", tokenizer.id_to_token(tokenizer.bos_id))
         self._names.setdefault("eos_token", tokenizer.id_to_token(tokenizer.eos_id))
-        self._template, self._read = _compile(source, tokenizer.path)
+        self._template, self.read = _compile(source, tokenizer.path)
         self._tools: Sequence[Any] | None = None
         ends = {self._names["bos_token"]: tokenizer.bos_id, self._names["eos_token"]: tokenizer.eos_id}
         self._special = SpecialTokens(tokenizer, ends)
@@ -143,7 +143,7 @@ class JinjaChatFormat:
             raise DataError(f"the tokenizer's chat template refuses the conversation: {error}") from error
 
     def of(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> ChatFormat:
-        check_keys(messages, tools, self._read, self.name)
+        check_keys(messages, tools, self.read, self.name)
         held = [self._more(message) for message in messages]
         for text in strings([*held, *(tools or ())]):
             if not all(isinstance(part, str) for part in self._special.split(text)):
@@ -163,7 +163,7 @@ class JinjaChatFormat:
     def _more(self, message: Message) -> dict[str, Any]:
         """What the template reads of a message beside role and content."""
         more = message.more or {}
-        return {key: value for key, value in more.items() if key in self._read or key == "content"}
+        return {key: value for key, value in more.items() if key in self.read or key == "content"}
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
         if self.by_answer(messages):  # what follows the last answer may change it

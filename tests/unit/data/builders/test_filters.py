@@ -51,6 +51,38 @@ def test_everything_else_does() -> None:
     assert len({print_of(value) for value in values}) == len(values)
 
 
+def calling(city: str, **more: object) -> dict[str, object]:
+    call = {"function": {"name": "weather", "arguments": {"city": city, "days": 3}}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call], **more}
+    return {"messages": [{"role": "user", "content": "u"}, answer]}
+
+
+def test_what_messages_hold_beside_their_content_does_too() -> None:
+    tools = {"tools": [{"name": "weather"}]}
+    values = [calling("Rome"), calling("Bonn"), calling("Rome", reasoning_content="a"), calling("Rome") | tools]
+    assert len({print_of(value) for value in values}) == len(values)
+    turned = {"arguments": {"days": 3, "city": "Rome"}, "name": "weather"}
+    assert print_of(calling("Rome", tool_calls=[{"function": turned}])) == print_of(calling("Rome"))
+
+
+def test_what_the_template_does_not_read_tells_nothing_apart() -> None:
+    noted = parse_record(calling("Rome", timestamp="noon"))
+    assert fingerprint(noted) == print_of(calling("Rome"))
+    assert fingerprint(noted, {"tool_calls", "timestamp"}) != print_of(calling("Rome"))
+
+
+def test_fingerprints_of_messages_stay_what_they_were() -> None:
+    messages = [{"role": role, "content": role} for role in ("user", "assistant")]
+    assert print_of({"messages": messages}).hex() == "6939b07bd6ce6ca3686ffc66a62a5c94"
+
+
+def test_calls_and_reasoning_are_compared_with_held_out_text(tmp_path: Path) -> None:
+    keep_out = held_out(tmp_path, {"text": LONG})
+    for record in (calling(LONG), calling("Rome", reasoning_content=LONG)):
+        assert keep_out.overlap(contents(parse_record(record))) is not None
+    assert contents(parse_record(calling("Rome", timestamp="noon"))) == ["u", "", "weather", "Rome"]
+
+
 def held_out(tmp_path: Path, *records: object, ngram: int = 13, name: str = "test.jsonl") -> HeldOut:
     path = tmp_path / name
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
