@@ -141,7 +141,7 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=held.tokens_1T, position_ids=held.positions_1T)
-            if row.noise_key is not None and self.training:
+            if row.noise_keys is not None and self.training:
                 hidden = hidden + self._noise(row, share).to(hidden.dtype)
             if self.config.recompute_granularity == "full" and has_trained(self.decoder):
                 hidden = reach_back(hidden)  # a recomputed layer has a gradient if its input has one

@@ -7,9 +7,9 @@ Shape suffix legend: T = tokens of a row, L = some of them, D = width, V = vocab
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_grit.config.schema import ModelConfig
-from megatron_grit.data.rows.batch import PackedRow, to_device
+from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.models.biases import TrainedBiasLinear
 
 
@@ -39,24 +39,26 @@ def token_embedding(
 
 
 def embedding_noise(row: PackedRow, alpha: float, width: int) -> Tensor:
-    """Noise of NEFTune (arXiv 2310.05914) on the embeddings of a row, a function of ``row.noise_key``: fp32 [T, 1, D].
+    """Noise of NEFTune (arXiv 2310.05914) on the embeddings of a row, fp32 [T, 1, D]: of each segment a function of its
+    key in ``row.noise_keys``, on devices of one kind.
 
     Uniform within alpha / root(tokens x width) of each segment, without padding, as published; its code takes the
     length that a batch is padded to. Padding gets none.
 
     Args:
-        row: on its device, with a key.
+        row: on its device, with keys.
         alpha: see ``training.neftune_alpha``.
         width: D.
     """
-    assert row.noise_key is not None and row.segment_lengths is not None
+    assert row.noise_keys is not None and row.segment_lengths is not None
     device = row.tokens_1T.device
-    generator = torch.Generator(device).manual_seed(row.noise_key)
-    noise_T1D = torch.empty(row.tokens_1T.shape[1], 1, width, device=device).uniform_(-1, 1, generator=generator)
-    lengths = np.array(row.segment_lengths)
-    bounds = alpha / np.sqrt(lengths * width, dtype=np.float32)
-    bounds[len(row.record_ids) :] = 0
-    return noise_T1D * to_device(torch.from_numpy(np.repeat(bounds, lengths)), device)[:, None, None]
+    noise_T1D = torch.zeros(row.tokens_1T.shape[1], 1, width, device=device)
+    generator, begin = torch.Generator(device), 0
+    for key, length in zip(row.noise_keys, row.segment_lengths, strict=False):  # padding comes last
+        bound = alpha / math.sqrt(length * width)
+        noise_T1D[begin : begin + length].uniform_(-bound, bound, generator=generator.manual_seed(key))
+        begin += length
+    return noise_T1D
 
 
 class OutputLayer(TrainedBiasLinear):

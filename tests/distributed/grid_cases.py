@@ -220,7 +220,8 @@ def make_rows(case: Case) -> list[PackedRow]:
         for number, length in enumerate(case.row_lengths):
             row = make_row(RowKind.GENERATIVE, _lengths(rng, length, rng.randint(1, 5)), length, seed=100 + number)
             _supervise_answers(row, rng, nothing=number == 1 and rng.random() < 0.3)
-            row.noise_key = number if case.settings.get("training.neftune_alpha") else None
+            if case.settings.get("training.neftune_alpha"):
+                row.noise_keys = [100 * number + segment for segment in range(len(row.record_ids))]
             if (weights := case.settings.get("loss.role_weights")) is not None:  # prompts alternate with answers
                 assert row.loss_mask_1T is not None
                 row.loss_mask_1T[0, ::3] *= weights.user

@@ -239,7 +239,7 @@ class _Decoder:
         """[T, D] after the final norm."""
         model = self.config.model
         states = self.weights[WORDS][row.tokens_1T[0]]
-        if row.noise_key is not None:  # the noise itself is the product's: that every layout has the same is compared
+        if row.noise_keys is not None:  # the noise itself is the product's: that every layout has the same is compared
             noised = row.to(states.device)
             states = states + embedding_noise(noised, self.config.training.neftune_alpha, states.shape[1])[:, 0]
         if model.position_embedding == "learned_absolute":

@@ -23,7 +23,8 @@ class RoleWeightsConfig:
     template: float | None = knob(None, at_least=0)
     """What the template puts around the turns."""
     assistant_eos: float | None = knob(None, at_least=0)
-    """Tokens that end an assistant turn. null: as the rest of the turn."""
+    """Tokens that end an assistant turn. null: as the rest of the turn. With a number here or in template_eos each rank
+    reads the tokens of the whole global batch to count its labels, not only those of its own rows."""
     template_eos: float | None = knob(None, at_least=0)
     """The same tokens where the template puts them after other turns. null: as the rest of the template."""
 
@@ -72,7 +73,7 @@ class LossConfig:
     over labels is by their weights."""
     microbatch_sequences: int = knob(1, at_least=1)
     """Sequences of a group, which follow each other in the step: what a device of the trainer to be reproduced took at
-    once. Neither rows nor the mesh matter to it."""
+    once. The mesh does not matter to it; rows do only with data.packing window, where they say what follows what."""
     emb_grad_scale: Literal["exact", "grit"] = "exact"
     """exact: the gradient of the global contrastive loss. grit: divided by grit_world_size, as data parallel averaging
     did in GritLM; use it to reproduce its published ratio of the two losses."""

@@ -34,8 +34,8 @@ class TrainingConfig:
     """Seed of the initial weights, the data order and dropout."""
     neftune_alpha: float = knob(0.0, at_least=0)
     """NEFTune (arXiv 2310.05914): uniform noise of at most alpha / root(tokens of the sequence x width) on the token
-    embeddings of rows whose next tokens are predicted, in training only. The same at every layout. 5 to 15 are common.
-    0: none."""
+    embeddings of rows whose next tokens are predicted, in training only. The same at every layout, on devices of one
+    kind. 5 to 15 are common. 0: none."""
     trainable: list[str] = knob([], may_change=False)
     """Train these parameters, adapters and the embedding head, and freeze all others: patterns of names such as
     decoder.layers.0.* with layers and experts by their number in the whole model, or biases (BitFit), norms,

@@ -228,7 +228,7 @@ class GenerativeStream(RowStream):
     def _nothing(self, source: int, record: int) -> DataError:
         remedy = "build the file again"
         if self._weights != ANSWERS:
-            remedy = "loss.labels or loss.role_weights leave out the roles that it has"
+            remedy = "loss.labels or loss.role_weights leave out the roles, or ends of turns, that it has"
         return DataError(f"record {self.sources[source].name(record)} has no token to predict; {remedy}")
 
     def _ranges(self, source: int, record: int, roles: list[int], lengths: list[int]) -> list[tuple[int, int]]:

@@ -51,15 +51,15 @@ def stream_key(seed: int, stream: int) -> np.uint64:
     return _draw(1, seed, stream)[0]
 
 
-def noise_key(seed: int, step: int, row: int) -> int:
-    """Seed of the noise on a row's embeddings.
+def noise_keys(seed: int, step: int, slots: np.ndarray) -> list[int]:
+    """Seed of the noise on the embeddings of each of some segments.
 
     Args:
         seed: of the data order.
         step: from 0.
-        row: its number among those of its kind in the global batch.
+        slots: int64, places of the segments among those of their kind in the global batch.
     """
-    return int(_draw(1, seed, Stream.NOISE, step, row)[0] >> np.uint64(1))
+    return (derive_keys(_draw(1, seed, Stream.NOISE, step)[0], slots) >> np.uint64(1)).tolist()
 
 
 class EmbeddingSampler:

@@ -52,8 +52,8 @@ class PackedRow:
     label_index_L: Tensor | None = None
     """int64 [L]; the positions where it is not 0, found by :meth:`to` while the mask is still on the host."""
 
-    noise_key: int | None = None
-    """Seed of the noise on the row's embeddings, for training with ``training.neftune_alpha``. None: no noise."""
+    noise_keys: list[int] | None = None
+    """Seed of the noise on each segment's embeddings, for training with ``training.neftune_alpha``. None: no noise."""
 
     neighbors: Neighbors | None = None
     """What the row's chunks read. None: nothing."""

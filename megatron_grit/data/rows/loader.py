@@ -1,7 +1,8 @@
 """Packed rows of each step, for each data parallel rank.
 
 Every rank samples the global batch and packs it by its lengths alone, so all ranks agree on the rows without a word;
-each then reads the tokens of its own rows only. Row r goes to data parallel rank r % data parallel size.
+each then reads the tokens of its own rows only (of all, where ends of turns have weights of their own). Row r goes to
+data parallel rank r % data parallel size.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from megatron_grit.config.kinds import load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.reader import IndexedMeta
-from megatron_grit.data.order.sampler import noise_key
+from megatron_grit.data.order.sampler import noise_keys
 from megatron_grit.data.order.sources import OpenFiles
 from megatron_grit.data.rows.batch import BatchPart, PackedRow, StepBatch
 from megatron_grit.data.rows.neighbor_versions import NeighborVersions, VersionChange, first_version
@@ -128,9 +129,9 @@ class GritDataLoader:
             for number, neighbors in zip(full, found, strict=True):
                 made[number].neighbors = neighbors
         if self._noise_seed is not None:
-            for number, row in enumerate(made):
+            for planned, row in zip(rows, made, strict=True):
                 if not row.embeds:
-                    row.noise_key = noise_key(self._noise_seed, step, self._dp_rank + number * self._dp_size)
+                    row.noise_keys = noise_keys(self._noise_seed, step, planned.slots)
         return made
 
     def _padded(self, row: PlannedRow, stream: RowStream) -> int:

@@ -18,7 +18,12 @@ EMBEDS = False
 
 def problems(config: RunConfig, multiple: int) -> Iterator[Problem]:
     """What contradicts itself in the options of a run that trains it; arguments as for other kinds."""
-    training = config.training
+    training, loss = config.training, config.loss
+    if loss.microbatch_sequences > 1 and loss.loss_gen_type not in ("microbatch_mean", "sum"):
+        yield Problem(
+            "loss.microbatch_sequences",
+            "loss.microbatch_sequences has an effect only with loss.loss_gen_type microbatch_mean or sum",
+        )
     if config.data.packing == "step":
         if training.generative_batch_size < multiple:
             yield Problem(

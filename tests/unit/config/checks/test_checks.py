@@ -107,6 +107,7 @@ CONTRADICTIONS = [
     (["data.packing=window"], "data.packing window needs training.generative_rows"),
     (["data.packing=window", "training.generative_rows=3"], "generative_rows 3 is no multiple of 2"),
     (["training.generative_rows=4"], "has an effect only with data.packing window"),
+    (["loss.microbatch_sequences=8"], "has an effect only with loss.loss_gen_type microbatch_mean or sum"),
     (["data.tokenizer=null"], "data.tokenizer is not set"),
     (["training.valid_interval=5"], "training.valid_interval measures the loss on data.valid; give the texts"),
     (["training.skip_train=true"], "training.skip_train measures the loss on data.valid; give the texts"),
