@@ -109,17 +109,31 @@ def _number_problem(name: str, least: int, most: int | None = None) -> str | Non
 
 
 def process_space() -> str:
-    """A name that two processes share only where they see each other's process ids."""
+    """A name that two processes share only where they see each other's process ids: host, its boot, namespace of ids.
+
+    Where that cannot be told, each call gives another name, which no process shares.
+    """
+    name = socket.gethostname()
     try:
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"{socket.gethostname()} {os.getpid()}"
+        # Namespaces have the same numbers on every host, and a name may be that of several hosts on one file system.
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot = file.read().strip()
+        # /proc may be mounted for another namespace, where the ids are those of other processes.
+        if boot and os.readlink("/proc/self") == str(os.getpid()):
+            return f"{name} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except (OSError, ValueError):
+        pass
+    return f"{name} {os.urandom(16).hex()}"
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this host runs, be it stopped; one that ended and was not waited for does not."""
+    """Whether a process of this :func:`process_space` runs, be it stopped; one that ended and was not waited for does
+    not. One of which that cannot be told counts as alive."""
     try:
+        os.kill(pid, 0)
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
+    except ProcessLookupError:
         return False
+    except (OSError, OverflowError, IndexError):  # of another user, hidden in /proc, or a number that is no id
+        return True

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +25,7 @@ _searched: set[Path] = set()
 def replacing_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write a file at; when the block ends the file replaces ``path``, and when it fails it is removed.
 
-    Where a killed process of this host has left one in the folder, it is removed as well.
+    Where a killed process of this user has left one in the folder since this host started, it is removed as well.
 
     Args:
         path: the file to write; its folder is made where it is not there.
@@ -44,21 +43,21 @@ def replacing_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-@cache
 def _place() -> str:
     """Two hosts that share a file system may have processes of one number."""
     return hashlib.sha256(process_space().encode()).hexdigest()[:8]
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what processes of this host that are gone were writing: once a process and folder, which may be large."""
+    """Remove what processes of this user and host that are gone were writing: once a process and folder, which may be
+    large. A file in doubt stays."""
     if (folder := folder.absolute()) in _searched:
         return
     _searched.add(folder)
     with suppress(OSError):
         for path in folder.glob(f".*.{_place()}??????.tmp"):
             pid = path.name.split(".")[-3]
-            if pid.isdecimal() and not is_alive(int(pid)):
+            if pid.isdecimal() and path.lstat().st_uid == os.geteuid() and not is_alive(int(pid)):
                 path.unlink(missing_ok=True)
 
 

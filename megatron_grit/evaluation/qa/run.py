@@ -42,7 +42,7 @@ def evaluate_answers(  # many: two files in, one out, and how
 
     Raises:
         GritError: a file that cannot be read or written, other numbers of answers than of references, a question
-            without an answer where the scorer has none, nothing to score, or a package that is missing.
+            without any reference for squad1 (an empty text is one), nothing to score, or a package that is missing.
     """
     if output is not None:
         check_output(output, [predictions, references])

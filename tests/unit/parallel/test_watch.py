@@ -75,6 +75,7 @@ def test_alive_means_running_or_stopped() -> None:
         time.sleep(0.01)
     assert not is_alive(child.pid) and child.poll() == 0
     assert not is_alive(child.pid)
+    assert is_alive(10**30), "what is no process id is in doubt"
 
 
 def test_which_exceptions_tell_of_other_ranks() -> None:

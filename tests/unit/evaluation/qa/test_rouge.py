@@ -14,6 +14,7 @@ from megatron_grit.cli import main as cli
 from megatron_grit.errors import ConfigError
 from megatron_grit.evaluation.qa.rouge import rouge_scores
 from megatron_grit.evaluation.qa.run import evaluate_answers, format_scores
+from megatron_grit.evaluation.qa.scores import SCORERS, ScorerName
 
 ANSWERS = ["the cat sat on the mat", "it was a dark, stormy night", "no words in common", "", "a b"]
 REFERENCES = [
@@ -91,6 +92,17 @@ def test_the_geometric_mean_is_of_the_means(tmp_path: Path) -> None:
     assert [figures[name] for name in ("rouge_1", "rouge_2", "rouge_l")] == pytest.approx(means)
     assert figures["rouge_geometric_mean"] == pytest.approx(np.exp(np.log(means).mean()))
     assert f"{figures['rouge_geometric_mean']:.3f}" in format_scores(figures).splitlines()[-1]
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_texts_are_scored_as_they_stand(tmp_path: Path, scorer: ScorerName) -> None:
+    """Three words with one; only an answer that says that there is none is made empty."""
+    (tmp_path / "answers.txt").write_text("Answer: Paris<|endoftext|>\nunknown\n")
+    (tmp_path / "right.json").write_text('[{"answer": "Paris"}, {"answer": "unknown"}]')
+    paths = tmp_path / "answers.txt", tmp_path / "right.json"
+    figures = evaluate_answers(*paths, scorer=scorer, no_answer=["Unknown"], rouge=True)
+    assert figures["rouge_1"] == pytest.approx((0.5 + 0) / 2) and figures["em"] == (0.5 if scorer == "retro" else 0)
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
