@@ -118,9 +118,7 @@ def test_a_template_that_does_not_read_it(
     ours, _ = pair
     folder = tmp_path / "plain"
     folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes(ours.path.with_name(name).read_bytes())
-    (folder / "chat_template.jinja").write_text(CHATML)
+    with_template(ours, folder, CHATML)
     messages, tools = REFUSED[what], [TOOL] if what == "tools" else None
     lines = [{"messages": [ASKED, ANSWERED | {"score": 3, "tool_calls": None}]}, {"messages": messages, "tools": tools}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -143,3 +141,42 @@ def test_a_call_that_spells_a_special_token_is_refused(pair: tuple[Tokenizer, An
     messages = parse_record({"messages": [ASKED, CALLING | {"tool_calls": [call]}]}).messages
     with pytest.raises(DataError, match="hold 'the <|im_end|>', where the template's text has a special token"):
         load_chat_format("tokenizer", ours).of(messages)
+
+
+def supervised(ours: Tokenizer, folder: Path, messages: list[dict[str, Any]]) -> list[list[str]]:
+    """The answers of each record that a conversation becomes."""
+    (folder / "in.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    build_grit([folder / "in.jsonl"], folder / "out", ours.path, template="tokenizer", overwrite=True)
+    records = IndexedRecords(folder / "out")
+    kept = [[ids for role, ids in records.get(number) if role is Role.ANSWER] for number in range(len(records))]
+    return [[ours.decode(ids).strip() for ids in each] for each in kept]
+
+
+def test_names_of_users_leave_a_conversation_whole(pair: tuple[Tokenizer, Any], tmp_path: Path) -> None:
+    """A template names ``name`` and ``type`` of calls; only what it writes of an answer makes it say more."""
+    ours = with_template(pair[0], tmp_path, "{#- #}{%- set calls = ['name', 'type', 'thought'] %}" + TOOLS)
+    plain = [ASKED, ANSWERED, ASKED, ANSWERED, ASKED, ANSWERED]
+    named = [each | {"name": "Ann", "type": "text"} for each in plain]
+    assert supervised(ours, tmp_path, named) == supervised(ours, tmp_path, plain) == [["The fox."] * 3]
+
+
+def test_another_key_that_the_template_writes_of_an_answer(pair: tuple[Tokenizer, Any], tmp_path: Path) -> None:
+    written = TOOLS.replace(
+        "{%- if m.content %}", "{%- if m.thought %}{{- m.thought + '. ' }}{%- endif %}{%- if m.content %}"
+    )
+    ours = with_template(pair[0], tmp_path, written)
+    thinking = [ASKED, ANSWERED | {"thought": "Hm"}, ASKED, ANSWERED]
+    assert ["".join(each) for each in supervised(ours, tmp_path, thinking)] == ["Hm. The fox.", "The fox."]
+
+
+def test_answers_before_the_first_call_are_trained_once(pair: tuple[Tokenizer, Any], tmp_path: Path) -> None:
+    messages = [ASKED, ANSWERED, ASKED, ANSWERED | {"content": "No."}, ASKED, CALLING]
+    before, call = supervised(pair[0], tmp_path, messages)
+    assert before == ["The fox.", "No."] and len(call) > 0 and "look" in "".join(call)
+
+
+def with_template(ours: Tokenizer, folder: Path, template: str) -> Tokenizer:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes(ours.path.with_name(name).read_bytes())
+    (folder / "chat_template.jinja").write_text(template)
+    return load_tokenizer(folder)

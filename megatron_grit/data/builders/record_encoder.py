@@ -216,8 +216,8 @@ class RecordEncoder:
             chat_format = self.chat_format.of(record.messages, record.tools)
         except DataError as error:
             raise _RejectedError(BAD_LINE, str(error)) from error
-        name = "turn" if chat_format.by_answer(record.messages) else "conversation"
         try:
+            name = "turn" if chat_format.by_answer(record.messages) else "conversation"
             return [
                 (replace(record, messages=list(messages)), [(name, chat_format.pieces(messages))])
                 for messages in renderings(chat_format, record.messages, self.options.turns)

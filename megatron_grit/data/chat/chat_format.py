@@ -49,7 +49,11 @@ class ChatFormat(Protocol):
 
     def by_answer(self, messages: Sequence[Message]) -> bool:
         """Whether :meth:`pieces` of these messages supervises the last answer alone: of a template that
-        :attr:`rewrites`, and of messages that hold more than role and content."""
+        :attr:`rewrites`, and of answers that say more than their content, calls of tools and what these returned.
+
+        Raises:
+            DataError: the template cannot hold them.
+        """
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
         """A whole conversation.
@@ -93,7 +97,8 @@ def renderings(
     chat_format: ChatFormat, messages: Sequence[Message], turns: Literal["each", "last"]
 ) -> list[Sequence[Message]]:
     """The conversations whose pieces hold the answers as the model generates them: the whole one, or
-    :meth:`~ChatFormat.by_answer` those that end with each answer.
+    :meth:`~ChatFormat.by_answer` those that end with each answer. Answers before the first that asks for this stay
+    together, for a rendering that ends with one of them holds all before it.
 
     Args:
         chat_format: the template.
@@ -103,7 +108,8 @@ def renderings(
     if not chat_format.by_answer(messages):
         return [messages]
     ends = [place + 1 for place, message in enumerate(messages) if message.role == "assistant"]
-    return [messages[:end] for end in (ends if turns == "each" else ends[-1:])]
+    together = sum(not chat_format.by_answer(messages[:end]) for end in ends)
+    return [messages[:end] for end in (ends[max(together - 1, 0) :] if turns == "each" else ends[-1:])]
 
 
 def join_completion(prompt: str, completion: str) -> list[Piece]:

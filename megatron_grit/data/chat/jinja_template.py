@@ -10,7 +10,7 @@ between the two, and ends with the special token after it. Some templates write 
 follows: Qwen3's leaves its ``<think>`` part out. Of these no rendering holds two answers as the model generates them,
 so only the last one of a rendering is supervised: all that follows the generation prompt. The others are rendered for
 themselves (:func:`~megatron_grit.data.chat.chat_format.renderings`), and so are those of conversations with tool calls,
-reasoning beside the content, or whatever else the template reads of a message: what it makes of that is found there.
+reasoning beside the content, or whatever else the template writes of an answer: what it makes of that is found there.
 
 ``strftime_now`` gives a prompt today's date, as in transformers. In data the date may not change, because a file that
 is built twice must be the same: templates that have a date of their own for where there is no ``strftime_now`` use it,
@@ -32,7 +32,7 @@ from typing import Any
 from megatron_grit.data.chat.chat_format import PROBES, TOKENIZER, ChatFormat, Piece, join_completion, probe
 from megatron_grit.data.chat.message_keys import check_keys, strings
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.text.records import Message
+from megatron_grit.data.text.records import TEMPLATE_KEYS, Message
 from megatron_grit.data.text.special import SpecialTokens
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.data.text.tokenizer_settings import read_settings, token_name
@@ -158,7 +158,12 @@ class JinjaChatFormat:
         return other
 
     def by_answer(self, messages: Sequence[Message]) -> bool:
-        return self.rewrites or any(message.role == "tool" or self._more(message) for message in messages)
+        keys = TEMPLATE_KEYS | {"content"}
+        if self.rewrites or any(one.role == "tool" or keys & self._more(one).keys() for one in messages):
+            return True
+        # Of other keys no name tells what they are: ``name`` of a call is read in many templates, of a message in few.
+        bare = [one._replace(more=None) if one.role == "assistant" and self._more(one) else one for one in messages]
+        return bare != list(messages) and self.render(bare) != self.render(messages)
 
     def _more(self, message: Message) -> dict[str, Any]:
         """What the template reads of a message beside role and content."""
@@ -198,7 +203,7 @@ class JinjaChatFormat:
                 pieces.append((Role.TEMPLATE if role is Role.ANSWER and answering < 0 else role, place.text(text)))
             position = place.stop
         rest = self._special.split(text, position)
-        if answering >= 0 and self._more(messages[answering]):
+        if answering >= 0 and self._more(messages[answering]) and self.by_answer(messages):
             self._add_calls(pieces, rest)
         else:
             self._add_template(pieces, rest, answering >= 0)
