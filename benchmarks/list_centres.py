@@ -28,8 +28,9 @@ from benchmarks.preprocess import wiki_documents
 from benchmarks.retrieval_quality import minilm_folder
 from megatron_grit.inference.encoders.load import load_embedder
 from megatron_grit.inference.encoders.protocol import EmbedderOptions
-from megatron_grit.retrieval.index.faiss_index import VectorIndex, nearest_centres
+from megatron_grit.retrieval.index.faiss_index import VectorIndex
 from megatron_grit.retrieval.index.kmeans import ITERATIONS, KMeans
+from megatron_grit.retrieval.index.on_torch import nearest_centres
 from megatron_grit.retrieval.work import Worker
 from megatron_grit.store.blocks import BlockFolder
 

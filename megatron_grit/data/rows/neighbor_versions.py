@@ -39,7 +39,7 @@ class NeighborVersions:
         sources: of the rows.
 
     Attributes:
-        changes: by first step, which is 0 for the first of them; empty before :func:`begin`.
+        changes: by first step, which is 0 for the first of them; empty before :func:`first_version`.
         identities: of the versions that were opened, see :meth:`NeighborReader.identity`.
     """
 

@@ -292,19 +292,22 @@ class QueriedFile:
             ef_search=self.search.ef_search,
             recall=self.search.recall,
             num_taken_over=plan.first - len(plan.again),
-            num_copies=self._copies_before(plan)
-            + sum(
-                int(folder.read(block, "num_copies")["num_copies"][0])
-                for folder in (plan.blocks, plan.updates)
-                for block in folder.blocks
-            ),
+            num_copies=self._num_copies(plan),
         )
         write_table(self.folder, self._parts(plan), manifest)
         log.info(f"{self.prefix}: neighbors for {manifest.num_places:,} chunks{what_filters_left(manifest)}")
 
-    def _copies_before(self, plan: Plan) -> int:
-        """Those that the searches of the earlier table left out."""
-        return 0 if plan.table is None else read_table_manifest(self.folder.parent / plan.table).num_copies or 0
+    def _num_copies(self, plan: Plan) -> int | None:
+        """Those that the searches left out, of the earlier table as well; None where it does not say."""
+        before = 0 if plan.table is None else read_table_manifest(self.folder.parent / plan.table).num_copies
+        if before is None:
+            return None
+        found = (
+            int(folder.read(block, "num_copies")["num_copies"][0])
+            for folder in (plan.blocks, plan.updates)
+            for block in folder.blocks
+        )
+        return before + sum(found)
 
     def earlier_rows(self, plan: Plan, start: int, stop: int) -> Arrays:
         """Rows of the table that is taken over, by position."""

@@ -141,8 +141,16 @@ class KeyedChunks:
         Raises:
             DataError: a block of chunks is damaged, or the disk is full.
         """
-        if not self.num_chunks or worker.from_first(self._is_made):
+        if not self.num_chunks:
             return
+        if worker.from_first(self._is_made):
+            if worker.is_first:
+                self._remove_passing()
+            return
+        if worker.is_first:
+            # It said that the lists are there, and names alone are looked at.
+            self._seal.unlink(missing_ok=True)
+        worker.barrier()
         self._made_here = True
         compute_blocks(self._runs, self._make_run, worker, "keys of chunks", "run")
         compute_blocks(self._hashes, self._list_hashes, worker, "hashes of chunks", "part")
@@ -155,9 +163,13 @@ class KeyedChunks:
         if worker.is_first:
             # The last, for it says that the others are there.
             write_arrays(self._seal, {"ends": self.ends}, self._signature)
-            self._runs.remove()
-            self._repeats.unlink(missing_ok=True)
+            self._remove_passing()
         worker.barrier()
+
+    def _remove_passing(self) -> None:
+        """What lists are made of. A run that was killed after it had made them leaves it."""
+        self._runs.remove()
+        self._repeats.unlink(missing_ok=True)
 
     def _is_made(self) -> bool:
         """Whether the lists are there. Looks at names alone: whoever looks a key up compares its part's checksum."""

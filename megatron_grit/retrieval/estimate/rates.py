@@ -33,8 +33,9 @@ from megatron_grit.data.text.markers import Side
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.vectors import embed_chunks, open_vectors
 from megatron_grit.retrieval.index.factory import lists_of, width_of
-from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search, nearest_centres
-from megatron_grit.retrieval.index.kmeans import ITERATIONS
+from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search
+from megatron_grit.retrieval.index.kmeans import ITERATIONS, POINTS_PER_LIST
+from megatron_grit.retrieval.index.on_torch import nearest_centres
 from megatron_grit.retrieval.index.recall import RECALL_AT
 from megatron_grit.retrieval.index.recall_queries import NUM_QUERIES
 from megatron_grit.retrieval.index.threads import ROWS_OF_PART
@@ -350,12 +351,12 @@ def measure_vectors(rates: Rates, every_ND: np.ndarray, factory: str, config: Re
     if lists is not None:
         centres = min(_CENTRES, len(inner))
         rates.cluster = _spent(lambda: VectorIndex.train(f"IVF{centres},Flat", metric, inner)).times(
-            1 / (ITERATIONS * centres * inner.size)
+            1 / (ITERATIONS * centres * min(len(inner), POINTS_PER_LIST * centres) * width)
         )
         length = min(max(num_chunks / lists, _SHORTEST), len(inner) / 16)
         count = max(1, int(len(inner) / length))
         small, visited = f"IVF{count},{codes}", min(count, nprobe_of(config, lists))
-        trains = rates.cluster.times(ITERATIONS * count * sample.size)
+        trains = rates.cluster.times(ITERATIONS * count * min(len(sample), POINTS_PER_LIST * count) * width)
     trained: list[VectorIndex] = []
     learnt = _spent(lambda: trained.append(VectorIndex.train(small, metric, sample))) - trains
     rates.learn = learnt.times(1 / len(sample))

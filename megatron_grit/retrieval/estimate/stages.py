@@ -168,7 +168,8 @@ class Estimate:
             spent += rates.assign.times(held * sizes.num_processes * self.lists * self.width * ITERATIONS)
             passing += 3 * 4 * self.lists * self.width
         else:
-            alone += rates.cluster.times(sample * self.lists * self.width * ITERATIONS)
+            clustered = min(sample, POINTS_PER_LIST * self.lists)
+            alone += rates.cluster.times(clustered * self.lists * self.width * ITERATIONS)
         if not sizes.stored:
             spent += rates.embed.times(sizes.num_train)
             passing += 4 * sizes.dim * sizes.num_train

@@ -26,7 +26,6 @@ from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.index.factory import GRAPHS, check_kind, lists_of
 from megatron_grit.retrieval.index.id_ranges import NO_RANGES, count, drop_members, outside
 from megatron_grit.retrieval.index.manifest import IndexManifest, is_whole, read_manifest, remedy_of, write_manifest
-from megatron_grit.retrieval.index.on_torch import device_of_process, nearest_by_torch
 from megatron_grit.retrieval.index.pair_scores import scored_by_pairs
 from megatron_grit.retrieval.index.threads import in_parts
 from megatron_grit.retrieval.index.threads import num_threads as threads_of
@@ -184,17 +183,20 @@ class VectorIndex:
             made._training.train_transforms(np.ascontiguousarray(vectors_ND, dtype=np.float32))
         return made
 
-    def finish_training(self, vectors_ND: np.ndarray, centres_KD: np.ndarray) -> None:
+    def finish_training(
+        self, vectors_ND: np.ndarray, centres_KD: np.ndarray, *, num_threads: int | None = None
+    ) -> None:
         """Learn the rest.
 
         Args:
             vectors_ND: a sample that is large enough for codes; not turned.
             centres_KD: of the lists, of vectors that were turned.
+            num_threads: None: as many as OpenMP says.
 
         Raises:
             ConfigError: faiss cannot train it.
         """
-        with self._learning(None):
+        with self._learning(num_threads):
             self._training.set_centres(centres_KD)
             self._training.train_codes(self.transformed(vectors_ND))
 
@@ -463,17 +465,6 @@ def exact_search(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int, metric:
     else:
         scores, ids = faiss.knn(queries, vectors, k, metric=kind)
     return scores, ids
-
-
-def nearest_centres(vectors_ND: np.ndarray, centres_KD: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest of some centres of each vector: scores, float32 [N], and numbers, int64 [N]. On a GPU where faiss or
-    torch finds one. Parts of as many rows are compared by themselves."""
-    if not _devices():
-        return nearest_by_torch(vectors_ND, centres_KD, metric, device_of_process())
-    if not len(vectors_ND):
-        return np.empty(0, np.float32), np.empty(0, np.int64)
-    found = in_parts(_faiss(), lambda part: exact_search(part, centres_KD, 1, metric), vectors_ND)
-    return np.concatenate([scores[:, 0] for scores, _ in found]), np.concatenate([ids[:, 0] for _, ids in found])
 
 
 def _reason(error: BaseException) -> str:

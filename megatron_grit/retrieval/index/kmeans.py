@@ -4,9 +4,9 @@ As faiss's Clustering does it: random vectors are the first centres; each vector
 centre becomes the mean of its own, and one that has none takes half of another's. A process holds a run of the vectors
 and adds up the means of a range of the centres.
 
-The result is the same, bit for bit, for any number of processes, on one kind of machine. Vectors are
-compared in parts of the same rows, whoever compares them; sums are of integers, whose order does not matter. These are
-the vectors' channels in fixed point, with so many bits that no sum can overflow: of 2^28 vectors 33 bits below the
+The result is the same, bit for bit, for any number of processes and of their threads, on one kind of machine. Vectors
+are compared in parts of the same rows, whoever compares them; sums are of integers, whose order does not matter. These
+are the vectors' channels in fixed point, with so many bits that no sum can overflow: of 2^28 vectors 33 bits below the
 largest channel, where float32 has 24.
 """
 

@@ -20,8 +20,9 @@ from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.index_files import IndexFiles, check_index, is_finished
 from megatron_grit.retrieval.database.vectors import ChunkVectors, open_vectors
 from megatron_grit.retrieval.index.factory import index_bytes, lists_of
-from megatron_grit.retrieval.index.faiss_index import VectorIndex, nearest_centres
+from megatron_grit.retrieval.index.faiss_index import VectorIndex
 from megatron_grit.retrieval.index.kmeans import ITERATIONS, POINTS_PER_LIST, SHARED_LISTS, KMeans, share_of
+from megatron_grit.retrieval.index.on_torch import nearest_centres
 from megatron_grit.retrieval.index.recall_queries import RecallQuestions
 from megatron_grit.retrieval.index.sizing import too_coarse
 from megatron_grit.retrieval.stages.task import EMBEDDER_SETTINGS, WARNING, Inputs, Job, Task
@@ -210,9 +211,8 @@ def _train_alone(sample: _Sample, worker: Worker) -> Trained | None:
     if not worker.is_first:
         return None
     vectors = sample.rows(np.arange(sample.count))
-    # The other processes wait, and torchrun gave each of them one thread.
-    threads = len(os.sched_getaffinity(0)) if worker.world_size > 1 else None
-    return VectorIndex.train(sample.files.factory, sample.project.config.metric, vectors, num_threads=threads), vectors
+    factory, metric = sample.files.factory, sample.project.config.metric
+    return VectorIndex.train(factory, metric, vectors, num_threads=_threads_of_one(worker)), vectors
 
 
 def _train_together(sample: _Sample, worker: Worker) -> Trained | None:
@@ -239,8 +239,13 @@ def _train_together(sample: _Sample, worker: Worker) -> Trained | None:
     if not worker.is_first:
         return None
     learnt_from = sample.some(_MOST_FOR_CODES)
-    index.finish_training(learnt_from, centres)
+    index.finish_training(learnt_from, centres, num_threads=_threads_of_one(worker))
     return index, learnt_from
+
+
+def _threads_of_one(worker: Worker) -> int | None:
+    """Of the first process while the others wait: torchrun gave each of them one thread. None: as many as it has."""
+    return len(os.sched_getaffinity(0)) if worker.world_size > 1 else None
 
 
 def _state_folder(files: IndexFiles) -> Path:

@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megatron_grit.retrieval.dedup import keys
 from megatron_grit.retrieval.dedup.duplicates import EQUAL, SIMILAR, DuplicateSearch, KnownChunks
 from megatron_grit.retrieval.dedup.keys import ChunkBlock, KeyedChunks
 from megatron_grit.retrieval.work import Worker
-from megatron_grit.store.blocks import write_arrays
+from megatron_grit.store.blocks import BlockFolder, write_arrays
 from tests.unit.retrieval.workers import run_together
 
 NUM_PERMUTATIONS = 32
@@ -244,6 +245,39 @@ def test_a_search_that_was_killed_goes_on(
     other.run(Worker())
     assert (other.state() == state_of(tmp_path / "other", blocks, near_threshold=0.84)).all()
     assert (other.state() != straight.state()).any()
+
+
+def test_what_lists_are_made_of_goes_after_a_kill(
+    tmp_path: Path, blocks: list[ChunkBlock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that came when they were made already."""
+    for name in ("straight", "killed"):
+        with monkeypatch.context() as patch:
+            if name == "killed":
+                patch.setattr(BlockFolder, "remove", lambda _: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    KeyedChunks(config_of(), tmp_path / name, blocks).make(Worker())
+                assert (tmp_path / "killed" / "runs").is_dir() and (tmp_path / "killed" / "repeats.npy").is_file()
+        KeyedChunks(config_of(), tmp_path / name, blocks).make(Worker())
+    assert not (tmp_path / "killed" / "runs").exists()
+    assert content(tmp_path / "killed") == content(tmp_path / "straight")
+
+
+def test_lists_are_not_taken_for_those_they_were(
+    tmp_path: Path, chunks: Chunks, blocks: list[ChunkBlock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of other chunks were being made in their place when the run was killed."""
+    before = KeyedChunks(config_of(duplicates="exact"), tmp_path / "keys", blocks)
+    before.make(Worker())
+    whole = content(tmp_path / "keys")
+    others = write_blocks(tmp_path / "others", make_chunks(400, seed=9))
+    others = [replace(block, signature=f"others {number}") for number, block in enumerate(others)]
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_grit.retrieval.dedup.keys.write_arrays", lambda *_: 1 / 0)  # the seal
+        with pytest.raises(ZeroDivisionError):
+            KeyedChunks(config_of(duplicates="exact"), tmp_path / "keys", others).make(Worker())
+    KeyedChunks(config_of(duplicates="exact"), tmp_path / "keys", blocks).make(Worker())
+    assert content(tmp_path / "keys") == whole
 
 
 def count_opens(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:

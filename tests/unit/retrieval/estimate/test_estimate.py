@@ -105,6 +105,22 @@ def test_lists_are_as_long_as_they_will_be(
     assert factories[-1] == f"IVF{lists},SQ8" and visited == nprobes
 
 
+def test_clustering_takes_256_vectors_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So where codes are learned from more, all else that training takes is theirs."""
+    monkeypatch.setattr(rates, "_VECTORS", 300)
+    monkeypatch.setattr(rates, "_QUERIES", 16)
+    monkeypatch.setattr(rates, "_CENTRES", 1)
+    spent = [Spent(0.256, 0.256), Spent(100.0, 100.0)]  # of training a list, and the index
+    monkeypatch.setattr(rates, "_spent", lambda function: (function(), spent.pop(0))[1])
+    monkeypatch.setattr(rates, "_typical", lambda function: Spent(1.0, 1.0))
+    known = Rates(chunks_per_token=0, places_per_token=0, documents_per_token=0, text_bytes=200)
+    vectors = np.random.default_rng(0).standard_normal((5000, 8), dtype=np.float32)
+    rates.measure_vectors(known, vectors, "IVF16,SQ8", RetroDbConfig(), 10**6)
+    assert known.cluster.cpu == pytest.approx(0.256 / (10 * 256 * 8))
+    num_lists = 16  # as many as can be of 300 vectors
+    assert known.learn.cpu == pytest.approx((100 - known.cluster.cpu * 10 * num_lists * 256 * num_lists * 8) / 5000)
+
+
 @pytest.mark.parametrize(
     "factory",
     ["Flat", "SQ8", "PQ4x4", "HNSW8", "IVF16,Flat", "IVF16_HNSW8,SQfp16", "OPQ8_16,IVF16,PQ8", "PCA8,IVF16,SQ8"],
@@ -145,6 +161,9 @@ def test_time_of_several_processes() -> None:
     assert train is not None and embed is not None
     assert train.alone.wall == pytest.approx(100 * 4 * 4 * 10 * 1e-3)
     assert train.seconds(8) == pytest.approx(train.alone.wall + 100 * 1e-3 / 8)
+    many = Estimate(RetroDbConfig(), replace(sizes, num_train=5000), known).of("index-train")
+    assert many is not None, "faiss takes 256 vectors a list"
+    assert many.alone.wall == pytest.approx(256 * 4 * 4 * 4 * 10 * 1e-3)
     assert embed.seconds(8) == pytest.approx(1000 * 1e-3 / 8) and embed.disk == 16_000
     said = list(lines_of(estimate, TASKS))
     assert "1,000 chunks, index IVF4,Flat, 1,000 embedded a second, 8 processes" in said[0]

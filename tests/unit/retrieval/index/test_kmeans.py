@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from megatron_grit.retrieval.index import kmeans
-from megatron_grit.retrieval.index.faiss_index import exact_search, nearest_centres
+from megatron_grit.retrieval.index.faiss_index import exact_search
 from megatron_grit.retrieval.index.kmeans import KMeans, share_of
-from megatron_grit.retrieval.index.on_torch import nearest_by_torch
+from megatron_grit.retrieval.index.on_torch import nearest_centres
 from megatron_grit.retrieval.work import Worker
 from megatron_grit.store.blocks import BlockFolder
 from tests.unit.retrieval.workers import run_together
@@ -158,7 +158,24 @@ def test_torch_finds_the_same_centres(metric: str, monkeypatch: pytest.MonkeyPat
     vectors = vectors_of(1000)
     centres = vectors[:LISTS].copy()
     centres[30] = centres[2]
-    scores, numbers = nearest_by_torch(vectors, centres, metric, "cpu")
+    scores, numbers = nearest_centres(vectors, centres, metric, "cpu")
     wanted_scores, wanted = (found[:, 0] for found in exact_search(vectors, centres, 1, metric))
     assert (numbers == wanted).mean() > 0.999 and (numbers == 2).any() and not (numbers == 30).any()
     np.testing.assert_allclose(scores, wanted_scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [20, 37])
+def test_threads_change_no_bit(num_rows: int) -> None:
+    """Products of so few rows have other last bits where several threads share them."""
+    random = np.random.default_rng(0)
+    vectors, centres = (random.standard_normal((n, 768), dtype=np.float32) for n in (num_rows, 1100))
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(nearest_centres(vectors, centres, "inner_product", "cpu"))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    for scores, numbers in found[1:]:
+        assert scores.tobytes() == found[0][0].tobytes() and (numbers == found[0][1]).all()

@@ -20,6 +20,7 @@ from megatron_grit.retrieval.stages.add import add_documents
 from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
 from megatron_grit.retrieval.stages.tombstone import remove_documents
 from megatron_grit.retrieval.work import Worker
+from megatron_grit.store.sealed import read_sealed, write_sealed
 from tests.unit.retrieval.databases import (
     CHUNK,
     WordEmbedder,
@@ -118,6 +119,13 @@ def test_short_rows_are_searched_again(tmp_path: Path, caplog: pytest.LogCapture
         assert np.array_equal(getattr(table, name), getattr(at_once, name)), name
     assert num_copies[0] >= 40 * 31 and num_copies[1] >= num_copies[0] and num_copies[2] >= num_copies[1]
     assert f"{num_copies[1]:,} copies were left out" in caplog.text
+    # Tables of an earlier release do not say how many: neither does what goes on from one.
+    for path in project.folder.glob("query/*/table.json"):
+        write_sealed(path, {name: value for name, value in read_sealed(path).items() if name != "num_copies"})
+    remove_documents(another(project), Worker(), "corpus:51")
+    query_neighbors(another(project), Worker(), WordEmbedder())
+    last = open_table(another(project))[1].manifest
+    assert last.num_taken_over > 0 and last.num_copies is None
 
 
 @pytest.mark.parametrize("most_kept", [1 << 18, 0])

@@ -24,6 +24,7 @@ from megatron_grit.retrieval.index.manifest import read_manifest
 from megatron_grit.retrieval.index.recall import RECALL_AT, choose_search, fewest, read_search, recall_of, without_own
 from megatron_grit.retrieval.index.recall_queries import NUM_QUERIES, query_ids
 from megatron_grit.retrieval.index.search import ShardedIndex
+from megatron_grit.retrieval.index.training import Training
 from megatron_grit.retrieval.stages import index_train
 from megatron_grit.retrieval.stages.db_build import build_chunks
 from megatron_grit.retrieval.stages.index_add import add_to_index
@@ -144,6 +145,25 @@ def test_many_lists_are_trained_by_all_processes(
     assert len(set(found)) == 1 and iterations.count(9) == 1 + 3 + 1 and iterations[-10:] == list(range(10))
     add_to_index(project, Worker(), Words())
     assert read_search(files.search).recall == pytest.approx(wanted, abs=0.1)
+
+
+@pytest.mark.parametrize("shared_lists", [8, 1 << 14])
+def test_the_process_that_trains_alone_has_all_threads(
+    project: Project, monkeypatch: pytest.MonkeyPatch, shared_lists: int
+) -> None:
+    """Under torchrun each has one, and the others wait."""
+    monkeypatch.setattr(index_train, "SHARED_LISTS", shared_lists)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 5, 7})
+    train_codes, used = Training.train_codes, []
+
+    def noting(self: Training, vectors: np.ndarray) -> None:
+        used.append(self.faiss.omp_get_max_threads())
+        train_codes(self, vectors)
+
+    monkeypatch.setattr(Training, "train_codes", noting)
+    project = another(project, index="IVF8,SQ8", block_size=10_000)
+    run_together(2, lambda worker: train_index(project, worker, Words()))
+    assert used == [5]
 
 
 def test_more_shards_than_blocks(project: Project) -> None:
