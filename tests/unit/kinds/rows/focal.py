@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.kinds import generative
 from megatron_grit.data.order.sampler import stream_of
 from megatron_grit.data.rows.batch import PackedRow
-from megatron_grit.data.rows.segments import Segment
+from megatron_grit.data.rows.stream import PlannedRow
 
 LEAD_AND_TEXT = generative.LEAD_AND_TEXT
 
@@ -27,9 +23,9 @@ class FocalStream(generative.GenerativeStream):
         return None
 
 
-def make_row(sequences: Sequence[Segment], slots: np.ndarray, row_length: int, pad_id: int) -> PackedRow:
+def make_row(planned: PlannedRow, row_length: int, pad_id: int) -> PackedRow:
     """A row of this kind."""
-    return generative.make_row(sequences, slots, row_length, pad_id, FocalStream.kind)
+    return generative.make_row(planned, row_length, pad_id, kind=FocalStream.kind)
 
 
 STREAM = FocalStream
