@@ -67,7 +67,8 @@ class Tokenizer(ABC):
 
     Attributes:
         path: the file that was read.
-        fingerprint: SHA-256 of that file, in hexadecimal. Indexed files carry it.
+        fingerprint: SHA-256 of that file, in hexadecimal, and of begin, end and special tokens where those of a
+            SentencePiece model are changed by the files beside it. Indexed files carry it.
         vocab_size: one more than the largest id.
         bos_id: begin of sequence.
         eos_id: end of sequence.
@@ -163,7 +164,6 @@ class SentencePieceTokenizer(Tokenizer):
 
         self.path = path
         content = path.read_bytes()
-        self.fingerprint = hashlib.sha256(content).hexdigest()
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(content)
@@ -183,6 +183,13 @@ class SentencePieceTokenizer(Tokenizer):
         pad = token_name(settings.get("pad_token"))
         pad_id = self._processor.pad_id() if pad is None else self._id_of(pad)
         self.pad_id = self.eos_id if pad_id < 0 else pad_id
+        self.fingerprint = hashlib.sha256(content + self._changed_beside()).hexdigest()
+
+    def _changed_beside(self) -> bytes:
+        """What the files beside the model change of its ids. Nothing: data are those of the model alone."""
+        own, ends = [self._processor.bos_id(), self._processor.eos_id()], [self.bos_id, self.eos_id]
+        added = {i: self.added_tokens[i].content for i in sorted(self._left_out - {*own, self._processor.unk_id()})}
+        return json.dumps([ends, added]).encode() if added or ends != own else b""
 
     def _find(self, key: str, settings: dict[str, Any], own: int) -> int:
         name = token_name(settings.get(key))
@@ -248,7 +255,7 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         settings = read_settings(self.path)
         there = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
-        self._tokenizer.add_tokens(added_tokens(self.path, settings, there))
+        self._tokenizer.add_tokens(list(added_tokens(self.path, settings, there).values()))
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = self._find("bos_token", settings, _BOS_NAMES)
         self.eos_id = self._find("eos_token", settings, _EOS_NAMES)

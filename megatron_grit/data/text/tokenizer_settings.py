@@ -36,9 +36,9 @@ def token_name(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def added_tokens(tokenizer_path: Path, settings: dict[str, Any], there: Collection[str]) -> list[Any]:
-    """Tokens to add to a tokenizer, as ``tokenizers.AddedToken``, by id: those of ``added_tokens_decoder``; without it
-    those of ``added_tokens.json`` that the tokenizer has not added itself.
+def added_tokens(tokenizer_path: Path, settings: dict[str, Any], there: Collection[str]) -> dict[int, Any]:
+    """Tokens to add to a tokenizer, as ``tokenizers.AddedToken``, by the ids that the files state, in order: those of
+    ``added_tokens_decoder``; without it those of ``added_tokens.json`` that the tokenizer has not added itself.
 
     Args:
         tokenizer_path: of the tokenizer's file.
@@ -58,13 +58,13 @@ def added_tokens(tokenizer_path: Path, settings: dict[str, Any], there: Collecti
             for _, entry in entries:
                 entry.pop("__type", None)
                 entry["special"] = entry.get("special", False) or entry["content"] in named
-            return [tokenizers.AddedToken(**entry) for _, entry in entries]
+            return {index: tokenizers.AddedToken(**entry) for index, entry in entries}
         where = tokenizer_path.with_name("added_tokens.json")
         names = {int(index): name for name, index in _read_object(where).items() if name not in there}
-        return [
-            tokenizers.AddedToken(name, special=name in named, normalized=name not in named)
-            for _, name in sorted(names.items())
-        ]
+        return {
+            index: tokenizers.AddedToken(name, special=name in named, normalized=name not in named)
+            for index, name in sorted(names.items())
+        }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = "added_tokens_decoder" if where.name == "tokenizer_config.json" else "it"
         raise DataError(f"{what} holds no tokens by id: {error}", path=where) from error
@@ -80,8 +80,8 @@ def tokens_of_pieces(path: Path, settings: dict[str, Any], processor: Any) -> di
         processor: the model.
 
     Raises:
-        DataError: they are no tokens by id, one that is not special stands for text that the model cuts up, or
-            ``add_prefix_space`` is not what the model does.
+        DataError: they are no tokens by id, one that is not special stands for text that the model cuts up, one has
+            another id than that of its piece or the next, or ``add_prefix_space`` is not what the model does.
     """
     from tokenizers import AddedToken
 
@@ -95,19 +95,23 @@ def tokens_of_pieces(path: Path, settings: dict[str, Any], processor: Any) -> di
     found = {index: AddedToken(name, special=True, normalized=False) for name, index in control.items()}
     named = [token_name(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")]
     pieces = [name for name in named if name is not None and _piece_id(processor, name) is not None]
-    added = [AddedToken(name, special=True, normalized=False) for name in pieces]
-    for token in [*added, *added_tokens(path, settings, control)]:
+    added = [(None, AddedToken(name, special=True, normalized=False)) for name in pieces]
+    where = "tokenizer_config.json" if "added_tokens_decoder" in settings else "added_tokens.json"
+    for stated, token in [*added, *added_tokens(path, settings, control).items()]:
         index = _piece_id(processor, token.content)
-        if index is not None and _is_symbol(processor, index):
-            continue
-        if not token.special:
-            where = "tokenizer_config.json" if "added_tokens_decoder" in settings else "added_tokens.json"
+        here = max([size - 1, *found]) + 1 if index is None else index
+        is_symbol = index is not None and _is_symbol(processor, index)
+        if not (is_symbol or token.special):
             raise DataError(
                 f"{where} beside it adds {token.content!r}, which texts are to be read as, and this model cuts it up; "
                 f"{_AS_JSON}",
                 path=path,
             )
-        found[max([size - 1, *found]) + 1 if index is None else index] = token
+        if stated not in (None, here):
+            what = f"{where} beside it gives {token.content!r} the id {stated}, and with this model it has {here}"
+            raise DataError(f"{what}; {_AS_JSON}", path=path)
+        if not is_symbol:
+            found[here] = token
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -102,3 +103,38 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(DataError, match="no bos_token"):
         load_tokenizer(byte_level_json(tmp_path / "other", config={"bos_token": "<absent>"}))
+
+
+def test_special_tokens_beside_a_sentencepiece_model_are_in_its_fingerprint(
+    tokenizer_path: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Data built with another end of sequence are refused; settings that change no id leave the fingerprint alone."""
+    shutil.copyfile(tokenizer_path, tmp_path / "tokenizer.model")
+
+    def beside(**settings: object) -> Tokenizer:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        return load_tokenizer(tmp_path)
+
+    same = {str(index): {"content": tokenizer.id_to_token(index), "special": True} for index in range(3)}
+    own = hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
+    assert beside(eos_token="</s>", pad_token="<unk>", added_tokens_decoder=same).fingerprint == own
+    more = {str(tokenizer.vocab_size): {"content": "<|end|>", "special": True}}
+    found = {own, beside(eos_token="<s>").fingerprint, beside(added_tokens_decoder=more).fingerprint}
+    assert len({*found, beside(added_tokens_decoder=more, eos_token="<|end|>").fingerprint}) == 4
+
+
+def test_ids_of_added_tokens_are_the_next_ones_or_refused(
+    tokenizer_path: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    shutil.copyfile(tokenizer_path, tmp_path / "tokenizer.model")
+    size = tokenizer.vocab_size
+    token = {"content": "<|end|>", "special": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {size + 5: token}}))
+    with pytest.raises(DataError, match=rf"tokenizer_config.json .*'<\|end\|>' the id {size + 5}, .* it has {size}"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|end|>": size + 5}))
+    with pytest.raises(DataError, match=rf"added_tokens.json .* the id {size + 5}, .* it has {size}"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|end|>": size}))
+    assert load_tokenizer(tmp_path).eos_id == size
