@@ -45,6 +45,7 @@ from megatron_grit.data.kinds.embedding import EmbeddingCounts, make_row
 from megatron_grit.data.rows.batch import BatchPart, PackedRow, StepBatch
 from megatron_grit.data.rows.packing import pack
 from megatron_grit.data.rows.segments import Segment
+from megatron_grit.data.rows.stream import PlannedRow
 from megatron_grit.errors import ConfigError, GritError
 from megatron_grit.losses import contrastive
 from megatron_grit.parallel.launch import parallel_job
@@ -88,7 +89,8 @@ def synthetic_batch(num_queries: int, group_size: int, length: int, tokens_per_r
     ]
     packed = pack(lengths, tokens_per_row)
     row_length = -(-max(int(lengths[slots].sum()) for slots in packed) // 8) * 8
-    rows = [make_row([segments[slot] for slot in slots], slots, row_length, PAD) for slots in packed]
+    planned = [PlannedRow(segments=[segments[slot] for slot in slots], slots=slots) for slots in packed]
+    rows = [make_row(row, row_length, PAD) for row in planned]
     counts = EmbeddingCounts(
         num_queries=num_queries,
         group_size=group_size,

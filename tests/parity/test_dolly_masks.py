@@ -62,12 +62,12 @@ def dolly(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 @pytest.fixture(scope="module")
 def tokenizers(dolly: tuple[Path, list], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("tokenizers")
+    folder, alone = (tmp_path_factory.mktemp(name) for name in ("tokenizers", "model"))
     texts = [content for conversation in dolly[1][:NUM_RECORDS:4] for _, content in conversation]
     specials = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     settings = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": CHATML}
     return {
-        "sentencepiece": train_sentencepiece(texts, folder / "small", 1000),
+        "sentencepiece": train_sentencepiece(texts, alone / "small", 1000),
         "byte-level": chat_json(folder, texts, special_tokens=specials, vocab_size=3000, settings=settings),
     }
 

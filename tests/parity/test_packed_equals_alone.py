@@ -21,6 +21,7 @@ from megatron_grit.data.kinds import embedding, generative
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.rows.segments import spans_between
+from megatron_grit.data.rows.stream import PlannedRow
 from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_grit.models import attention
 from megatron_grit.models.decoder import GritDecoder, Output, build_model
@@ -123,7 +124,7 @@ def packed_and_alone(
                 packed.append(output)
                 length = -(-segment.length // 8) * 8
                 rows = generative if kind is RowKind.GENERATIVE else embedding
-                single = rows.make_row([segment], np.zeros(1, dtype=np.int64), length, 0)
+                single = rows.make_row(PlannedRow(segments=[segment], slots=np.zeros(1, dtype=np.int64)), length, 0)
                 alone.append(outputs(model, single, [segment.length])[0])
         step += 1
     return np.stack(packed), np.stack(alone)

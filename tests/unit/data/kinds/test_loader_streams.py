@@ -275,11 +275,13 @@ def test_long_texts_are_cut(tmp_path: Path) -> None:
 def test_all_sequences_of_a_step_too_long(tmp_path: Path) -> None:
     prefix = write_chats(tmp_path / "long", [[40, 40]] * 6)
     config = run_config(tmp_path, generative=[prefix], over_long="drop")
-    with pytest.raises(DataError, match="step 0: all of its 8 sequences are too long, and data.over_long is drop"):
-        GritDataLoader(config, TOKENIZER).batch(0)
-    config.data.packing, config.training.generative_rows = "window", 1
-    with pytest.raises(DataError, match="have nothing to train on; raise data.tokens_per_row"):
-        GritDataLoader(config, TOKENIZER).batch(0)
+    with pytest.raises(ConfigError, match="all 6 records are longer than data.tokens_per_row 64, the shortest has 80"):
+        GritDataLoader(config, TOKENIZER)
+    few = write_chats(tmp_path / "few", [[40, 40]] * 60 + [[3, 4]])
+    config.data.generative, config.training.generative_batch_size = [few], 1
+    with pytest.raises(DataError, match="all of its 1 sequences are too long, and data.over_long is drop"):
+        for step in range(2):
+            GritDataLoader(config, TOKENIZER).batch(step)
 
 
 def test_a_batch_that_shared_texts_forbid(tmp_path: Path) -> None:
