@@ -303,9 +303,27 @@ train_gritlm() {
         --output_dir "${OUTPUT_DIR:=runs/$name}" "$@"
 }
 
+# tune_model VARIABLE TOOL BATCH EPOCHS SHAPE...: adds to the caller's recipe the weights of MODEL and the steps that see the
+# files of VARIABLE, made with TOOL, EPOCHS times. SHAPE: options that stand for MODEL in a dry run without its files.
+tune_model() {
+    local variable="$1" tool="$2" batch="$3" epochs="$4" steps
+    shift 4
+    if [[ "${DRY_RUN:-0}" != 1 ]]; then
+        # Prefixes are words: shellcheck disable=SC2086
+        steps="$(epochs_to_steps "$variable" "$tool" "$batch" "$epochs" ${!variable})" || exit $?
+        recipe+=(--training.steps "$steps")
+    fi
+    if [[ "${DRY_RUN:-0}" == 1 && ! -f "$MODEL/config.json" ]]; then
+        # Its shape is in its files, which need not be there.
+        recipe+=("$@" --data.tokenizer "$MODEL")
+    else
+        recipe+=(--model.pretrained "$MODEL")
+    fi
+}
+
 # train_sgpt NAME BATCH EPOCHS OPTION...: with MODEL and EMBEDDING_DATA. tiny_sgpt DIRECTORY makes the data of SCALE=tiny.
 train_sgpt() {
-    local name="$1" batch="$2" epochs="${EPOCHS:-$3}" processes="${GPUS_PER_NODE:-8}" steps
+    local name="$1" batch="$2" epochs="${EPOCHS:-$3}" processes="${GPUS_PER_NODE:-8}"
     local texts="${1#sgpt_}" configs="$ROOT/examples/configs" recipe=(--config "$ROOT/examples/configs/$1.yaml")
     shift 3
     if is_tiny; then
@@ -317,17 +335,7 @@ train_sgpt() {
     else
         required MODEL "the directory of GPT-J's Hugging Face files"
         required EMBEDDING_DATA "the prefixes of the data (see the top of this file)"
-        if [[ "${DRY_RUN:-0}" != 1 ]]; then
-            # Prefixes are words: shellcheck disable=SC2086
-            steps="$(epochs_to_steps EMBEDDING_DATA build_grit.py "$batch" "$epochs" $EMBEDDING_DATA)" || exit $?
-            recipe+=(--training.steps "$steps")
-        fi
-        if [[ "${DRY_RUN:-0}" == 1 && ! -f "$MODEL/config.json" ]]; then
-            # Its shape is in its files, which need not be there.
-            recipe+=(--config "$configs/gptj_6b.yaml" --data.tokenizer "$MODEL")
-        else
-            recipe+=(--model.pretrained "$MODEL")
-        fi
+        tune_model EMBEDDING_DATA build_grit.py "$batch" "$epochs" --config "$configs/gptj_6b.yaml"
     fi
     # shellcheck disable=SC2086
     run_training 1 "$processes" "${recipe[@]}" --data.embedding "$(yaml_list $EMBEDDING_DATA)" \
@@ -336,7 +344,7 @@ train_sgpt() {
 
 # train_sft NAME BATCH EPOCHS OPTION...: with MODEL and GENERATIVE_DATA.
 train_sft() {
-    local name="$1" batch="$2" epochs="${EPOCHS:-$3}" processes="${GPUS_PER_NODE:-8}" steps
+    local name="$1" batch="$2" epochs="${EPOCHS:-$3}" processes="${GPUS_PER_NODE:-8}"
     local recipe=(--config "$ROOT/examples/configs/$1.yaml")
     shift 3
     if is_tiny; then
@@ -347,17 +355,7 @@ train_sft() {
     else
         required MODEL "the directory of the base model's Hugging Face files"
         required GENERATIVE_DATA "the prefixes of the data (see the top of this file)"
-        if [[ "${DRY_RUN:-0}" != 1 ]]; then
-            # Prefixes are words: shellcheck disable=SC2086
-            steps="$(epochs_to_steps GENERATIVE_DATA build_sft.py "$batch" "$epochs" $GENERATIVE_DATA)" || exit $?
-            recipe+=(--training.steps "$steps")
-        fi
-        if [[ "${DRY_RUN:-0}" == 1 && ! -f "$MODEL/config.json" ]]; then
-            # Its shape is in its files, which need not be there.
-            recipe+=(--model mistral_7b --data.tokenizer "$MODEL")
-        else
-            recipe+=(--model.pretrained "$MODEL")
-        fi
+        tune_model GENERATIVE_DATA build_sft.py "$batch" "$epochs" --model mistral_7b
     fi
     # shellcheck disable=SC2086
     run_training 1 "$processes" "${recipe[@]}" --data.generative "$(yaml_list $GENERATIVE_DATA)" \
