@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_grit.errors import ConfigError
@@ -42,7 +42,7 @@ def run(argv: Sequence[str] | None) -> int:
     try:
         launch(parse_args(argv))
     except ChildFailedError as error:
-        return _status_of(*error.get_first_failure())
+        return _status_of(*_first_failure(error.failures))
     except SignalException as error:
         print(f"{PROG}: ended by {signal.Signals(error.sigval).name}", file=sys.stderr)
         return 128 + int(error.sigval)
@@ -58,6 +58,23 @@ def _silence() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _first_failure(failures: Mapping[int, Any]) -> tuple[int, Any]:
+    """The rank that failed first, and how.
+
+    A rank whose error another rank has as well waits for that one to say it
+    (:func:`~megatron_grit.parallel.failures.tell`), and is ended by the launcher meanwhile: its own error may be the
+    older one, yet the status is that of the rank that spoke. A rank that somebody else ends by SIGTERM has no error.
+    """
+
+    def order(rank: int) -> tuple[bool, int]:
+        failure = failures[rank]
+        has_waited = failure.exitcode == -signal.SIGTERM and os.path.isfile(failure.error_file)
+        return has_waited, failure.timestamp
+
+    first = min(failures, key=order)
+    return first, failures[first]
 
 
 def _status_of(rank: int, failure: Any) -> int:

@@ -201,6 +201,23 @@ def test_what_one_rank_meets_is_told_once(tmp_path: Path, fault: str, status: in
     assert re.fullmatch("\n".join(lines), result.stderr.strip(), re.DOTALL), result.stderr
 
 
+@pytest.mark.processes(2)
+def test_a_rank_that_meets_it_later_speaks_for_both(tmp_path: Path) -> None:
+    """Rank 1 was first, and is ended by the launcher while it waits: the status is that of rank 0, which speaks."""
+    program = tmp_path / "later.py"
+    program.write_text(
+        "import os, sys, time\n"
+        "from megatron_grit.cli.main import guarded\n"
+        "from megatron_grit.errors import DataError\n"
+        "def command():\n"
+        "    time.sleep(1.5 * (os.environ['RANK'] == '0'))\n"
+        "    raise DataError('all meet this')\n"
+        "sys.exit(guarded(command, joins_job=True))\n"
+    )
+    result = job([str(program)])
+    assert (result.returncode, result.stderr) == (2, "megatron-grit: error: all meet this\n")
+
+
 def test_write_jsonl_is_what_the_builder_reads(tmp_path: Path, corpus: Path) -> None:
     """The control of this file: a good record passes where the bad ones were refused."""
     path = write_jsonl(tmp_path / "input.jsonl", [{"query": "a", "pos": ["b"]}])
