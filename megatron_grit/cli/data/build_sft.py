@@ -3,6 +3,7 @@
 Each line is one record; its format is found for each line:
 
   {"messages": [{"role": "user", "content": "text"}, ...]}              conversation; system messages are optional
+  {"conversations": [{"from": "human", "value": "text"}, ...]}          conversation, as of ShareGPT
   {"prompt": "text", "completion": "text"}                              without a template; the completion is supervised
   {"text": ["user", "assistant", "user", "assistant"]}                  conversation
   {"text": "text"}                                                      plain text, all of it supervised

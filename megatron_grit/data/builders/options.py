@@ -47,8 +47,9 @@ class RecordOptions(BuildOptions):
     """Of conversations: chatml, gritlm, llama2, tulu, zephyr, tokenizer for the tokenizer's own, or a .yaml file."""
     generative_max_len: int = knob(2048, at_least=2)
     """Longest text or conversation in tokens."""
-    over_long: Literal["drop", "truncate", "split"] = "truncate"
-    """What to do with a longer one; split: into several, conversations between turns."""
+    over_long: Literal["drop", "truncate", "terminate", "split"] = "truncate"
+    """What to do with a longer one; terminate: cut it, and end an answer that is cut with its end token all the same;
+    split: into several, conversations between turns."""
     turns: Literal["each", "last"] = "each"
     """Of a template that drops something of an answer once another turn follows, as Qwen3's does with <think> parts:
     train each answer, in a record of its own that ends with it, or the last one alone."""

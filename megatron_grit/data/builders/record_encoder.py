@@ -20,7 +20,7 @@ from megatron_grit.data.indexed.reader import token_dtype
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.writer import TokenBlock
 from megatron_grit.data.text.line_blocks import LineBlock
-from megatron_grit.data.text.records import Message, Record, TextPair, parse_line
+from megatron_grit.data.text.records import CALL_KEYS, Message, Record, TextPair, parse_line
 from megatron_grit.data.text.spans import Span, SpanTable, encode_units
 from megatron_grit.data.text.templates import embedding_pieces
 from megatron_grit.data.text.tokenizer import load_tokenizer
@@ -66,9 +66,9 @@ class EncoderOptions(Checked):
     template: str = "gritlm"
     """Of conversations, see :func:`~megatron_grit.data.chat.chat_templates.load_chat_format`."""
     limits: Limits = field(default_factory=Limits)
-    over_long: Literal["drop", "truncate", "split"] = "truncate"
-    """What to do with a generative record that is longer than its limit. split: into several, conversations between
-    turns."""
+    over_long: Literal["drop", "truncate", "terminate", "split"] = "truncate"
+    """What to do with a generative record that is longer than its limit. terminate: cut it, and end an answer that is
+    cut with its end token. split: into several, conversations between turns."""
     turns: Literal["each", "last"] = "each"
     """Of a template that writes earlier answers otherwise: see
     :func:`~megatron_grit.data.chat.chat_format.renderings`."""
@@ -210,7 +210,7 @@ class RecordEncoder:
             return [(record, [("completion", self.chat_format.completion(record.prompt or "", record.completion))])]
         answers = [message for message in record.messages if message.role == "assistant"]
         for number, answer in enumerate(answers, 1):
-            if not answer.content.strip() and not (answer.more or {}).keys() & {"tool_calls", "function_call"}:
+            if not answer.content.strip() and not (answer.more or {}).keys() & CALL_KEYS:
                 raise _RejectedError("empty_text", f"answer {number} of the conversation is empty")
         try:
             chat_format = self.chat_format.of(record.messages, record.tools)
@@ -234,6 +234,8 @@ class RecordEncoder:
             batch.reject(unit, "merged_answer", message)
         self._check_sizes(batch, full, sizes, limits)
         table = full.cut(limits)
+        if self.options.over_long == "terminate":
+            table = table.terminated(full)
         if self.options.kind is RowKind.GENERATIVE:
             self._check_generative(batch, full, table, sizes)
         pieces = self._split_over_long(batch, full, sizes) if self.options.over_long == "split" else {}
@@ -305,7 +307,8 @@ class RecordEncoder:
             what = {"completion": "prompt", "turn": "conversation before the answer"}.get(
                 batch.names[unit], "first user turn"
             )
-            message = f"the {what} takes {head} of {limit} tokens and leaves none for the answer"
+            room = "one" if self.options.over_long == "terminate" and head == limit - 1 else "none"
+            message = f"the {what} takes {head} of {limit} tokens and leaves {room} for the answer"
             batch.reject(unit, "instruction_too_long", message)
 
     def _split_over_long(self, batch: _Batch, full: SpanTable, sizes: np.ndarray) -> dict[int, list[list[Span]]]:

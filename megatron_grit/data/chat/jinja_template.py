@@ -32,7 +32,7 @@ from typing import Any
 from megatron_grit.data.chat.chat_format import PROBES, TOKENIZER, ChatFormat, Piece, join_completion, probe
 from megatron_grit.data.chat.message_keys import check_keys, strings
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.text.records import TEMPLATE_KEYS, Message
+from megatron_grit.data.text.records import RESULT_ROLES, TEMPLATE_KEYS, Message
 from megatron_grit.data.text.special import SpecialTokens
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.data.text.tokenizer_settings import read_settings, token_name
@@ -42,7 +42,7 @@ DATE_IN_DATA = datetime(2024, 7, 26)
 """The date that templates without one of their own write into data, whenever it is built."""
 _FIRST_MARK = 0xF0000  # the private-use plane A: 65,534 characters, up to four for each message
 _MAX_MESSAGES = 16383
-_ROLE = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ANSWER, "tool": Role.USER}
+_ROLE = {"system": Role.SYSTEM, "assistant": Role.ANSWER} | dict.fromkeys({"user"} | RESULT_ROLES, Role.USER)
 _NOW = "strftime_now"
 _TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -159,7 +159,7 @@ class JinjaChatFormat:
 
     def by_answer(self, messages: Sequence[Message]) -> bool:
         keys = TEMPLATE_KEYS | {"content"}
-        if self.rewrites or any(one.role == "tool" or keys & self._more(one).keys() for one in messages):
+        if self.rewrites or any(one.role in RESULT_ROLES or keys & self._more(one).keys() for one in messages):
             return True
         # Of other keys no name tells what they are: ``name`` of a call is read in many templates, of a message in few.
         bare = [one._replace(more=None) if one.role == "assistant" and self._more(one) else one for one in messages]

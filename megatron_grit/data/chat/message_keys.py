@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from megatron_grit.data.text.records import TEMPLATE_KEYS, Message
+from megatron_grit.data.text.records import RESULT_ROLES, TEMPLATE_KEYS, Message
 from megatron_grit.errors import DataError
 
 
@@ -30,8 +30,8 @@ def check_keys(
     """
     remedy = f"which chat template {template} does not read; leave it out, or give a template that does"
     for number, message in enumerate(messages):
-        if message.role == "tool" and read is None:
-            raise DataError(f"message {number} is of role tool, {remedy}")
+        if message.role in RESULT_ROLES and read is None:
+            raise DataError(f"message {number} is of role {message.role}, {remedy}")
         unread = (message.more or {}).keys() & TEMPLATE_KEYS - set(read or ())
         if unread:
             raise DataError(f"message {number} holds {min(unread)}, {remedy}")

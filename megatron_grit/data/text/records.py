@@ -5,10 +5,12 @@
 ``{"query": [i, s], "pos": [[i, s]], "neg": [[i, s]]}``     embedding, with instructions
 ``{"text": str}``                                           generation, plain
 ``{"text": [user, assistant, ...]}``                        generation, conversation
-``{"prompt": str, "completion": str}``                      generation, a text of which the prompt is given
+``{"prompt": str, "completion": str}``                      generation, a text of which the prompt is given; lists
+                                                            of messages are a conversation
 ``{"messages": [{"role": str, "content": str}]}``           generation, conversation with system messages; a user
                                                             turn at its end that nobody answers is dropped.
-                                                            Beside it ``"tools"``, a list
+                                                            Beside it ``"tools"``, a list or its JSON
+``{"conversations": [{"from": str, "value": str}]}``        the same, in ShareGPT's words; ``"system"`` may stand beside
 ==========================================================  ===================================================
 
 Other keys of a record mean nothing here; those of embedding records are kept beside what was read. Other keys of a
@@ -27,13 +29,23 @@ from megatron_grit.config.knob import text_problem
 from megatron_grit.config.values import shortened
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.text.lines import Line, filled_lines, parse_json
+from megatron_grit.data.text.shapes import messages_of_completion, messages_of_turns, read_tools
 from megatron_grit.errors import DataError
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "environment": "environment",
+}
 """developer is the name that OpenAI's newer models have for system."""
-TEMPLATE_KEYS = frozenset(
-    ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio")
-)
+RESULT_ROLES = frozenset(("tool", "environment"))
+"""Of messages with what a call gave, two names for one thing: templates read either."""
+CALL_KEYS = frozenset(("tool_calls", "function_call", "function_calls"))
+"""Of an assistant's message that calls tools."""
+TEMPLATE_KEYS = CALL_KEYS | {"functions", "reasoning_content", "reasoning", "thinking", "refusal", "audio"}
 """Keys of messages that say something beside ``content``; of no meaning while nothing is in them."""
 _ACCOMPANYING = {"name", "tool_call_id"}
 _EMPTY = {"annotations"}
@@ -51,7 +63,7 @@ class Message(NamedTuple):
     """One turn of a conversation."""
 
     role: str
-    """"system", "user", "assistant" or "tool"."""
+    """"system", "user", "assistant", "tool" or "environment"."""
     content: str
     more: dict[str, Any] | None = None
     """Other keys that hold something, such as ``tool_calls``, for a template that reads them."""
@@ -73,7 +85,7 @@ class Record:
     completion: str | None = None
     messages: list[Message] = field(default_factory=list)
     """User and assistant in turn, beginning with the user and ending with the assistant; before a user's message any
-    number of system messages, after an assistant's with tool calls messages of tools and the assistant again."""
+    number of system messages, after an assistant's messages of tools and the assistant again."""
     tools: list[Any] | None = None
     """What the assistant may call, for a template that reads it."""
     other: dict[str, object] = field(default_factory=dict)
@@ -119,15 +131,21 @@ def parse_record(value: object) -> Record:
         raise DataError('"text" must be a string, or a list of user and assistant turns')
     if "prompt" in value and "completion" in value:
         prompt, completion = value["prompt"], value["completion"]
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return _conversation(value, messages_of_completion(prompt, completion))
         if not isinstance(prompt, str) or not isinstance(completion, str):
             raise DataError('"prompt" and "completion" must be strings')
         return Record(kind=RowKind.GENERATIVE, prompt=prompt, completion=completion)
     if "messages" in value:
-        tools = value.get("tools") or None
-        if tools is not None and not isinstance(tools, list):
-            raise DataError(f'"tools" must be a list, found {_type_name(tools)}')
-        return Record(kind=RowKind.GENERATIVE, messages=_messages(value["messages"]), tools=tools)
-    raise DataError('no "query", "text", "messages", or "prompt" with "completion" in this record')
+        return _conversation(value, value["messages"])
+    if "conversations" in value:
+        return _conversation(value, messages_of_turns(value["conversations"], value.get("system")))
+    raise DataError('no "query", "text", "messages", "conversations", or "prompt" with "completion" in this record')
+
+
+def _conversation(value: dict[str, Any], messages: object) -> Record:
+    tools = read_tools(value.get("tools"))
+    return Record(kind=RowKind.GENERATIVE, messages=_messages(messages), tools=tools)
 
 
 def alternate(turns: list[str]) -> list[Message]:
@@ -154,12 +172,12 @@ def _text_pairs(value: dict[str, object], key: str) -> list[TextPair]:
 
 def read_messages(value: object, *, all_keys: bool = False) -> list[Message]:
     """The turns of a conversation: user and assistant in turn, the user first, system messages before a user's, those
-    of tools between an assistant's tool calls and its next message. The one rule for what is trained on and for what is
-    asked.
+    of tools between an assistant's message and its next; they have to follow ``tool_calls``, and may follow any other
+    answer, whose text may hold a call. The one rule for what is trained on and for what is asked.
 
     Args:
-        value: a list of objects with ``role`` (system, developer, user, assistant or tool) and ``content``, a string or
-            a list of text parts. Other keys are kept, for the template to read or to refuse.
+        value: a list of objects with ``role`` (system, developer, user, assistant, tool or environment) and
+            ``content``, a string or a list of text parts. Other keys are kept, for the template to read or to refuse.
         all_keys: refuse keys that no template is known to read, such as images, rather than leave it to the template.
 
     Raises:
@@ -173,19 +191,24 @@ def read_messages(value: object, *, all_keys: bool = False) -> list[Message]:
         role = _ROLES.get(given) if isinstance(given := item.get("role"), str) else None
         if role is None:
             raise DataError(f"the role of message {number} must be one of {', '.join(_ROLES)}, not {shortened(given)}")
+        if role == "assistant" and item.get("weight") == 0:
+            raise DataError(f"message {number} has the weight 0, and every answer is trained; leave the record out")
         if all_keys:
             _refuse_other_keys(item, number)
         more = {key: held for key, held in item.items() if key not in ("role", "content") and held}
-        calls = role == "assistant" and bool(more.keys() & {"tool_calls", "function_call"})
+        calls = role == "assistant" and bool(more.keys() & CALL_KEYS)
         if calls and item.get("content") is None:
             content, more["content"] = "", None  # as the template gets it
         else:
             content = _content(item.get("content"), f"content of message {number}")
-        if role not in expected and not (role == "system" and expected == "user"):
+        answered = number > 0 and expected == "user" and messages[-1].role == "assistant"
+        fits = "tool" in expected or answered if role in RESULT_ROLES else role in expected
+        if not fits and not (role == "system" and expected == "user"):
             raise DataError(f"message {number} is of role {role} where {expected} was expected")
         messages.append(Message(role, content, more or None))
         if role != "system":
-            expected = {"user": "assistant", "tool": "tool or assistant"}.get(role, "tool" if calls else "user")
+            after = {"user": "assistant"} | dict.fromkeys(RESULT_ROLES, "tool or assistant")
+            expected = after.get(role, "tool" if calls else "user")
     return messages
 
 

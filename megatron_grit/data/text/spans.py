@@ -77,6 +77,28 @@ class SpanTable:
         lengths[answered[units] & (np.arange(len(units)) > last[units])] = 0
         return self._shorten(lengths)
 
+    def terminated(self, whole: SpanTable) -> SpanTable:
+        """With the last token of each answer that was cut replaced by its end token; one of which nothing else would be
+        left goes, and with it what stands after the answer before it. A unit may lose all.
+
+        Args:
+            whole: the table that this one was cut from.
+        """
+        ends, own_ends = np.cumsum(whole.counts), np.cumsum(self.counts)
+        kept = np.flatnonzero(self.counts > 0)
+        last = own_ends[kept] - 1  # spans that a cut can have reached: the last of each unit
+        source = ends[kept] - whole.counts[kept] + self.counts[kept] - 1
+        cut = (self.roles[last] == Role.ANSWER) & (self.lengths[last] < whole.lengths[source])
+        kept, last, source = kept[cut], last[cut], source[cut]
+        if not len(kept):
+            return self
+        tokens = self.tokens.copy()
+        tokens[np.cumsum(self.lengths)[last] - 1] = whole.tokens[np.cumsum(whole.lengths)[source] - 1]
+        bare = self.lengths[last] == 1
+        limits = np.bincount(self.unit_of_span(), weights=self.lengths, minlength=len(self.counts)).astype(np.int64)
+        limits[kept[bare]] -= 1
+        return replace(self, tokens=tokens).cut(limits)
+
     def select(self, kept: np.ndarray) -> SpanTable:
         """Without the spans of units for which ``kept``, bool [num_units], is false. The units stay, empty."""
         return self if kept.all() else self._shorten(np.where(kept[self.unit_of_span()], self.lengths, 0))

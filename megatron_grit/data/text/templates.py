@@ -28,7 +28,7 @@ from megatron_grit.data.chat.chat_format import ChatFormat, Piece
 from megatron_grit.data.chat.chat_templates import load_chat_format
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.text.markers import NO_MARKERS, TextMarkers
-from megatron_grit.data.text.records import Message, Record, TextPair, alternate
+from megatron_grit.data.text.records import RESULT_ROLES, Message, Record, TextPair, alternate
 from megatron_grit.data.text.spans import Span, encode_units
 from megatron_grit.data.text.special import SpecialTokens
 from megatron_grit.data.text.tokenizer import Tokenizer
@@ -181,7 +181,7 @@ def encode_prompt(
         DataError: the last turn is not the user's or a tool's, or the template has no place for what they hold.
     """
     messages = _messages(turns)
-    if not messages or messages[-1].role not in ("user", "tool"):
+    if not messages or messages[-1].role not in {"user"} | RESULT_ROLES:
         raise DataError("a prompt is user, assistant, ..., user: its last turn has to be the user's")
     chat_format = load_chat_format(template, tokenizer) if isinstance(template, str) else template
     pieces = chat_format.of(messages, tools).prompt(messages, date)

@@ -133,7 +133,7 @@ def test_records_beyond_the_last_position(
         ([{"role": "user", "content": "a"}, "b"], "messages must be a list of"),
         (
             [{"role": "bot", "content": "a"}],
-            "message 0 must be one of system, developer, user, assistant, tool, not",
+            "message 0 must be one of system, developer, user, assistant, tool, environment, not",
         ),
         ([{"role": "user", "content": b"a"}], "content of message 0 must be a string, not b'a'"),
         ([{"content": "a"}], "role of message 0 must be one of"),

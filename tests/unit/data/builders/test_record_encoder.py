@@ -258,3 +258,38 @@ def test_one_partition_alone(build: Build, tmp_path: Path) -> None:
     part = build(records, partitions=2, partition=1)
     assert 0 < part.num_read < len(records) and not (tmp_path / "out.idx").exists()
     assert build(records, partitions=2).num_read == len(records)
+
+
+@pytest.mark.parametrize("template", ["tulu", "llama2"])
+def test_an_answer_that_is_cut_can_end_all_the_same(tokenizer: Tokenizer, template: str) -> None:
+    """At every length: as cut, with the end token in place of the last one; where the cut leaves one token of an answer
+    the conversation ends with the answer before."""
+    turns = [sentence(1, 3), sentence(2, 6), sentence(3, 3), sentence(4, 6)]
+    whole = encode_chat(tokenizer, turns, template=template)
+    ends = np.cumsum([len(ids) for _, ids in whole]).tolist()
+    answers = [(end - len(ids), end) for end, (role, ids) in zip(ends, whole, strict=True) if role is Role.ANSWER]
+    flat = [index for _, ids in whole for index in ids]
+    assert len(answers) == 2 and all(flat[end - 1] == tokenizer.eos_id for _, end in answers)
+    lines = [json.dumps({"text": turns}).encode(), b'{"text": ["u", "a"]}']
+    for limit in range(answers[0][0], len(flat) + 1):
+        options = EncoderOptions(
+            kind=RowKind.GENERATIVE,
+            tokenizer=str(tokenizer.path),
+            template=template,
+            limits=Limits(generative=limit),
+            over_long="terminate",
+        )
+        block = encode(options, lines)
+        tokens = block.outputs[OUTPUT]
+        if limit < answers[0][0] + 2:
+            (rejection,) = block.rejections
+            assert (rejection.line, rejection.reason) == (0, "instruction_too_long")
+            assert f"leaves {'none' if limit == answers[0][0] else 'one'} for the answer" in rejection.message
+            continue
+        second = answers[1][0] + 2 <= limit or limit < answers[0][1]
+        stop = limit if second else answers[0][1]
+        length = int(tokens.lengths[: tokens.documents[0]].sum())
+        assert tokens.tokens[:length].tolist() == [*flat[: stop - 1], tokenizer.eos_id]
+        last = tokens.documents[0] - 1
+        assert tokens.modes[last] == Role.ANSWER and tokens.lengths[last] > 1
+        assert block.counters == ({} if limit == len(flat) else {"truncated.conversation": 1})
