@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import socket
+import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_grit.errors import EXIT_STATUS, DataError, GritError
 
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Of Student's distribution with one degree of freedom less: half a 95% interval in standard errors."""
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -76,6 +80,12 @@ def in_turn(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, lis
         for name, side in sides.items():
             found[name].append(side())
     return found
+
+
+def t_interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean of seeds and half its 95% interval, which is infinite for one."""
+    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return {"mean": statistics.fmean(values), "half_interval": half}
 
 
 def growth(function: Callable[[], Any], sizes: Callable[[], list[float]]) -> list[float]:

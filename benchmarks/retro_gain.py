@@ -33,7 +33,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -48,6 +47,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
+from benchmarks.harness import t_interval
 from benchmarks.retrieval_quality import Remembering, index_texts, make_tokenizer, minilm_folder, read_cranfield
 from megatron_grit.config.database.run import resolve_retro_project
 from megatron_grit.config.database.schema import RetroDbConfig, save_project_config
@@ -70,8 +70,6 @@ from megatron_grit.store.files import write_json
 SEEDS = (1, 2, 3)
 CHUNK, NEIGHBORS = 32, 1
 VOCABULARY, NUM_ABSTRACTS = 2048, 400
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Of Student's distribution with one degree of freedom less: half a 95% interval in standard errors."""
 
 
 @dataclass(frozen=True)
@@ -317,12 +315,6 @@ def changed(batch: StepBatch, change: Callable[[PackedRow], PackedRow] | None) -
     return dataclasses.replace(batch, parts={kind: BatchPart(rows=rows, counts=part.counts)}, row_length=longest)
 
 
-def summary(losses: Sequence[float]) -> dict[str, float]:
-    """Mean of seeds and half its interval."""
-    half = T_95[len(losses)] * statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.inf
-    return {"mean": statistics.fmean(losses), "half_interval": half}
-
-
 def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool]:
     """Build the database, train all, compare."""
     if arguments.folder is not None:
@@ -367,7 +359,7 @@ def report(found: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> tup
         }
         arms[name] = {
             "loss": loss,
-            **summary(loss),
+            **t_interval(loss),
             "without_copies": [run["valid_loss_without_copies"] for run in runs],
             "by_overlap": by_overlap,
             **{key: [run[key] for run in runs] for key in ("seconds", "curve", "at_step_0")},
@@ -389,7 +381,7 @@ def report(found: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> tup
         + " ".join(f"{tokens[key]:9,}" for key in buckets)
     )
     gains = {
-        f"{other} - {name}": summary([a - b for a, b in zip(arms[other]["loss"], arms[name]["loss"], strict=True)])
+        f"{other} - {name}": t_interval([a - b for a, b in zip(arms[other]["loss"], arms[name]["loss"], strict=True)])
         for name, other in itertools.permutations(arms, 2)
         if (name, other) in COMPARED
     }

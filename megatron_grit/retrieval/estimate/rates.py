@@ -32,7 +32,7 @@ from megatron_grit.data.indexed.writer import write_texts
 from megatron_grit.data.text.markers import Side
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.vectors import embed_chunks, open_vectors
-from megatron_grit.retrieval.index.factory import lists_of, width_of
+from megatron_grit.retrieval.index.factory import code_bytes, lists_of, width_of
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search
 from megatron_grit.retrieval.index.kmeans import ITERATIONS, POINTS_PER_LIST
 from megatron_grit.retrieval.index.on_torch import nearest_centres
@@ -56,6 +56,9 @@ _EMBED_SECONDS = 3.0
 _EMBED_AT_A_TIME = 256
 _VECTORS = 10_240
 """Vectors that are compared."""
+_SEARCHED_BYTES = 1 << 22
+"""Of the codes that are searched, at least, where four times as many vectors have so many: codes that stay in a core's
+own cache are read faster than those of an index."""
 _LEARNT_FROM = 40_960
 """Vectors that codes are trained on, at most: from about so many on faiss takes a tenth of the time for each."""
 _QUERIES = 1024
@@ -193,8 +196,18 @@ def measure(project: Project, embedder: Embedder, factory: str, num_train: int, 
         vectors, rates.embed = _embed(embedder, texts)
     rates.batch = batch[0]
     rates.embed += rates.per_chunk["embed"]
-    measure_vectors(rates, vectors_around(vectors, num_train), factory, project.config, num_chunks)
+    trained_on = vectors_around(vectors, num_train)
+    searched = vectors_around(vectors, _num_searched(factory, vectors.shape[1]))
+    measure_vectors(rates, trained_on, searched, factory, project.config, num_chunks)
     return rates
+
+
+def _num_searched(factory: str, dim: int) -> int:
+    """Vectors of an index with lists that is searched: lists of more vectors differ more in length, too, as those of
+    the index will, and the longer a list is, the more queries visit it."""
+    if lists_of(factory) is None:
+        return _VECTORS
+    return min(max(_VECTORS, _SEARCHED_BYTES // code_bytes(factory, dim)), 4 * _VECTORS)
 
 
 @contextlib.contextmanager
@@ -332,9 +345,16 @@ def vectors_around(vectors_ND: np.ndarray, num_train: int) -> np.ndarray:
     return (chosen + spread * random.standard_normal(chosen.shape, dtype=np.float32)).astype(np.float32)
 
 
-def measure_vectors(rates: Rates, every_ND: np.ndarray, factory: str, config: RetroDbConfig, num_chunks: int) -> None:
-    """Fill in what depends on the embedder's channels: codes are trained on all vectors, some of them are compared, and
-    searched in lists of the length that those of the index will have."""
+def measure_vectors(
+    rates: Rates,
+    every_ND: np.ndarray,
+    searched_ND: np.ndarray,
+    factory: str,
+    config: RetroDbConfig,
+    num_chunks: int,
+) -> None:
+    """Fill in what depends on the embedder's channels: codes are trained on ``every_ND``, of which some are compared,
+    and ``searched_ND`` are searched, in lists of the length that those of the index will have."""
     vectors_ND = every_ND[:_VECTORS]
     metric, queries = config.metric, vectors_ND[:_QUERIES]
     rates.compare = _typical(lambda: exact_search(queries, vectors_ND, RECALL_AT + 1, metric)).times(
@@ -346,12 +366,12 @@ def measure_vectors(rates: Rates, every_ND: np.ndarray, factory: str, config: Re
     )
     codes, lists = factory.split(",")[-1], lists_of(factory)
     width = min(width_of(factory, vectors_ND.shape[1]), vectors_ND.shape[1])
-    inner, sample = (np.ascontiguousarray(each[:, :width]) for each in (vectors_ND, every_ND))
+    few, inner, sample = (np.ascontiguousarray(each[:, :width]) for each in (vectors_ND, searched_ND, every_ND))
     small, visited, trains = codes, 0, Spent()
     if lists is not None:
-        centres = min(_CENTRES, len(inner))
-        rates.cluster = _spent(lambda: VectorIndex.train(f"IVF{centres},Flat", metric, inner)).times(
-            1 / (ITERATIONS * centres * min(len(inner), POINTS_PER_LIST * centres) * width)
+        centres = min(_CENTRES, len(few))
+        rates.cluster = _spent(lambda: VectorIndex.train(f"IVF{centres},Flat", metric, few)).times(
+            1 / (ITERATIONS * centres * min(len(few), POINTS_PER_LIST * centres) * width)
         )
         length = min(max(num_chunks / lists, _SHORTEST), len(inner) / 16)
         count = max(1, int(len(inner) / length))
@@ -362,13 +382,13 @@ def measure_vectors(rates: Rates, every_ND: np.ndarray, factory: str, config: Re
     rates.learn = learnt.times(1 / len(sample))
     index = trained[0]
     finding = rates.compare.times(index.num_lists * width if lists is not None else 0)
-    rates.encode = (_typical(lambda: index.encode(inner)).times(1 / len(inner)) - finding).times(1)
+    rates.encode = (_typical(lambda: index.encode(few)).times(1 / len(few)) - finding).times(1)
     encoded, compared, spent = index.encode(inner), [0.0], [Spent()]
     # What a query costs beside comparing is the same whatever is compared. Two searches tell them apart, the larger of
     # which compares as many as the one that will be made, as far as these vectors reach.
     if lists is None:
-        few = len(inner) // 4
-        for first, last in ((0, few), (few, len(inner))):
+        quarter = len(inner) // 4
+        for first, last in ((0, quarter), (quarter, len(inner))):
             index.add_codes(encoded[first:last], np.arange(first, last))
             compared.append(last)
             spent.append(_typical(lambda: index.search(inner[:_QUERIES], config.num_neighbors_query)))

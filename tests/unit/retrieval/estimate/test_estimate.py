@@ -82,7 +82,7 @@ def test_codes_are_learnt_from_as_many_vectors_as_they_will_be(
     monkeypatch.setattr(VectorIndex, "train", lambda *given: trained.append(len(given[2])) or train(*given))
     known = Rates(chunks_per_token=0, places_per_token=0, documents_per_token=0, text_bytes=200)
     vectors = rates.vectors_around(np.random.default_rng(0).standard_normal((50, 8), dtype=np.float32), num_train)
-    rates.measure_vectors(known, vectors, "IVF16,PQ4x4", RetroDbConfig(), 1600)
+    rates.measure_vectors(known, vectors, vectors[:300], "IVF16,PQ4x4", RetroDbConfig(), 1600)
     assert trained == [300, measured] and known.cluster.cpu > 0
     assert known.scan.cpu + known.ask.cpu > 0
 
@@ -101,8 +101,16 @@ def test_lists_are_as_long_as_they_will_be(
     monkeypatch.setattr(VectorIndex, "set_search", lambda self, *n: visited.add(n[0]) or search(self, *n))
     known = Rates(chunks_per_token=0, places_per_token=0, documents_per_token=0, text_bytes=200)
     vectors = np.random.default_rng(0).standard_normal((300, 8), dtype=np.float32)
-    rates.measure_vectors(known, vectors, "IVF16,SQ8", RetroDbConfig(nprobe=8), num_chunks)
+    rates.measure_vectors(known, vectors, vectors, "IVF16,SQ8", RetroDbConfig(nprobe=8), num_chunks)
     assert factories[-1] == f"IVF{lists},SQ8" and visited == nprobes
+
+
+@pytest.mark.parametrize(
+    ("factory", "dim", "number"),
+    [("Flat", 128, 10_240), ("IVF1024,PQ32", 128, 40_960), ("IVF1024,SQ8", 128, 32_768), ("IVF64,SQ8", 1024, 10_240)],
+)
+def test_codes_that_are_searched_do_not_fit_into_a_cores_cache(factory: str, dim: int, number: int) -> None:
+    assert rates._num_searched(factory, dim) == number
 
 
 def test_clustering_takes_256_vectors_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +123,7 @@ def test_clustering_takes_256_vectors_a_list(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(rates, "_typical", lambda function: Spent(1.0, 1.0))
     known = Rates(chunks_per_token=0, places_per_token=0, documents_per_token=0, text_bytes=200)
     vectors = np.random.default_rng(0).standard_normal((5000, 8), dtype=np.float32)
-    rates.measure_vectors(known, vectors, "IVF16,SQ8", RetroDbConfig(), 10**6)
+    rates.measure_vectors(known, vectors, vectors, "IVF16,SQ8", RetroDbConfig(), 10**6)
     assert known.cluster.cpu == pytest.approx(0.256 / (10 * 256 * 8))
     num_lists = 16  # as many as can be of 300 vectors
     assert known.learn.cpu == pytest.approx((100 - known.cluster.cpu * 10 * num_lists * 256 * num_lists * 8) / 5000)
