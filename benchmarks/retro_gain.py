@@ -39,7 +39,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def run_config(folder: Path, arm: Arm, seed: int, steps: int, lr: float) -> RunC
     config.model.retro = RetroConfig(num_neighbors=NEIGHBORS, layers=[1], encoder_layers=1, gate=gate)
     config.parallel.device = "cpu"
     config.data.retro_project, config.data.valid = str(folder / "db"), [str(folder / "valid_text_document")]
-    config.data.over_long, config.data.tokens_per_row = "split", 513
+    config.data.over_long, config.data.tokens_per_row, config.data.retro_shuffle = "split", 513, arm.shuffled
     config.optimizer.lr, config.optimizer.min_lr, config.optimizer.schedule = lr, lr / 10, "cosine"
     config.optimizer.warmup_ratio, config.optimizer.beta2, config.optimizer.weight_decay = 0.05, 0.98, 0.1
     config.training.objective, config.training.generative_batch_size = "generative", 4
@@ -227,15 +227,6 @@ def with_prompts(row: PackedRow, delimiter: int) -> PackedRow:
     )
 
 
-def shuffle_tables(loaders: Sequence[Any], seed: int) -> None:
-    """Give each chunk the neighbors of another one. Rows still leave out their own documents."""
-    for loader in loaders:
-        for stream in loader.streams.values():
-            for table in stream.neighbors.at(0).tables:
-                order = np.random.default_rng(seed).permutation(len(table.neighbors))
-                table.neighbors, table.sources = table.neighbors[order], table.sources[order]
-
-
 @dataclass(frozen=True)
 class Job:
     """One training."""
@@ -291,8 +282,6 @@ def train(job: Job) -> dict[str, Any]:
         schedule = build_schedule(own, optimizer)
         step = TrainStep(own, context, wrapped, optimizer)
         validation = Validation(config, tokenizer, context, [wrapped], change)
-        if arm.shuffled:
-            shuffle_tables([loader, validation.loader], job.seed)
         found: dict[str, Any] = {"at_step_0": validation()["valid_loss"] if arm.start else None, "curve": []}
         for batch in loader.iterate(0, job.steps):
             set_learning_rate(schedule, batch.step)

@@ -275,6 +275,47 @@ tiny_sft() {
         --input "$1/generative.jsonl" --output-prefix "$GENERATIVE_DATA"
 }
 
+# --- Stages ----------------------------------------------------------------------------------------------------------
+#
+# A job of several commands in the folder OUT that can be stopped and started again: OUT/.done has what is done,
+# OUT/timings.tsv the seconds of each stage.
+
+now() { date +%s.%N; }
+seconds_since() { awk -v from="$1" -v to="$(now)" 'BEGIN { printf "%.1f", to - from }'; }
+record() { printf '%s\t%s\n' "$1" "$(seconds_since "$2")" >>"$OUT/timings.tsv"; }
+
+# start_stages RECIPE NAME...: make OUT and set it to its whole path. Where the last run was of another RECIPE, what it left
+# in OUT/NAME... is removed and not resumed.
+start_stages() {
+    local recipe="$1" name
+    shift
+    mkdir -p "$OUT" 2>/dev/null || die "cannot make the folder $OUT"
+    OUT="$(cd "$OUT" && pwd)"
+    if [[ "$(cat "$OUT/.recipe" 2>/dev/null)" != "$recipe" ]]; then
+        for name in .done timings.tsv "$@"; do rm -rf "${OUT:?}/$name"; done
+        printf '%s\n' "$recipe" >"$OUT/.recipe"
+    fi
+    mkdir -p "$OUT/.done"
+}
+
+# stage NAME COMMAND...: run it once. The seconds of a run that was stopped count as well.
+stage() {
+    local name="$1" started
+    shift
+    if [[ -e "$OUT/.done/$name" ]]; then
+        say "$name: done before"
+        return
+    fi
+    say "$name ..."
+    started="$(now)"
+    trap 'record "$name" "$started"' EXIT
+    "$@" || die "the stage $name failed; its message is above"
+    trap - EXIT
+    record "$name" "$started"
+    say "$name: $(tail -n 1 "$OUT/timings.tsv" | cut -f 2) s"
+    touch "$OUT/.done/$name"
+}
+
 # --- Recipes ---------------------------------------------------------------------------------------------------------
 #
 # NAME is that of examples/configs/NAME.yaml; runs are in runs/NAME unless OUTPUT_DIR is set. From the launcher:

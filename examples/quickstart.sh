@@ -28,9 +28,6 @@ OUT="${1:-runs/quickstart}"
 # The engine says at every start that it does without its CUDA extensions.
 export PYTHONWARNINGS="ignore:Transformer Engine and Apex are not installed${PYTHONWARNINGS:+,$PYTHONWARNINGS}"
 
-now() { date +%s.%N; }
-seconds_since() { awk -v from="$1" -v to="$(now)" 'BEGIN { printf "%.1f", to - from }'; }
-
 train() {
     local options=(
         --config "$CONFIG"
@@ -86,42 +83,15 @@ report() {
         --before "$OUT/before.json" --after "$OUT/after.json" --samples "$OUT/samples.txt"
 }
 
-# stage NAME COMMAND...: run it once. The seconds of a run that was stopped count as well.
-stage() {
-    local name="$1" started
-    shift
-    if [[ -e "$OUT/.done/$name" ]]; then
-        say "$name: done before"
-        return
-    fi
-    say "$name ..."
-    started="$(now)"
-    trap 'record "$name" "$started"' EXIT
-    "$@" || die "the stage $name failed; its message is above"
-    trap - EXIT
-    record "$name" "$started"
-    say "$name: $(tail -n 1 "$OUT/timings.tsv" | cut -f 2) s"
-    touch "$OUT/.done/$name"
-}
-
-record() { printf '%s\t%s\n' "$1" "$(seconds_since "$2")" >>"$OUT/timings.tsv"; }
-
 started="$(now)"
 setup_python eval
 if [[ "${DRY_RUN:-0}" == 1 ]]; then
     from_untrained
     exit
 fi
-mkdir -p "$OUT" 2>/dev/null || die "cannot make the folder $OUT"
-OUT="$(cd "$OUT" && pwd)"
-
-# Another recipe or another Python makes another corpus and model: what an earlier run left is not resumed.
-recipe="$(cat "$0" "$CONFIG" <("$PYTHON" -VV) <(echo "$STEPS") | cksum)"
-if [[ "$(cat "$OUT/.recipe" 2>/dev/null)" != "$recipe" ]]; then
-    rm -rf "$OUT/.done" "$OUT/timings.tsv" "$OUT/checkpoints" "$OUT/metrics.jsonl" "$OUT/untrained"
-    printf '%s\n' "$recipe" >"$OUT/.recipe"
-fi
-mkdir -p "$OUT/.done" "$OUT/data"
+# Another recipe or another Python makes another corpus and model.
+start_stages "$(cat "$0" "$CONFIG" <("$PYTHON" -VV) <(echo "$STEPS") | cksum)" checkpoints metrics.jsonl untrained
+mkdir -p "$OUT/data"
 record setup "$started"
 
 stage corpus corpus

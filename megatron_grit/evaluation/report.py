@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -152,7 +154,6 @@ def format_table(report: dict[str, Any]) -> str:
 
 
 def _markdown(report: dict[str, Any], table: str, samples: str | None) -> str:
-    stages = "\n".join(f"| {name} | {seconds:.1f} |" for name, seconds in report["stage_seconds"].items())
     text = f"""# Report
 
 {report["num_queries"]} held-out queries are searched in {report["num_passages"]} held-out passages. Brackets are 95 %
@@ -163,35 +164,47 @@ percentile bootstrap intervals (2000 resamples of queries, or of documents for t
 {report["steps"]} steps, {report["tokens"]:,} tokens, {report["world_size"]} processes, {report["seconds"]:.0f} seconds
 without {report["setup_seconds"]:.0f} seconds of package set-up.
 
-| stage | seconds |
-|---|---|
-{stages}
+{stage_table(report["stage_seconds"])}
 
 ![Training losses](loss.png)
 """
-    return text if samples is None else f"{text}\n## Samples\n\n```text\n{samples.rstrip()}\n```\n"
+    return text + sample_section(samples)
+
+
+def stage_table(stages: Mapping[str, float]) -> str:
+    """Markdown table of the seconds of each stage."""
+    return "\n".join(
+        ["| stage | seconds |", "|---|---|", *(f"| {name} | {seconds:.1f} |" for name, seconds in stages.items())]
+    )
+
+
+def sample_section(samples: str | None) -> str:
+    """Markdown section with a text as it is; nothing for None."""
+    return "" if samples is None else f"\n## Samples\n\n```text\n{samples.rstrip()}\n```\n"
 
 
 def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draw the loss of each kind of row against the step: each step faintly, and a running mean of 10 steps.
+    """Draw the loss of each kind of row against the step.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    import numpy as np
+    curves = {f"{loss_words(kind)} ({loss_name(kind)})": (lines, loss_name(kind)) for kind in kind_names()}
+    with plot(path, xlabel="step", ylabel="loss (nats)") as axes:
+        draw_curves(axes, curves)
 
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.colors import TABLEAU_COLORS
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'megatron-grit[eval]'") from error
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display and without pyplot's global state
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats)")
-    for kind, color in zip(kind_names(), cycle(TABLEAU_COLORS), strict=False):
-        name = loss_name(kind)
-        label = f"{loss_words(kind)} ({name})"
+
+def draw_curves(axes: Any, curves: Mapping[str, tuple[list[dict[str, Any]], str]]) -> None:
+    """Draw a figure of metrics.jsonl against the step: each step faintly, and a running mean of 10 steps.
+
+    Args:
+        axes: matplotlib's.
+        curves: by label, the lines and the name of the figure; one that no line has is left out.
+    """
+    import numpy as np
+    from matplotlib.colors import TABLEAU_COLORS
+
+    for (label, (lines, name)), color in zip(curves.items(), cycle(TABLEAU_COLORS), strict=False):
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if not points:
             continue
@@ -200,6 +213,24 @@ def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
         axes.plot(steps, means, color=color, label=label)
     axes.set_ylim(bottom=0)
+
+
+@contextmanager
+def plot(path: Path, xlabel: str, ylabel: str) -> Iterator[Any]:
+    """Axes of a plot with a legend, which is written to a .png once they are drawn.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib: pip install 'megatron-grit[eval]'") from error
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display and without pyplot's global state
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    yield axes
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(path, "wb") as file:

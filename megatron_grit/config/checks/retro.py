@@ -19,6 +19,11 @@ def retro_problems(config: RunConfig) -> Iterator[Problem]:
             f"data.retro_version is {config.data.retro_version}, but data.retro_project is not set; give the "
             "--project-dir of tools/retro/build_db.py, or leave it out",
         )
+    if config.data.retro_shuffle and not retro.num_neighbors:
+        yield Problem(
+            "data.retro_shuffle",
+            "data.retro_shuffle has no effect: no neighbors are read; set model.retro.num_neighbors, or leave it out",
+        )
     if not retro.num_neighbors:
         return
     outside = [layer for layer in retro.layers or () if not 0 <= layer < model.num_layers]

@@ -38,6 +38,9 @@ class DataConfig:
     """Version of retro_project whose neighbors a run with model.retro reads. newest: a newer one is taken between two
     steps, once all sources have neighbors in it. null: the newest at the start. Every checkpoint says what its steps
     read, and a run that resumes reads that."""
+    retro_shuffle: bool = False
+    """A control: each chunk reads the neighbors of another chunk of its file, drawn with training.seed. What a model
+    that reads gains all the same, it does not gain from what its neighbors say."""
     embedding_temperature: float = knob(1.0, above=0)
     """Sources of embedding are drawn in proportion to weight ** (1 / embedding_temperature); above 1, small sources are
     drawn more often."""

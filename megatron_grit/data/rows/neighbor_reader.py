@@ -23,6 +23,7 @@ from megatron_grit.data.chunks.neighbor_table import NONE, NeighborTable, TableM
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.sample_documents import SampleDocuments
 from megatron_grit.data.chunks.versions import VersionedDb, document_keys, read_version
+from megatron_grit.data.order.permutation import derive_keys, permute
 from megatron_grit.data.order.sources import Sources
 from megatron_grit.data.rows.neighbors import Neighbors, chunk_row
 from megatron_grit.data.rows.segments import Segment
@@ -66,6 +67,7 @@ class NeighborReader:
             neighbor_tokens(config.model),
         )
         self._share = retro.encoder_conditioning == "none"
+        self._shuffle = derive_keys(config.training.seed) if config.data.retro_shuffle else None
         self._db = VersionedDb(project, read_version(project.folder, version))
         folders = [path.parent for path in sorted((project.folder / "query").glob("*/table.json"))]
         manifests = [(folder, read_table_manifest(folder)) for folder in folders]
@@ -112,7 +114,8 @@ class NeighborReader:
 
     def identity(self) -> str:
         """Of the version's chunks and of the tables: what is read for a row is the same while it is."""
-        return ":".join([self._db.version.chunks, *(table.manifest.sha256 for table in self.tables)])
+        shuffled = [] if self._shuffle is None else [f"shuffled {self._shuffle}"]
+        return ":".join([self._db.version.chunks, *(table.manifest.sha256 for table in self.tables), *shuffled])
 
     def read(self, rows: Sequence[Sequence[Segment]]) -> list[Neighbors]:
         """What rows of some segments read.
@@ -141,6 +144,8 @@ class NeighborReader:
             records = record_S[segment_C[chosen]]
             places, stops = table.starts[records] + chunk_C[chosen], table.starts[records + 1]
             chosen, places = chosen[places < stops], places[places < stops]
+            if self._shuffle is not None:
+                places = permute(places, table.manifest.num_places, self._shuffle)
             ids_Ck[chosen], sources_Ck3[chosen] = table.nearest(places, row_C[chosen], documents, self._k)
         text_of_Ck, texts = self._unique(ids_Ck, row_C)
         tokens, lengths_U = read_texts(self._db.project, sources_Ck3[ids_Ck >= 0][texts], self._num_tokens)

@@ -115,6 +115,7 @@ CONTRADICTIONS = [
     (["data.valid=[v, ./g]"], "./g is trained on as well"),
     (["data.valid=['0.5 v 0.5 w']"], "v has a weight, epochs or a cap"),
     (["data.valid=[nowhere.yaml]"], "nowhere.yaml: cannot read this blend file"),
+    (["data.retro_shuffle=true"], "data.retro_shuffle has no effect: no neighbors are read"),
     (["model.retro.num_neighbors=2", "model.num_layers=4"], "no layer reads"),
     (
         ["model.retro.num_neighbors=2", "model.retro.layers=[40]"],

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -21,7 +22,7 @@ from megatron_grit.config.parse import parse_train_arguments
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.data.chunks.chunk_db import ChunkDb
-from megatron_grit.data.chunks.neighbor_table import TableManifest, read_table_manifest
+from megatron_grit.data.chunks.neighbor_table import NeighborTable, TableManifest, read_table_manifest
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.kinds.generative import GenerativeStream
 from megatron_grit.data.order.sources import OpenFiles
@@ -29,6 +30,7 @@ from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.rows.neighbor_reader import NeighborReader
 from megatron_grit.data.rows.prospects import look_ahead
+from megatron_grit.data.rows.segments import Segment
 from megatron_grit.errors import ConfigError, DataError
 from tests.unit.retrieval.databases import CHUNK, database_of, make_texts, write_documents
 
@@ -168,6 +170,34 @@ def test_rows_read_at_once_read_what_each_reads_alone(project: Project, conditio
         for name, value in vars(alone).items():
             assert np.array_equal(np.asarray(getattr(together, name)), np.asarray(value)), name
     assert reader.read([]) == []
+
+
+def test_shuffled_neighbors_are_those_of_other_chunks(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each place of the table is read once in place of another one, in an order that follows from the seed."""
+    places: list[np.ndarray] = []
+    nearest = NeighborTable.nearest
+
+    def recording(table: NeighborTable, places_N: np.ndarray, *rest: Any) -> tuple[np.ndarray, np.ndarray]:
+        places.append(places_N)
+        return nearest(table, places_N, *rest)
+
+    monkeypatch.setattr(NeighborTable, "nearest", recording)
+    runs = [run_of(project, data__tokens_per_row=4096)]
+    runs += [run_of(project, data__retro_shuffle=True, training__seed=seed) for seed in (1, 1, 2)]
+    stream = GenerativeStream(runs[0], project.tokenizer, OpenFiles())
+    sources, lengths = stream.sources, stream.sources[0].file.lengths.tolist()
+    whole = [
+        Segment(sources=sources, source=0, record=record, start=0, stop=length, roles=[0], lengths=[length])
+        for record, length in enumerate(lengths)
+    ]
+    readers = [NeighborReader(config, stream.sources) for config in runs]
+    for reader in readers:
+        reader.read([[segment] for segment in whole])
+    plain, first, again, other = places
+    table = readers[0].tables[0]
+    assert plain.tolist() == list(range(table.manifest.num_places)) == sorted(first.tolist())
+    assert (first == again).all() and (first == plain).mean() < 0.1 and (first == other).mean() < 0.1
+    assert readers[0].identity() != readers[1].identity() == readers[2].identity() != readers[3].identity()
 
 
 def test_manifests_are_read_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
