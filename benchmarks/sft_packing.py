@@ -58,6 +58,8 @@ class Conversation:
     labels_L: Tensor
     mask_L: Tensor
     record_id: str
+    slot: int
+    """Place in the step."""
 
 
 def conversations(part: BatchPart) -> list[Conversation]:
@@ -69,7 +71,7 @@ def conversations(part: BatchPart) -> list[Conversation]:
         spans = zip(ends[:-1], ends[1:], row.slots_S.tolist(), row.record_ids, strict=False)  # padding comes last
         for start, stop, slot, record_id in spans:
             each = row.tokens_1T, row.labels_1T, row.loss_mask_1T
-            found[slot] = Conversation(*(values[0, start:stop] for values in each), record_id)
+            found[slot] = Conversation(*(values[0, start:stop] for values in each), record_id, slot)
     return [found[slot] for slot in sorted(found)]
 
 
@@ -94,7 +96,7 @@ def padded_row(group: Sequence[Conversation], length: int, like: PackedRow) -> P
         labels_1T=laid([each.labels_L for each in group]),
         loss_mask_1T=laid([each.mask_L for each in group]),
         record_ids=[each.record_id for each in group],
-        slots_S=torch.arange(len(group)),
+        slots_S=torch.tensor([each.slot for each in group]),
     )
 
 

@@ -104,6 +104,15 @@ def test_rows_are_full_and_hold_every_record(loader: GritDataLoader) -> None:
     assert sum(row.num_tokens for row in batch.rows_of("generative")) / (4 * TOKENS_PER_ROW) >= 0.99
 
 
+def test_in_a_mean_of_means_short_answers_outweigh_long_ones(loader: GritDataLoader) -> None:
+    """With micro-batches of one conversation, a label of the shortest 5 % weighs 38 times one of the longest, by tokens
+    of another tokenizer (cl100k): what the known spread of such trainers comes from."""
+    labels = np.concatenate([loader.batch(step).counts_of("generative").group_sizes_S for step in range(25)])
+    assert len(labels) > 500 and labels.min() >= 1
+    high, low = np.percentile(1 / labels, [95, 5])
+    assert 25 < high / low < 60
+
+
 def packed_and_alone(
     loader: GritDataLoader, model: GritDecoder, kind: RowKind, num_records: int = NUM_COMPARED
 ) -> tuple[np.ndarray, np.ndarray]:
