@@ -31,6 +31,7 @@ OPTIONAL = [
     "peft",
     "pytest",
     "rouge_score",
+    "sacrebleu",
     "sentence_transformers",
     "starlette",
     "tensorboard",
