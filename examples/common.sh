@@ -221,6 +221,12 @@ run_job() {
     fi
 }
 
+# stand_in_documents PROJECT_DIR: a dry run does without a database; adds to the caller's RECIPE what its config.json names.
+stand_in_documents() {
+    [[ "${DRY_RUN:-0}" == 1 && ! -f "$1/config.json" ]] || return 0
+    RECIPE+=(--data.generative "[documents]" --data.tokenizer tokenizer)
+}
+
 # epochs_to_steps VARIABLE TOOL BATCH EPOCHS PREFIX...: steps that see each record of the files EPOCHS times. VARIABLE
 # names the files, and TOOL makes them.
 epochs_to_steps() {

@@ -34,8 +34,6 @@ if [[ "${SCALE:-}" == tiny ]]; then
 else
     required PROJECT_DIR "the directory of the database (examples/build_retro_db.sh)"
 fi
-if [[ "${DRY_RUN:-0}" == 1 && ! -f "$PROJECT_DIR/config.json" ]]; then
-    RECIPE+=(--data.generative "[documents]" --data.tokenizer tokenizer)  # which the database's config.json names
-fi
+stand_in_documents "$PROJECT_DIR"
 run_training "$NODES" "$PROCESSES" "${RECIPE[@]}" --data.retro_project "$PROJECT_DIR" \
     --output_dir "${OUTPUT_DIR:-runs/retro_843m${SCALE:+_$SCALE}}" "$@"

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from megatron_grit.config.checkpoint_folder import started_from
-from megatron_grit.config.checks.checkpoint import check_same_model, check_same_reader, finished_lines
+from megatron_grit.config.checks.checkpoint import check_same_model, check_same_parameters, finished_lines
 from megatron_grit.config.checks.run import check, mesh_summary
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
@@ -249,7 +249,7 @@ class Trainer:
         given = self.config.checkpoint.load
         if given is not None:
             path = find_megatron_checkpoint(Path(given)) or resolve_checkpoint(given)
-            check_same_reader(path, self.config)
+            check_same_parameters(path, self.config)
             load_weights(path, self.chunks, self.context)
             log.info(f"started from the weights of {path}")
         elif self.initial_weights is not None:

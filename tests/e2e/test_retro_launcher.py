@@ -129,6 +129,12 @@ def test_the_options_of_megatrons_script(repository: Path, tmp_path: Path) -> No
     assert config["optimizer"]["lr"] == 3e-4 and config["model"]["retro"]["num_neighbors"] == 2
     assert config["model"]["retro"]["gate"] is None and config["data"]["tokens_per_row"] == 513
     assert "without meaning here: --micro-batch-size" in done.stderr
+    (tmp_path / "db").mkdir()  # a database that is there decides itself what a dry run does without
+    (tmp_path / "db" / "config.json").write_text(json.dumps({"data_paths": ["texts"], "tokenizer": "pieces.model"}))
+    done = run("--retro-project-dir", "db")
+    assert done.returncode == 0, done.stderr
+    data = yaml.safe_load(done.stdout)["data"]
+    assert (data["retro_project"], data["generative"], data["tokenizer"]) == ("db", ["texts"], "pieces.model")
     refused = run("--fp16")
     assert refused.returncode == 2
     assert refused.stderr.splitlines() == [

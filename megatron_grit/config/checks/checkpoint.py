@@ -15,6 +15,7 @@ from megatron_grit.errors import CheckpointError, GritError
 
 _MAKES: dict[str, Callable[[Any], bool]] = {"num_neighbors": bool, "gate": lambda gate: gate is None}
 """Options of ``model.retro`` that may change unless it changes which parameters there are."""
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
 
 def check_same_model(path: Path, config: RunConfig) -> None:
@@ -45,8 +46,9 @@ def _changed(section: str, saved: Any, present: Any) -> Iterator[tuple[str, Any,
             yield f"{section}.{field.name}", before, now
 
 
-def check_same_reader(path: Path, config: RunConfig) -> None:
-    """Refuse to start from a checkpoint whose decoder reads neighbors in another way. One that reads none is taken.
+def check_same_parameters(path: Path, config: RunConfig) -> None:
+    """Refuse to start from a checkpoint whose decoder is of another size, or reads neighbors in another way. One that
+    reads none is taken.
 
     Raises:
         CheckpointError: names the first option that differs and makes other parameters.
@@ -54,20 +56,22 @@ def check_same_reader(path: Path, config: RunConfig) -> None:
     if not (path / "config.yaml").is_file():
         return
     saved, present = load_config(path / "config.yaml").model, config.model
-    if not saved.retro.num_neighbors:
-        return
-    for name, before, now in (
-        ("num_neighbors", saved.retro.num_neighbors, present.retro.num_neighbors),
-        ("layers", reading_layers(saved), reading_layers(present)),
-        ("encoder_layers", saved.retro.encoder_layers, present.retro.encoder_layers),
-        ("encoder_conditioning", saved.retro.encoder_conditioning, present.retro.encoder_conditioning),
-        ("gate", saved.retro.gate, present.retro.gate),
-    ):
-        if before != now and (name not in _MAKES or _MAKES[name](before) != _MAKES[name](now)):
+    pairs = [(name, getattr(saved, name), getattr(present, name)) for name in _SIZES]
+    if saved.retro.num_neighbors:
+        pairs += [
+            ("retro.num_neighbors", saved.retro.num_neighbors, present.retro.num_neighbors),
+            ("retro.layers", reading_layers(saved), reading_layers(present)),
+            ("retro.encoder_layers", saved.retro.encoder_layers, present.retro.encoder_layers),
+            ("retro.encoder_conditioning", saved.retro.encoder_conditioning, present.retro.encoder_conditioning),
+            ("retro.gate", saved.retro.gate, present.retro.gate),
+        ]
+    for name, before, now in pairs:
+        makes = _MAKES.get(name.removeprefix("retro."))
+        if before != now and (makes is None or makes(before) != makes(now)):
             told = "null" if before is None else before
             raise CheckpointError(
-                f"{path}: was trained with model.retro.{name} {told}, which makes other parameters than "
-                f"{'null' if now is None else now}; set model.retro.{name} to {told}"
+                f"{path}: was trained with model.{name} {told}, which makes other parameters than "
+                f"{'null' if now is None else now}; set model.{name} to {told}"
             )
 
 
@@ -78,7 +82,7 @@ def checkpoint_errors(config: RunConfig) -> Iterator[GritError]:
         if found:
             check_same_model(found[0], config)
         elif config.checkpoint.load is not None:
-            check_same_reader(resolve_checkpoint(config.checkpoint.load), config)
+            check_same_parameters(resolve_checkpoint(config.checkpoint.load), config)
     except GritError as error:
         # One of Megatron-LM has another form; one that is not there is told of when it is loaded.
         if found or holds_checkpoint(config.checkpoint.load or ""):

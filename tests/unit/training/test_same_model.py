@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_grit.config.checks.checkpoint import check_same_model, check_same_reader, checkpoint_errors
+from megatron_grit.config.checks.checkpoint import check_same_model, check_same_parameters, checkpoint_errors
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.errors import CheckpointError
@@ -40,7 +40,7 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", OTHER_PARAMETERS)
 def test_other_parameters_are_refused(name: str, checkpoint: Path) -> None:
     config = tiny_config(retro=replace(RETRO, **OTHER_PARAMETERS[name]))
-    for check, remedy in ((check_same_model, "choose another output_dir"), (check_same_reader, f"retro.{name} to")):
+    for check, remedy in ((check_same_model, "choose another output_dir"), (check_same_parameters, f"retro.{name} to")):
         with pytest.raises(CheckpointError) as caught:
             check(checkpoint, config)
         said = str(caught.value)
@@ -48,11 +48,26 @@ def test_other_parameters_are_refused(name: str, checkpoint: Path) -> None:
         assert remedy in said and "\n" not in said
 
 
+def test_a_decoder_of_another_size_is_refused(tmp_path: Path) -> None:
+    """Also one that reads nothing."""
+    saved = tiny_config()
+    save_config(saved, tmp_path / "config.yaml")
+    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
+        before = getattr(saved.model, name)
+        for retro in (RetroConfig(), RETRO):
+            with pytest.raises(CheckpointError) as caught:
+                check_same_parameters(tmp_path, tiny_config(retro=retro, **{name: 2 * before}))
+            assert str(caught.value) == (
+                f"{tmp_path}: was trained with model.{name} {before}, which makes other parameters than {2 * before}; "
+                f"set model.{name} to {before}"
+            )
+
+
 @pytest.mark.parametrize("changed", SAME_PARAMETERS, ids=lambda changed: next(iter(changed)))
 def test_the_same_parameters_are_taken(changed: dict[str, Any], checkpoint: Path) -> None:
     config = tiny_config(retro=replace(RETRO, **changed))
     check_same_model(checkpoint, config)
-    check_same_reader(checkpoint, config)
+    check_same_parameters(checkpoint, config)
 
 
 def test_a_dry_run_refuses_what_the_start_refuses(checkpoint: Path, tmp_path: Path) -> None:
@@ -64,7 +79,7 @@ def test_a_dry_run_refuses_what_the_start_refuses(checkpoint: Path, tmp_path: Pa
         (path / "state.json").write_text("{}")
     config = tiny_config(retro=replace(RETRO, gate=None))
     config.output_dir, config.checkpoint.load = str(tmp_path / "run"), str(checkpoint)
-    for path, check in ((newest, check_same_model), (checkpoint, check_same_reader)):
+    for path, check in ((newest, check_same_model), (checkpoint, check_same_parameters)):
         with pytest.raises(CheckpointError) as caught:
             check(path, config)
         assert [str(error) for error in checkpoint_errors(config)] == [str(caught.value)]
@@ -77,7 +92,7 @@ def test_a_dry_run_refuses_what_the_start_refuses(checkpoint: Path, tmp_path: Pa
 
 def test_a_decoder_that_reads_none_can_be_fitted(checkpoint: Path) -> None:
     save_config(tiny_config(), checkpoint / "config.yaml")
-    check_same_reader(checkpoint, tiny_config(retro=RETRO))
+    check_same_parameters(checkpoint, tiny_config(retro=RETRO))
     with pytest.raises(CheckpointError, match=r"model.retro.num_neighbors 0, and this run has 2"):
         check_same_model(checkpoint, tiny_config(retro=RETRO))
 

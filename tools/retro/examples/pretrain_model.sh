@@ -43,9 +43,14 @@ if passed:
 print("\n".join(options))
 EOT
 )" || exit 2
-if is_tiny && [[ "${DRY_RUN:-0}" != 1 ]]; then PROJECT_DIR="$PROJECT_DIR" bash "$HERE/build_retro_db.sh"; fi
-while IFS= read -r option; do RECIPE+=("$option"); done <<<"$OPTIONS"
-if [[ "${DRY_RUN:-0}" == 1 ]]; then
-    RECIPE+=(--data.generative "[documents]" --data.tokenizer tokenizer)  # which the database's config.json names
+DATABASE="" before=""
+while IFS= read -r option; do
+    [[ "$before" != --data.retro_project ]] || DATABASE="$option"
+    RECIPE+=("$option") before="$option"
+done <<<"$OPTIONS"
+# One that an option names is somebody's own.
+if is_tiny && [[ "${DRY_RUN:-0}" != 1 && "$DATABASE" == "$PROJECT_DIR" ]]; then
+    PROJECT_DIR="$PROJECT_DIR" bash "$HERE/build_retro_db.sh"
 fi
+stand_in_documents "$DATABASE"
 run_training "$NODES" "$PROCESSES" "${RECIPE[@]}"
