@@ -276,8 +276,8 @@ class GritModel:
         Raises:
             ConfigError: the model reads no neighbors, or the database is of another tokenizer or chunk length.
         """
-        self._database = RetrievedNeighbors(retriever, self.config.model, self.tokenizer)
-        self._every = check_every(every, self.config.model)
+        database = RetrievedNeighbors(retriever, self.config.model, self.tokenizer)
+        self._every, self._database = check_every(every, self.config.model), database
 
     def generate(  # many: how an answer is drawn, and what is read for it
         self,
@@ -329,7 +329,7 @@ class GritModel:
         source = None
         if neighbors is not None:
             several: Any = [neighbors] if single else neighbors
-            if len(several) != len(conversations):
+            if not isinstance(several, Sequence) or len(several) != len(conversations):
                 raise DataError(f"neighbors must be a list for each of the {len(conversations)} conversations")
             source = given_neighbors(self.config.model, self.tokenizer, several)
         answers = [answer.text for answer in self.answer(conversations, options, source=source, tools=tools)]

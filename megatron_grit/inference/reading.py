@@ -21,6 +21,7 @@ from megatron_grit.config.knob import value_problem
 from megatron_grit.config.options import RetroOptions
 from megatron_grit.config.schema import ModelConfig
 from megatron_grit.config.shape import neighbor_tokens
+from megatron_grit.config.values import shortened
 from megatron_grit.data.rows.neighbors import Neighbors
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError
@@ -104,10 +105,14 @@ class RetrievedNeighbors:
         tokenizer: of the model.
 
     Raises:
-        ConfigError: the database is of another tokenizer or chunk length.
+        ConfigError: it is none, or is of another tokenizer or chunk length.
     """
 
     def __init__(self, retriever: Searches, model: ModelConfig, tokenizer: Tokenizer) -> None:
+        if not hasattr(retriever, "search"):
+            raise ConfigError(
+                f'what is read from must be an open database, such as Retriever("db"), not {shortened(retriever)}'
+            )
         check_database(model, tokenizer, retriever.chunk_length, retriever.tokenizer)
         self._retriever, self._tokenizer = retriever, tokenizer
         self._k, self._length = model.retro.num_neighbors, neighbor_tokens(model)
@@ -201,7 +206,10 @@ def given_neighbors(
     check_reads(model)
     k, length = model.retro.num_neighbors, neighbor_tokens(model)
     passages: list[list[Passage]] = []
+    too_many = f"neighbors must be a list of at most {k} texts (model.retro.num_neighbors) for each prompt"
     for several in texts:
+        if not isinstance(several, Sequence):
+            raise DataError(too_many)
         if not several:
             passages.append([])
             continue
@@ -211,9 +219,7 @@ def given_neighbors(
             raise DataError("a neighbor is empty; leave it out")
         known, single = read_texts(several, tokenizer.vocab_size, "neighbors")  # type: ignore[arg-type]
         if single or len(known) > k:
-            raise DataError(
-                f"neighbors must be a list of at most {k} texts (model.retro.num_neighbors) for each prompt"
-            )
+            raise DataError(too_many)
         tokens = [tokenizer.encode(text) if isinstance(text, str) else text for text in known]
         passages.append([Passage(one[:length]) for one in tokens])
     return GivenNeighbors(passages)

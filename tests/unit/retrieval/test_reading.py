@@ -90,6 +90,16 @@ def test_it_retrieves_as_often_as_is_asked(model: GritModel, database: Path) -> 
         assert [reading.token for reading in answer.readings if reading.token > 0] == list(range(every, 10, every))
 
 
+def test_a_refused_database_is_not_read(model: GritModel, database: Path) -> None:
+    alone = model.generate(QUESTION, max_new_tokens=4)
+    with pytest.raises(ConfigError, match="must be at least 1, not 0"):
+        model.read_from(Retriever(database), 0)
+    for given in ("db", None):
+        with pytest.raises(ConfigError, match=r'must be an open database, such as Retriever\("db"\), not'):
+            model.read_from(given)  # type: ignore[arg-type]
+    assert model.generate(QUESTION, max_new_tokens=4) == alone
+
+
 def test_given_neighbors(model: GritModel) -> None:
     read = "The cursor sorts every byte."
     alone, texts = (
@@ -178,14 +188,16 @@ def test_neighbors_that_cannot_be(model: GritModel, trained_run: Any) -> None:
     for given, message in (
         (["a", "b", "c"], "neighbors must be a list of at most 2 texts"),
         ("a", "neighbors must be a list of at most 2 texts"),
+        (5, "neighbors must be a list of at most 2 texts"),
         ([" "], "a neighbor is empty; leave it out"),
         ([[]], "a neighbor is empty; leave it out"),
         ([[1, 10**6]], "text 0 holds 1000000; ids of tokens are from 0 to"),
     ):
         with pytest.raises(DataError, match=message):
             model.generate(QUESTION, neighbors=given)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="a list for each of the 2 conversations"):
-        model.generate([QUESTION, QUESTION], neighbors=[["a"]])
+    for given in ([["a"]], 5):
+        with pytest.raises(DataError, match="a list for each of the 2 conversations"):
+            model.generate([QUESTION, QUESTION], neighbors=given)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="put their text into the prompt"):
         GritModel.load(trained_run.output_dir, device="cpu").generate(QUESTION, neighbors=["a"])
     assert np.isfinite(model.encode("a queue")).all(), "it embeds without"
