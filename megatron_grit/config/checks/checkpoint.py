@@ -28,8 +28,8 @@ def check_same_model(path: Path, config: RunConfig) -> None:
     for section in ("model", "embedding", "adapter", "training"):
         for name, before, now in _changed(section, getattr(saved, section), getattr(config, section)):
             raise CheckpointError(
-                f"{path}: was trained with {name} {before}, and this run has {now}; choose another output_dir, or set "
-                "checkpoint.resume to false to start afresh in this one"
+                f"{path}: was trained with {name} {_told(before)}, and this run has {_told(now)}; choose another "
+                "output_dir, or set checkpoint.resume to false to start afresh in this one"
             )
 
 
@@ -44,6 +44,11 @@ def _changed(section: str, saved: Any, present: Any) -> Iterator[tuple[str, Any,
         may_change = field.metadata.get("may_change", section == "training")
         if before != now and not (may_change and (makes is None or makes(before) == makes(now))):
             yield f"{section}.{field.name}", before, now
+
+
+def _told(value: Any) -> Any:
+    """As a configuration says it."""
+    return "null" if value is None else value
 
 
 def check_same_parameters(path: Path, config: RunConfig) -> None:
@@ -68,10 +73,9 @@ def check_same_parameters(path: Path, config: RunConfig) -> None:
     for name, before, now in pairs:
         makes = _MAKES.get(name.removeprefix("retro."))
         if before != now and (makes is None or makes(before) != makes(now)):
-            told = "null" if before is None else before
             raise CheckpointError(
-                f"{path}: was trained with model.{name} {told}, which makes other parameters than "
-                f"{'null' if now is None else now}; set model.{name} to {told}"
+                f"{path}: was trained with model.{name} {_told(before)}, which makes other parameters than "
+                f"{_told(now)}; set model.{name} to {_told(before)}"
             )
 
 
