@@ -87,7 +87,9 @@ class RetroOptions(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.retrieve_every is not None and self.retro_project is None:
-            raise ConfigError("retrieve_every is of retro_project, which is not given; give it, or leave both out")
+            raise ConfigError(
+                "retrieve_every is of retro_project, which is not given; give it, or leave retrieve_every out"
+            )
 
 
 @dataclass(kw_only=True)

@@ -27,7 +27,7 @@ from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError, GritError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.inference.messages import check_texts
-from megatron_grit.retrieval.database.versions import nearest_chunks, open_index
+from megatron_grit.retrieval.database.versions import check_embedder, nearest_chunks, open_index
 from megatron_grit.retrieval.index.recall import Population
 from megatron_grit.retrieval.index.search import Found, SearchableIndex
 from megatron_grit.retrieval.lexical import LexicalIndex, fuse
@@ -238,8 +238,7 @@ class _Opened:
         Raises:
             DataError: the index is of another embedder.
         """
-        if self.db.version.embedder != embedder.fingerprint:
-            raise DataError("is of another embedder than the one that is given or in config.json", path=self.db.path)
+        check_embedder(self.db, embedder)
 
     @property
     def words(self) -> LexicalIndex:

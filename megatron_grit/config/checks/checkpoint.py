@@ -7,7 +7,13 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_grit.config.checkpoint_folder import REPLACED, holds_checkpoint, list_checkpoints, resolve_checkpoint
+from megatron_grit.config.checkpoint_folder import (
+    REPLACED,
+    holds_checkpoint,
+    list_checkpoints,
+    resolve_checkpoint,
+    started_from,
+)
 from megatron_grit.config.parse import load_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import reading_layers
@@ -76,6 +82,24 @@ def check_same_parameters(path: Path, config: RunConfig) -> None:
             raise CheckpointError(
                 f"{path}: was trained with model.{name} {_told(before)}, which makes other parameters than "
                 f"{_told(now)}; set model.{name} to {_told(before)}"
+            )
+
+
+def unlike_reader(config: RunConfig) -> Iterator[str]:
+    """A warning of a run that reads chunks of another length than the checkpoint of ``checkpoint.load`` does, which
+    makes no other parameters.
+
+    Raises:
+        ConfigError, CheckpointError: its config.yaml cannot be read.
+    """
+    for path in started_from(config)[:1]:
+        if not (path / "config.yaml").is_file():
+            continue
+        saved, present = load_config(path / "config.yaml").model.retro, config.model.retro
+        if saved.num_neighbors and present.num_neighbors and saved.chunk_length != present.chunk_length:
+            yield (
+                f"warning: {path} was trained with model.retro.chunk_length {saved.chunk_length}, and this run has "
+                f"{present.chunk_length}, that of its database"
             )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_grit.config.blend import BlendEntry, read_blend
 from megatron_grit.config.checkpoint_folder import started_from
-from megatron_grit.config.checks.checkpoint import checkpoint_errors, finished_lines
+from megatron_grit.config.checks.checkpoint import checkpoint_errors, finished_lines, unlike_reader
 from megatron_grit.config.kinds import kind_batch_size, kind_options, load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.chat.chat import Chat
@@ -92,7 +92,7 @@ def neighbor_errors(config: RunConfig, tokenizer: Tokenizer) -> Iterator[GritErr
 
 def prospects(config: RunConfig, tokenizer: Tokenizer, chat: Chat) -> Iterator[str]:
     """Lines about data that is not refused: for each kind how often the steps go through it, and records that are
-    longer than a row; and what of tokenizer and template the base has otherwise.
+    longer than a row; and what of tokenizer, template and chunks the base has otherwise.
 
     Raises:
         GritError: as of :func:`data_errors`.
@@ -105,6 +105,7 @@ def prospects(config: RunConfig, tokenizer: Tokenizer, chat: Chat) -> Iterator[s
             yield _epochs(config, kind, entries, sources)
         yield from _too_long(config, rules, sources)
     yield from unlike_base(config, tokenizer, chat)
+    yield from unlike_reader(config)
 
 
 def _streams(config: RunConfig) -> dict[str, type[RowStream]]:

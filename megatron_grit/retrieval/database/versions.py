@@ -127,6 +127,23 @@ def version_to_use(project: Project, worker: Worker, embedder: Embedder) -> Vers
     return version
 
 
+def check_embedder(db: VersionedDb, embedder: Embedder) -> None:
+    """
+    Args:
+        db: a version.
+        embedder: what its index is to be searched with.
+
+    Raises:
+        DataError: the index is of another one.
+    """
+    if db.version.embedder != embedder.fingerprint:
+        raise DataError(
+            "is of another embedder, or that one was changed since; give the one that the database was built with "
+            "(embedder in config.json), or build again with --overwrite embed,index-train",
+            path=db.path,
+        )
+
+
 def open_index(
     project: Project,
     version: Version,

@@ -17,7 +17,13 @@ from megatron_grit.data.text.records import BadLine, Record, TextPair, read_reco
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.vectors import rows_of
-from megatron_grit.retrieval.database.versions import nearest_chunks, open_index, search_of, version_vectors
+from megatron_grit.retrieval.database.versions import (
+    check_embedder,
+    nearest_chunks,
+    open_index,
+    search_of,
+    version_vectors,
+)
 from megatron_grit.retrieval.index.factory import choose_factory, lists_of, num_training_vectors
 from megatron_grit.retrieval.index.faiss_index import VectorIndex, exact_search, new_index
 from megatron_grit.retrieval.index.recall import RECALL_AT, choose_search, without_own
@@ -265,8 +271,7 @@ class DatabaseChunks:
         self._version = read_version(folder, config.version if version is None else version)
         self._db = VersionedDb(self._project, self._version)
         self.embedder = project_embedder(config, alone=True)
-        if self._version.embedder != self.embedder.fingerprint:
-            raise DataError("is of another embedder than the one of config.json", path=self._db.path)
+        check_embedder(self._db, self.embedder)
         self._index = open_index(self._project, self._version, population="questions")
         tombstones, search = self._version.tombstones, search_of(self._project, self._version, "questions")
         self.signature = digest_of_settings(

@@ -24,7 +24,7 @@ from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encoders.protocol import Embedder
 from megatron_grit.retrieval.database.queried import tables_of
 from megatron_grit.retrieval.database.verification import verify_files
-from megatron_grit.retrieval.database.versions import nearest_chunks, open_index
+from megatron_grit.retrieval.database.versions import check_embedder, nearest_chunks, open_index
 from megatron_grit.retrieval.stages.db_build import report_lines as db_build_lines
 from megatron_grit.retrieval.stages.embed import project_embedder
 from megatron_grit.retrieval.stages.task import MOST_TO_COUNT, Report
@@ -190,8 +190,7 @@ class Inspector:
         """
         db = self.db
         assert self.version is not None and isinstance(db, VersionedDb), "self.embedder() tells whether there is one"
-        if self.version.embedder != embedder.fingerprint:
-            raise DataError("is of another embedder than the one of config.json", path=db.path)
+        check_embedder(db, embedder)
         index = open_index(self.project, self.version, population="questions")
         scores, ids = nearest_chunks(db, index, embedder.embed([text], "query"), k)
         found = zip(ids[0].tolist(), scores[0].tolist(), strict=True)

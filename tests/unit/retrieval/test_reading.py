@@ -163,7 +163,7 @@ def test_what_cannot_be_read(
     assert refusal([*argv, f"--retro-project={tmp_path}"], capsys) == (
         f"retro_project {tmp_path}: holds no config.json; give the --project-dir of tools/retro/build_db.py"
     )
-    alone = "retrieve_every is of retro_project, which is not given; give it, or leave both out"
+    alone = "retrieve_every is of retro_project, which is not given; give it, or leave retrieve_every out"
     assert refusal([*argv, "--retrieve-every=2"], capsys) == alone
     long = refusal([*argv, f"--retro-project={database}", "--retrieve-every=9"], capsys)
     assert long == f"retrieve_every must be at most the model's chunk_length {CHUNK}, not 9"

@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 
-from megatron_grit.config.checks.checkpoint import check_same_model, check_same_parameters, checkpoint_errors
+from megatron_grit.config.checks.checkpoint import (
+    check_same_model,
+    check_same_parameters,
+    checkpoint_errors,
+    unlike_reader,
+)
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.errors import CheckpointError
@@ -88,6 +93,19 @@ def test_a_dry_run_refuses_what_the_start_refuses(checkpoint: Path, tmp_path: Pa
     assert not list(checkpoint_errors(config))
     config.checkpoint.load, config.model.retro = str(checkpoint), RETRO
     assert not list(checkpoint_errors(config))
+
+
+def test_chunks_of_another_length_are_told(checkpoint: Path, tmp_path: Path) -> None:
+    """They make the same parameters, so the run starts."""
+    config = tiny_config(retro=replace(RETRO, chunk_length=32))
+    config.output_dir, config.checkpoint.load = str(tmp_path / "run"), str(checkpoint)
+    check_same_parameters(checkpoint, config)
+    assert list(unlike_reader(config)) == [
+        f"warning: {checkpoint} was trained with model.retro.chunk_length 64, and this run has 32, that of its database"
+    ]
+    for retro in (RETRO, RetroConfig()):
+        config.model.retro = retro
+        assert list(unlike_reader(config)) == []
 
 
 def test_a_decoder_that_reads_none_can_be_fitted(checkpoint: Path) -> None:
