@@ -13,6 +13,7 @@ from megatron_grit.data.chunks.neighbor_table import NeighborTable
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.data.chunks.versions import (
     VersionedDb,
+    begins_with,
     read_version,
     shares_documents,
     sorted_keys,
@@ -28,6 +29,7 @@ from megatron_grit.retrieval.stages.db_build import build_chunks
 from megatron_grit.retrieval.stages.query_neighbors import query_neighbors
 from megatron_grit.retrieval.stages.tombstone import parse_documents, remove_documents
 from megatron_grit.retrieval.work import Worker
+from megatron_grit.store.digest import hashed_bytes
 from megatron_grit.store.sealed import read_sealed, write_sealed
 from tests.unit.retrieval.databases import (
     WordEmbedder,
@@ -481,3 +483,17 @@ def test_a_source_without_its_json_is_read(tmp_path: Path) -> None:
     Path(prefix + ".json").unlink()
     without = source_of(prefix, Path(prefix))
     assert (with_json.bin_sha256, with_json.index_sha256) == (without.bin_sha256, without.index_sha256)
+
+
+def test_the_beginning_of_a_file_is_hashed_once(tmp_path: Path) -> None:
+    """Of a file that has grown since: what a process has found it remembers, and the next one that opens it samples."""
+    tokenizer = tokenizer_of(tmp_path)
+    path = Path(write_documents(tmp_path / "corpus", TEXTS, tokenizer))
+    source = source_of(str(path), path)
+    longer = Path(write_documents(tmp_path / "longer", TEXTS + MORE, tokenizer))
+    before = hashed_bytes()
+    assert begins_with(longer, source)
+    first = hashed_bytes() - before
+    assert begins_with(longer, source) and hashed_bytes() - before == first >= source.bin_bytes
+    other = Path(write_documents(tmp_path / "other", [MORE[0], *TEXTS[1:], *MORE], tokenizer))
+    assert not begins_with(other, source)  # the control: equal sizes are not believed
