@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_grit.config.knob import Checked, knob
+from megatron_grit.errors import ConfigError
 
 
 @dataclass(kw_only=True)
@@ -104,3 +105,58 @@ class DocumentFileOptions(BuildOptions):
     """Take NLTK's own Punkt parameters of this language, from NLTK_DATA."""
     log_interval: int = knob(100_000, at_least=1)
     """Documents between lines, where there is no terminal."""
+
+
+@dataclass(kw_only=True)
+class SftConversion(Checked):
+    """A published data set to JSONL of messages."""
+
+    source: str
+    """Its name in the table, such as dolly, sharegpt, oasst1 or flan_v2; a wrong one lists them."""
+    input: str = knob(path=True)
+    """Folder with its raw files, under their published names."""
+    output: str = knob(path=True)
+    """JSONL file to write."""
+    files: list[str] = knob([], path=True)
+    """Take these files of the folder, all records of them, in place of the table's."""
+    most: int | None = knob(None, at_least=0)
+    """Draw so many records of each file. null: as many as the table says. 0: all."""
+    wrap: Literal["plain", "alpaca", "drawn"] = "plain"
+    """How an instruction and its input become a turn. drawn: in one of 14 phrasings, with the published weights."""
+    top_k_replies: int | None = knob(None, at_least=1)
+    """In trees of replies follow this many of the best at each message. null: all."""
+    max_tokens: int | None = knob(None, at_least=1)
+    """Split longer conversations between pairs of turns; needs the tokenizer."""
+    tokenizer: str | None = knob(None, path=True)
+    """Counts the tokens of max_tokens."""
+    seed: int = knob(42, at_least=0)
+    """Seed of all that is drawn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.max_tokens is None) != (self.tokenizer is None):
+            raise ConfigError("max_tokens and tokenizer go together; give both or neither")
+
+
+@dataclass(kw_only=True)
+class SftMixture(Checked):
+    """A mixture of JSONL files."""
+
+    mixture: list[str] = knob(path=True)
+    """tulu-v1, tulu-v2, flan-v1 or flan-v2; a .yaml file; a .txt file with a name and an amount a line; or names and
+    amounts in turn: 500 records, 0.5 or 2.0 epochs."""
+    input: str = knob(path=True)
+    """Folder with NAME.jsonl of each source, as convert-sft writes them."""
+    output: str = knob(path=True)
+    """JSONL file to write."""
+    without: list[str] = knob([])
+    """Sources to leave out."""
+    total: int | None = knob(None, at_least=1)
+    """Records of a mixture whose sources have shares, as flan-v1 and flan-v2."""
+    seed: int = knob(42, at_least=0)
+    """Seed of what is drawn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.mixture:
+            raise ConfigError("mixture is empty; give a name, a file, or names with amounts")
