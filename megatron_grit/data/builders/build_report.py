@@ -133,11 +133,19 @@ def write_report(report: BuildReport, lengths: Mapping[str, np.ndarray]) -> None
     """Write ``<prefix>.report.json`` and, where matplotlib is installed, the histogram ``<prefix>.report.png``."""
     path = Path(f"{report.prefix}.report.json")
     write_json(path, asdict(report))
-    _draw_histogram(path.with_suffix(".png"), lengths)
+    draw_histogram(path.with_suffix(".png"), lengths)
 
 
-def _draw_histogram(path: Path, lengths: Mapping[str, np.ndarray]) -> None:
-    """Counts of texts by tokens, one panel for each kind of text, on a logarithmic axis."""
+def draw_histogram(path: str | Path, lengths: Mapping[str, np.ndarray], unit: str = "tokens") -> None:
+    """Counts of texts by length, one panel for each kind of text, on a logarithmic axis. Where matplotlib is not
+    installed an earlier picture is removed, and the log says so.
+
+    Args:
+        path: PNG to write.
+        lengths: of the texts of each kind, int64; one of 0 is drawn as 1.
+        unit: what lengths count.
+    """
+    path = Path(path)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -149,11 +157,12 @@ def _draw_histogram(path: Path, lengths: Mapping[str, np.ndarray]) -> None:
     FigureCanvasAgg(figure)
     for place, (name, values) in enumerate(lengths.items(), 1):
         axes = figure.add_subplot(len(lengths), 1, place)
+        values = np.maximum(values, 1)
         low, high = int(values.min()), int(values.max()) + 1
         edges = np.unique(np.geomspace(low, max(high, low + 1), _BINS + 1).astype(np.int64))
         axes.hist(values, bins=edges.tolist(), color="tab:blue")
         axes.set_xscale("log")
-        axes.set_xlabel("tokens")
+        axes.set_xlabel(unit)
         axes.set_ylabel("texts")
         axes.set_title(f"{name}: {len(values)}, mean {values.mean():.1f}, longest {high - 1}")
     with replacing(path, "wb") as file:

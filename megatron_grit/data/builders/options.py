@@ -160,3 +160,50 @@ class SftMixture(Checked):
         super().__post_init__()
         if not self.mixture:
             raise ConfigError("mixture is empty; give a name, a file, or names with amounts")
+
+
+@dataclass(kw_only=True)
+class SftStatistics(Checked):
+    """What instruction data is like."""
+
+    input: list[str] = knob(path=True)
+    """JSONL files or patterns, of messages, conversations, prompts with completions or texts."""
+    tokenizer: str | None = knob(None, path=True)
+    """Counts tokens: .model, tokenizer.json, their folder, or a model's name on the hub. null: words are counted."""
+    lengths: list[int] = knob([512, 1024, 2048, 4096], at_least=1)
+    """The share of the records above each of these is told."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do at a line that is not a record."""
+    output: str | None = knob(None, path=True)
+    """JSON file to write as well."""
+    plot: str | None = knob(None, path=True)
+    """PNG file with histograms of the lengths, where matplotlib is installed."""
+
+
+@dataclass(kw_only=True)
+class SftSelection(Checked):
+    """Which records of instruction data are taken, in this order."""
+
+    input: list[str] = knob(path=True)
+    """JSONL files or patterns."""
+    output: str = knob(path=True)
+    """JSONL file to write: the lines as they are, in their order."""
+    deduplicate: bool = False
+    """Leave out records that say the same as an earlier one, white space aside."""
+    ratio: float | None = knob(None, at_least=0)
+    """Take the num_records whose instruction over answer is nearest to it."""
+    num_records: int | None = knob(None, at_least=1)
+    """Records that ratio takes."""
+    tokenizer: str | None = knob(None, path=True)
+    """Counts tokens for the ratio. null: words are counted."""
+    fraction: float | None = knob(None, above=0, at_most=1)
+    """Draw so much of each data set, told by the key dataset; of all together exactly."""
+    seed: int = knob(42, at_least=0)
+    """Seed of fraction."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.ratio is None) != (self.num_records is None):
+            raise ConfigError("ratio and num_records go together; give both or neither")
+        if not self.deduplicate and self.ratio is None and self.fraction is None:
+            raise ConfigError("nothing is selected; give deduplicate, ratio with num_records, or fraction")
