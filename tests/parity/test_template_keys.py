@@ -44,6 +44,8 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "a call": [ASKED, CALLING, FOUND, ANSWERED],
     "calls behind a text": [ASKED, ANSWERED | {"tool_calls": [CALL, CALL]}, FOUND, FOUND, ANSWERED, ASKED, ANSWERED],
     "a call at the end": [ASKED, ANSWERED, ASKED, CALLING],
+    "an environment": [ASKED, ANSWERED, FOUND | {"role": "environment"}, ANSWERED],
+    "a result behind a call in the text": [ASKED, ANSWERED, FOUND, ANSWERED],
     "reasoning": [ASKED, ANSWERED | {"reasoning_content": "well"}, ASKED, ANSWERED | {"reasoning_content": "so\n"}],
     "reasoning and a call": [ASKED, CALLING | {"reasoning_content": "look"}, FOUND, ANSWERED | {"score": 3}],
 }
