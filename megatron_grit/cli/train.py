@@ -63,11 +63,11 @@ def _run(argv: list[str] | None) -> None:
     if finished := finished_lines(config):
         return get_logger("megatron_grit.cli.train").info(*finished)  # this file is run as __main__
     say_loading()
-    from megatron_grit.convert.hf_in.pretrained import pretrained_weights
+    from megatron_grit.convert.hf_in.pretrained import pretrained_teacher, pretrained_weights
     from megatron_grit.convert.peft.runtime import peft_adapters
     from megatron_grit.training.trainer import train
 
-    train(config, pretrained_weights(config), peft_adapters(config))
+    train(config, pretrained_weights(config), peft_adapters(config), pretrained_teacher(config))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,6 +36,16 @@ class BatchSize(Checked):
 
 
 @dataclass(kw_only=True)
+class TeacherLogits(Checked):
+    """What is kept of a teacher."""
+
+    top_k: int = knob(64, at_least=1)
+    """Most probable tokens that are kept for each token; all others are kept as one. 8 top_k + 4 bytes a token."""
+    temperature: float = knob(1.0, above=0)
+    """Divides the logits: loss.teacher.temperature of the runs to come."""
+
+
+@dataclass(kw_only=True)
 class EmbeddingOptions(BatchSize, TextLength):
     """How texts are embedded."""
 

@@ -8,6 +8,8 @@ from math import ceil
 from megatron_grit.config.knob import knob
 from megatron_grit.config.schema import RunConfig
 
+LOGITS_AT_ONCE = 1 << 24
+"""Logits that are compared with a teacher's at a time."""
 SIMILARITIES_AT_ONCE = 1 << 24
 """Similarities that the contrastive loss holds at once: 64 MiB in fp32."""
 

@@ -94,7 +94,7 @@ def encode_file(
         from megatron_grit.inference.model import GritModel
 
         model = GritModel.load(path, device=device)
-        output.resume([BLOCK, digest, _identity(path, model), options], count)
+        output.resume([BLOCK, digest, model_identity(path, model), options], count)
         check_room(output_path, 4 * embedding_width(model.model) * (count - output.num_rows))
         if output.num_rows:
             log.info(f"{output_path}: resumes after {output.num_rows:,} of {count:,} texts")
@@ -118,8 +118,8 @@ def _spooled(folder: Path) -> TextFile:
     return TextFile(path, _STDIN)
 
 
-def _identity(path: Path, model: Any) -> list[Any]:
-    """What vectors follow from besides the texts and the options: the checkpoint's content, precision, versions."""
+def model_identity(path: Path, model: Any) -> list[Any]:
+    """What results follow from besides the texts and the options: the checkpoint's content, precision, versions."""
     manifest = path / "manifest.json"  # holds the checksums of all the other files
     files = [manifest] if manifest.is_file() else path.rglob("*")
     context = model.model.context

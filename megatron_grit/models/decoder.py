@@ -30,7 +30,7 @@ from megatron_grit.models.retro.passes import NeighborCache, PassSegments, pass_
 from megatron_grit.models.retro.plan import RetroSegments, held_neighbors, plan_of
 from megatron_grit.models.rope import RotaryAngles
 from megatron_grit.models.row_share import RowShare
-from megatron_grit.models.vocabulary import OutputLayer, embedding_noise, token_embedding
+from megatron_grit.models.vocabulary import OutputLayer, embedding_noise, spread, token_embedding
 from megatron_grit.parallel.context import ParallelContext
 
 
@@ -41,7 +41,7 @@ class Output(StrEnum):
     """fp32 [S, D or embedding.projection_dim], one for each segment of an embedding row."""
     TOKEN_LOSSES = "token_losses"
     """fp32 [T]: negative log-likelihood of each label, 0 where the loss mask is 0 and where another context parallel
-    rank holds the token."""
+    rank holds the token. [2, T] where the row has a teacher: the second line is what it adds."""
     LOGITS = "logits"
     """[T, V], gathered over tensor parallel ranks, padding of the vocabulary cut off. Under context parallelism the
     tokens that this rank holds."""
@@ -167,8 +167,13 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
                 if module is not None:
                     # A gradient of zero: gradients are reduced when the last row has reached every parameter.
                     losses = losses + 0.0 * sum(parameter.sum() for parameter in module.parameters())
-            return losses if share is None else losses.new_zeros(share.row_length).index_put((share.index_L,), losses)
+            return losses if share is None else spread(losses, share.index_L, share.row_length)
         return self.output_layer.logits(hidden, self._output_weight())[:, : self.num_tokens_in_vocab]
+
+    def shard_logits(self, states_L1D: Tensor) -> Tensor:
+        """Logits of final states for this tensor parallel rank's part of the vocabulary, [L, V / tensor parallel size],
+        on the last stage."""
+        return self.output_layer.shard_logits(states_L1D, self._output_weight()).squeeze(1)
 
     def _noise(self, row: PackedRow, share: RowShare | None) -> Tensor:
         """Of the tokens that this rank embeds: [L, 1, D]."""

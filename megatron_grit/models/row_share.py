@@ -70,6 +70,7 @@ class RowShare:
             labels_1T=None if row.labels_1T is None else row.labels_1T[:, index],
             loss_mask_1T=None if row.loss_mask_1T is None else row.loss_mask_1T[:, index],
             label_index_L=None,
+            teacher=None if row.teacher is None else row.teacher.take(index),
         )
 
     @cached_property

@@ -110,7 +110,8 @@ class OutputLayer(TrainedBiasLinear):
         return gathered.squeeze(1)
 
     def token_losses(self, states_T1D: Tensor, weight: Tensor | None, row: PackedRow) -> Tensor:
-        """Negative log-likelihood of each label, fp32 [T]; 0 where the loss mask is 0.
+        """Negative log-likelihood of each label, fp32 [T]; 0 where the loss mask is 0. Where the row has a teacher,
+        fp32 [2, T]: the second line is the divergence from it.
 
         Args:
             states_T1D: final states of the row; under sequence parallelism this rank's shard of them.
@@ -120,14 +121,14 @@ class OutputLayer(TrainedBiasLinear):
         assert row.labels_1T is not None and row.loss_mask_1T is not None
         if self.config.sequence_parallel:
             logits = self.shard_logits(states_T1D, weight)
-            return _cross_entropy(logits, row.labels_1T[0]) * (row.loss_mask_1T[0] > 0)
+            return _losses(logits, row.labels_1T[0], row, None) * (row.loss_mask_1T[0] > 0)
         # Logits are computed for supervised tokens only.
         supervised = row.label_index_L
         if supervised is None:  # makes the host wait for a GPU
             supervised = row.loss_mask_1T[0].nonzero().squeeze(1)
-        losses = row.loss_mask_1T.new_zeros(row.tokens_1T.shape[1])
         logits = self.shard_logits(states_T1D[supervised], weight)
-        return losses.index_put((supervised,), _cross_entropy(logits, row.labels_1T[0, supervised]))
+        found = _losses(logits, row.labels_1T[0, supervised], row, supervised)
+        return spread(found, supervised, row.tokens_1T.shape[1])
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **options: Any) -> dict[str, Any]:
         """The engine's, without ``_extra_state``: checkpoints have no such entry for an output layer."""
@@ -136,6 +137,17 @@ class OutputLayer(TrainedBiasLinear):
         return state
 
 
-def _cross_entropy(logits_L1V: Tensor, labels_L: Tensor) -> Tensor:
-    losses: Tensor = vocab_parallel_cross_entropy(logits_L1V, labels_L[:, None])
-    return losses.squeeze(1).float()
+def spread(values_L: Tensor, index_L: Tensor, length: int) -> Tensor:
+    """Values of some tokens at their places among all, [..., T] of [..., L]; 0 elsewhere."""
+    return values_L.new_zeros(*values_L.shape[:-1], length).index_copy(-1, index_L, values_L)
+
+
+def _losses(logits_L1V: Tensor, labels_L: Tensor, row: PackedRow, index_L: Tensor | None) -> Tensor:
+    """Of the tokens at these places: [L], or with a teacher [2, L]."""
+    # The engine turns logits in fp32 into probabilities where they are.
+    is_used_up = row.teacher is not None and logits_L1V.dtype is torch.float32
+    losses: Tensor = vocab_parallel_cross_entropy(logits_L1V.clone() if is_used_up else logits_L1V, labels_L[:, None])
+    losses = losses.squeeze(1).float()
+    if row.teacher is None:
+        return losses
+    return torch.stack((losses, row.teacher.divergence(logits_L1V.squeeze(1), losses, index_L)))

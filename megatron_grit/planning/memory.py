@@ -28,6 +28,7 @@ from megatron_grit.config.shape import (
 from megatron_grit.config.workload import RowWorkload, TextLengths
 from megatron_grit.models.gathered_keys import gathered_keys
 from megatron_grit.planning.parameters import count_adapters, count_parameters, count_trained, expert_tensor_size
+from megatron_grit.planning.teacher import teacher_memory
 
 FP32 = 4
 
@@ -121,7 +122,7 @@ class _StageMemory:
         self.workload, self.device, self.stage = workload, device, stage
         self.data_size = data_parallel_size(config, world_size)
         self.size = 2 if config.training.precision == "bf16" else FP32
-        self.tensor = self.parallel.tensor
+        self.tensor, self.vocab_size = self.parallel.tensor, vocab_size
         self.last = stage == self.parallel.pipeline - 1
         layers = stage_layers(config, stage)
         self.num_layers = len(layers)
@@ -149,7 +150,8 @@ class _StageMemory:
         gradients = (dense + experts) * FP32
         # Adam's two moments, and fp32 main weights where the model's own are bf16.
         optimizer = shard * (2 * FP32 + (FP32 if self.size == 2 else 0))
-        base = weights + gradients + optimizer + self._row_bytes()
+        teacher = teacher_memory(self.config, workload.predicted, self.data_size, self.vocab_size, self.stage)
+        base = weights + gradients + optimizer + self._row_bytes() + teacher.weights
         kept = {rows.kind: self._activations(rows) for rows in workload.kinds}
         held = max(kept.values(), default=0)
         layer = max((self._layer_backward(rows) for rows in workload.kinds), default=0)
@@ -158,15 +160,15 @@ class _StageMemory:
         grad_cache = sum(
             ceil(rows.segments / self.data_size) * self.projected * FP32 for rows in embedded if rows.kind in cached
         )
-        logits = {rows.kind: self._logits(rows) for rows in predicted}
+        logits = {rows.kind: self._logits(rows) + teacher.logits for rows in predicted}
         pooling = {rows.kind: self._pooling(rows) for rows in embedded}
         moments = {
             "building the model": 2 * weights + gradients,
-            "backward pass of a layer": base + grad_cache + held + layer,
+            "backward pass of a layer": base + teacher.states + grad_cache + held + layer,
             "optimizer step": base + self._optimizer_step(shard),
         }
         for kind, size in logits.items():
-            moments[f"logits of {_a(kind)} row"] = base + grad_cache + kept[kind] + size
+            moments[f"logits of {_a(kind)} row"] = base + teacher.states + grad_cache + kept[kind] + size
         for kind, size in pooling.items():
             moments[f"pooling of {_a(kind)} row"] = base + grad_cache + kept[kind] + size
         losses: dict[str, int] = {}
@@ -187,6 +189,7 @@ class _StageMemory:
             "logits": max(logits.values(), default=0),
             **losses,
             "grad cache": grad_cache,
+            "teacher": teacher.weights + teacher.states,
             "rows": self._row_bytes(),
         }
         return Memory(stage=self.stage, kinds=kinds, moments=moments)

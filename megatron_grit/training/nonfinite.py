@@ -44,10 +44,12 @@ class RowOutcomes:
         Args:
             row: the micro-batch.
             index: counts the rows of its kind on this rank.
-            output: embeddings [S, D], or token losses [T].
+            output: embeddings [S, D], or token losses [T], or those and what a teacher adds, [2, T].
         """
         is_finite = torch.isfinite(output.detach())
-        self.entries.append((row, index, is_finite.all(1) if is_finite.dim() > 1 else is_finite))
+        if is_finite.dim() > 1:
+            is_finite = is_finite.all(1 if row.embeds else 0)
+        self.entries.append((row, index, is_finite))
 
     def at_fault(self) -> list[dict[str, Any]]:
         """The rows whose output was not finite, with their records, and those records that it was not finite for."""

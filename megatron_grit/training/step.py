@@ -22,7 +22,7 @@ from megatron_grit.parallel.collectives import from_last_stage, sum_over_replica
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState, replay
 from megatron_grit.training.nonfinite import NonFiniteGuard, RowOutcomes
-from megatron_grit.training.objectives.base import trained_objectives
+from megatron_grit.training.objectives.base import Teaches, trained_objectives
 
 
 class TrainStep:
@@ -33,6 +33,7 @@ class TrainStep:
         context: this process's place in the mesh.
         model: this process's pipeline stage, or its chunks, wrapped for data parallelism.
         optimizer: the engine's optimizer over it.
+        teacher: of ``loss.teacher``.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class TrainStep:
         context: ParallelContext,
         model: DistributedDataParallel | Sequence[DistributedDataParallel],
         optimizer: Any,
+        teacher: Teaches | None = None,
     ) -> None:
         self.config, self.context = config, context
         self.chunks = list(model) if isinstance(model, Sequence) else [model]
@@ -49,6 +51,8 @@ class TrainStep:
         self.outcomes = RowOutcomes()
         compat.take_balancing_loss()  # an earlier model's
         self.objectives = trained_objectives(config, context)
+        for objective in self.objectives:
+            objective.teacher = teacher
 
     def __call__(self, batch: StepBatch) -> dict[str, float]:
         """Train on a batch; the learning rate is the one that the optimizer has.
@@ -140,6 +144,7 @@ class TrainStep:
 
     def _reduce_metrics(self, reported: list[dict[str, Tensor]], num_rows: int) -> dict[str, float]:
         names = metric_names(objective.kind for objective in self.objectives)
+        names += [name for objective in self.objectives for name in objective.extra_metrics]
         values = torch.zeros(len(names), device=self.context.device)
         for entry in reported:
             for place, name in enumerate(names):
@@ -147,7 +152,7 @@ class TrainStep:
                     values[place] += entry[name]
         values = from_last_stage(sum_over_replicas(values, self.context), self.context)
         metrics = dict(zip(names, values.tolist(), strict=True))
-        metrics["loss"] = sum(objective.weight * metrics[objective.loss_name] for objective in self.objectives)
+        metrics["loss"] = sum(objective.total(metrics) for objective in self.objectives)
         balance = self._balancing_loss(num_rows)
         return metrics if balance is None else metrics | {"loss_balance": balance}
 

@@ -61,6 +61,8 @@ from megatron_grit.training.optimizer import (
 from megatron_grit.training.restore_checks import check_next_records, check_random_states, check_versions_read
 from megatron_grit.training.step import TrainStep
 from megatron_grit.training.stop import StopRequest
+from megatron_grit.training.teacher.build import build_teacher
+from megatron_grit.training.teacher.source import TeacherSource
 from megatron_grit.training.validation.loss import Validation, describe
 
 log = get_logger(__name__)
@@ -77,6 +79,7 @@ def train(
     config: RunConfig,
     initial_weights: InitialWeights | None = None,
     initial_adapters: InitialWeights | None = None,
+    teacher: TeacherSource | None = None,
 ) -> None:
     """Run a configuration to its last step, from the newest checkpoint of its output directory if there is one.
 
@@ -86,6 +89,7 @@ def train(
             ``checkpoint.load`` nor drawn.
         initial_adapters: fills the adapters of a fresh start, if neither ``adapter.load`` is a checkpoint of ours nor
             they are drawn.
+        teacher: where ``loss.teacher.model`` comes from, if it is no checkpoint of ours.
 
     Raises:
         GritError: whatever the user can repair: configuration, mesh, data, checkpoint, numerics.
@@ -96,7 +100,7 @@ def train(
         check(config, context.world_size)
         # A second run would remove what the first one is writing. The other ranks hear of it from the first.
         with locked_folder(Path(config.output_dir)) if context.rank == 0 else nullcontext():
-            Trainer(config, context, initial_weights, initial_adapters).run()
+            Trainer(config, context, initial_weights, initial_adapters, teacher).run()
 
 
 class Trainer:
@@ -108,6 +112,7 @@ class Trainer:
         context: ParallelContext,
         initial_weights: InitialWeights | None = None,
         initial_adapters: InitialWeights | None = None,
+        teacher: TeacherSource | None = None,
     ) -> None:
         if config.data.tokenizer is None:
             raise ConfigError("data.tokenizer is not set; give a SentencePiece model or a tokenizer.json")
@@ -137,7 +142,8 @@ class Trainer:
         self.wrapped = wrap_chunks(self.chunks, config.parallel.overlap)
         self.optimizer = build_optimizer(config, self.wrapped)
         self.schedule = build_schedule(config, self.optimizer)
-        self.step = TrainStep(config, context, self.wrapped, self.optimizer)
+        self.teacher = build_teacher(config, context, self.tokenizer, self.chunks, teacher)
+        self.step = TrainStep(config, context, self.wrapped, self.optimizer, self.teacher)
         self.validation = Validation(config, self.tokenizer, context, self.wrapped) if config.data.valid else None
         others = [] if self.validation is None else [self.validation.loader]
         self.follower = VersionFollower(config, context, self.loader, others)

@@ -12,10 +12,11 @@ from megatron_grit.config.checks.run import find_problems
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.schema.loss import RoleWeightsConfig
 from megatron_grit.config.schema.retro import RetroConfig
+from megatron_grit.config.schema.teacher import TeacherConfig
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from tests.neighbors import with_neighbors
-from tests.rows import grit_batch, make_row, tiny_config
+from tests.rows import VOCAB, grit_batch, make_row, tiny_config
 
 SP = {"parallel.tensor": 2, "parallel.sequence_parallel": True}
 
@@ -71,6 +72,11 @@ WEIGHED: dict[str, Any] = {"loss.role_weights": RoleWeightsConfig(user=0.25)}
 MEANS: dict[str, Any] = GENERATIVE | WEIGHED | {"loss.loss_gen_type": "microbatch_mean", "loss.microbatch_sequences": 3}
 NOISE: dict[str, Any] = {"training.neftune_alpha": 20.0}
 SUMS: dict[str, Any] = MEANS | {"loss.loss_gen_type": "sum"}
+TAUGHT: dict[str, Any] = MEANS | {"loss.teacher": TeacherConfig(kind="full", weight=0.5, temperature=1.5)}
+KEPT_NEAR: dict[str, Any] = DENSE | {"loss.teacher": TeacherConfig(kind="full", weight=2.0, direction="reverse")}
+CACHED: dict[str, Any] = GENERATIVE | {"loss.teacher": TeacherConfig(kind="topk", temperature=2.0, label_weight=0.5)}
+CACHED_REVERSE: dict[str, Any] = DENSE | WEIGHED | {"loss.teacher": TeacherConfig(kind="topk", direction="reverse")}
+GOLD: dict[str, Any] = DENSE | {"loss.teacher": TeacherConfig(kind="gold", weight=0.25)}
 DEEP: dict[str, Any] = {  # the encoder, and all that reads, in later stages
     "model.retro": RetroConfig(num_neighbors=3, chunk_length=8, layers=[2, 3], encoder_conditioning="none", gate=0.5),
     "model.num_layers": 4,
@@ -123,6 +129,19 @@ _NAMED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "noise_retro_pp2": (2, DEEP | NOISE, layout(pipeline=2)),
     "noise_dp2": (2, GENERATIVE | NOISE | {"training.recompute": "full"}, {}),
     "sums_cp2": (2, SUMS, layout(context=2)),
+    "teacher_tp2_sp": (2, TAUGHT, SP),
+    "teacher_dp2": (2, TAUGHT, {}),
+    "teacher_pp2_vpp2": (2, TAUGHT, layout(pipeline=2, virtual_pipeline=2)),
+    "teacher_tp2": (2, KEPT_NEAR, layout(tensor=2)),
+    "teacher_pp2": (2, KEPT_NEAR, layout(pipeline=2)),
+    "teacher_cp2": (2, KEPT_NEAR, layout(context=2)),
+    "teacher_moe_ep2": (2, MOE | KEPT_NEAR, layout(expert=2)),
+    "teacher_top_tp2": (2, CACHED, layout(tensor=2)),
+    "teacher_top_dp2": (2, CACHED, {}),
+    "teacher_top_tp2_sp": (2, CACHED_REVERSE, SP),
+    "teacher_top_pp2": (2, CACHED_REVERSE, layout(pipeline=2)),
+    "teacher_top_cp2": (2, CACHED_REVERSE, layout(context=2)),
+    "teacher_gold_cp2": (2, GOLD, layout(context=2)),
     "retro_tp2": (2, RETRO, layout(tensor=2)),
     "retro_tp2_sp": (2, RETRO, SP),
     "retro_dp2": (2, RETRO, {}),
@@ -231,8 +250,18 @@ def make_rows(case: Case) -> list[PackedRow]:
                 row = with_neighbors(row, retro.chunk_length, retro.num_neighbors, missing=missing, seed=number)
                 if number == 1 and row.neighbors is not None:
                     row.neighbors.text_of_Ck[1:] = -1
+            if (teacher := case.settings.get("loss.teacher")) is not None and teacher.kind == "topk":
+                _draw_top(row, seed=number)
             rows.append(row)
     return rows
+
+
+def _draw_top(row: PackedRow, seed: int, size: int = 5) -> None:
+    """What a cache of a teacher says of a row, of tokens all over the vocabulary."""
+    generator, length = torch.Generator().manual_seed(seed), row.tokens_1T.shape[1]
+    row.teacher_ids_TK = torch.rand(length, VOCAB, generator=generator).argsort(1)[:, :size].int()
+    row.teacher_log_probs_TK1 = (3 * torch.randn(length, size + 1, generator=generator)).log_softmax(1)
+    row.teacher_ids_TK[row.cu_seqlens[1:].long() - 1] = -1  # nothing follows
 
 
 def _lengths(rng: random.Random, row_length: int, count: int) -> list[int]:

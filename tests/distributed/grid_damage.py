@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
@@ -123,6 +124,18 @@ def count_replicas_in_the_norm() -> Patch:
     return mock.patch.object(optimizer.tensor_parallel, "param_is_not_tensor_parallel_duplicate", lambda *_, **__: True)
 
 
+def forget_other_parts_of_the_vocabulary() -> Patch:
+    """Probabilities that a teacher is compared by are those among a rank's own tokens."""
+    from megatron_grit.training.teacher import targets
+
+    original = targets.divergence_options
+
+    def alone(*args: Any) -> Any:
+        return dataclasses.replace(original(*args), group=None)
+
+    return mock.patch.object(targets, "divergence_options", alone)
+
+
 def keep_stale_weights() -> Patch:
     """Data parallel ranks do not get the part of the weights that another one has updated."""
     from megatron.core.distributed import param_and_grad_buffer
@@ -138,6 +151,7 @@ DAMAGED: dict[str, tuple[str, Damage]] = {
     "cp2-slice": ("cp2", take_another_slice),
     "cp2-pooling": ("cp2", pool_the_slice),
     "retro_cp2-chunks": ("retro_cp2", condition_on_other_chunks),
+    "teacher_tp2-alone": ("teacher_tp2", forget_other_parts_of_the_vocabulary),
     "dp2-causal": ("dp2", fall_back_to_causal),
     "dp2-stale": ("dp2", keep_stale_weights),
     "tp2_sp-norm": ("tp2_sp", count_replicas_in_the_norm),

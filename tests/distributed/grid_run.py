@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_grit.config.schema import RunConfig
 from tests.distributed.grid_cases import Case, batch_of, config_of, make_rows
-from tests.distributed.plain_model import Reference, draw_weights, first_update, reference_step
+from tests.distributed.plain_model import Reference, draw_weights, first_update, reference_step, teacher_of
 from tests.rows import VOCAB
 
 MAX_LOSS_ERROR = 1e-6
@@ -137,7 +137,8 @@ def _run(job: Job) -> dict[str, Any]:
         wrapped = wrap_chunks(chunks, config.parallel.overlap)
         optimizer = build_optimizer(config, wrapped)
         schedule = build_schedule(config, optimizer)
-        step, update, parts = TrainStep(config, context, wrapped, optimizer), optimizer.step, []
+        step = TrainStep(config, context, wrapped, optimizer, _teacher(config, context))
+        update, parts = optimizer.step, []
 
         def compare_and_update() -> Any:
             if not parts:
@@ -153,6 +154,22 @@ def _run(job: Job) -> dict[str, Any]:
                     metrics.append(step(batch))
                 texts.append(found)
         return {"metrics": metrics, "parts": parts, "texts": texts[0]}
+
+
+def _teacher(config: RunConfig, context: Any) -> Any:
+    """The teacher of the plain model, on the mesh; the cache that rows have; None."""
+    from megatron_grit.models.decoder import build_chunks
+    from megatron_grit.training.teacher.model import TeacherCache, TeacherModel
+
+    knobs = config.loss.teacher
+    if knobs.kind in ("none", "topk"):
+        return TeacherCache(knobs, context) if knobs.kind == "topk" else None
+    wanted, weights = teacher_of(config, VOCAB)
+    chunks = build_chunks(wanted, VOCAB, context)
+    with torch.no_grad():
+        for part in parts_of(chunks, context):
+            part.fill({f"weight {name}": weight for name, weight in weights.items()})
+    return TeacherModel(knobs, context, chunks)
 
 
 def _compare_gradients(

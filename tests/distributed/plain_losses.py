@@ -1,4 +1,4 @@
-"""The contrastive loss and its accuracy once more, anchor by anchor; see plain_model.py."""
+"""The contrastive loss and its accuracy once more, anchor by anchor, and what a teacher adds; see plain_model.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from megatron_grit.config.schema import LossConfig
+from megatron_grit.config.schema.teacher import TeacherConfig
+from megatron_grit.data.rows.batch import PackedRow
 
 
 def contrastive(
@@ -56,3 +58,31 @@ def accuracy(texts: Tensor, num_queries: int, group_size: int) -> tuple[float, f
     others = similar.scatter(1, positive[:, None], -torch.inf).max(1).values
     ahead = similar.gather(1, positive[:, None])[:, 0] - others
     return float((ahead > 0).double().mean()), float(ahead.abs().min())
+
+
+def teacher_losses(logits: Tensor, teacher: Tensor | None, row: PackedRow, knobs: TeacherConfig) -> Tensor:
+    """What ``loss.teacher`` adds to the loss of each token of a row, in plain torch: [T].
+
+    Args:
+        logits: [T, V].
+        teacher: the teacher's. None: what the row has of a cache.
+        row: with labels.
+        knobs: the section.
+    """
+    if knobs.kind == "gold":
+        assert teacher is not None and row.labels_1T is not None
+        own, other = (each.log_softmax(1).gather(1, row.labels_1T.T)[:, 0] for each in (logits, teacher))
+        return own - other
+    q = (logits / knobs.temperature).softmax(1)
+    if teacher is not None:
+        p = (teacher / knobs.temperature).softmax(1)
+    else:
+        assert row.teacher_ids_TK is not None and row.teacher_log_probs_TK1 is not None
+        ids = row.teacher_ids_TK.long()
+        p = row.teacher_log_probs_TK1.double().exp()
+        chosen = q.gather(1, ids.clamp(min=0))
+        q = torch.cat((chosen, 1 - chosen.sum(1, keepdim=True)), 1)
+        nothing = ids[:, :1] < 0
+        p, q = (torch.where(nothing, 1 / q.shape[1], each) for each in (p, q))
+    first, second = (q, p) if knobs.direction == "reverse" else (p, q)
+    return knobs.temperature**2 * (first * (first.log() - second.log())).sum(1)

@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_grit.config.schema import LossConfig, ModelConfig, RunConfig
+from megatron_grit.config.schema import EmbeddingConfig, LossConfig, ModelConfig, RunConfig
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.config.shape import reading_layers
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.neighbors import Neighbors
 from megatron_grit.models.vocabulary import embedding_noise
-from tests.distributed.plain_losses import accuracy, contrastive
+from tests.distributed.plain_losses import accuracy, contrastive, teacher_losses
 
 LAYERS = "decoder.layers."
 CROSS, CROSS_NORM, GATE = "cross_attention.", "pre_cross_attn_layernorm.", "cross_attention.gate"
@@ -136,6 +136,15 @@ def draw_weights(config: RunConfig, vocab_size: int, seed: int) -> dict[str, Ten
     return weights
 
 
+def teacher_of(config: RunConfig, vocab_size: int) -> tuple[RunConfig, dict[str, Tensor]]:
+    """A model of another width that the trained one is compared with, and its weights; sure of what it says."""
+    narrow = replace(config.model, hidden_size=48, ffn_hidden_size=96, init_std=0.1)
+    wanted = replace(config, model=narrow, embedding=EmbeddingConfig())
+    weights = draw_weights(wanted, vocab_size, 99)
+    weights[WORDS if narrow.tie_embeddings else HEAD] *= 4
+    return wanted, weights
+
+
 @dataclass
 class Reference:
     """What a step over the global batch gives, in fp64."""
@@ -181,8 +190,13 @@ def reference_step(
         scale = 1 if knobs.emb_grad_scale == "exact" else knobs.grit_world_size or 1
         trained = trained + knobs.loss_emb_factor * loss / scale
     if generative:
-        loss = _next_token(model, generative, knobs)
+        logits = [_logits(model, row) for row in generative]
+        loss = _next_token(generative, _label_losses(logits, generative), knobs)
         metrics["loss_gen"] = float(loss.detach())
+        if knobs.teacher.kind != "none":
+            added = _next_token(generative, _taught(model, logits, generative), knobs)
+            metrics["loss_teacher"] = float(added.detach())
+            loss = knobs.teacher.label_weight * loss + knobs.teacher.weight * added
         reported, trained = reported + knobs.loss_gen_factor * loss, trained + knobs.loss_gen_factor * loss
     metrics["loss"] = float(reported.detach())
     if model.balance:
@@ -438,12 +452,29 @@ def _pooled(states: Tensor, begin: int, text: list[int], method: str) -> Tensor:
     return (states[text] * weights).sum(0) / weights.sum()
 
 
-def _next_token(model: _Decoder, rows: list[PackedRow], knobs: LossConfig) -> Tensor:
-    head = model.weights[WORDS if model.config.model.tie_embeddings else HEAD]
+def _logits(model: _Decoder, row: PackedRow) -> Tensor:
+    return model.states(row) @ model.weights[WORDS if model.config.model.tie_embeddings else HEAD].T
+
+
+def _label_losses(logits: list[Tensor], rows: list[PackedRow]) -> list[Tensor]:
+    labels = [row.labels_1T[0] for row in rows if row.labels_1T is not None]
+    return [F.cross_entropy(each, label, reduction="none") for each, label in zip(logits, labels, strict=True)]
+
+
+def _taught(model: _Decoder, logits: list[Tensor], rows: list[PackedRow]) -> list[Tensor]:
+    """What a teacher adds to the loss of each token."""
+    knobs, others = model.config.loss.teacher, [None] * len(rows)
+    if knobs.kind != "topk":
+        config, weights = teacher_of(model.config, len(model.weights[WORDS]))
+        teacher = _Decoder(config, {name: weight.double() for name, weight in weights.items()})
+        others = [_logits(teacher, row) for row in rows]
+    return [teacher_losses(*each, knobs) for each in zip(logits, others, rows, strict=True)]
+
+
+def _next_token(rows: list[PackedRow], losses_of_rows: list[Tensor], knobs: LossConfig) -> Tensor:
     sequences: list[list[Tensor]] = []  # sums of losses and of weights
-    for row in rows:
-        assert row.labels_1T is not None and row.loss_mask_1T is not None
-        losses = F.cross_entropy(model.states(row) @ head.T, row.labels_1T[0], reduction="none")
+    for row, losses in zip(rows, losses_of_rows, strict=True):
+        assert row.loss_mask_1T is not None
         pairs = torch.stack([losses * row.loss_mask_1T[0], row.loss_mask_1T[0].double()])
         parts = pairs.split(row.cu_seqlens.diff().tolist(), dim=1)[: len(row.record_ids)]
         sequences.append([part.sum(1) for part in parts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_grit.config.schema import ParallelConfig, RunConfig
+from megatron_grit.config.schema.teacher import TeacherConfig
 from tests.corpus import tiny_run
 from tests.distributed.test_resume import go_on, train_and_describe
 from tests.harness.ranks import run_on_ranks
@@ -32,6 +34,13 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     # Too few parameters for both data parallel ranks.
     "final norm": ({"training.trainable": ["decoder.final_layernorm.*"]}, {}, PP2),
     "some adapters": ({"adapter.kind": "lora", "training.frozen": ["decoder.layers.[12].*"]}, SP, PP2),
+    "lora kept near its base": (
+        {"adapter.kind": "lora", "loss.teacher": TeacherConfig(kind="full", weight=20.0)},
+        SP,
+        PP2,
+    ),
+    # The teacher is the folder that the run starts from.
+    "taught": ({"adapter.kind": "none", "loss.teacher": TeacherConfig(kind="full", model="base")}, PP2, SP),
     "last layer": ({"training.trainable": ["decoder.layers.3.*"]}, PP2, SP),
 }
 
@@ -60,7 +69,10 @@ def train_and_go_on(directory: str, name: str) -> dict[str, Any]:
     config.adapter.rank, config.training.audit, config.optimizer.eps = 4, "on", 1e-4
     for key, value in options.items():
         section, field = key.split(".")
-        setattr(getattr(config, section), field, value)
+        setattr(getattr(config, section), field, copy.copy(value))
+    if config.loss.teacher.model is not None:
+        config.loss.teacher.model, config.training.seed = config.checkpoint.load, 5
+        config.checkpoint.load = None
     source = Path(config.output_dir)
     results = {}
     config.parallel = ParallelConfig(device="cpu", **layout)
@@ -99,5 +111,6 @@ def test_a_run_goes_on_at_another_layout(results: list[dict[str, Any]], director
     moved = results[0][name]["moved"]["metrics"]
     assert [record["step"] for record in moved] == [3, 4]
     for ours, theirs in zip(moved, whole[MOVED_AT:], strict=True):
-        for key in ("loss_emb", "loss_gen", "grad_norm"):
+        for key in {"loss_emb", "loss_gen", "loss_teacher", "grad_norm"} & theirs.keys():
+            assert theirs[key] > 0
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), key

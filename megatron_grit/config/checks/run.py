@@ -16,6 +16,7 @@ from megatron_grit.config.checks.embedding import embedding_problems
 from megatron_grit.config.checks.model import model_problems
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.checks.ranges import range_problems
+from megatron_grit.config.checks.teacher import teacher_file_problems, teacher_problems
 from megatron_grit.config.embedding_shape import num_head_parameters
 from megatron_grit.config.kinds import kind_names, kind_options, kind_sources, trained_kinds
 from megatron_grit.config.schema import RunConfig
@@ -78,6 +79,7 @@ def find_problems(config: RunConfig, world_size: int, *, files: bool = True) -> 
     yield from _contrast(config)
     yield from embedding_problems(config)
     yield from adapter_problems(config)
+    yield from teacher_problems(config)
     if files and not any(problem.key.startswith("data.") for problem in unreadable):
         yield from _files(config)
 
@@ -336,6 +338,7 @@ def _files(config: RunConfig) -> Iterator[Problem]:
     load = config.checkpoint.load
     if load is not None and not Path(load).is_dir():
         yield Problem("checkpoint.load", f"checkpoint.load: there is no directory {load}")
+    yield from teacher_file_problems(config)
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         yield Problem("output_dir", f"output_dir: {output} is a file, not a directory")

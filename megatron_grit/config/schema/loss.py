@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_grit.config.knob import knob
+from megatron_grit.config.schema.teacher import TeacherConfig
 
 
 @dataclass(kw_only=True)
@@ -74,6 +75,8 @@ class LossConfig:
     microbatch_sequences: int = knob(1, at_least=1)
     """Sequences of a group, which follow each other in the step: what a device of the trainer to be reproduced took at
     once. The mesh does not matter to it; rows do only with data.packing window, where they say what follows what."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """A frozen model that is learned from, or kept near to, beside the labels."""
     emb_grad_scale: Literal["exact", "grit"] = "exact"
     """exact: the gradient of the global contrastive loss. grit: divided by grit_world_size, as data parallel averaging
     did in GritLM; use it to reproduce its published ratio of the two losses."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_grit.config.checkpoint_folder import holds_checkpoint
 from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.config.shape import expert_width, head_channels, num_query_groups
 from megatron_grit.convert.families.registry import load_hf_config, same_value
@@ -32,6 +33,7 @@ from megatron_grit.store.files import replacing
 from megatron_grit.store.hub import local_folder
 from megatron_grit.store.logs import get_logger
 from megatron_grit.training.checkpoint import list_checkpoints, read_config, tokenizer_path
+from megatron_grit.training.teacher.source import TeacherSource
 from megatron_grit.training.trainer import InitialWeights
 
 log = get_logger(__name__)
@@ -109,6 +111,24 @@ def pretrained_weights(config: RunConfig) -> InitialWeights | None:
             raise problem or CheckpointError(f"{config.model.pretrained}: cannot be read; another rank says why")
 
     return fill
+
+
+def pretrained_teacher(config: RunConfig) -> TeacherSource | None:
+    """The teacher of a run whose ``loss.teacher.model`` is a Hugging Face model; None where it is not.
+
+    Raises:
+        CheckpointError: the directory cannot be used.
+    """
+    source = config.loss.teacher.model
+    if source is None or holds_checkpoint(source):
+        return None
+    folder = pretrained_folder(source)
+    shape = replace(stored_shape(folder), pretrained=source)
+
+    def fill(chunks: Sequence[GritDecoder], context: ParallelContext) -> None:
+        load_pretrained(replace(config, model=shape), chunks, context)
+
+    return TeacherSource(name=source, model=shape, tokenizer=folder, fill=fill)
 
 
 def load_pretrained(

@@ -16,6 +16,7 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.chat.run_chat import label_weights
 from megatron_grit.data.indexed.label_weights import ANSWERS, LabelWeights
 from megatron_grit.data.indexed.roles import Role, RowKind
+from megatron_grit.data.indexed.top_probabilities import TopProbabilities, open_caches
 from megatron_grit.data.order.blend import RecordOrder, blend_weights
 from megatron_grit.data.order.sampler import GenerativeSampler, Stream, stream_key
 from megatron_grit.data.order.sources import OpenFiles, SourceRules, Sources, longest_segment
@@ -102,6 +103,13 @@ class GenerativeStream(RowStream):
                 "parallel size or data.num_rows_multiple"
             )
         self.sources = Sources(config, tokenizer, self.rules(config, tokenizer), open_files)
+        self._teachers: list[TopProbabilities] = []
+        knobs = config.loss.teacher
+        if knobs.kind == "topk":
+            assert knobs.cache is not None
+            files = [self.sources[number] for number in range(len(self.sources))]
+            vocab_size = config.model.vocab_size or tokenizer.vocab_size
+            self._teachers = open_caches(knobs.cache, knobs.temperature, vocab_size, files)
         if config.model.retro.num_neighbors:
             self.neighbors = NeighborVersions(config, self.sources)
         entries, seed = self.sources.entries, config.training.seed
@@ -180,7 +188,10 @@ class GenerativeStream(RowStream):
 
     def make_row(self, row: PlannedRow, row_length: int, pad_id: int) -> PackedRow:
         """As in the base class."""
-        return make_row(row, row_length, pad_id, self._weights, self.kind)
+        made = make_row(row, row_length, pad_id, self._weights, self.kind)
+        if self._teachers:
+            add_teacher(made, row, self._teachers)
+        return made
 
     def _slots(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Source and record of each slot of the stream: int64 each."""
@@ -348,6 +359,34 @@ def make_row(
     row.labels_1T, row.loss_mask_1T = torch.from_numpy(labels_1T), torch.from_numpy(mask_1T)
     row.slots_S = torch.from_numpy(planned.slots)
     return row
+
+
+def add_teacher(row: PackedRow, planned: PlannedRow, teachers: Sequence[TopProbabilities]) -> None:
+    """Give a row what a cache of a teacher says of its tokens.
+
+    Args:
+        row: of :func:`make_row`.
+        planned: its segments.
+        teachers: the cache of each source.
+
+    Raises:
+        DataError: a segment that begins within its record, which the teacher has read from its beginning.
+    """
+    row_length, size = row.tokens_1T.shape[1], teachers[0].top_k
+    ids_TK = np.full((row_length, size), -1, dtype=np.int32)
+    log_probs_TK1 = np.full((row_length, size + 1), -np.inf, dtype=np.float32)
+    end = 0
+    for segment in planned.segments:
+        if segment.start:
+            raise DataError(
+                f"record {segment.name} is cut, and loss.teacher.cache is of whole records; set data.over_long to "
+                "truncate"
+            )
+        begin, end = end, end + segment.length
+        teacher = teachers[segment.source]
+        ids_TK[begin:end], log_probs_TK1[begin:end] = teacher.read(segment.record, segment.length)
+        ids_TK[end - 1] = -1  # what follows is not of the segment
+    row.teacher_ids_TK, row.teacher_log_probs_TK1 = torch.from_numpy(ids_TK), torch.from_numpy(log_probs_TK1)
 
 
 STREAM = GenerativeStream

@@ -7,7 +7,7 @@ a row.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,22 @@ from torch import Tensor
 
 from megatron_grit.data.order.permutation import mix
 from megatron_grit.data.rows.neighbors import Neighbors
+
+
+class TeacherTarget(Protocol):
+    """What a teacher says of the tokens of a row."""
+
+    def take(self, index_L: Tensor) -> TeacherTarget:
+        """Of the tokens that a context parallel rank holds."""
+
+    def divergence(self, logits_LV: Tensor, losses_L: Tensor, index_L: Tensor | None) -> Tensor:
+        """What is added to the loss of each token, before its weight: fp32 [L].
+
+        Args:
+            logits_LV: the model's, of this tensor parallel rank's part of the vocabulary.
+            losses_L: negative log-likelihood of each label.
+            index_L: places of the tokens among those that the context parallel rank holds. None: all of them.
+        """
 
 
 @dataclass(kw_only=True)
@@ -51,6 +67,13 @@ class PackedRow:
     """float32 [1, T]; weight of the label, 0 where there is none."""
     label_index_L: Tensor | None = None
     """int64 [L]; the positions where it is not 0, found by :meth:`to` while the mask is still on the host."""
+
+    teacher: TeacherTarget | None = None
+    """What the row is compared with, for ``loss.teacher``. None: nothing."""
+    teacher_ids_TK: Tensor | None = None
+    """int32 [T, K]; from a cache of a teacher, its most probable tokens; -1 where it predicts nothing."""
+    teacher_log_probs_TK1: Tensor | None = None
+    """float32 [T, K + 1]; their log-probabilities, and that of all other tokens."""
 
     noise_keys: list[int] | None = None
     """Seed of the noise on each segment's embeddings, for training with ``training.neftune_alpha``. None: no noise."""

@@ -11,6 +11,7 @@ import numpy as np
 from megatron_grit.config.kinds import kind_options, load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.schema.loss import RoleWeightsConfig
+from megatron_grit.config.schema.teacher import TeacherConfig
 from megatron_grit.data.order.sources import OpenFiles, SourceRules
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.loader import KINDS, GritDataLoader
@@ -132,4 +133,5 @@ def _held_out(config: RunConfig) -> RunConfig:
     setattr(getattr(changed, section), name, config.data.valid)
     changed.data.over_long, changed.data.packing = "split", "step"
     changed.loss.labels, changed.loss.role_weights = "it", RoleWeightsConfig()
+    changed.loss.teacher = TeacherConfig()
     return changed

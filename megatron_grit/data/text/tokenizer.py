@@ -402,7 +402,7 @@ def _load_either(model: Path, json_file: Path) -> Tokenizer:
     gives the same ids: then that one, whose fingerprint earlier data has."""
     preferred = JsonTokenizer(json_file)
     try:
-        if _are_same(preferred, SentencePieceTokenizer(model, beside=False)):
+        if are_same_tokenizers(preferred, SentencePieceTokenizer(model, beside=False)):
             return SentencePieceTokenizer(model)
     except DataError:
         return preferred
@@ -410,7 +410,7 @@ def _load_either(model: Path, json_file: Path) -> Tokenizer:
     return preferred
 
 
-def _are_same(one: Tokenizer, other: Tokenizer) -> bool:
+def are_same_tokenizers(one: Tokenizer, other: Tokenizer) -> bool:
     """Whether two tokenizers have the same vocabulary and special tokens, and read some texts as the same ids."""
     facts = [(each.vocab_size, each.bos_id, each.eos_id, each.pad_id) for each in (one, other)]
     return (

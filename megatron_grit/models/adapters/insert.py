@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,6 +67,19 @@ def _draw(rank: int, width: int, seed: str) -> Tensor:
     digest = hashlib.blake2b(seed.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.empty(rank, width).uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
+
+
+@contextmanager
+def adapters_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Within it the chunks are the base of their adapters; nothing changes for chunks without."""
+    adapters = [linear.adapter for chunk in chunks for linear in adapted_linears(chunk).values()]
+    for adapter in adapters:
+        adapter.is_on = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.is_on = True
 
 
 def adapted_linears(model: torch.nn.Module) -> dict[str, AdaptedLinear]:

@@ -83,6 +83,8 @@ class LoraAdapter(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.layout, self.dropout, self.split = layout, dropout, split
+        self.is_on = True
+        """Off, the layer is the base's."""
         for name, part in parts.items():
             self.add_module(name, part)
             for key, parameter in part.named_parameters():
@@ -155,7 +157,7 @@ class AdaptedLinear(torch.nn.Module):
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the engine's: output and the bias that the caller is to add."""
         output, bias = super().forward(input_, *args, **kwargs)
-        return self.adapter(input_, output, self), bias
+        return self.adapter(input_, output, self) if self.adapter.is_on else output, bias
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -19,6 +19,18 @@ OBJECTIVES = "megatron_grit.training.objectives"
 """Folder with a file for each kind of row."""
 
 
+class Teaches(Protocol):
+    """A model that predicted rows are compared with."""
+
+    def attach(self, rows: list[PackedRow], row_length: int) -> None:
+        """Say of each row what it is compared with: its ``teacher``. Collective over the ranks that hold the model.
+
+        Args:
+            rows: of a step, on the device.
+            row_length: T of the longest row of the step.
+        """
+
+
 class Objective(ABC):
     """How one kind of row is trained.
 
@@ -31,12 +43,16 @@ class Objective(ABC):
     """Name of the kind."""
     output: ClassVar[Output]
     """What the last pipeline stage makes of a row."""
+    teacher: Teaches | None = None
+    """Of ``loss.teacher``."""
 
     def __init__(self, config: RunConfig, context: ParallelContext) -> None:
         self.config, self.context = config, context
         self.weight = kind_weight(config, self.kind)
         """Weight of its loss in the loss of a step."""
         self.loss_name = loss_name(self.kind)
+        self.extra_metrics: list[str] = []
+        """Names of what :meth:`row_loss` reports beside the metrics of the kind."""
 
     def rows(self, batch: StepBatch) -> list[PackedRow]:
         """The rows of a step that this objective trains on."""
@@ -56,6 +72,10 @@ class Objective(ABC):
     def random_state(self, chunk: int, index: int) -> RandomState | None:
         """Random state to run a row's forward pass through a chunk of layers from. None: from the present one."""
         return None
+
+    def total(self, metrics: Mapping[str, float]) -> float:
+        """The part of a step's loss that is this objective's, weight included, by the metrics of the step."""
+        return self.weight * metrics[self.loss_name]
 
     @abstractmethod
     def row_loss(self, index: int, row: PackedRow, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
