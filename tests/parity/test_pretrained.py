@@ -219,3 +219,41 @@ def test_plan_reads_the_shape(source: Path, capsys: pytest.CaptureFixture[str]) 
     expected = 2 * padded_vocabulary(shape["vocab_size"], 64, 1) * 32
     layer = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48 + 2 * 32
     assert found["configured"]["parameters"]["total"] == expected + 2 * layer + 32
+
+
+def test_a_teacher_is_read_from_a_directory(source: Path, run: RunConfig, tmp_path: Path, capsys: Any) -> None:
+    """Of the trained model's own weights: nothing to learn at the first step. Of others: something, at each."""
+    from megatron_grit.convert.families import mistral
+
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    settings = json.loads((source / "config.json").read_text()) | {"hidden_size": 64, "num_hidden_layers": 4}
+    write_shards(other, random_hf(mistral.FAMILY, mistral.model_config(settings)))
+    (other / "config.json").write_text(json.dumps(settings))
+
+    def losses(name: str, teacher: Path, kind: str = "full") -> list[float]:
+        options = [f"--loss.teacher.kind={kind}", f"--loss.teacher.model={teacher}", "--training.objective=generative"]
+        options += ["--model.attention_dropout=0"]
+        status = train.main([*options_of(run, tmp_path / name, source, 2), *options])
+        if status:
+            return []
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss_teacher"] for line in lines]
+
+    first, second = losses("same", source)
+    assert first == 0 < second
+    assert min(losses("other", other)) > 0.01
+    capsys.readouterr()
+    assert len(losses("gold", other, "gold")) == 2
+    assert "is the KL baseline of Instruction Modelling as published" in capsys.readouterr().err
+    for key, value, words in (
+        ("max_position_embeddings", 64, "takes 64 tokens, and segments may have 512"),
+        ("vocab_size", settings["vocab_size"] + 64, "rows of tokens, and the trained model"),
+    ):
+        changed, folder = settings | {key: value}, tmp_path / f"other {key}"
+        shutil.copytree(source, folder)
+        write_shards(folder, random_hf(mistral.FAMILY, mistral.model_config(changed)))
+        (folder / "config.json").write_text(json.dumps(changed))
+        assert not losses(key, folder)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert words in error and str(folder) in error

@@ -102,10 +102,8 @@ def _check(config: RunConfig, wanted: RunConfig, source: TeacherSource, tokenize
         )
     own, other = config.model.vocab_size or tokenizer.vocab_size, wanted.model.vocab_size or theirs.vocab_size
     if own != other:
-        raise ConfigError(
-            f"{key} has {other} rows of tokens, and the trained model {own}; set model.vocab_size to {max(own, other)} "
-            "and give a teacher with as many"
-        )
+        remedy = f"set model.vocab_size to {other}" if other > own else "give a teacher with as many"
+        raise ConfigError(f"{key} has {other} rows of tokens, and the trained model {own}; {remedy}")
     longest = longest_segment(config)
     if wanted.model.max_position_embeddings < longest:
         raise ConfigError(
