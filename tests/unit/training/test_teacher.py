@@ -74,8 +74,8 @@ def step(
 
 
 def other(context: ParallelContext, hidden_size: int = 64) -> GritDecoder:
-    """A teacher of another width."""
-    config = tiny_config(num_layers=2, hidden_size=hidden_size)
+    """A teacher of another width, with dropout of its own."""
+    config = tiny_config(num_layers=2, hidden_size=hidden_size, hidden_dropout=0.3)
     return model_of(config, context, 7).requires_grad_(False)
 
 
@@ -182,6 +182,6 @@ def test_weights_of_labels_weigh_the_teacher_too(context: ParallelContext) -> No
     from megatron_grit.models.decoder import Output
 
     with torch.no_grad():
-        q, p = (each(row.to(context.device), Output.LOGITS).double().log_softmax(1) for each in (model, teacher))
+        q, p = (each.eval()(row.to(context.device), Output.LOGITS).double().log_softmax(1) for each in (model, teacher))
     expected = ((p.exp() * (p - q)).sum(1) * weights).sum() / weights.sum()
     assert found == pytest.approx(float(expected), rel=1e-5)
