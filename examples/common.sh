@@ -322,6 +322,22 @@ stage() {
     touch "$OUT/.done/$name"
 }
 
+# tiny_questions DIRECTORY: a few dozen questions with contexts in two data sets, their blend, a tokenizer, and an untrained
+# model that reads neighbors. Sets DATA_ROOT; DIRECTORY/blend.sh and DIRECTORY/model are the others.
+tiny_questions() {
+    DATA_ROOT="$1"
+    [[ "${DRY_RUN:-0}" == 1 || -f "$1/.done" ]] && return
+    tiny_texts questions "$1"
+    "$PYTHON" "$ROOT/tools/preprocess/train_tokenizer.py" --vocab-size 512 --output-prefix "$1/tokenizer" \
+        --input "$1/texts.jsonl"
+    "$PYTHON" "$ROOT/tools/preprocess/build_sft.py" --overwrite --tokenizer "$1/tokenizer.model" --over-long split \
+        --generative-max-len 256 --input "$1/texts.jsonl" --output-prefix "$1/texts"
+    (run_training 1 2 --config "$ROOT/examples/configs/tiny.yaml" --model tiny_mistral --training.steps 0 \
+        --training.objective generative --data.tokenizer "$1/tokenizer.model" --data.neighbors contexts \
+        --data.generative "[$1/texts]" --model.retro.num_neighbors 2 --model.retro.layers "[1]" --output_dir "$1/model")
+    touch "$1/.done"
+}
+
 # --- Recipes ---------------------------------------------------------------------------------------------------------
 #
 # NAME is that of examples/configs/NAME.yaml; runs are in runs/NAME unless OUTPUT_DIR is set. From the launcher:

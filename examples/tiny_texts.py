@@ -63,7 +63,28 @@ def documents(folder: Path) -> None:
     write_lines(folder / "corpus.jsonl", [json.dumps({"text": text[:3000]}) for _, text in TOPICS[:40]])
 
 
-KINDS = {"grit": grit, "nli": nli, "msmarco": msmarco, "documents": documents}
+def questions(folder: Path) -> None:
+    """Two data sets of questions with two contexts each, NAME/NAME_QA_train.json and NAME_QA_dev.json, the blend of
+    both, and their texts: texts.jsonl."""
+    passages = [(name, " ".join(text.split())) for name, text in TOPICS if len(text) > 700]
+    records = [
+        {
+            "question": f"What does the help say of {name}?",
+            "answers": [" ".join(text.split()[:6])],
+            "ctxs": [{"title": name, "text": text[:300]}, {"title": name, "text": text[300:700]}],
+        }
+        for name, text in passages
+    ]
+    for place, name in enumerate(("help", "topics")):
+        (folder / name).mkdir(exist_ok=True)
+        own = records[place::2]
+        for split, chosen in (("train", own[4:28]), ("dev", own[:4])):
+            (folder / name / f"{name}_QA_{split}.json").write_text(json.dumps(chosen))
+    write_lines(folder / "texts.jsonl", [json.dumps({"text": text[:700]}) for _, text in passages])
+    write_lines(folder / "blend.sh", ['DATA_BLEND="0.7 help 0.3 topics"'])
+
+
+KINDS = {"grit": grit, "nli": nli, "msmarco": msmarco, "documents": documents, "questions": questions}
 
 if __name__ == "__main__":
     KINDS[sys.argv[1]](Path(sys.argv[2]))

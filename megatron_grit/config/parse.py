@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -162,6 +163,20 @@ def load_config(path: str | Path) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML with every key."""
     return yaml.dump(dataclasses.asdict(config), Dumper=Dumper, sort_keys=False)
+
+
+def model_options(config: RunConfig) -> list[str]:
+    """The model's shape as options of a command line, each followed by its value, for a run that starts from a
+    checkpoint of it."""
+    shape = dataclasses.asdict(config.model) | {"pretrained": None}
+    words: list[str] = []
+    while shape:
+        key, value = shape.popitem()
+        if isinstance(value, dict):
+            shape |= {f"{key}.{name}": each for name, each in value.items()}
+        else:
+            words += [f"--model.{key}", value if isinstance(value, str) else json.dumps(value)]
+    return words
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

@@ -71,6 +71,11 @@ def has_mlp_bias(model: ModelConfig) -> bool:
     return model.add_bias_linear or model.add_mlp_bias
 
 
+def reads_neighbors(model: ModelConfig) -> bool:
+    """Whether rows of a model carry what it reads: not where a gate that is 0 shuts all of it out."""
+    return model.retro.num_neighbors > 0 and model.retro.gate != 0
+
+
 def reading_layers(model: ModelConfig) -> list[int]:
     """Layers, from 0, with cross-attention to neighbors; none where the model reads none."""
     retro = model.retro

@@ -355,6 +355,18 @@ class GritModel:
         """
         self._refuse_sharded("generate")
         prompts = [self.prompt_tokens(conversation, tools) for conversation in conversations]
+        return self.continue_prompts(prompts, options, before_pass, source=source)
+
+    def continue_prompts(
+        self,
+        prompts: Sequence[list[int]],
+        options: SamplingOptions,
+        before_pass: Callable[[], object] | None = None,
+        *,
+        source: NeighborSource | None = None,
+    ) -> list[Answer]:
+        """As :meth:`answer`, for prompts that are tokens, in any form."""
+        self._refuse_sharded("generate")
         reader = self._reader(prompts, source or self._database)
         outputs = generate_tokens(
             self.model,
@@ -375,7 +387,7 @@ class GritModel:
             answers.append(Answer(text, output.finish_reason, len(prompt), len(output.tokens), read))
         return answers
 
-    def _reader(self, prompts: list[list[int]], source: NeighborSource | None) -> Reader | None:
+    def _reader(self, prompts: Sequence[list[int]], source: NeighborSource | None) -> Reader | None:
         """Reads for these prompts. None: the model reads nothing, which is said once where it could."""
         retro = self.config.model.retro
         if source is not None and retro.gate != 0:

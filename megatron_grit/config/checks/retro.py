@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.kinds import kind_options, trained_kinds
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.config.shape import neighbor_tokens, reading_layers
+from megatron_grit.config.shape import neighbor_tokens, reading_layers, reads_neighbors
 
 
 def retro_problems(config: RunConfig) -> Iterator[Problem]:
@@ -58,7 +58,13 @@ def retro_problems(config: RunConfig) -> Iterator[Problem]:
             "model.retro.parity core is for comparisons, with parallel.pipeline and parallel.context 1 and without "
             "parallel.sequence_parallel",
         )
-    if config.data.retro_project is None and not all(kind_options(kind).EMBEDS for kind in trained_kinds(config)):
+    if config.data.neighbors == "contexts" and config.data.retro_project is not None:
+        yield Problem(
+            "data.neighbors",
+            "data.neighbors contexts reads those beside the files, and data.retro_project is set; leave one out",
+        )
+    wanted = config.data.neighbors == "database" and reads_neighbors(model) and config.data.retro_project is None
+    if wanted and not all(kind_options(kind).EMBEDS for kind in trained_kinds(config)):
         yield Problem(
             "data.retro_project",
             f"model.retro.num_neighbors is {retro.num_neighbors}, but data.retro_project is not set; give the "

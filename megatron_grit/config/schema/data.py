@@ -41,6 +41,9 @@ class DataConfig:
     retro_shuffle: bool = False
     """A control: each chunk reads the neighbors of another chunk of its file, drawn with training.seed. What a model
     that reads gains all the same, it does not gain from what its neighbors say."""
+    neighbors: Literal["database", "contexts"] = "database"
+    """Where a model with model.retro finds what it reads. database: neighbors in retro_project. contexts: those beside
+    the generative files, which megatron-grit build-qa wrote for each question; other files have none."""
     embedding_temperature: float = knob(1.0, above=0)
     """Sources of embedding are drawn in proportion to weight ** (1 / embedding_temperature); above 1, small sources are
     drawn more often."""

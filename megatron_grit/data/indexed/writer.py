@@ -433,9 +433,10 @@ class IndexedWriter:
         self.prefix, self.kind = Path(prefix), kind
         self._overwrite, self._vocab_size = overwrite, vocab_size
         refuse_existing(prefix, overwrite)
-        self._folder = self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.tmp")
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._stream = IndexedStream(self._folder, "records", token_dtype(vocab_size), with_modes=True)
+        self.folder = self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.tmp")
+        """Of what is not whole yet; it goes with the writer."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._stream = IndexedStream(self.folder, "records", token_dtype(vocab_size), with_modes=True)
         self._num_records = 0
 
     def add(self, spans: Sequence[Span]) -> None:
@@ -470,7 +471,7 @@ class IndexedWriter:
     def discard(self) -> None:
         """Remove the temporary files."""
         self._stream.discard()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> IndexedWriter:
         return self

@@ -13,6 +13,7 @@ import torch
 
 from megatron_grit.config.kinds import kind_batch_size, kind_options, kind_sources
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.shape import reads_neighbors
 from megatron_grit.data.chat.run_chat import label_weights
 from megatron_grit.data.indexed.label_weights import ANSWERS, LabelWeights
 from megatron_grit.data.indexed.roles import Role, RowKind
@@ -110,7 +111,7 @@ class GenerativeStream(RowStream):
             files = [self.sources[number] for number in range(len(self.sources))]
             vocab_size = config.model.vocab_size or tokenizer.vocab_size
             self._teachers = open_caches(knobs.cache, knobs.temperature, vocab_size, files)
-        if config.model.retro.num_neighbors:
+        if reads_neighbors(config.model):
             self.neighbors = NeighborVersions(config, self.sources)
         entries, seed = self.sources.entries, config.training.seed
         order = RecordOrder(self.sources.sizes, [entry.cap for entry in entries], stream_key(seed, self.record_draws))

@@ -1,5 +1,7 @@
 """Which version of a retrieval database each step of a run reads its neighbors from.
 
+The contexts beside questions, which are read in place of neighbors with ``data.neighbors contexts``, are one version.
+
 A version is taken from a step on that no rank has made rows of yet, so all ranks change at the same step.
 """
 
@@ -12,6 +14,7 @@ from pathlib import Path
 from megatron_grit.config.database.schema import version_numbers
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.order.sources import Sources
+from megatron_grit.data.qa.context_reader import ContextReader
 from megatron_grit.data.rows.neighbor_reader import NeighborReader
 from megatron_grit.errors import GritError
 from megatron_grit.store.logs import get_logger
@@ -45,7 +48,7 @@ class NeighborVersions:
 
     def __init__(self, config: RunConfig, sources: Sources) -> None:
         self._config, self._sources = config, sources
-        self._readers: dict[int, NeighborReader] = {}
+        self._readers: dict[int, NeighborReader | ContextReader] = {}
         self.identities: dict[int, str] = {}
         self.changes: list[VersionChange] = []
 
@@ -55,12 +58,16 @@ class NeighborVersions:
         Raises:
             ConfigError, DataError: it cannot be read.
         """
-        reader = NeighborReader(self._config, self._sources, version)
+        reader: NeighborReader | ContextReader
+        if self._config.data.neighbors == "contexts":
+            reader = ContextReader(self._config, self._sources)
+        else:
+            reader = NeighborReader(self._config, self._sources, version)
         self._readers[reader.version] = reader
         self.identities[reader.version] = reader.identity()
         return reader.version
 
-    def at(self, step: int) -> NeighborReader:
+    def at(self, step: int) -> NeighborReader | ContextReader:
         """Reader of the version that a step reads.
 
         Raises:

@@ -15,6 +15,7 @@ from megatron_grit.config.checkpoint_folder import started_from
 from megatron_grit.config.checks.checkpoint import checkpoint_errors, finished_lines, unlike_reader
 from megatron_grit.config.kinds import kind_batch_size, kind_options, load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.shape import reads_neighbors
 from megatron_grit.data.chat.chat import Chat
 from megatron_grit.data.chat.run_chat import run_chat, unlike_base
 from megatron_grit.data.indexed.records import IndexedRecords
@@ -71,7 +72,7 @@ def data_errors(config: RunConfig, tokenizer: Tokenizer) -> Iterator[GritError]:
 def neighbor_errors(config: RunConfig, tokenizer: Tokenizer) -> Iterator[GritError]:
     """What the loader refuses of the retrieval database that the rows of a run read: one error for texts that are
     trained on and one for held-out ones. Arguments as for :func:`data_errors`, which finds nothing."""
-    if not config.model.retro.num_neighbors:
+    if not reads_neighbors(config.model):
         return
     streams = [stream for kind, stream in _streams(config).items() if not kind_options(kind).EMBEDS]
     every, read = streams + [HeldOutStream] * bool(config.data.valid), []

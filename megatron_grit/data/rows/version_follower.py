@@ -73,6 +73,9 @@ class VersionFollower:
             first = first_version(self._config, every) if self._context.rank == 0 else 0
             self._loader.read_versions([{"first_step": 0, "version": from_rank_0(first, self._context)}])
         self.found = int(self._loader.versions_read()[-1]["version"])
+        if self._config.data.neighbors == "contexts":
+            log.info("neighbors are the contexts beside the questions")
+            return
         newer = ", and from newer ones as they come" if self._follows else ""
         log.info(f"neighbors are read from version {self.found} of {self._folder}{newer}")
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_grit import compat
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.shape import reads_neighbors
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.held_out import HeldOutLoader
 from megatron_grit.data.rows.overlap import read_overlap
@@ -81,7 +82,7 @@ class Validation:
         self._place_of = {name: place for place, name in enumerate(names)}
         shared = Counter(Path(name).name for name in names)
         self._names = [name if shared[Path(name).name] > 1 else Path(name).name for name in names]
-        self._reads = bool(config.model.retro.num_neighbors)
+        self._reads = reads_neighbors(config.model)
 
     def __call__(self) -> dict[str, float]:
         """Loss (nats a token), perplexity and number of predicted tokens, the same on all ranks; the names begin with

@@ -1,0 +1,103 @@
+"""Answers of a model to a file of questions, a line each, asked as they are in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+from megatron_grit.config.checkpoint_folder import resolve_checkpoint
+from megatron_grit.config.knob import knob
+from megatron_grit.config.options import ModelOptions, RetroOptions, SamplingOptions
+from megatron_grit.data.qa.prompts import EncoderContexts, PromptOptions, encode_question, encoder_contexts
+from megatron_grit.data.qa.records import QaRecord, read_records
+from megatron_grit.errors import DataError
+from megatron_grit.store.files import check_output, json_text, replacing
+from megatron_grit.store.logs import say_loading
+from megatron_grit.store.progress import Progress
+
+END = "<|endoftext|>"
+"""Where an answer ends that a model writes as text."""
+
+
+@dataclass(kw_only=True)
+class QaGeneration(EncoderContexts, PromptOptions, RetroOptions, SamplingOptions, ModelOptions):
+    """What is asked, and how."""
+
+    input: str = knob(path=True)
+    """JSON or JSONL file of questions (megatron-grit build-qa --help)."""
+    output: str = knob(path=True)
+    """File for the answers, a line each in the order of the questions; .jsonl: {"pred": "text"}."""
+    start: int = knob(0, at_least=0)
+    """First question, from 0."""
+    num: int | None = knob(None, at_least=1)
+    """Questions that are answered. null: all from start on."""
+    batch_size: int = knob(8, at_least=1)
+    """Questions that are answered together; answers do not depend on it, but for the last bits of the scores they are
+    drawn by."""
+    stop: list[str] = knob(["\nUser:"], verbatim=True, text=True)
+    """Texts, 4 at most, before the first of which an answer ends."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """null: that of the training run, but fp32 on a CPU."""
+
+
+def generate_answers(options: QaGeneration) -> int:
+    """Answer and write. Returns the number of answers.
+
+    Raises:
+        GritError: a file that cannot be read or written, a question that is not of the form or too long, no question
+            in the range, a checkpoint that cannot be used, or what is to be read by a model that reads nothing.
+    """
+    check_output(options.output, [options.input])
+    records = _questions(options)  # before the model: what cannot be asked is found at once
+    path = resolve_checkpoint(options.checkpoint)
+    say_loading()
+    from megatron_grit.inference.model import GritModel
+
+    retriever = None
+    if options.retro_project is not None:
+        from megatron_grit.retrieval.reading import open_retriever
+
+        retriever = open_retriever(options.retro_project, path, options.retrieve_every)
+    model = GritModel.load(path, device=options.device, precision=options.precision)
+    if retriever is not None:
+        model.read_from(retriever, options.retrieve_every)
+    room = model.config.model.max_position_embeddings - options.max_new_tokens
+    lines: list[str] = []
+    with Progress(len(records), "answering", "question", enabled=True) as bar:
+        for place in range(0, len(records), options.batch_size):
+            batch = records[place : place + options.batch_size]
+            prompts = [encode_question(model.tokenizer, record, options, room) for record in batch]
+            source = None if retriever is not None else _given(model, batch, options)
+            for answer in model.continue_prompts(prompts, options, source=source):
+                lines.append(answer_line(answer.text, jsonl=options.output.endswith(".jsonl")))
+            bar.update(len(batch))
+    with replacing(options.output) as file:
+        file.write("".join(f"{line}\n" for line in lines))
+    return len(lines)
+
+
+def answer_line(text: str, *, jsonl: bool) -> str:
+    """An answer as a line: of a JSON Lines file as it is, else with white space as single spaces."""
+    text = text.split(END)[0].strip()
+    return json_text({"pred": text}) if jsonl else " ".join(text.split())
+
+
+def _questions(options: QaGeneration) -> list[QaRecord]:
+    stop = None if options.num is None else options.start + options.num
+    every = read_records(options.input, retrieved=options.retrieved)
+    records = list(islice(every, options.start, stop))
+    if not records:
+        raise DataError(f"holds no question from number {options.start} on; lower start", path=options.input)
+    return records
+
+
+def _given(model: Any, records: Sequence[QaRecord], options: QaGeneration) -> Any:
+    """The contexts for the encoder. None: the model has none, or is not to read."""
+    if not options.encoder_neighbours or not model.config.model.retro.num_neighbors:
+        return None
+    from megatron_grit.inference.reading import given_neighbors
+
+    texts = [encoder_contexts(record, options, options) for record in records]
+    return given_neighbors(model.config.model, model.tokenizer, texts)
