@@ -2,8 +2,8 @@
 
 The input is a JSON list, JSON lines, or a file of SQuAD's form. A question has "question" (a text, a dialogue that
 begins with "User:", or a list of turns), "answers" or "answer", of which the first is trained, and contexts: "ctxs"
-({"title", "text"}), "sub-paragraphs" or "context"; "multichoice_options" are put behind the question. The first contexts
-stand in the prompt, the next ones are for a model's neighbor encoder (data.neighbors contexts).
+({"title", "text"}), "sub-paragraphs" or "context"; "multichoice_options" are put behind the question. The first
+contexts stand in the prompt, the next ones are for a model's neighbor encoder (data.neighbors contexts).
 
 Example:
   megatron-grit build-qa --input squad/train.json --output-prefix data/squad --tokenizer model/ --task squad1.1

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_grit.config.knob import knob
 from megatron_grit.data.indexed.reader import file_paths
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.indexed.writer import IndexedWriter
-from megatron_grit.data.qa.context_file import NUM_CONTEXTS, ContextWriter
+from megatron_grit.data.qa.context_file import NUM_CONTEXTS, ContextWriter, context_prefix
 from megatron_grit.data.qa.prompts import (
     PROMPTS_FILE,
     EncoderContexts,
@@ -26,7 +26,7 @@ from megatron_grit.data.text.lines import read_json
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.digest import digest_of_settings, sha256_of_file
-from megatron_grit.store.files import check_prefix, json_text, replacing, write_json
+from megatron_grit.store.files import check_output, check_prefix, json_text, replacing, write_json
 from megatron_grit.store.logs import get_logger
 
 log = get_logger(__name__)
@@ -66,7 +66,9 @@ def build_qa(path: str | Path, prefix: str | Path, options: QaTraining) -> Count
         DataError: a file that cannot be read, a question that is not of the form or not fit, or nothing kept.
     """
     check_prefix(prefix)
-    tokenizer, counts, rejected = load_tokenizer(options.tokenizer), Counter[str](), list[str]()
+    for written in (*file_paths(prefix), *file_paths(context_prefix(prefix))):
+        check_output(written, [path, options.tokenizer])
+    tokenizer, counts, rejected = load_tokenizer(options.tokenizer), Counter[str](), list[dict[str, Any]]()
     limits = {"generative": options.max_len, "ft_neighbours": options.ft_neighbours}
     with IndexedWriter(prefix, RowKind.GENERATIVE, tokenizer.vocab_size, overwrite=options.overwrite) as writer:
         contexts = ContextWriter(prefix, writer.folder, tokenizer)
@@ -79,13 +81,13 @@ def build_qa(path: str | Path, prefix: str | Path, options: QaTraining) -> Count
             except DataError as error:
                 if options.on_filtered == "stop":
                     raise
-                rejected.append(json_text({"item": record.item.number, "message": str(error)}))
+                rejected.append({"item": record.item.number, "message": str(error)})
                 continue
             writer.add(spans)
             contexts.add(_encoder_tokens(tokenizer, encoder_contexts(record, options, options), options.neighbour_len))
         counts.update(records=counts["read"] - len(rejected), contexts=contexts.num_contexts, dropped=len(rejected))
         if not counts["records"]:
-            first = f"; the first of {len(rejected)}: {rejected[0]}" if rejected else ""
+            first = f"; of {len(rejected)} the first: {rejected[0]['message']}" if rejected else ""
             raise DataError(f"holds no question to train on{first}", path=path)
         contexts.finalize()
         limits[NUM_CONTEXTS] = contexts.num_contexts
@@ -101,7 +103,8 @@ def _encoder_tokens(tokenizer: Tokenizer, contexts: Sequence[str], max_tokens: i
 def build_blend(blend: str | Path, data: str | Path, output: str | Path, options: QaTraining) -> None:
     """Build the data sets of a blend: for each ``DATA/NAME/NAME_QA_train.json`` and, where it is, ``_QA_dev.json``,
     the indexed file ``OUTPUT/NAME_train`` or ``_dev``, and ``train.yaml`` and ``valid.yaml``, blends for
-    ``data.generative`` and ``data.valid``. What an earlier run built of the same questions, with the same options, stays.
+    ``data.generative`` and ``data.valid``. What an earlier run built of the same questions, with the same options,
+    stays.
 
     Args:
         blend: see :mod:`~megatron_grit.data.qa.shell_blend`.
@@ -162,8 +165,8 @@ def _write_sources(path: Path, sources: Sequence[Mapping[str, object]]) -> None:
         file.write("".join(f"- {json_text(source)}\n" for source in sources))
 
 
-def _write_rejected(path: Path, rejected: Sequence[str]) -> None:
+def _write_rejected(path: Path, rejected: Sequence[Mapping[str, Any]]) -> None:
     if not rejected:
         return path.unlink(missing_ok=True)
     with replacing(path) as file:
-        file.write("".join(f"{line}\n" for line in rejected))
+        file.write("".join(f"{json_text(each)}\n" for each in rejected))

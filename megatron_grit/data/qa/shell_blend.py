@@ -50,7 +50,7 @@ def read_shell_blend(path: str | Path) -> list[BlendName]:
                     f'{VARIABLE}="WEIGHT NAME WEIGHT NAME ..."'
                 )
             if match[1] == VARIABLE:
-                found = match[2]
+                found = match[2].replace("\\\n", "")  # within quotes the shell joins such lines, and shlex does not
     except ValueError as error:
         raise ConfigError(f"{path}: {str(error).lower()}; close the quotes") from None
     if found is None:

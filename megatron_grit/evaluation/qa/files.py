@@ -28,8 +28,8 @@ def read_references(path: str | Path) -> list[list[str]]:
     """The references of each question, of a JSON list or of JSON lines.
 
     An item has ``answers`` or else ``answer``, or else ``longform_answer``: a text, a list of texts, null, or these
-    under ``text``, as in SQuAD's files and in those of Hugging Face. A question that has no answer has an empty list or null; an empty text is kept,
-    and the scorer says whether it is an answer.
+    under ``text``, as in SQuAD's files, which are read as well, and in those of Hugging Face. A question that has no
+    answer has an empty list or null; an empty text is kept, and the scorer says whether it is an answer.
 
     Raises:
         DataError: it cannot be read, holds no question, or an item has neither key or something else there; names the

@@ -171,7 +171,7 @@ BAD = {
         '[{"answers": [{"start": 1}]}]',
         "an answer must be a text, not null",
     ),
-    "SQuAD's whole file": ("a\n", "right.json", '{"data": []}', 'right.json:1: has no "answers"'),
+    "SQuAD's file without articles": ("a\n", "right.json", '{"data": []}', "right.json: holds no question"),
     "JSON that is broken in a line": (
         "a\n",
         "right.jsonl",
