@@ -96,7 +96,8 @@ def read_items(path: str | Path) -> Iterator[Item]:
             values = read_json(path)
             yield from (Item(value, path, index, None) for index, value in enumerate(values, 1))
             return
-        value = read_json(path) if not number and start == b"{" else line.value()
+        opens = not number and start == b"{" and ".jsonl" not in path.name  # an object over several lines
+        value = read_json(path) if opens else line.value()
         if not number and isinstance(value, dict) and "data" in value:
             yield from _squad_items(Item(value, path, 1, line.number))
             return
