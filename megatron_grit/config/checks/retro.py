@@ -58,11 +58,16 @@ def retro_problems(config: RunConfig) -> Iterator[Problem]:
             "model.retro.parity core is for comparisons, with parallel.pipeline and parallel.context 1 and without "
             "parallel.sequence_parallel",
         )
-    if config.data.neighbors == "contexts" and config.data.retro_project is not None:
-        yield Problem(
-            "data.neighbors",
-            "data.neighbors contexts reads those beside the files, and data.retro_project is set; leave one out",
-        )
+    if config.data.neighbors == "contexts":
+        for key, is_set in (
+            ("retro_project", config.data.retro_project is not None),
+            ("retro_shuffle", config.data.retro_shuffle),
+        ):
+            if is_set:
+                yield Problem(
+                    "data.neighbors",
+                    f"data.neighbors contexts reads those beside the files, and data.{key} is set; leave one out",
+                )
     wanted = config.data.neighbors == "database" and reads_neighbors(model) and config.data.retro_project is None
     if wanted and not all(kind_options(kind).EMBEDS for kind in trained_kinds(config)):
         yield Problem(
