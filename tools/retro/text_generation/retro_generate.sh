@@ -15,7 +15,7 @@
 #   K              contexts that the neighbor encoder reads: the next ones; 0: it reads none
 #   RETRIEVE       1 (default): ctxs, the retrieved contexts, where questions have them; 0: the questions' own
 #
-# OPTIONS are those of "megatron-grit generate qa", such as --temperature 0.7 --top-k 40, --reuse-top, --batch-size 16, or
+# OPTIONS are those of "megatron-grit generate-qa", such as --temperature 0.7 --top-k 40, --reuse-top, --batch-size 16, or
 # --retro-project DIR for neighbors that are retrieved. The answers are a line each, in order, in
 # CHECKPOINT/retro-generate-TASK_FT_NEIGHBOURS_K_SIZE_SPLIT_SAMPLING_START_NUM_STEP.txt, retro-generate-short-... with
 # --short-format, for evaluate.py beside this script. From the environment:
@@ -62,7 +62,7 @@ if ((NUM > 0)); then OPTIONS=(--num "$NUM" ${OPTIONS[@]+"${OPTIONS[@]}"}); fi
 ((RETRIEVE)) || OPTIONS=(--no-retrieved ${OPTIONS[@]+"${OPTIONS[@]}"})
 NAME="retro-generate-$SHORT${TASK}_${FT_NEIGHBOURS}_${K}_${SIZE}_${SPLIT}_${SAMPLING}_${START}_${NUM}_${STEP}.txt"
 COMMAND=(
-    "$PYTHON" -m megatron_grit.cli.main generate qa --checkpoint "$MODEL" --input "${INPUT:-$DATA_ROOT/$TASK/$SPLIT.json}"
+    "$PYTHON" -m megatron_grit.cli.main generate-qa --checkpoint "$MODEL" --input "${INPUT:-$DATA_ROOT/$TASK/$SPLIT.json}"
     --output "${OUTPUT:-$CHECKPOINT/$NAME}" --task "$TASK" --start "$START" --ft-neighbours "$FT_NEIGHBOURS"
     --encoder-neighbours "$K" ${OPTIONS[@]+"${OPTIONS[@]}"}
 )

@@ -12,12 +12,12 @@ import pytest
 from megatron_grit.config.checks.run import find_errors
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.schema.retro import RetroConfig
-from megatron_grit.data.builders.qa_builder import QaTraining, build_blend, build_qa
 from megatron_grit.data.indexed.reader import file_paths
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.kinds.generative import GenerativeStream
 from megatron_grit.data.order.sources import OpenFiles
+from megatron_grit.data.qa.builder import QaTraining, build_blend, build_qa
 from megatron_grit.data.qa.prompts import encode_example, encode_question
 from megatron_grit.data.qa.records import read_records
 from megatron_grit.data.rows.loader import GritDataLoader

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from megatron_grit.cli.main import command
 from megatron_grit.config.knob import knob
-from megatron_grit.data.builders.qa_builder import QaTraining, build_qa, describe_counts
+from megatron_grit.data.qa.builder import QaTraining, build_qa, describe_counts
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,7 @@ question stand in the prompt, the next ones are read by the neighbor encoder of 
 --retro-project it reads what the database finds instead.
 
 Example:
-    megatron-grit generate qa --checkpoint runs/sft --input squad/test.json --output answers.txt --task squad1.1
+    megatron-grit generate-qa --checkpoint runs/sft --input squad/test.json --output answers.txt --task squad1.1
     megatron-grit evaluate qa answers.txt squad/test.json
 """
 
@@ -24,7 +24,7 @@ def run(options: QaGeneration) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and answer. Returns the exit status."""
-    return command(QaGeneration, run, argv, prog="megatron-grit generate qa", about=__doc__)
+    return command(QaGeneration, run, argv, prog="megatron-grit generate-qa", about=__doc__)
 
 
 if __name__ == "__main__":
