@@ -26,7 +26,7 @@ from megatron_grit.data.text.line_blocks import LineBlock, find_inputs
 from megatron_grit.data.text.lines import filled_lines, parse_json
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.store.files import replacing
+from megatron_grit.store.files import check_prefix, replacing
 from megatron_grit.store.hub import local_folder
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import Progress
@@ -174,6 +174,7 @@ def preprocess(
         raise ConfigError("a Punkt model, a language and keep_newlines have a meaning with split_sentences only")
     if lang and options.punkt_model:
         raise ConfigError("give a Punkt model or a language, not both")
+    check_prefix(output_prefix)
     how = BuildRun(**{"description": "preprocess_data"} | run)
     tokenizer = load_tokenizer(options.tokenizer)
     options = replace(options, tokenizer=str(tokenizer.path))  # what a name on the hub means is asked once

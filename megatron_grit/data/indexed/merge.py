@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
+from megatron_grit.config.values import shortened
 from megatron_grit.data.indexed.reader import IndexedFile, IndexedMeta, file_paths, read_meta
 from megatron_grit.data.indexed.writer import IndexedFacts, IndexedStream, refuse_existing
 from megatron_grit.errors import DataError
@@ -41,8 +43,8 @@ def merge_indexed(
     facts = [_facts_of(prefix) for prefix in prefixes]
     for prefix, found in zip(prefixes, facts, strict=True):
         if found != facts[0]:
-            what = "has no .json" if found is None else f"is described by {found}"
-            raise DataError(f"{what}, unlike {prefixes[0]}; only files built alike can be joined", path=prefix)
+            what = _difference(found, facts[0])
+            raise DataError(f"{what} {prefixes[0]}; only files built alike can be joined", path=prefix)
     output = Path(output_prefix)
     known, first = facts[0], IndexedFile(prefixes[0])
     check_room(output, sum(path.stat().st_size for path in sources if path.suffix != ".json"))
@@ -59,6 +61,15 @@ def merge_indexed(
         finally:
             stream.discard()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _difference(found: IndexedFacts | None, first: IndexedFacts | None) -> str:
+    """What the .json of one file says otherwise than that of the first: "has vocab_size 70000, not 300 as"."""
+    if found is None or first is None:
+        return f"has {'no' if found is None else 'a'} .json, unlike"
+    names = [field.name for field in fields(IndexedFacts)]
+    name = next(name for name in names if getattr(found, name) != getattr(first, name))
+    return f"has {name} {shortened(getattr(found, name))}, not {shortened(getattr(first, name))} as"
 
 
 def _facts_of(prefix: str | Path) -> IndexedFacts | None:

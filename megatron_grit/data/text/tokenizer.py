@@ -462,7 +462,7 @@ def train_sentencepiece(
     )
     pieces = [piece for text in texts for piece in _training_pieces(text, max_text_chars)]
     if not pieces:
-        raise DataError("no text to train a tokenizer on")
+        raise DataError("no text to train a tokenizer on; give files that hold some")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

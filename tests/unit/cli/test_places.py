@@ -103,6 +103,7 @@ FOLDERS = [
     "build-grit --input pairs.jsonl --output-prefix out/ --tokenizer tokenizer.json",
     "build-sft --input pairs.jsonl --output-prefix out/ --tokenizer tokenizer.json",
     "train-tokenizer --input pairs.jsonl --output-prefix out/ --vocab-size 300",
+    "preprocess-data --input pairs.jsonl --output-prefix out/ --tokenizer-model tokenizer.json",
     "encode --checkpoint nothing --input pairs.jsonl --output out",
     "encode --checkpoint nothing --input pairs.jsonl --output out/",
     "evaluate --checkpoint nothing --retrieval pairs.jsonl --output out",
