@@ -11,6 +11,7 @@ import ipaddress
 import socket
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ BODY_SECONDS = 60.0
 STOP_SECONDS = 30
 """Time for a request in progress when the server is asked to stop."""
 _POLL_SECONDS = 0.2
+_UNREAD_SECONDS, _MOST_UNREAD_BYTES = 1.0, 64 * 2**20
+"""How much of a body that is too large is read and dropped after the refusal."""
 
 
 class _Abandoned(Exception):
@@ -110,6 +113,27 @@ async def _read(request: Request) -> bytes:
     return bytes(body)
 
 
+def _before_the_rest(response: Response) -> Any:
+    """An ASGI application that answers a request whose body has not come whole, and then reads on for a moment: a
+    connection that is closed with bytes unread is reset, and a client that is still sending never sees the answer."""
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        async def send_open(message: Any) -> None:
+            await send(message | {"more_body": True} if message["type"] == "http.response.body" else message)
+
+        await response(scope, receive, send_open)
+        # A client that waits for "100 Continue" sends nothing more, and reading on would send it that.
+        left = 0 if any(name == b"expect" for name, _ in scope["headers"]) else _MOST_UNREAD_BYTES
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_UNREAD_SECONDS):
+                while left > 0:
+                    message = await receive()
+                    left = left - len(message.get("body", b"")) if message.get("more_body") else 0
+        await send({"type": "http.response.body", "body": b""})
+
+    return answer
+
+
 def _failure(error: Exception, status: int, headers: Any = None) -> Response:
     from starlette.responses import JSONResponse
 
@@ -137,7 +161,8 @@ def create_app(service: Service, *, log_json: bool = False) -> RequestLog:
         return JSONResponse({"status": "ok"})
 
     async def refused(request: Request, error: Any) -> Response:
-        return _failure(RuntimeError(error.detail), error.status_code, error.headers)
+        response = _failure(RuntimeError(error.detail), error.status_code, error.headers)
+        return _before_the_rest(response) if error.status_code == 413 else response
 
     async def broken(request: Request, error: Exception) -> Response:
         return _failure(RuntimeError("internal error; the server's log says more"), 500)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -74,6 +75,17 @@ def test_bodies_that_do_not_end(model: GritModel, monkeypatch: pytest.MonkeyPatc
         connection, _ = raw(port, "Transfer-Encoding: chunked\r\nConnection: close", chunks)
         with connection, connection.makefile("rb") as answer:
             assert answer.readline().split()[1] == b"200"
+
+
+def test_a_client_that_sends_all_of_a_large_body_sees_the_refusal(model: GritModel) -> None:
+    """It reads when it has sent, by which time a connection with unread bytes would have been reset."""
+    with running(model) as (_, port):
+        for _ in range(3):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("POST", CHAT, b" " * (server.MAX_BODY_BYTES + 2**21))
+            answer = connection.getresponse()
+            assert answer.status == 413 and b"the body is larger than" in answer.read()
+            connection.close()
 
 
 @pytest.mark.parametrize("ends", ["client", "server"])
