@@ -384,7 +384,10 @@ class Family:
                 )
                 if form is None:
                     missing = sorted(wanted[0].keys() - names)[0]
-                    raise CheckpointError(f"tensor {missing} is missing, which config.json's {self.name} model has")
+                    raise CheckpointError(
+                        f"tensor {missing} is missing, which config.json's {self.name} model has; give all of its "
+                        "weights, and the config.json that they were saved with"
+                    )
                 used |= wanted[form].keys()
                 plan.append(Conversion(name, entry.forms[form].kind, wanted[form], expert))
         left_over = sorted(name for name in names - used if not any(re.fullmatch(p, name) for p in self.ignored))

@@ -287,7 +287,7 @@ def _safetensors_files(path: Path) -> list[Path]:
             f"; {pickled[0].name} is pickle, which can run code: save the model as safetensors, "
             "or convert it with megatron-grit convert --allow-pickle"
             if pickled
-            else ""
+            else "; copy the model's weights into it"
         )
         raise CheckpointError(f"{path}: no *.safetensors{why}")
     return files
@@ -296,7 +296,7 @@ def _safetensors_files(path: Path) -> list[Path]:
 def _pickle_files(path: Path) -> list[Path]:
     files = _files(path, "pytorch_model.bin", "pytorch_model*.bin")
     if not files:
-        raise CheckpointError(f"{path}: no *.safetensors and no pytorch_model*.bin")
+        raise CheckpointError(f"{path}: no *.safetensors and no pytorch_model*.bin; copy the model's weights into it")
     return files
 
 

@@ -69,7 +69,10 @@ def open_model(folder: Path, *, allow_pickle: bool = False, tied: bool | None = 
         CheckpointError: a model that is not supported, or weights that are not those of its config.json.
     """
     shape, family, weights = _open(folder, allow_pickle, tied)
-    return StoredModel(shape, weights, family.plan(weights, shape))
+    try:
+        return StoredModel(shape, weights, family.plan(weights, shape))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
 
 
 def stored_shape(folder: Path, *, weights: bool = True) -> ModelConfig:

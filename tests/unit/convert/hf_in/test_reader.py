@@ -227,7 +227,8 @@ def test_shape_that_config_json_contradicts(source: Path) -> None:
 def test_tensor_that_is_missing(source: Path) -> None:
     settings = mistral.hf_config(DENSE) | {"num_hidden_layers": DENSE.num_layers + 1}
     (source / "config.json").write_text(json.dumps(settings))
-    assert f"tensor model.layers.{DENSE.num_layers}." in refused(source)
+    message = refused(source)
+    assert f"{source}: tensor model.layers.{DENSE.num_layers}." in message and "give all of its weights" in message
 
 
 def test_unknown_architecture(source: Path) -> None:
