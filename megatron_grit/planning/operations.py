@@ -26,6 +26,7 @@ from megatron_grit.config.shape import (
 )
 from megatron_grit.planning.memory import FP32, Workload, caches_gradients
 from megatron_grit.planning.parameters import count_parameters, expert_tensor_size
+from megatron_grit.planning.teacher import teacher_run
 
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
@@ -136,6 +137,14 @@ def count_flops(config: RunConfig, world_size: int, vocab_size: int, workload: W
         forward_all += forward
         core_attention += rows.tokens * _attention(config, rows.segment_tokens, rows.causal)
         all_heads += 3 * head
+    if (taught := teacher_run(config)) is not None:
+        passes["teacher"] = float(
+            sum(
+                rows.tokens * _forward(taught, rows.segment_tokens, rows.causal)
+                + 2 * rows.labels * taught.model.hidden_size * padded
+                for rows in workload.predicted
+            )
+        )
     again = {"none": 0.0, "full": forward_all, "selective": core_attention}
     return Flops(
         passes=passes,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_grit.config.checkpoint_folder import holds_checkpoint, resolve_checkpoint
 from megatron_grit.config.parse import load_config
-from megatron_grit.config.schema import ModelConfig, RunConfig
+from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.workload import LOGITS_AT_ONCE, RowWorkload
 from megatron_grit.planning.parameters import count_parameters
 
@@ -47,13 +47,12 @@ def teacher_memory(
     size = 2 if config.training.precision == "bf16" else FP32
     weights, width = 0, config.model.hidden_size
     if knobs.kind != "topk" and knobs.model is not None:
-        shape = _shape(knobs.model)
-        if shape is None:
+        taught = teacher_run(config)
+        if taught is None:
             weights = _bytes_of_files(Path(knobs.model)) * size // 2 // (parallel.tensor * parallel.pipeline)
         else:
-            model = replace(shape, vocab_multiple=config.model.vocab_multiple)
-            width = shape.hidden_size
-            weights = count_parameters(replace(config, model=model), vocab_size, stage).rank * size
+            width = taught.model.hidden_size
+            weights = count_parameters(taught, vocab_size, stage).rank * size
     if stage < parallel.pipeline - 1:
         return TeacherMemory(weights=weights)
     shards = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
@@ -67,9 +66,18 @@ def teacher_memory(
     return TeacherMemory(weights=weights, states=states, logits=logits)
 
 
-def _shape(name: str) -> ModelConfig | None:
-    """Of a checkpoint of ours."""
-    return load_config(resolve_checkpoint(name) / "config.yaml").model if holds_checkpoint(name) else None
+def teacher_run(config: RunConfig) -> RunConfig | None:
+    """The run, if its model were the teacher that runs beside it. None: no model does, or it is a Hugging Face
+    directory, whose shape is not looked at here."""
+    knobs = config.loss.teacher
+    if knobs.kind not in ("full", "gold"):
+        return None
+    if knobs.model is None:
+        return config
+    if not holds_checkpoint(knobs.model):
+        return None
+    shape = load_config(resolve_checkpoint(knobs.model) / "config.yaml").model
+    return replace(config, model=replace(shape, vocab_multiple=config.model.vocab_multiple))
 
 
 def _bytes_of_files(folder: Path) -> int:

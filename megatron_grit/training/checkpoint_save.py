@@ -101,6 +101,8 @@ class CheckpointSaver:
         self._pending: _Pending | None = None
         self.base: dict[str, Any] | None = None
         """The base of a run with adapters, for state.json."""
+        self.teacher: str | None = None
+        """Fingerprint of the weights of ``loss.teacher.model``, for state.json."""
 
     def save(self, model: Stage, optimizer: Any | None, step: int, *, wait: bool) -> None:
         """Save the state of now. One that is still being written is finished first.
@@ -132,6 +134,8 @@ class CheckpointSaver:
             described["optimizer_step"] = max((count for count in steps if count is not None), default=None)
         if self.base is not None:
             described["base"] = self.base
+        if self.teacher is not None:
+            described["teacher"] = self.teacher
         pending = _Pending(step=step, folder=folder, final=final, writes=writes, state=described, random=random)
         self._pending = pending
         if wait:

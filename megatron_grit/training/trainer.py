@@ -61,7 +61,7 @@ from megatron_grit.training.optimizer import (
 from megatron_grit.training.restore_checks import check_next_records, check_random_states, check_versions_read
 from megatron_grit.training.step import TrainStep
 from megatron_grit.training.stop import StopRequest
-from megatron_grit.training.teacher.build import build_teacher
+from megatron_grit.training.teacher.build import build_teacher, check_same_teacher
 from megatron_grit.training.teacher.source import TeacherSource
 from megatron_grit.training.validation.loss import Validation, describe
 
@@ -148,6 +148,7 @@ class Trainer:
         others = [] if self.validation is None else [self.validation.loader]
         self.follower = VersionFollower(config, context, self.loader, others)
         self.saver = CheckpointSaver(config, context, self.tokenizer, self.loader, self._saved, self.chat)
+        self.saver.teacher = None if self.teacher is None else self.teacher.fingerprint
         self.restored: Restored | None = None
 
     def run(self) -> None:
@@ -217,6 +218,7 @@ class Trainer:
             log.warning(f"{line} begins at step 0, because checkpoint.resume is false")
         if checkpoints:
             check_same_model(checkpoints[-1], self.config)
+            check_same_teacher(checkpoints[-1], self.config.loss.teacher.model, self.saver.teacher)
             if self.config.adapter.kind != "none":
                 self._load_initial_weights()
                 self._take_as_base(checkpoints[-1])

@@ -231,19 +231,23 @@ def test_a_teacher_is_read_from_a_directory(source: Path, run: RunConfig, tmp_pa
     write_shards(other, random_hf(mistral.FAMILY, mistral.model_config(settings)))
     (other / "config.json").write_text(json.dumps(settings))
 
-    def losses(name: str, teacher: Path, kind: str = "full") -> list[float]:
+    def losses(name: str, teacher: Path, kind: str = "full", steps: int = 2) -> list[float]:
         options = [f"--loss.teacher.kind={kind}", f"--loss.teacher.model={teacher}", "--training.objective=generative"]
         options += ["--model.attention_dropout=0"]
-        status = train.main([*options_of(run, tmp_path / name, source, 2), *options])
+        status = train.main([*options_of(run, tmp_path / f"run {name}", source, steps), *options])
         if status:
             return []
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        lines = (tmp_path / f"run {name}" / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["loss_teacher"] for line in lines]
 
     first, second = losses("same", source)
     assert first == 0 < second
     assert min(losses("other", other)) > 0.01
+    assert len(losses("other", other, steps=3)) == 3
     capsys.readouterr()
+    assert not losses("other", source, steps=4)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "was trained beside a teacher with the weights" in error and str(source) in error
     assert len(losses("gold", other, "gold")) == 2
     assert "is the KL baseline of Instruction Modelling as published" in capsys.readouterr().err
     for key, value, words in (

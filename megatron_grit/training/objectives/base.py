@@ -22,6 +22,9 @@ OBJECTIVES = "megatron_grit.training.objectives"
 class Teaches(Protocol):
     """A model that predicted rows are compared with."""
 
+    fingerprint: str | None
+    """Of its weights; None where they are those of the base, or in a cache."""
+
     def attach(self, rows: list[PackedRow], row_length: int) -> None:
         """Say of each row what it is compared with: its ``teacher``. Collective over the ranks that hold the model.
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_grit.config.checks.run import find_problems
 from megatron_grit.config.schema import AdapterConfig, RunConfig
 from megatron_grit.config.schema.teacher import TeacherConfig
 from megatron_grit.data.order.sources import longest_segment
 from megatron_grit.data.text.tokenizer import Tokenizer, are_same_tokenizers, load_tokenizer
-from megatron_grit.errors import ConfigError
+from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.models.decoder import GritDecoder, build_chunks
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState
 from megatron_grit.store.logs import get_logger
+from megatron_grit.training.base_weights import base_fingerprint
+from megatron_grit.training.checkpoint import read_state
 from megatron_grit.training.objectives.base import Teaches
 from megatron_grit.training.teacher.model import TeacherCache, TeacherModel
 from megatron_grit.training.teacher.source import TeacherSource, checkpoint_source
@@ -69,8 +72,28 @@ def build_teacher(
         chunk.requires_grad_(False)
     source.fill(teacher, context)
     before.restore()
-    log.info(f"the teacher is {source.name}")
-    return TeacherModel(knobs, context, teacher)
+    fingerprint = base_fingerprint(teacher, context)
+    log.info(f"the teacher is {source.name}, fingerprint {fingerprint}")
+    return TeacherModel(knobs, context, teacher, fingerprint)
+
+
+def check_same_teacher(path: Path, name: str | None, fingerprint: str | None) -> None:
+    """Refuse to resume beside another teacher than before.
+
+    Args:
+        path: the checkpoint.
+        name: ``loss.teacher.model``.
+        fingerprint: of its weights.
+
+    Raises:
+        CheckpointError: it was trained beside other weights.
+    """
+    before = read_state(path).get("teacher")
+    if before is not None and fingerprint is not None and before != fingerprint:
+        raise CheckpointError(
+            f"{path}: was trained beside a teacher with the weights {before}, and {name} has {fingerprint} now; give "
+            "loss.teacher.model the checkpoint of then, or start with checkpoint.load in another output_dir"
+        )
 
 
 def _run_of(config: RunConfig, source: TeacherSource) -> RunConfig:

@@ -31,10 +31,17 @@ class TeacherModel:
         config: the section.
         context: this process's place in the mesh.
         chunks: of this process; those that are trained, to take the base of their adapters.
+        fingerprint: of their weights.
     """
 
-    def __init__(self, config: TeacherConfig, context: ParallelContext, chunks: Sequence[GritDecoder]) -> None:
-        self.config, self.context, self.chunks = config, context, chunks
+    def __init__(
+        self,
+        config: TeacherConfig,
+        context: ParallelContext,
+        chunks: Sequence[GritDecoder],
+        fingerprint: str | None = None,
+    ) -> None:
+        self.config, self.context, self.chunks, self.fingerprint = config, context, chunks, fingerprint
 
     def attach(self, rows: list[PackedRow], row_length: int) -> None:
         """As :class:`~megatron_grit.training.objectives.base.Teaches`."""
@@ -72,6 +79,8 @@ class TeacherCache:
         config: the section.
         context: this process's place in the mesh.
     """
+
+    fingerprint: str | None = None
 
     def __init__(self, config: TeacherConfig, context: ParallelContext) -> None:
         self.config, self.context = config, context

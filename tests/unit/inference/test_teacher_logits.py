@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_grit.cli.teacher_logits import main
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.schema.teacher import TeacherConfig
 from megatron_grit.data.indexed.records import IndexedRecords
@@ -115,6 +116,23 @@ def test_training_with_the_cache_is_training_with_the_teacher(
     assert 0 < few < more < every == pytest.approx(whole, rel=1e-5)
     torch.testing.assert_close(found[str(vocab_size)][1], gradient, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(found["2"][1], gradient, rtol=1e-2, atol=1e-4)
+
+
+def test_the_verb_writes_the_same(
+    trained_run: RunConfig,
+    teacher: GritModel,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    monkeypatch.setattr(GritModel, "load", lambda *_, **__: teacher)
+    given = ["--checkpoint", trained_run.output_dir, "--input", *trained_run.data.generative, "--output", str(tmp_path)]
+    numbers = ["--top-k", str(TOP_K), "--temperature", str(TEMPERATURE), "--batch-tokens", "300"]
+    assert main([*given, *numbers]) == 0
+    for path in cache.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+    assert "loss.teacher.temperature 2" in capsys.readouterr().out
 
 
 def test_held_out_texts_are_not_taught(trained_run: RunConfig, teacher: GritModel, cache: Path) -> None:

@@ -12,6 +12,7 @@ from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.schema.teacher import TeacherConfig
 from megatron_grit.config.workload import LOGITS_AT_ONCE, TextLengths
 from megatron_grit.planning.memory import Workload, estimate_memory
+from megatron_grit.planning.operations import count_flops
 
 VOCAB = 400
 
@@ -46,6 +47,19 @@ def test_weights_and_states_of_a_checkpoint(trained_run: RunConfig) -> None:
     assert full["logits"] - plain["logits"] == 8 * matrix
     gold, _ = memory(config, kind="gold", model=trained_run.output_dir)
     assert gold["teacher"] == weights + rows.rows * rows.row_tokens * 4
+
+
+def test_operations_of_a_teacher_are_those_of_a_forward_pass(trained_run: RunConfig) -> None:
+    """A third of the trained model's, where it is the same shape."""
+    found = []
+    for knobs in (TeacherConfig(), TeacherConfig(kind="gold", model=trained_run.output_dir)):
+        config = copy.deepcopy(trained_run)
+        config.training.objective, config.loss.teacher = "generative", knobs  # type: ignore[assignment]
+        found.append(count_flops(config, 1, VOCAB, Workload.of_config(config, 1, TextLengths())))
+    plain, taught = found
+    assert "teacher" not in plain.passes
+    assert taught.passes["teacher"] == pytest.approx(plain.total / 3)
+    assert taught.total == pytest.approx(4 / 3 * plain.total)
 
 
 def test_base_and_cache_take_no_weights(trained_run: RunConfig) -> None:
