@@ -132,6 +132,7 @@ _NAMED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "teacher_tp2_sp": (2, TAUGHT, SP),
     "teacher_dp2": (2, TAUGHT, {}),
     "teacher_pp2_vpp2": (2, TAUGHT, layout(pipeline=2, virtual_pipeline=2)),
+    "teacher_dp2_overlap": (2, KEPT_NEAR | {"training.recompute": "full"}, layout(overlap=True)),
     "teacher_tp2": (2, KEPT_NEAR, layout(tensor=2)),
     "teacher_pp2": (2, KEPT_NEAR, layout(pipeline=2)),
     "teacher_cp2": (2, KEPT_NEAR, layout(context=2)),
