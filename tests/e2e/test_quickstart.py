@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,34 +14,11 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.harness import command
+from tests.harness.quickstart import refused, run, start
 
+SCRIPT = "quickstart.sh"
 FIGURES = {"recall_at_1", "recall_at_10", "ndcg_at_10", "lm_loss"}
 METRICS = {"step", "loss", "loss_emb", "loss_gen", "grad_norm", "lr", "tokens", "tokens_per_second", "padding_fraction"}
-
-
-def start(repository: Path, output: Path, **environment: str) -> subprocess.Popen[str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("QUICKSTART")}
-    return subprocess.Popen(
-        ["bash", str(repository / "examples" / "quickstart.sh"), str(output)],
-        cwd=output.parent,
-        env=clean | command.environment() | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def run(repository: Path, output: Path, timeout: float, **environment: str) -> str:
-    process = start(repository, output, **environment)
-    try:
-        printed, _ = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, printed
-    return printed
 
 
 def check_files(output: Path, steps: int) -> dict:
@@ -72,7 +48,7 @@ def check_files(output: Path, steps: int) -> dict:
 
 def stop_and_start_again(repository: Path, output: Path, steps: int, **environment: str) -> dict:
     """Stop it while it trains, start it again, and look at what it leaves. Returns the report."""
-    process = start(repository, output, **environment)
+    process = start(repository, SCRIPT, output, **environment)
     metrics = output / "metrics.jsonl"
     deadline = time.monotonic() + 3000
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
@@ -85,7 +61,7 @@ def stop_and_start_again(repository: Path, output: Path, steps: int, **environme
 
     # By fresh interpreters: of training, measuring, encoding and generating this is the one that has them.
     fresh = {"PYTHON": sys.executable, "PYTHON_EXEC": sys.executable}
-    printed = run(repository, output, 3000, **environment, **fresh)
+    printed = run(repository, SCRIPT, output, 3000, **environment, **fresh)
     assert "corpus: done before" in printed and "train: done before" not in printed
     assert "| recall@10 |" in printed
     assert (output / "before.json").stat().st_mtime_ns == untrained
@@ -120,7 +96,7 @@ def test_in_full(repository: Path, tmp_path: Path) -> None:
 
 
 def test_dry_run(repository: Path, tmp_path: Path) -> None:
-    printed = run(repository, tmp_path / "out", 600, DRY_RUN="1")
+    printed = run(repository, SCRIPT, tmp_path / "out", 600, DRY_RUN="1")
     assert printed.startswith("# 2 processes = ")
     assert yaml.safe_load(printed)["model"]["num_experts"] == 4
     assert not (tmp_path / "out").exists()
@@ -137,14 +113,4 @@ def test_dry_run(repository: Path, tmp_path: Path) -> None:
 )
 def test_wrong_use(repository: Path, tmp_path: Path, output: str, environment: dict[str, str], message: str) -> None:
     (tmp_path / "file").touch()
-    result = subprocess.run(
-        ["bash", str(repository / "examples" / "quickstart.sh"), output],
-        cwd=tmp_path,
-        env=os.environ | command.environment() | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 2
-    assert result.stderr.startswith("quickstart.sh: error: ") and message in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    assert message in refused(repository, SCRIPT, output, tmp_path, **environment)

@@ -21,8 +21,8 @@ class RetroReportOptions:
     gpt: str = knob(path=True)
     """Output directory of the run without neighbors."""
     gpt_by_overlap: str = knob(path=True)
-    """Output directory of the run that measured its weights with --training.skip_train and --model.retro.gate 0, which
-    tells by overlap."""
+    """Output directory of the run that measured its weights by overlap, with --training.skip_train and
+    --model.retro.gate null."""
     retro: str = knob(path=True)
     """Output directory of the run with neighbors."""
     retro_shuffled: str = knob(path=True)
