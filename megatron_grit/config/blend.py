@@ -109,7 +109,8 @@ def _check(entries: Sequence[tuple[str, BlendEntry]], key: str) -> None:
     for where, entry in entries:
         if entry.path in seen:
             raise ConfigError(
-                f"{where}: {key} names {entry.path} more than once; a run goes through it twice with epochs: 2"
+                f"{where}: {key} names {entry.path} more than once; leave one, with epochs: 2 where a run is to go "
+                "through it twice"
             )
         seen.add(entry.path)
         if weighted is not None and entry.weight is None:

@@ -179,7 +179,9 @@ class NeighborTable:
             known &= (rest == 0) & (chunk >= 0) & (chunk < self.starts[safe + 1] - self.starts[safe])
         if not known.all():
             document, offset = pairs[np.argmin(known)]
-            raise IndexError(f"document {document} has no chunk at token {offset}")
+            last = self.manifest.source.num_documents - 1
+            why = "" if 0 <= document <= last else f", documents are 0 to {last}"
+            raise IndexError(f"document {document} has no chunk at token {offset}{why}")
         return np.asarray(self.starts[safe] + chunk) if len(pairs) else chunk
 
     def read(

@@ -113,6 +113,8 @@ def check_kind(faiss: Any, index: Any, factory: str) -> None:
         ConfigError: it is such an index.
     """
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    if lists_of(factory) == 0:
+        raise ConfigError(f"index {factory!r} has no lists; give a number of them, as IVF1024")
     lists = "" if lists_of(factory) is None else "IVF"
     kind_of = type(inner).__name__
     if kind_of not in [f"Index{lists}{name}" for name in _KINDS] and kind_of not in GRAPHS:

@@ -12,6 +12,7 @@ makes sense.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -469,4 +470,5 @@ def exact_search(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int, metric:
 
 def _reason(error: BaseException) -> str:
     text = str(error).strip().splitlines()
-    return (text[-1] if text else type(error).__name__)[:200]
+    # faiss begins with a function of its own and the line where it gave up.
+    return (re.sub(r"^Error in .* at \S+:\d+: ", "", text[-1]) if text else type(error).__name__)[:200]

@@ -111,6 +111,8 @@ class Preparation:
         """A directory is ours by its config.json; in another one nothing is made or removed."""
         if self.old is not None:
             return
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"{self.folder}: is a file; give the directory of a database or a new one")
         if self.validate is not None:
             raise ConfigError(f"{self.folder}: holds no {CONFIG_FILE}, so there is nothing to validate")
         found = [name for name in FOLDERS if (self.folder / name).is_dir() and any((self.folder / name).iterdir())]

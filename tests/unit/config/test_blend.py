@@ -49,7 +49,10 @@ def test_files(tmp_path: Path) -> None:
         (["0 a"], "data.embedding: weight 0 is not a positive number"),
         (["nan a"], "data.embedding: weight nan is not a positive number"),
         (["0.3 a", "b"], "data.embedding: b has no weight, but a has a weight"),
-        (["a", "b", "a"], "data.embedding names a more than once; a run goes through it twice with epochs: 2"),
+        (
+            ["a", "b", "a"],
+            "data.embedding names a more than once; leave one, with epochs: 2 where a run is to go through it twice",
+        ),
         (["nowhere.yaml"], "nowhere.yaml: cannot read this blend file"),
         (["0.5 nowhere.yaml"], "0.5 stands before the blend file nowhere.yaml"),
     ],

@@ -95,7 +95,8 @@ def test_places_of_chunks(table: NeighborTable) -> None:
 
 @pytest.mark.parametrize("chunk", [(0, 2), (0, 12), (1, 4), (3, 0), (-1, 0), (2, -4)])
 def test_a_place_that_is_none_is_named(table: NeighborTable, chunk: tuple[int, int]) -> None:
-    with pytest.raises(IndexError, match=f"document {chunk[0]} has no chunk at token {chunk[1]}"):
+    why = "" if chunk[0] in range(3) else ", documents are 0 to 2"
+    with pytest.raises(IndexError, match=f"document {chunk[0]} has no chunk at token {chunk[1]}{why}$"):
         table.read([(0, 0), chunk, (1, 0)], [], 1)
 
 

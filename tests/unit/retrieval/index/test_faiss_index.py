@@ -116,7 +116,8 @@ def test_threads_change_nothing(factory: str) -> None:
 @pytest.mark.parametrize(
     ("factory", "words"),
     [
-        ("Nonsense", "faiss does not make one"),
+        ("Nonsense", r"faiss does not make one \(could not parse index string Nonsense\)"),
+        ("IVF0,Flat", "has no lists; give a number of them"),
         ("IVF8,PQ4x4,RFlat", "more than codes"),
         ("IDMap,Flat", "more than codes"),
         ("IDMap2,Flat", "more than codes"),

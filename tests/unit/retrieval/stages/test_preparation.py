@@ -194,6 +194,12 @@ def test_a_directory_of_another_kind_is_left_alone(tmp_path: Path, given: dict[s
     assert not (tmp_path / "none").exists()
 
 
+def test_a_file_is_no_directory(tmp_path: Path, given: dict[str, Any]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file: is a file; give the directory of a database or a new one"):
+        Preparation(tmp_path / "file", "build", given)
+
+
 def test_only_leftovers_of_builds_are_removed(project: Path) -> None:
     left = [project / name for name in (".config.json.1.tmp", "db/merged/.train.hdf5.2.tmp", "index/.x.tmp")]
     others = [project / name for name in (".mine.tmp", "data/.corpus.bin.3.tmp")]
