@@ -51,7 +51,7 @@ class GenerativeObjective(Objective):
         if not self.extra_metrics:
             share = self._share(index, row, output)
             return share * self.weight, {self.loss_name: share.detach()}
-        knobs = self.config.loss.teacher
+        knobs, row.teacher = self.config.loss.teacher, None  # what it holds of the row is not needed any more
         labels, teacher = (self._share(index, row, losses_T) for losses_T in output)
         total = knobs.label_weight * labels + knobs.weight * teacher
         return total * self.weight, {self.loss_name: labels.detach(), self.teacher_loss: teacher.detach()}

@@ -68,7 +68,9 @@ def step(
     teaches = TeacherModel(knobs, context, [model if teacher is None else teacher]) if knobs.kind != "none" else None
     wrapped = wrap_model(model)
     wrapped.train()
-    metrics = TrainStep(config, context, wrapped, None, teaches).accumulate_gradients(batch_of(lengths))
+    taught = TrainStep(config, context, wrapped, None, teaches)
+    metrics = taught.accumulate_gradients(batch_of(lengths))
+    assert not any(row.teacher for row, _, _ in taught.outcomes.entries), "states of the teacher outlive the step"
     assert all(module.training for module in model.modules())
     return metrics, {name: p.main_grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
