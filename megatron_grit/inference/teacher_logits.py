@@ -161,7 +161,7 @@ def top_probabilities(
     import torch
 
     from megatron_grit.inference.score import scoring_row
-    from megatron_grit.losses.divergence import CHUNK_ELEMENTS, Divergence, log_probabilities
+    from megatron_grit.losses.divergence import CHUNK_ELEMENTS, Divergence, log_probabilities, log_total
     from megatron_grit.models.decoder import Output
 
     model = teacher.model
@@ -173,7 +173,7 @@ def top_probabilities(
         for states_C1D in states_T1D.split(max(1, CHUNK_ELEMENTS // model.num_tokens_in_vocab)):
             log_p_CV = log_probabilities(model.shard_logits(states_C1D), options)
             top_CK = log_p_CV.topk(top_k, dim=1)
-            others_C1 = log_p_CV.exp().scatter(1, top_CK.indices, 0.0).sum(1, keepdim=True).log()
+            others_C1 = log_total(log_p_CV.scatter(1, top_CK.indices, -torch.inf), options)
             ids.append(top_CK.indices.int())
             log_probs.append(torch.cat((top_CK.values, others_C1), 1).float())
     last = np.cumsum([len(tokens) for tokens in texts]) - 1

@@ -107,11 +107,11 @@ def bucket_divergence(logits_LV: Tensor, ids_LK: Tensor, log_probs_LK1: Tensor, 
         local_CK = ids_LK[chunk] - options.first_id
         inside_CK = (local_CK >= 0) & (local_CK < width)
         place_CK = torch.where(inside_CK, local_CK, width)  # a column for the tokens of other ranks
-        q_CV = log_q_CV.exp()
         own_CK = torch.where(inside_CK, log_q_CV.gather(1, local_CK.clamp(0, width - 1)), 0.0)
         log_q_CK = _sum(own_CK, options)
-        others_CV = _with_column(q_CV).scatter(1, place_CK, 0.0)[:, :width]
-        log_q_CB = torch.cat((log_q_CK, _sum(others_CV.sum(1), options).log()[:, None]), 1)
+        log_others_CV = _with_column(log_q_CV).scatter(1, place_CK, -torch.inf)[:, :width]
+        log_others_C1 = log_total(log_others_CV, options)
+        log_q_CB = torch.cat((log_q_CK, log_others_C1), 1)
         log_p_CB = log_probs_LK1[chunk].to(log_q_CB.dtype)
         q_CB, p_CB, log_ratio_CB = log_q_CB.exp(), log_p_CB.exp(), log_q_CB - log_p_CB
         # By buckets the gradient is q - p, or q (log q - log p - loss). Within the last it is shared out by q.
@@ -122,7 +122,7 @@ def bucket_divergence(logits_LV: Tensor, ids_LK: Tensor, log_probs_LK1: Tensor, 
         else:
             loss_C = -torch.where(p_CB > 0, p_CB * log_ratio_CB, 0.0).sum(1)
             buckets_CB = q_CB - p_CB
-        share_CV = others_CV / torch.where(q_CB[:, -1:] > 0, q_CB[:, -1:], 1.0)
+        share_CV = (log_others_CV - _finite(log_others_C1)).exp()
         gradient_CV = _with_column(share_CV * buckets_CB[:, -1:]).scatter(1, place_CK, buckets_CB[:, :-1])[:, :width]
         known_C = ids_LK[chunk, 0] >= 0
         return torch.where(known_C, loss_C, 0.0), torch.where(known_C[:, None], gradient_CV, 0.0)
@@ -177,6 +177,20 @@ def log_probabilities(logits_CV: Tensor, options: Divergence) -> Tensor:
         dist.all_reduce(largest_C1, op=dist.ReduceOp.MAX, group=options.group)
     scaled_CV = scaled_CV - largest_C1
     return scaled_CV - _sum(scaled_CV.exp().sum(1, keepdim=True), options).log()
+
+
+def log_total(values_CV: Tensor, options: Divergence) -> Tensor:
+    """Logarithm of what all probabilities add up to whose logarithms are given, also where the probabilities are too
+    small for a number: [C, 1], -inf where there are none. Collective over the ranks that share the vocabulary."""
+    largest_C1 = values_CV.amax(1, keepdim=True)
+    if options.group is not None:
+        dist.all_reduce(largest_C1, op=dist.ReduceOp.MAX, group=options.group)
+    largest_C1 = _finite(largest_C1)
+    return largest_C1 + _sum((values_CV - largest_C1).exp().sum(1, keepdim=True), options).log()
+
+
+def _finite(logarithms: Tensor) -> Tensor:
+    return logarithms.clamp(min=torch.finfo(logarithms.dtype).min)
 
 
 def _sum(values: Tensor, options: Divergence) -> Tensor:

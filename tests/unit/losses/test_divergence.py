@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_grit.losses import divergence
-from megatron_grit.losses.divergence import Divergence, bucket_divergence, full_divergence, log_probabilities
+from megatron_grit.losses.divergence import Divergence, bucket_divergence, full_divergence, log_probabilities, log_total
 
 TOKENS, VOCAB = 6, 40
 OPTIONS = [
@@ -138,3 +138,25 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     ids, log_probs = top(logits, 3, Divergence())
     with pytest.raises(ValueError, match="do not fit"):
         bucket_divergence(logits, ids, log_probs[:, 1:], Divergence())
+
+
+@pytest.mark.parametrize("is_reverse", [False, True])
+def test_all_others_may_be_too_improbable_for_a_number(is_reverse: bool) -> None:
+    """In fp32, of the model and of the teacher: as in fp64, where they are none too small."""
+    options = Divergence(is_reverse=is_reverse, temperature=0.5)
+    sure, unsure = torch.tensor([[60.0, 59.0, 0.0, 1.0, -1.0]]), torch.tensor([[1.0, 0.5, 0.0, 2.0, -1.0]])
+    ids = torch.tensor([[0, 1]])
+    for student, teacher in ((sure, unsure), (unsure, sure)):
+        exact = student.double().requires_grad_()
+        log_p = (teacher.double() / 0.5).log_softmax(1)
+        log_probs = torch.cat((log_p[:, :2], log_p[:, 2:].logsumexp(1, keepdim=True)), 1)
+        expected = bucket_divergence(exact, ids, log_probs, options)
+        ours = student.clone().requires_grad_()
+        scattered = log_probabilities(teacher, options).scatter(1, ids, -torch.inf)
+        own = torch.cat((log_probabilities(teacher, options)[:, :2], log_total(scattered, options)), 1)
+        torch.testing.assert_close(own.double(), log_probs, rtol=1e-5, atol=1e-5)
+        found = bucket_divergence(ours, ids, own, options)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        (gradient,) = torch.autograd.grad(found.sum(), ours)
+        (wanted,) = torch.autograd.grad(expected.sum(), exact)
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-5)
