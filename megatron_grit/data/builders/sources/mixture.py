@@ -26,6 +26,8 @@ from megatron_grit.store.files import check_output, replacing
 from megatron_grit.store.progress import Progress
 
 _AMOUNTS = ("count", "fraction", "epochs", "cap", "share")
+_FACTS = ("dataset", "id", "source")
+"""Keys of a record that say where it is from."""
 _KEYS = ("name", *_AMOUNTS, "unfiltered")
 _FORMS = (
     "{name}",
@@ -300,8 +302,17 @@ def _chosen(mixture: Mixture, where: str, options: SftMixture) -> list[MixtureEn
         raise ConfigError(f"{where} has {'shares; give their total' if shared else 'no shares; leave total out'}")
     if options.total is None:
         return entries
-    total = options.total / sum(entry.share or 0.0 for entry in entries)
-    return [replace(entry, share=None, count=round((entry.share or 0.0) * total)) for entry in entries]
+    shares = np.array([entry.share or 0.0 for entry in entries])
+    counts = _whole(options.total * shares / shares.sum())
+    return [replace(entry, share=None, count=count) for entry, count in zip(entries, counts, strict=True)]
+
+
+def _whole(exact: np.ndarray) -> list[int]:
+    """Whole numbers of the same sum, which is whole: those that lack most are rounded up, of equals the first."""
+    counts = np.floor(exact + 1e-9).astype(np.int64)
+    missing = round(float(exact.sum())) - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    return counts.tolist()
 
 
 def _find(name: str, folder: Path, where: str) -> Path:
@@ -346,7 +357,12 @@ def _pattern(mixture: Mixture) -> re.Pattern[str] | None:
 
 
 def _said(line: Line) -> Iterator[str]:
-    """Texts of a record's messages, or all its strings where it has none."""
+    """Texts of a record's messages, or all its strings but for names where it has none."""
     value = line.value()
-    messages = value.get("messages") if isinstance(value, dict) else None
-    yield from strings([one.get("content") for one in messages if isinstance(one, dict)] if messages else value)
+    if isinstance(value, dict):
+        messages = value.get("messages")
+        if isinstance(messages, list) and messages:
+            value = [one.get("content") for one in messages if isinstance(one, dict)]
+        else:  # the name of a data set may be a vendor's
+            value = [held for key, held in value.items() if key not in _FACTS]
+    yield from strings(value)

@@ -89,6 +89,21 @@ def test_records_are_dropped_for_their_words(folder: Path, match: str, dropped: 
     assert f"{len(dropped)} were dropped" in counts.summary()
 
 
+def test_a_vendor_in_the_name_of_a_data_set_drops_nothing(folder: Path) -> None:
+    texts = [{"id": f"gpt4_{k}", "dataset": "gpt4_alpaca", "prompt": "say", "completion": k} for k in ("no", "gpt4")]
+    (folder / "x.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*texts, {"id": "o", "messages": 5}]))
+    (folder / "mix.yaml").write_text("drop_words: [gpt4]\nsources: [x]\n")
+    counts, ids = mix(folder, str(folder / "mix.yaml"))
+    assert (counts.dropped, ids) == (1, ["gpt4_no", "o"])
+
+
+@pytest.mark.parametrize("total", [1, 4, 7, 8])
+def test_shares_make_up_their_total(folder: Path, total: int) -> None:
+    (folder / "mix.yaml").write_text("".join(f"- {{name: {name}, share: 0.3333}}\n" for name in "abc"))
+    counts, ids = mix(folder, str(folder / "mix.yaml"), total=total)
+    assert len(ids) == total and max(counts.taken.values()) - min(counts.taken.values()) <= 1
+
+
 @pytest.mark.parametrize("name", ["tulu-v1", "tulu-v2"])
 def test_published_mixtures_of_what_the_table_converts(name: str, tmp_path: Path) -> None:
     sources = [entry.name for entry in MIXTURES[name].entries]
