@@ -146,6 +146,7 @@ def _build_once(path: Path, prefix: Path, options: QaTraining) -> None:
     if note.is_file() and read_json(note) == {"digest": digest} and all(each.is_file() for each in file_paths(prefix)):
         log.info(f"{prefix}: is there already")
         return
+    note.unlink(missing_ok=True)  # of the files that are there, which go
     counts = build_qa(path, prefix, options)
     write_json(note, {"digest": digest})
     log.info(describe_counts(prefix, counts))

@@ -98,7 +98,7 @@ def read_items(path: str | Path) -> Iterator[Item]:
             return
         opens = not number and start == b"{" and ".jsonl" not in path.name  # an object over several lines
         value = read_json(path) if opens else line.value()
-        if not number and isinstance(value, dict) and "data" in value:
+        if not number and isinstance(value, dict) and "data" in value and "question" not in value:
             yield from _squad_items(Item(value, path, 1, line.number))
             return
         number += 1
@@ -109,14 +109,21 @@ def _squad_items(whole: Item) -> Iterator[Item]:
     number = 0
     for title, paragraph in _paragraphs(whole):
         context = paragraph.text(paragraph.field("context"), '"context"')
-        for question in paragraph.field("qas"):
+        for question in _list_of(paragraph, "qas"):
             number += 1
             item = Item(question, whole.path, number, None)
             yield item._replace(value={"ctxs": [{"title": title, "text": context}], **item.fields()})
 
 
 def _paragraphs(whole: Item) -> Iterator[tuple[str, Item]]:
-    for number, article in enumerate(whole.field("data"), 1):
+    for number, article in enumerate(_list_of(whole, "data"), 1):
         item = Item(article, whole.path, number, None)
-        for paragraph in item.field("paragraphs"):
+        for paragraph in _list_of(item, "paragraphs"):
             yield str(item.fields().get("title", "")), Item(paragraph, whole.path, number, None)
+
+
+def _list_of(item: Item, key: str) -> list[Any]:
+    value = item.field(key)
+    if not isinstance(value, list):
+        raise item.error(f'"{key}" must be a list, not {shortened(value)}')
+    return value

@@ -161,7 +161,7 @@ def _spans(tokenizer: Tokenizer, record: QaRecord, pieces: Sequence[Piece]) -> l
 
 
 def _kind_of_answer(record: QaRecord, task: str) -> str:
-    if "multichoice_options" in record.item.fields():
+    if record.item.fields().get("multichoice_options"):
         return "choice"
     kinds = load_prompts()["tasks"]
     return next((kind for kind, names in kinds.items() if task.lower() in map(str.lower, names)), "full")

@@ -73,7 +73,7 @@ def _question(item: Item) -> tuple[str, bool]:
         raise item.error('"question" is empty; leave the item out')
     if text.startswith(USER):
         return text.removesuffix(ASSISTANT).rstrip(), True
-    if item.fields().get("qa_type") == "multi_choice_qa" or "multichoice_options" in item.fields():
+    if item.fields().get("qa_type") == "multi_choice_qa" or item.fields().get("multichoice_options"):
         options = list(item.texts(item.field("multichoice_options"), "an option"))
         if not 1 < len(options) <= 26:
             raise item.error(f'"multichoice_options" must be 2 to 26 texts, not {len(options)}')
@@ -98,7 +98,8 @@ def _dialogue(item: Item, turns: Sequence[Any]) -> str:
 
 def _answers(item: Item, longform: bool) -> list[str]:
     keys = ("longform_answer", "answers", "answer") if longform else ("answers", "answer", "longform_answer")
-    value = next((item.fields()[key] for key in keys if key in item.fields()), None)
+    values = (item.fields().get(key) for key in keys)
+    value = next((value for value in values if value not in (None, "", [])), None)  # where a file has the key for all
     return list(item.texts(value, "an answer"))
 
 

@@ -79,6 +79,7 @@ RECIPE=(--config "$ROOT/examples/configs/retro_sft.yaml" "${RECIPE[@]:3}")
 if ((READS == 0)) && [[ "$ENCODER" != off ]]; then
     die "ENCODER=$ENCODER, but $CHECKPOINT reads no neighbors; leave ENCODER out"
 fi
+((K <= READS || READS == 0)) || die "K=$K, but $CHECKPOINT reads $READS neighbors at most; lower K"
 if ((READS > 0)); then
     case "$ENCODER" in
         off) RECIPE+=(--training.frozen "$(yaml_list "*.cross_attention.*" "*.pre_cross_attn_layernorm.*" "*.encoder.*")") ;;

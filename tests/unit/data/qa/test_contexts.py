@@ -17,6 +17,7 @@ from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.kinds.generative import GenerativeStream
 from megatron_grit.data.order.sources import OpenFiles
+from megatron_grit.data.qa import builder
 from megatron_grit.data.qa.builder import QaTraining, build_blend, build_qa
 from megatron_grit.data.qa.prompts import encode_example, encode_question
 from megatron_grit.data.qa.records import read_records
@@ -180,3 +181,27 @@ def test_blends_are_built_once(tmp_path: Path, tokenizer: Tokenizer, monkeypatch
     Path("data/b/b_QA_train.json").unlink()
     with pytest.raises(ConfigError, match=r"^blend.sh: entry 2: there is no data/b/b_QA_train.json; put the data set"):
         build_blend("blend.sh", "data", "out", how)
+
+
+def test_a_build_that_was_killed_is_not_taken_for_an_earlier_one(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor for one of the options that were there before it."""
+    monkeypatch.chdir(tmp_path)
+    Path("blend.sh").write_text('DATA_BLEND="1 a"')
+    Path("data", "a").mkdir(parents=True)
+    Path("data", "a", "a_QA_train.json").write_text(json.dumps(QUESTIONS))
+    first, other = (
+        QaTraining(tokenizer=str(tokenizer.path), prompt_template="short", ft_neighbours=count) for count in (1, 2)
+    )
+    build_blend("blend.sh", "data", "out", first)
+    expected = Path("out/a_train.bin").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(builder, "write_json", _interrupted)
+        build_blend("blend.sh", "data", "out", other)
+    build_blend("blend.sh", "data", "out", first)
+    assert Path("out/a_train.bin").read_bytes() == expected
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -30,6 +30,10 @@ FORMS: dict[str, tuple[dict[str, Any], tuple[str, list[str], list[str], bool]]] 
         {"question": "who?", "answers": [], "bert_pretrain_corpus_neighbours": ["a", "b"]},
         ("who?", [], ["a", "b"], False),
     ),
+    "keys that a file has for all, of which some are empty": (
+        {"question": "who?", "answers": [], "answer": "he", "multichoice_options": None},
+        ("who?", ["he"], [], False),
+    ),
     "no context": ({"question": "who?"}, ("who?", [], [], False)),
     "options": (
         {"question": "who?", "answer": "he", "qa_type": "multi_choice_qa", "multichoice_options": ["he", "she"]},
@@ -69,6 +73,13 @@ def test_choices_between_answers_and_contexts(tmp_path: Path) -> None:
     given = {"question": "who?", "answer": "he", "longform_answer": "he did", "ctxs": CTXS, "sub-paragraphs": "own"}
     (record,) = read(tmp_path / "a.json", [given], retrieved=False, longform=True)
     assert (record.answers, record.contexts) == (["he did"], ["own"])
+    (record,) = read(tmp_path / "a.json", [given | {"longform_answer": None}], longform=True)
+    assert record.answers == ["he"]
+
+
+def test_questions_that_say_where_their_data_are_from(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"question": f"q{k}", "answer": "a", "data": "nq"}) + "\n" for k in range(2))
+    assert [record.question for record in read(tmp_path / "a.jsonl", lines)] == ["q0", "q1"]
 
 
 @pytest.mark.parametrize("indent", [None, 1], ids=["one line", "several lines"])
@@ -95,6 +106,9 @@ def test_the_form_of_squad(indent: int | None, tmp_path: Path) -> None:
         ([{"question": "who?", "ctxs": {"text": "a"}}], 'item 1: "ctxs" must be a list'),
         ([{"question": "who?", "ctxs": [{"title": "a"}]}], 'item 1: "text" of a context must be a text, not null'),
         ([{"question": "who?", "answers": [3]}], "item 1: an answer must be a text, not 3"),
+        ({"data": 5}, 'a.json:1: "data" must be a list, not 5'),
+        ({"data": [{"paragraphs": 5}]}, 'item 1: "paragraphs" must be a list, not 5'),
+        ({"data": [{"paragraphs": [{"context": "a", "qas": 5}]}]}, 'item 1: "qas" must be a list, not 5'),
         (["who?"], 'item 1: must be an object with "question"'),
         ('{"question": "who?"}\n{"question": 3}\n', 'a.json:2: "question" must be a text, not 3'),
     ],
