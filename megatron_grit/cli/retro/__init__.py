@@ -1,1 +1,1 @@
-"""Retrieval databases."""
+"""Retrieval databases, and questions that are answered with contexts."""

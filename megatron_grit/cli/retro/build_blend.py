@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from megatron_grit.cli.main import command
 from megatron_grit.config.knob import knob
-from megatron_grit.data.qa.builder import QaTraining, build_blend
+from megatron_grit.data.qa.options import QaTraining
 
 
 @dataclass(kw_only=True)
@@ -33,6 +33,8 @@ class BuildBlendOptions(QaTraining):
 
 def run(options: BuildBlendOptions) -> None:
     """Build what is not there."""
+    from megatron_grit.data.qa.builder import build_blend
+
     build_blend(options.blend, options.data, options.output, options)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from megatron_grit.cli.main import command
 from megatron_grit.config.knob import knob
-from megatron_grit.data.qa.builder import QaTraining, build_qa, describe_counts
+from megatron_grit.data.qa.options import QaTraining
 
 
 @dataclass(kw_only=True)
@@ -31,6 +31,8 @@ class BuildQaOptions(QaTraining):
 
 def run(options: BuildQaOptions) -> None:
     """Build and print what was made."""
+    from megatron_grit.data.qa.builder import build_qa, describe_counts
+
     print(describe_counts(options.output_prefix, build_qa(options.input, options.output_prefix, options)))
 
 

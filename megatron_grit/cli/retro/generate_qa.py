@@ -14,11 +14,13 @@ from __future__ import annotations
 import sys
 
 from megatron_grit.cli.main import command
-from megatron_grit.evaluation.qa.generate import QaGeneration, generate_answers
+from megatron_grit.evaluation.qa.options import QaGeneration
 
 
 def run(options: QaGeneration) -> None:
     """Answer, write, and say how many."""
+    from megatron_grit.evaluation.qa.generate import generate_answers
+
     print(f"{options.output}: {generate_answers(options)} answers")
 
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from megatron_grit.config.knob import knob
 from megatron_grit.data.indexed.reader import file_paths
 from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.indexed.writer import IndexedWriter
 from megatron_grit.data.qa.context_file import NUM_CONTEXTS, ContextWriter, context_prefix
-from megatron_grit.data.qa.prompts import (
-    PROMPTS_FILE,
-    EncoderContexts,
-    PromptOptions,
-    encode_example,
-    encoder_contexts,
-)
+from megatron_grit.data.qa.options import PROMPTS_FILE, QaTraining
+from megatron_grit.data.qa.prompts import encode_example, encoder_contexts
 from megatron_grit.data.qa.records import read_records
 from megatron_grit.data.qa.shell_blend import read_shell_blend
 from megatron_grit.data.text.lines import read_json
@@ -33,26 +27,6 @@ log = get_logger(__name__)
 
 SPLITS = {"train": "train", "valid": "dev"}
 """Name of the blend that is written, and of the split in the names of a data set's files."""
-
-
-@dataclass(kw_only=True)
-class QaTraining(EncoderContexts, PromptOptions):
-    """How questions become records to train on."""
-
-    tokenizer: str = knob(path=True)
-    """SentencePiece .model, tokenizer.json, or their folder."""
-    max_len: int = knob(2048, at_least=2)
-    """Longest record in tokens; contexts in the prompt are cut where it is longer."""
-    neighbour_len: int = knob(128, at_least=1)
-    """Longest context for the encoder in tokens: retrieved_chunks x chunk_length of the model."""
-    longform: bool = False
-    """Train longform_answer where a question has one."""
-    no_answer: str | None = knob(None, text=True)
-    """Text that is trained as the answer of a question without one. null: such a question is not fit."""
-    on_filtered: Literal["drop", "stop"] = "drop"
-    """What to do at a question that is not fit: without an answer, or too long."""
-    overwrite: bool = False
-    """Replace the files of an earlier build."""
 
 
 def build_qa(path: str | Path, prefix: str | Path, options: QaTraining) -> Counter[str]:

@@ -8,62 +8,17 @@ Source: Wang et al., InstructRetro (arXiv 2310.07713), section 4, whose prompts 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from string import Formatter
-from typing import Any
 
-from megatron_grit.config.knob import Checked, knob
-from megatron_grit.config.locate import load_yaml
 from megatron_grit.data.chat.chat_format import Piece
 from megatron_grit.data.indexed.roles import Role
+from megatron_grit.data.qa.options import EncoderContexts, PromptOptions, load_prompts
 from megatron_grit.data.qa.records import QaRecord
 from megatron_grit.data.text.spans import Span, encode_units
 from megatron_grit.data.text.tokenizer import Tokenizer
-from megatron_grit.errors import ConfigError
 
-PROMPTS_FILE = Path(__file__).with_name("prompts.yaml")
 _ROLES = {"system": Role.SYSTEM, "contexts": Role.USER, "question": Role.USER, "dialogue": Role.USER}
-
-
-@dataclass(kw_only=True)
-class PromptOptions(Checked):
-    """How a question is asked."""
-
-    task: str = knob("", text=True)
-    """Name of the data set, which says what kind of answer is asked for; one that prompts.yaml does not know, and no
-    name, asks for a full one."""
-    prompt_template: str = "retro"
-    """Of prompts.yaml: retro, short for base models, or 1 to 7."""
-    ft_neighbours: int = knob(1, at_least=0)
-    """Contexts that stand in the prompt."""
-    retrieved: bool = True
-    """Take the retrieved contexts (ctxs) of a question that has some, in place of its own."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prompt_template not in (known := load_prompts()["templates"]):
-            raise ConfigError(
-                f"prompt_template {self.prompt_template} is none of prompts.yaml; it has {', '.join(known)}"
-            )
-
-
-@dataclass(kw_only=True)
-class EncoderContexts(Checked):
-    """Which contexts of a question a model's neighbor encoder reads."""
-
-    encoder_neighbours: int = knob(2, at_least=0)
-    """Contexts that the neighbor encoder reads: those after the ft_neighbours in the prompt."""
-    reuse_top: bool = False
-    """Let the encoder read the best contexts, also where they stand in the prompt."""
-
-
-@functools.cache
-def load_prompts() -> Mapping[str, Any]:
-    """What prompts.yaml says."""
-    return load_yaml(PROMPTS_FILE.read_bytes())
 
 
 def encoder_contexts(record: QaRecord, prompt: PromptOptions, encoder: EncoderContexts) -> list[str]:

@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 from megatron_grit.config.checkpoint_folder import resolve_checkpoint
-from megatron_grit.config.knob import knob
-from megatron_grit.config.options import ModelOptions, RetroOptions, SamplingOptions
-from megatron_grit.data.qa.prompts import EncoderContexts, PromptOptions, encode_question, encoder_contexts
+from megatron_grit.data.qa.prompts import encode_question, encoder_contexts
 from megatron_grit.data.qa.records import QaRecord, read_records
 from megatron_grit.errors import DataError
+from megatron_grit.evaluation.qa.options import QaGeneration
 from megatron_grit.store.files import check_output, json_text, replacing
 from megatron_grit.store.logs import say_loading
 from megatron_grit.store.progress import Progress
 
 END = "<|endoftext|>"
 """Where an answer ends that a model writes as text."""
-
-
-@dataclass(kw_only=True)
-class QaGeneration(EncoderContexts, PromptOptions, RetroOptions, SamplingOptions, ModelOptions):
-    """What is asked, and how."""
-
-    input: str = knob(path=True)
-    """JSON or JSONL file of questions (megatron-grit build-qa --help)."""
-    output: str = knob(path=True)
-    """File for the answers, a line each in the order of the questions; .jsonl: {"pred": "text"}."""
-    start: int = knob(0, at_least=0)
-    """First question, from 0."""
-    num: int | None = knob(None, at_least=1)
-    """Questions that are answered. null: all from start on."""
-    batch_size: int = knob(8, at_least=1)
-    """Questions that are answered together; answers do not depend on it, but for the last bits of the scores they are
-    drawn by."""
-    stop: list[str] = knob(["\nUser:"], verbatim=True, text=True)
-    """Texts, 4 at most, before the first of which an answer ends."""
-    precision: Literal["fp32", "bf16"] | None = None
-    """null: that of the training run, but fp32 on a CPU."""
 
 
 def generate_answers(options: QaGeneration) -> int:

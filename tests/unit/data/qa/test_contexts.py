@@ -18,7 +18,8 @@ from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.kinds.generative import GenerativeStream
 from megatron_grit.data.order.sources import OpenFiles
 from megatron_grit.data.qa import builder
-from megatron_grit.data.qa.builder import QaTraining, build_blend, build_qa
+from megatron_grit.data.qa.builder import build_blend, build_qa
+from megatron_grit.data.qa.options import QaTraining
 from megatron_grit.data.qa.prompts import encode_example, encode_question
 from megatron_grit.data.qa.records import read_records
 from megatron_grit.data.rows.loader import GritDataLoader

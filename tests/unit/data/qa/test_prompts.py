@@ -9,14 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_grit.data.indexed.roles import Role
-from megatron_grit.data.qa.prompts import (
-    EncoderContexts,
-    PromptOptions,
-    encode_example,
-    encode_question,
-    encoder_contexts,
-    load_prompts,
-)
+from megatron_grit.data.qa.options import EncoderContexts, PromptOptions, load_prompts
+from megatron_grit.data.qa.prompts import encode_example, encode_question, encoder_contexts
 from megatron_grit.data.qa.records import QaRecord, read_records
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError

@@ -1,0 +1,31 @@
+"""Options of answering questions. Light to import, for command lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_grit.config.knob import knob
+from megatron_grit.config.options import ModelOptions, RetroOptions, SamplingOptions
+from megatron_grit.data.qa.options import EncoderContexts, PromptOptions
+
+
+@dataclass(kw_only=True)
+class QaGeneration(EncoderContexts, PromptOptions, RetroOptions, SamplingOptions, ModelOptions):
+    """What is asked, and how."""
+
+    input: str = knob(path=True)
+    """JSON or JSONL file of questions (megatron-grit build-qa --help)."""
+    output: str = knob(path=True)
+    """File for the answers, a line each in the order of the questions; .jsonl: {"pred": "text"}."""
+    start: int = knob(0, at_least=0)
+    """First question, from 0."""
+    num: int | None = knob(None, at_least=1)
+    """Questions that are answered. null: all from start on."""
+    batch_size: int = knob(8, at_least=1)
+    """Questions that are answered together; answers do not depend on it, but for the last bits of the scores they are
+    drawn by."""
+    stop: list[str] = knob(["\nUser:"], verbatim=True, text=True)
+    """Texts, 4 at most, before the first of which an answer ends."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """null: that of the training run, but fp32 on a CPU."""
