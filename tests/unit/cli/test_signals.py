@@ -25,6 +25,7 @@ RESUMES = {
     "encode",
     "mine-negatives",
     "preprocess-data",
+    "teacher-logits",
     "weight-diff",
 }
 
