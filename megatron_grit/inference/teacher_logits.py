@@ -59,6 +59,8 @@ def write_teacher_logits(
     from megatron_grit.inference.text_files import model_identity
 
     teacher = GritModel.load(path, device=device)
+    if teacher.config.model.retro.num_neighbors:
+        raise ConfigError(f"{checkpoint} reads neighbors, which a cache of it would not have read; give one without")
     vocab_size = teacher.model.num_tokens_in_vocab
     if top_k > vocab_size:
         raise ConfigError(f"top_k {top_k} is more than the {vocab_size} tokens of {checkpoint}")

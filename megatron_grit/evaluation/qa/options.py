@@ -23,8 +23,8 @@ class QaGeneration(EncoderContexts, PromptOptions, RetroOptions, SamplingOptions
     num: int | None = knob(None, at_least=1)
     """Questions that are answered. null: all from start on."""
     batch_size: int = knob(8, at_least=1)
-    """Questions that are answered together; answers do not depend on it, but for the last bits of the scores they are
-    drawn by."""
+    """Questions that are answered together. With temperature 0 answers do not depend on it, but for the last bits of
+    the scores; samples do."""
     stop: list[str] = knob(["\nUser:"], verbatim=True, text=True)
     """Texts, 4 at most, before the first of which an answer ends."""
     precision: Literal["fp32", "bf16"] | None = None

@@ -206,3 +206,13 @@ def test_a_cache_that_does_not_fit_is_refused(
         write(tmp_path / "x", files=[prefix, prefix])
     with pytest.raises(DataError, match="a teacher reads generative ones"):
         write(tmp_path / "x", files=trained_run.data.embedding)
+
+
+def test_a_teacher_that_reads_neighbors_is_refused(
+    teacher: GritModel, write: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cache would be of the model without them."""
+    monkeypatch.setattr(teacher.config.model.retro, "num_neighbors", 2)
+    with pytest.raises(ConfigError, match="reads neighbors, which a cache of it would not have read"):
+        write(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()

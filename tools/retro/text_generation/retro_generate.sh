@@ -37,9 +37,9 @@ if (($#)) && [[ "$1" != -* ]]; then
 fi
 [[ "$RETRIEVE" =~ ^[01]$ ]] || die "RETRIEVE is 0 or 1, not $RETRIEVE"
 for number in "$START" "$FT_NEIGHBOURS" "$K" "$STEP"; do
-    [[ "$number" =~ ^[0-9]+$ ]] || die "START, STEP, FT_NEIGHBOURS and K are whole numbers from 0 on, not $number"
+    [[ "$number" =~ ^(0|[1-9][0-9]*)$ ]] || die "START, STEP, FT_NEIGHBOURS and K are whole numbers from 0 on, without zeros in front, not $number"
 done
-[[ "$NUM" =~ ^-?[0-9]+$ ]] || die "NUM is a whole number, not $NUM"
+[[ "$NUM" =~ ^(0|-?[1-9][0-9]*)$ ]] || die "NUM is a whole number, not $NUM"
 
 DATA_ROOT="${DATA_ROOT:-data}" INPUT="" SHORT="" OPTIONS=()
 for file in "$SPLIT.json" "$SPLIT.jsonl" "${TASK}_QA_$SPLIT.json" "${TASK}_QA_$SPLIT.jsonl"; do
