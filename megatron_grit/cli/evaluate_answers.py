@@ -54,7 +54,9 @@ def run(options: EvaluateAnswersOptions) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and compare. Returns the exit status."""
-    return command(EvaluateAnswersOptions, run, argv, prog="megatron-grit evaluate answers", about=__doc__)
+    return command(
+        EvaluateAnswersOptions, run, argv, prog="megatron-grit evaluate answers", about=__doc__, resumes=True
+    )
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ training on answers alone (arXiv 2405.14394, figure 4).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby, islice
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +18,11 @@ from megatron_grit.config.checkpoint_folder import resolve_checkpoint
 from megatron_grit.config.options import SamplingOptions
 from megatron_grit.data.text.records import BadLine, Record, read_records
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.store.files import check_output, json_text, replacing
+from megatron_grit.store.digest import digest_of_settings
+from megatron_grit.store.files import check_output, json_text
 from megatron_grit.store.logs import say_loading
 from megatron_grit.store.progress import Progress
+from megatron_grit.store.rows import LineFile
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def write_answers(
     """Generate the last answer of each conversation from what stands before it, and write a line of JSON for each.
 
     A line has ``line`` (1-based, of the input), ``pred`` (the model's) and ``answer`` (the conversation's), so that the
-    file is predictions and references for ``megatron-grit evaluate qa`` too.
+    file is predictions and references for ``megatron-grit evaluate qa`` too. A killed run resumes.
 
     Args:
         checkpoint: checkpoint directory, or a run's output directory for its newest one.
@@ -86,23 +89,34 @@ def write_answers(
     folder = resolve_checkpoint(checkpoint)
     say_loading()
     from megatron_grit.inference.model import GritModel
+    from megatron_grit.inference.text_files import model_identity
 
     model = GritModel.load(folder, device=device)
-    given: list[str] = []
-    with replacing(output) as file, Progress(len(records), "answers", "answer") as progress:
-        for some in _batches(records, at_once):
+    asked = digest_of_settings([[each.line, each.messages, each.tools] for each in records])
+    how = {each.name: getattr(options, each.name) for each in fields(SamplingOptions)}
+    follows_from = [asked, how, at_once, model_identity(folder, model)]
+    batches = list(_batches(records, at_once))
+    with LineFile(Path(output)) as file, Progress(len(records), "answers", "answer") as progress:
+        file.resume(follows_from, len(records))
+        progress.skip(left := file.num_rows)
+        for some in batches:
+            if left:  # batches are written whole
+                left -= len(some)
+                continue
             found = model.answer([each.messages[:-1] for each in some], options, tools=some[0].tools)
-            for record, answer in zip(some, found, strict=True):
-                given.append(answer.text)
-                right = record.messages[-1].content
-                file.write(json_text({"line": record.line, "pred": answer.text, "answer": right}) + "\n")
+            file.append([_line(record, answer.text) for record, answer in zip(some, found, strict=True)])
             progress.update(len(some))
+        given = [json.loads(line)["pred"].strip() for line in file.lines()]
+        file.publish()
     expected = [record.messages[-1].content.strip() for record in records]
-    given = [text.strip() for text in given]
     metric = bleu.BLEU()
     score = metric.corpus_score(given, [expected])
     num_equal = sum(one == other for one, other in zip(given, expected, strict=True))
     return AnswersReport(len(given), float(score.score), str(metric.get_signature()), num_equal)
+
+
+def _line(record: Record, answer: str) -> str:
+    return json_text({"line": record.line, "pred": answer, "answer": record.messages[-1].content})
 
 
 def _conversations(path: str | Path) -> Iterator[Record]:

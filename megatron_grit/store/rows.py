@@ -1,26 +1,28 @@
-"""A .npy file that is written row by row; a killed run resumes from the rows that are there.
+"""Files that are written row by row, arrays and texts; a killed run resumes from the rows that are there.
 
-Until it is whole there is ``.NAME.partial`` beside its place, with the rows, a lock, and a journal: how many rows are
+Until one is whole there is ``.NAME.partial`` beside its place, with the rows, a lock, and a journal: how many rows are
 on disk, their SHA-256, and the identity of all that they follow from. Memory does not depend on the number of rows.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from tokenize import TokenError
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 
 from megatron_grit.errors import OutputError
 from megatron_grit.store.digest import HashingFile, digest_of_settings
-from megatron_grit.store.files import sync_folder, write_json
+from megatron_grit.store.files import replacing, sync_folder, write_json
 from megatron_grit.store.lock import locked
 from megatron_grit.store.logs import get_logger
 
@@ -50,7 +52,7 @@ def read_rows(path: Path, dtype: type, *, mapped: bool = False) -> np.ndarray:
     return np.asarray(array)
 
 
-class RowFile:
+class _PartialFile:
     """A context in which one process writes the rows of ``target``; :meth:`publish` ends it.
 
     Args:
@@ -64,6 +66,9 @@ class RowFile:
         OutputError: another process is writing it, or it cannot be written.
     """
 
+    _ROWS: str
+    """Name of the rows within the folder."""
+
     def __init__(self, target: Path) -> None:
         self.target = target
         self.folder = target.with_name(f".{target.name}.partial")
@@ -75,13 +80,13 @@ class RowFile:
 
     @property
     def _rows(self) -> Path:
-        return self.folder / "rows.npy"
+        return self.folder / self._ROWS
 
     @property
     def _journal(self) -> Path:
         return self.folder / "journal.json"
 
-    def __enter__(self) -> RowFile:
+    def __enter__(self) -> Self:
         with self._naming(), ExitStack() as stack:
             stack.enter_context(locked(self.folder / "lock", self.target))
             self._stack = stack.pop_all()
@@ -134,24 +139,15 @@ class RowFile:
             return True
         return False
 
-    def append(self, rows: np.ndarray) -> None:
-        """Write rows, and flush them to disk.
-
-        Args:
-            rows: [any number, row size], of the same type and size each time.
-
-        Raises:
-            OutputError: they cannot be written.
-        """
+    def _append(self, rows: Iterable[bytes | memoryview], count: int) -> None:
+        """Write ``count`` more rows, and flush them to disk."""
         assert self._file is not None
         with self._naming():
-            if not self.num_rows:
-                header = {"descr": rows.dtype.str, "fortran_order": False, "shape": (self._total, *rows.shape[1:])}
-                np.lib.format.write_array_header_1_0(self._hashing, header)  # type: ignore[arg-type]
-            self._hashing.write(np.ascontiguousarray(rows).data.cast("B"))
+            for piece in rows:
+                self._hashing.write(piece)
             self._file.flush()
             os.fsync(self._file.fileno())
-            self.num_rows += len(rows)
+            self.num_rows += count
             entry = {"identity": self._identity, "rows": self.num_rows}
             write_json(self._journal, entry | self._hashing.entry())
 
@@ -160,9 +156,12 @@ class RowFile:
         assert self._file is not None and self.num_rows == self._total
         with self._naming():
             self._file.close()
-            os.replace(self._rows, self.target)
+            self._place()
             sync_folder(self.target.parent)
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _place(self) -> None:
+        os.replace(self._rows, self.target)
 
     @contextmanager
     def _naming(self) -> Iterator[None]:
@@ -174,3 +173,53 @@ class RowFile:
                 f"{self.folder}",
                 path=self.target,
             ) from error
+
+
+class RowFile(_PartialFile):
+    """A .npy file; see the base class."""
+
+    _ROWS = "rows.npy"
+
+    def append(self, rows: np.ndarray) -> None:
+        """Write rows, and flush them to disk.
+
+        Args:
+            rows: [any number, row size], of the same type and size each time.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        header = io.BytesIO()
+        if not self.num_rows:
+            shape = (self._total, *rows.shape[1:])
+            said = {"descr": rows.dtype.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(header, said)
+        self._append([header.getvalue(), np.ascontiguousarray(rows).data.cast("B")], len(rows))
+
+
+class LineFile(_PartialFile):
+    """A file of lines of UTF-8 text, compressed where its name ends in ``.gz``; see the base class."""
+
+    _ROWS = "lines"
+
+    def append(self, lines: Sequence[str]) -> None:
+        """Write lines, and flush them to disk.
+
+        Args:
+            lines: without their ends.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        self._append(("".join(f"{line}\n" for line in lines).encode(),), len(lines))
+
+    def lines(self) -> Iterator[str]:
+        """Those on disk, without their ends."""
+        with self._rows.open(encoding="utf-8", newline="\n") as file:
+            yield from (line.removesuffix("\n") for line in islice(file, self.num_rows))
+
+    def _place(self) -> None:
+        if self.target.suffix != ".gz":
+            return super()._place()
+        with replacing(self.target) as file:
+            file.writelines(f"{line}\n" for line in self.lines())

@@ -26,7 +26,7 @@ def run(options: QaGeneration) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and answer. Returns the exit status."""
-    return command(QaGeneration, run, argv, prog="megatron-grit generate-qa", about=__doc__)
+    return command(QaGeneration, run, argv, prog="megatron-grit generate-qa", about=__doc__, resumes=True)
 
 
 if __name__ == "__main__":

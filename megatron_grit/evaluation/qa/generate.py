@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from megatron_grit.config.checkpoint_folder import resolve_checkpoint
@@ -11,16 +12,20 @@ from megatron_grit.data.qa.prompts import encode_question, encoder_contexts
 from megatron_grit.data.qa.records import QaRecord, read_records
 from megatron_grit.errors import DataError
 from megatron_grit.evaluation.qa.options import QaGeneration
-from megatron_grit.store.files import check_output, json_text, replacing
-from megatron_grit.store.logs import say_loading
+from megatron_grit.store.digest import sha256_of_file
+from megatron_grit.store.files import check_output, json_text
+from megatron_grit.store.logs import get_logger, say_loading
 from megatron_grit.store.progress import Progress
+from megatron_grit.store.rows import LineFile
+
+log = get_logger(__name__)
 
 END = "<|endoftext|>"
 """Where an answer ends that a model writes as text."""
 
 
 def generate_answers(options: QaGeneration) -> int:
-    """Answer and write. Returns the number of answers.
+    """Answer and write. Returns the number of answers. A killed run resumes.
 
     Raises:
         GritError: a file that cannot be read or written, a question that is not of the form or too long, no question
@@ -31,6 +36,7 @@ def generate_answers(options: QaGeneration) -> int:
     path = resolve_checkpoint(options.checkpoint)
     say_loading()
     from megatron_grit.inference.model import GritModel
+    from megatron_grit.inference.text_files import model_identity
 
     retriever = None
     if options.retro_project is not None:
@@ -41,18 +47,28 @@ def generate_answers(options: QaGeneration) -> int:
     if retriever is not None:
         model.read_from(retriever, options.retrieve_every)
     room = model.config.model.max_position_embeddings - options.max_new_tokens
-    lines: list[str] = []
-    with Progress(len(records), "answering", "question", enabled=True) as bar:
-        for place in range(0, len(records), options.batch_size):
-            batch = records[place : place + options.batch_size]
-            prompts = [encode_question(model.tokenizer, record, options, room) for record in batch]
-            source = None if retriever is not None else _given(model, batch, options)
-            for answer in model.continue_prompts(prompts, options, source=source):
-                lines.append(answer_line(answer.text, jsonl=options.output.endswith(".jsonl")))
-            bar.update(len(batch))
-    with replacing(options.output) as file:
-        file.write("".join(f"{line}\n" for line in lines))
-    return len(lines)
+    version = None if retriever is None else retriever.version
+    follows_from = [sha256_of_file(options.input), _settings(options), model_identity(path, model), version]
+    with LineFile(Path(options.output)) as file:
+        file.resume(follows_from, len(records))
+        if file.num_rows:
+            log.info(f"{options.output}: resumes after {file.num_rows:,} of {len(records):,} answers")
+        with Progress(len(records), "answering", "question") as bar:
+            bar.skip(file.num_rows)
+            for place in range(file.num_rows, len(records), options.batch_size):
+                batch = records[place : place + options.batch_size]
+                prompts = [encode_question(model.tokenizer, record, options, room) for record in batch]
+                source = None if retriever is not None else _given(model, batch, options)
+                answers = model.continue_prompts(prompts, options, source=source)
+                file.append([answer_line(answer.text, jsonl=options.output.endswith(".jsonl")) for answer in answers])
+                bar.update(len(batch))
+        file.publish()
+    return len(records)
+
+
+def _settings(options: QaGeneration) -> dict[str, Any]:
+    """Options that answers follow from beside the content of what they name."""
+    return {name: value for name, value in vars(options).items() if name not in ("input", "checkpoint", "device")}
 
 
 def answer_line(text: str, *, jsonl: bool) -> str:

@@ -23,6 +23,8 @@ RESUMES = {
     "build-sft",
     "convert",
     "encode",
+    "evaluate answers",
+    "generate-qa",
     "mine-negatives",
     "preprocess-data",
     "teacher-logits",

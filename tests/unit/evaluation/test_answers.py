@@ -28,7 +28,12 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     asked: list[Any] = []
 
     class KnownAnswers:
+        config = SimpleNamespace(training=SimpleNamespace(precision="fp32"))
+        model = SimpleNamespace(context=SimpleNamespace(device=SimpleNamespace(type="cpu")))
+
         def answer(self, conversations: list[Any], options: Any, *, tools: Any) -> list[Any]:
+            if len(asked) == options.seed - 1:  # in tests of kills
+                raise KeyboardInterrupt
             asked.append((conversations, tools, options.temperature))
             return [SimpleNamespace(text=" the cat sat on the mat\n") for _ in conversations]
 
@@ -85,6 +90,24 @@ def test_max_records(calls: list[Any]) -> None:
     write(*[chat(answer) for answer in ANSWERS])
     assert cli.main([*COMMAND, "--max-records", "1", "--at-once", "5"]) == 0
     assert len(Path("answers.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_stopped_run_goes_on_with_what_is_there(calls: list[Any]) -> None:
+    """Of the same questions and options; of others it begins anew."""
+    pytest.importorskip("sacrebleu", reason="the extra eval is not installed")
+    write(*[chat(f"{answer} {number}") for number, answer in enumerate(ANSWERS * 2)])
+    command = [*COMMAND, "--at-once", "1", "--seed", "3"]
+    assert cli.main(command) == 130 and len(calls) == 2
+    assert not Path("answers.jsonl").exists()
+    calls.append("what stopped it is gone")
+    assert cli.main(command) == 0 and len(calls) == 3 + 2
+    assert [json.loads(line)["line"] for line in Path("answers.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert not list(Path().glob(".*partial"))
+    calls.clear()
+    assert cli.main(command) == 130
+    write(*[chat(answer) for answer in ANSWERS])
+    calls.append("what stopped it is gone")
+    assert cli.main(command) == 0 and len(calls) == 3 + 2  # neither of the two that are there
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,29 @@ def test_the_next_contexts_are_read(reader_run: Path, monkeypatch: pytest.Monkey
     assert given[-1] is None
 
 
+def test_a_killed_run_goes_on_with_the_answers_that_are_there(
+    reader_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And begins anew where they follow from another option."""
+    whole, answer, asked = answers_of(reader_run, batch_size=2), GritModel.continue_prompts, []
+
+    def ends_in_the_second_batch(model: GritModel, prompts: Any, *how: Any, **more: Any) -> Any:
+        asked.append(len(prompts))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer(model, prompts, *how, **more)
+
+    monkeypatch.setattr(GritModel, "continue_prompts", ends_in_the_second_batch)
+    for again, batches in (({}, [2, 1]), ({"max_new_tokens": 3}, [2, 2, 1])):
+        asked.clear()
+        with pytest.raises(KeyboardInterrupt):
+            answers_of(reader_run, "killed.txt", batch_size=2)
+        said = answers_of(reader_run, "killed.txt", batch_size=2, **again)
+        assert asked[2:] == batches and not list(reader_run.glob(".*partial"))
+        assert (said == whole) == (not again)
+        (reader_run / "killed.txt").unlink()
+
+
 def test_sampling_and_limits(reader_run: Path) -> None:
     greedy, hot = answers_of(reader_run), answers_of(reader_run, temperature=3.0)
     assert greedy != hot and hot == answers_of(reader_run, temperature=3.0)
