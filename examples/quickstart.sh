@@ -60,7 +60,7 @@ initialize() { train --output_dir "$OUT/untrained" --training.steps 0; }
 from_untrained() { train --output_dir "$OUT" --checkpoint.load "$OUT/untrained" --training.steps "$STEPS"; }
 
 evaluate() {
-    "$PYTHON" -m megatron_grit.cli.evaluate --device cpu --max-length 96 --checkpoint "$1" --output "$2" \
+    "$PYTHON" -m megatron_grit.cli.evaluation.evaluate --device cpu --max-length 96 --checkpoint "$1" --output "$2" \
         --retrieval "$OUT/corpus/heldout_embedding.jsonl" --generative "$OUT/data/heldout_generative"
 }
 

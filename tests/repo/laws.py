@@ -120,7 +120,7 @@ def import_arrows(path: str, text: str) -> list[str]:
 
 # Files above the kinds of row that may say a kind's name, and why.
 NAMES_A_KIND = {
-    "cli/evaluate.py": "a flag that users type: the file of next tokens to evaluate",
+    "cli/evaluation/evaluate.py": "a flag that users type: the file of next tokens to evaluate",
     "config/database/megatron_training.py": "a preset: what Megatron-LM trains on are rows of next tokens",
     "config/database/run.py": "a preset: a database's documents become sources of next tokens",
     "config/kinds.py": "what training.objective unified is short for",

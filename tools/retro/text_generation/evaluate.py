@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_grit.cli.evaluate_qa import main
+from megatron_grit.cli.evaluation.evaluate_qa import main
 
 if __name__ == "__main__":
     sys.exit(main(prog="evaluate"))
