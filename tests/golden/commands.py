@@ -45,7 +45,7 @@ class Commands:
 
     def verb(self, name: str, *options: str) -> str:
         """Standard output of ``megatron-grit NAME``."""
-        return self.run(self.python, "-m", f"megatron_grit.cli.{name}", *options)
+        return self.run(self.python, "-m", "megatron_grit.cli.main", name, *options)
 
     def launcher(self, name: str, *options: str, **environment: str) -> str:
         """Standard output of ``examples/NAME``."""
