@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.harness import T_95, t_interval
+from benchmarks.harness import t_interval
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.schema.model import ModelConfig
 from megatron_grit.data.builders.grit_builder import build_grit, read_texts
@@ -236,7 +236,7 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=1e-3, help="of an arm, at its peak (default: %(default)s)")
     parser.add_argument("--base-steps", type=int, default=300, help="(default: %(default)s)")
     parser.add_argument("--base-lr", type=float, default=3e-3, help="(default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, choices=range(1, max(T_95) + 1), help="the first so many")
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, len(SEEDS) + 1), help="the first so many")
     parser.add_argument("--processes", type=int, default=2, help="seeds at a time (default: %(default)s)")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,18 +151,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any]
             wrapped = wrap_model(made)
             steps[name] = TrainStep(config, context, wrapped, build_optimizer(config, wrapped))
         found = {name: Side() for name in layouts}
-        for batch in drawn_steps(loader, arguments.rounds):
+        for batch in loader.iterate(0, arguments.rounds):
             for name, how in layouts.items():
                 found[name].train(steps[name], relaid(batch, *how) if how else batch)
             losses = {name: side.losses[-1] for name, side in found.items()}
             if max(losses.values()) - min(losses.values()) > TOLERANCE:
                 raise DataError(f"the layouts disagree in the loss of step {batch.step}: {losses}")
     return report(found, arguments)
-
-
-def drawn_steps(loader: GritDataLoader, count: int) -> Iterator[StepBatch]:
-    """Steps of the run."""
-    yield from loader.iterate(0, count)
 
 
 class Side:

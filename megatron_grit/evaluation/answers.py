@@ -95,14 +95,10 @@ def write_answers(
     asked = digest_of_settings([[each.line, each.messages, each.tools] for each in records])
     how = {each.name: getattr(options, each.name) for each in fields(SamplingOptions)}
     follows_from = [asked, how, at_once, model_identity(folder, model)]
-    batches = list(_batches(records, at_once))
     with LineFile(Path(output)) as file, Progress(len(records), "answers", "answer") as progress:
         file.resume(follows_from, len(records))
-        progress.skip(left := file.num_rows)
-        for some in batches:
-            if left:  # batches are written whole
-                left -= len(some)
-                continue
+        progress.skip(file.num_rows)
+        for some in _batches(records[file.num_rows :], at_once):  # those on disk were written whole, so these are alike
             found = model.answer([each.messages[:-1] for each in some], options, tools=some[0].tools)
             file.append([_line(record, answer.text) for record, answer in zip(some, found, strict=True)])
             progress.update(len(some))
