@@ -126,10 +126,10 @@ fill_environment() {
         # torch first and by its exact version, so that whichever build of it pip is given stays.
         "$python" -m pip install "$(grep '^torch==' "$constraints")" "$(grep '^setuptools==' "$constraints")" &&
             requirements "$python" "$extra" >"$directory/requirements.txt" &&
-            "$python" -m pip install --constraint "$constraints" --requirement "$directory/requirements.txt"
-        if [[ "$directory" == "$ROOT/.venv" ]]; then
-            "$python" -m pip install --no-deps --no-build-isolation --editable "$ROOT"
-        fi
+            "$python" -m pip install --constraint "$constraints" --requirement "$directory/requirements.txt" &&
+            if [[ "$directory" == "$ROOT/.venv" ]]; then
+                "$python" -m pip install --no-deps --no-build-isolation --editable "$ROOT"
+            fi
     } >"$log" 2>&1 || {
         tail -n 15 "$log" >&2
         die "could not install the packages; the whole output is in $log"
