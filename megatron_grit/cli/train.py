@@ -10,7 +10,8 @@ import sys
 
 from megatron_grit.cli.main import guarded
 from megatron_grit.config.checks.checkpoint import finished_lines
-from megatron_grit.config.checks.run import as_errors, find_problems, mesh_summary, names_data
+from megatron_grit.config.checks.evaluation import evaluation_lines
+from megatron_grit.config.checks.run import as_errors, find_problems, mesh_summary
 from megatron_grit.config.database.run import resolve_retro_project
 from megatron_grit.config.parse import TrainArguments, dump_config, parse_train_arguments
 from megatron_grit.config.schema import RunConfig
@@ -30,17 +31,6 @@ def resolved(arguments: TrainArguments, *, files: bool) -> RunConfig:
     return resolve_pretrained(config, arguments.origins, files=files)
 
 
-def _look_ahead(config: RunConfig, *, is_readable: bool) -> tuple[list[GritError], list[str]]:
-    """What the start of the run would refuse, and what it would say of the data, which is looked at if readable."""
-    from megatron_grit.data.rows.prospects import look_ahead
-    from megatron_grit.parallel.devices import device_errors
-    from megatron_grit.parallel.rendezvous import port_errors
-
-    errors: list[GritError] = [*device_errors(config.parallel.device), *port_errors()]
-    found, lines = look_ahead(config) if is_readable else ([], [])
-    return errors + found, lines
-
-
 def _run(argv: list[str] | None) -> None:
     arguments = parse_train_arguments(argv)
     is_dry = arguments.dry_run or arguments.print_config
@@ -52,12 +42,14 @@ def _run(argv: list[str] | None) -> None:
     errors: list[GritError] = [*as_errors(problems, arguments.origins)]
     prospects: list[str] = []
     if arguments.dry_run and not arguments.print_config:
-        more, prospects = _look_ahead(config, is_readable=not any(names_data(problem) for problem in problems))
+        from megatron_grit.evaluation.in_training import look_ahead_of_run
+
+        more, prospects = look_ahead_of_run(config, problems)
         errors += more
     if errors:
         raise_all(errors if is_dry else errors[:1])
     if is_dry:
-        lines = [mesh_summary(config, world_size), *prospects]
+        lines = [mesh_summary(config, world_size), *evaluation_lines(config), *prospects]
         print("".join(f"# {line}\n" for line in lines) + dump_config(config), end="")
         return
     if finished := finished_lines(config):
@@ -65,9 +57,11 @@ def _run(argv: list[str] | None) -> None:
     say_loading()
     from megatron_grit.convert.hf_in.pretrained import pretrained_teacher, pretrained_weights
     from megatron_grit.convert.peft.runtime import peft_adapters
+    from megatron_grit.evaluation.in_training import training_evaluator
     from megatron_grit.training.trainer import train
 
-    train(config, pretrained_weights(config), peft_adapters(config), pretrained_teacher(config))
+    evaluator = training_evaluator(config)
+    train(config, pretrained_weights(config), peft_adapters(config), pretrained_teacher(config), evaluator)
 
 
 def main(argv: list[str] | None = None) -> int:

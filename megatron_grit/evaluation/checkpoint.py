@@ -18,8 +18,8 @@ from megatron_grit.store.logs import get_logger, say_loading
 
 log = get_logger(__name__)
 
-TASKS: dict[str, Any] = {"retrieval": retrieval_task, "generative": generative_task}
-"""Each task by the option that gives its data."""
+TASKS: dict[str, Any] = {"retrieval": retrieval_task, "generative": generative_task, "perplexity": generative_task}
+"""Each task by the option that gives its data, and by its name among ``evaluation.tasks`` of a run."""
 
 
 def evaluate_checkpoint(

@@ -1,37 +1,29 @@
-"""Embeds texts at any layout, packed into rows without padding to the longest.
-
-The rows of a window of texts go through the engine's pipeline schedule; the replicas of a model-parallel group
-(:mod:`model_group`) share them.
-"""
+"""Embeds texts at any layout (:mod:`mesh_rows`), packed into rows without padding to the longest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_grit.data.rows.batch import PackedRow
-from megatron_grit.data.rows.packing import pack
+from megatron_grit.inference.mesh_rows import WINDOW, common_length, forward_batches, share_out
 from megatron_grit.inference.model_group import ModelGroup
 from megatron_grit.models.decoder import GritDecoder, Output
 from megatron_grit.parallel.collectives import from_last_stage, gather_in_order
-from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.store.progress import Progress
 
-# Rows are packed for this many texts at a time, so that memory does not grow with the corpus.
-_WINDOW = 8192
 _PROGRESS_FROM = 256
 
 
 @torch.no_grad()
 def encode_tokens(
-    model: GritDecoder,
+    chunks: Sequence[GritDecoder],
     texts: Sequence[tuple[list[int], list[int]]],
     *,
     group: ModelGroup,
@@ -44,7 +36,7 @@ def encode_tokens(
     independent of each other.
 
     Args:
-        model: this process's pipeline stage of the model, or all of it.
+        chunks: of this process's pipeline stage of the model; one, but for an interleaved pipeline.
         texts: for each text its instruction's tokens, attended and not pooled, and its own.
         batch_tokens: token budget of one forward pass, on each replica; raised to the longest text.
         progress: show a bar from 256 texts on, in the process that leads the group.
@@ -54,18 +46,19 @@ def encode_tokens(
     Returns:
         float32 [len(texts), D], on every process.
     """
-    model.eval()
+    for chunk in chunks:
+        chunk.eval()
     lengths = np.array([len(head) + len(tail) for head, tail in texts], dtype=np.int64)
     budget = max(batch_tokens, int(lengths.max()))
-    embeddings = np.empty((len(texts), embedding_width(model)), dtype=np.float32)
+    embeddings = np.empty((len(texts), embedding_width(chunks[0])), dtype=np.float32)
     shows = progress and group.leads and len(texts) >= _PROGRESS_FROM
     with Progress(len(texts), "embedding", "text", enabled=shows) as bar:
-        for start in range(0, len(texts), _WINDOW):
-            window = slice(start, min(start + _WINDOW, len(texts)))
+        for start in range(0, len(texts), WINDOW):
+            window = slice(start, min(start + WINDOW, len(texts)))
             batches = share_out(lengths[window], budget, group.num_replicas)
-            row_length = _row_length(model.context, [int(lengths[window][batch].sum()) for batch in batches])
-            row_of = partial(_row_of, texts[window], is_query, row_length, before_pass)
-            vectors_ND = _encode_batches(model, group, batches, row_of, row_length, bar.update)
+            row_length = common_length(chunks[0].context, [int(lengths[window][batch].sum()) for batch in batches])
+            row_of = partial(_row_of, texts[window], is_query, before_pass)
+            vectors_ND = _encode_batches(chunks, group, batches, row_of, row_length, bar.update)
             embeddings[window] = vectors_ND.cpu().numpy()
     return embeddings
 
@@ -73,68 +66,32 @@ def encode_tokens(
 def _row_of(
     texts: Sequence[tuple[list[int], list[int]]],
     is_query: bool | None,
-    row_length: int | None,
     before_pass: Callable[[], object] | None,
     members: np.ndarray,
+    row_length: int | None,
 ) -> PackedRow:
     if before_pass is not None:
         before_pass()
     return embedding_row([texts[member] for member in members.tolist()], is_query, row_length)
 
 
-def share_out(lengths: np.ndarray, budget: int, num_replicas: int) -> list[np.ndarray]:
-    """Batches of texts; if there are enough texts, their number is a multiple of the replicas.
-
-    Args:
-        lengths: int [N], tokens of each text.
-        budget: tokens of a batch.
-        num_replicas: they take batches in turn.
-
-    Returns:
-        The texts of each batch: int64, together 0 to N - 1.
-    """
-    batches = pack(lengths, budget)
-    if len(batches) % num_replicas and -(-len(batches) // num_replicas) * num_replicas <= len(lengths):
-        return pack(lengths, budget, num_replicas)
-    return batches
-
-
 def _encode_batches(
-    model: GritDecoder,
+    chunks: Sequence[GritDecoder],
     group: ModelGroup,
     batches: list[np.ndarray],
-    row_of: Callable[[np.ndarray], PackedRow],
+    row_of: Callable[[np.ndarray, int | None], PackedRow],
     row_length: int | None,
     advance: Callable[[int], Any],
 ) -> Tensor:
     """Embeddings of all batches' texts, on every process of the group: [N, D]."""
-    context, num_replicas = model.context, group.num_replicas
-    rounds = [batches[first : first + num_replicas] for first in range(0, len(batches), num_replicas)]
-
-    def forward_step(iterator: Iterator[list[np.ndarray]], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        several = next(iterator)
-        # In the last round there may be fewer batches than replicas. All compute: experts wait for all of them.
-        row = row_of(several[min(group.replica, len(several) - 1)])
-        output = stage(row.to(context.device), Output.EMBEDDINGS)
-        advance(sum(map(len, several)))
-        return output, lambda output: (output.new_zeros(()), {"output": output})
-
-    reported = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(rounds),
-        model=model,
-        num_microbatches=len(rounds),
-        seq_length=row_length,
-        micro_batch_size=1,
-        forward_only=True,
-    )
+    context, num_replicas = chunks[0].context, group.num_replicas
+    outputs = forward_batches(chunks, group, batches, row_of, row_length, Output.EMBEDDINGS, advance)
     places = [_joined(batches[replica::num_replicas]) for replica in range(num_replicas)]
     if context.is_last_stage:
-        # A replica without a batch repeated another one's, which comes last and is cut off.
-        own_LD = torch.cat([entry["output"] for entry in reported])[: len(places[group.replica])]
+        own_LD = torch.cat(outputs)[: len(places[group.replica])]
         vectors_ND = gather_in_order(own_LD, places, group.replica_group or context.data_group)
     else:
-        vectors_ND = torch.empty(sum(map(len, places)), embedding_width(model), device=context.device)
+        vectors_ND = torch.empty(sum(map(len, places)), embedding_width(chunks[0]), device=context.device)
     return from_last_stage(vectors_ND, context)
 
 
@@ -145,15 +102,6 @@ def _joined(batches: list[np.ndarray]) -> Tensor:
 def embedding_width(model: GritDecoder) -> int:
     """Channels of an embedding, on every stage."""
     return model.embedding_config.projection_dim or model.config.hidden_size
-
-
-def _row_length(context: ParallelContext, lengths: list[int]) -> int | None:
-    """Length to which all rows are padded: stages exchange tensors of one shape, and the ranks of a tensor or context
-    parallel group hold equal parts. None: no padding needed."""
-    if context.tensor_size * context.context_size * context.pipeline_size == 1:
-        return None
-    multiple = context.row_multiple if context.tensor_size * context.context_size > 1 else 1
-    return -(-max(lengths) // multiple) * multiple
 
 
 def embedding_row(

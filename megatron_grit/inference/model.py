@@ -29,7 +29,7 @@ from megatron_grit.errors import CheckpointError, ConfigError, DataError, MeshEr
 from megatron_grit.inference.encode import embedding_width, encode_tokens
 from megatron_grit.inference.generate import generate_tokens
 from megatron_grit.inference.messages import Conversation, read_conversations, read_texts
-from megatron_grit.inference.model_group import join_model_group
+from megatron_grit.inference.model_group import ModelGroup, join_model_group
 from megatron_grit.inference.reading import (
     NeighborSource,
     Reader,
@@ -49,8 +49,6 @@ from megatron_grit.training.checkpoint import read_config, read_state, resolve_c
 log = get_logger(__name__)
 
 Messages = Sequence[Mapping[str, Any]]
-
-log = get_logger(__name__)
 
 
 class Embeddings(NamedTuple):
@@ -87,15 +85,23 @@ class GritModel:
     Use :meth:`load`. The constructor takes a model that is already built, on all processes of the job.
     """
 
-    def __init__(self, config: RunConfig, model: GritDecoder, tokenizer: Tokenizer, chat: Chat | None = None) -> None:
-        self.config, self.model, self.tokenizer = config, model, tokenizer
+    def __init__(
+        self,
+        config: RunConfig,
+        model: GritDecoder | Sequence[GritDecoder],
+        tokenizer: Tokenizer,
+        chat: Chat | None = None,
+        group: ModelGroup | None = None,
+    ) -> None:
+        self.chunks = [model] if isinstance(model, GritDecoder) else list(model)
+        self.config, self.model, self.tokenizer = config, self.chunks[0], tokenizer
         self.chat = chat or default_chat(tokenizer)
         """Its chat template, and what ends its answers."""
         self.chat_date: datetime | None = None
         """What a template that asks for the date is told. None: now."""
         self._chat_format = self.chat.bind(tokenizer)
         self.markers = load_markers(config.embedding, config.model.vocab_size, tokenizer)
-        self.model_group = join_model_group(model, config.parallel.timeout_minutes)
+        self.model_group = group or join_model_group(self.model, config.parallel.timeout_minutes)
         self._database: RetrievedNeighbors | None = None
         self._every: int | None = None
         self._said_unread = False
@@ -227,7 +233,7 @@ class GritModel:
         if not all(tail for _, tail in tokenised):
             raise DataError(f"the instruction fills max_length {options.max_length}; shorten it or raise max_length")
         vectors = encode_tokens(
-            self.model,
+            self.chunks,
             tokenised,
             group=self.model_group,
             batch_tokens=options.batch_tokens,
@@ -416,7 +422,7 @@ class GritModel:
         return encode_prompt(self.tokenizer, messages, self._chat_format, tools=tools, date=self.chat_date)
 
     def token_losses(self, prefix: str, *, batch_tokens: int = BatchSize.batch_tokens) -> tuple[np.ndarray, np.ndarray]:
-        """Next-token losses over an indexed generative file.
+        """Next-token losses over an indexed generative file. All processes of a model-parallel group call this.
 
         Args:
             prefix: file written by tools/preprocess/build_grit.py with this model's tokenizer.
@@ -427,9 +433,7 @@ class GritModel:
 
         Raises:
             DataError: the file is damaged, of another kind or of another tokenizer.
-            ConfigError: the model is sharded over several processes.
         """
-        self._refuse_sharded("token_losses")
         self._say_unread("is measured without them")
         BatchSize(batch_tokens=batch_tokens)
         records = IndexedRecords(prefix)
@@ -449,7 +453,7 @@ class GritModel:
                     path=prefix,
                 )
             texts.append((tokens, np.repeat([supervised(role) for role, _ in spans], [len(ids) for _, ids in spans])))
-        return score_tokens(self.model, texts, batch_tokens=batch_tokens)
+        return score_tokens(self.chunks, texts, group=self.model_group, batch_tokens=batch_tokens)
 
     def _refuse_sharded(self, what: str) -> None:
         if self.model_group.size > 1:

@@ -63,6 +63,19 @@ def join_model_group(model: GritDecoder, timeout_minutes: float) -> ModelGroup:
     )
 
 
+def whole_job(context: ParallelContext) -> ModelGroup:
+    """All processes of the job as one group, in which each data parallel rank is a replica."""
+    return ModelGroup(
+        number=0,
+        num_groups=1,
+        size=context.world_size,
+        leads=context.rank == 0,
+        replica=context.data_rank,
+        num_replicas=context.data_size,
+        replica_group=context.data_group if context.data_size > 1 else None,
+    )
+
+
 def _replica_group(
     context: ParallelContext, number: int, num_replicas: int, timeout_minutes: float
 ) -> dist.ProcessGroup | None:

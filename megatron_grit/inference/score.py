@@ -1,15 +1,19 @@
-"""Next-token losses of texts, packed into rows."""
+"""Next-token losses of texts at any layout (:mod:`mesh_rows`), packed into rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 from megatron_grit.data.rows.batch import PackedRow
-from megatron_grit.data.rows.packing import pack
+from megatron_grit.inference.mesh_rows import WINDOW, common_length, forward_batches, share_out
+from megatron_grit.inference.model_group import ModelGroup
 from megatron_grit.models.decoder import GritDecoder, Output
+from megatron_grit.parallel.collectives import from_last_stage
 from megatron_grit.store.progress import Progress
 
 _PROGRESS_FROM = 1024
@@ -17,61 +21,88 @@ _PROGRESS_FROM = 1024
 
 @torch.no_grad()
 def score_tokens(
-    model: GritDecoder,
+    chunks: Sequence[GritDecoder],
     texts: Sequence[tuple[np.ndarray, np.ndarray]],
     *,
+    group: ModelGroup,
     batch_tokens: int,
     progress: bool = True,
+    before_pass: Callable[[], object] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Loss of each text.
+    """Loss of each text. All processes of a model-parallel group call it with the same texts; groups are independent
+    of each other.
 
     Args:
-        model: one process's whole model (no pipeline parallelism).
+        chunks: of this process's pipeline stage of the model; one, but for an interleaved pipeline.
         texts: for each text its tokens (int [L]) and which of them are supervised (bool [L]); the first token has no
             context and is never counted.
-        batch_tokens: token budget of one forward pass; raised to the longest text.
-        progress: show a bar from 1,024 texts on.
+        group: this process's model-parallel group.
+        batch_tokens: token budget of one forward pass, on each replica; raised to the longest text.
+        progress: show a bar from 1,024 texts on, in the process that leads the group.
+        before_pass: called before each forward pass; what it raises ends the call.
 
     Returns:
-        For each text the sum of its supervised tokens' losses in nats (float64) and their number (int64).
+        For each text the sum of its supervised tokens' losses in nats (float64) and their number (int64), on every
+        process.
     """
-    model.eval()
+    for chunk in chunks:
+        chunk.eval()
+    context = chunks[0].context
     lengths = np.array([len(tokens) for tokens, _ in texts], dtype=np.int64)
-    sums, counts = np.zeros(len(texts)), np.zeros(len(texts), dtype=np.int64)
+    counts = np.array([int(np.count_nonzero(supervised[1:])) for _, supervised in texts], dtype=np.int64)
+    sums = torch.zeros(len(texts), dtype=torch.float64, device=context.device)
     scored = np.flatnonzero(lengths > 1)
-    with Progress(len(scored), "scoring", "text", enabled=progress and len(scored) >= _PROGRESS_FROM) as bar:
-        for packed in pack(lengths[scored], max(batch_tokens, int(lengths.max(initial=0)))):
-            members = scored[packed]
-            row = scoring_row([texts[i] for i in members])
-            assert row.loss_mask_1T is not None and row.segment_ids_T is not None
-            losses = model(row.to(model.context.device), Output.TOKEN_LOSSES).double().cpu().numpy()
-            segments = row.segment_ids_T.numpy()
-            sums[members] = np.bincount(segments, losses, minlength=len(members))
-            mask = row.loss_mask_1T[0].numpy() > 0
-            counts[members] = np.bincount(segments[mask], minlength=len(members))
-            bar.update(len(members))
-    return sums, counts
+    budget = max(batch_tokens, int(lengths.max(initial=0)))
+    shows = progress and group.leads and len(scored) >= _PROGRESS_FROM
+
+    def row_of(members: np.ndarray, row_length: int | None) -> PackedRow:
+        if before_pass is not None:
+            before_pass()
+        return scoring_row([texts[member] for member in members.tolist()], row_length)
+
+    with Progress(len(scored), "scoring", "text", enabled=shows) as bar:
+        for start in range(0, len(scored), WINDOW):
+            window = scored[start : start + WINDOW]
+            batches = [window[batch] for batch in share_out(lengths[window], budget, group.num_replicas)]
+            row_length = common_length(context, [int(lengths[batch].sum()) for batch in batches])
+            losses = forward_batches(chunks, group, batches, row_of, row_length, Output.TOKEN_LOSSES, bar.update)
+            for members, losses_T in zip(batches[group.replica :: group.num_replicas], losses, strict=False):
+                texts_L = torch.from_numpy(np.repeat(members, lengths[members])).to(context.device)
+                sums.index_add_(0, texts_L, losses_T[: len(texts_L)].double())  # padding comes last
+    if context.context_size > 1:  # each rank has the losses of its own tokens
+        dist.all_reduce(sums, group=context.context_group)
+    if group.replica_group is not None:
+        dist.all_reduce(sums, group=group.replica_group)
+    return from_last_stage(sums, context).cpu().numpy(), counts
 
 
-def scoring_row(texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> PackedRow:
-    """A row of texts, each a segment, without padding."""
-    sizes = np.array([len(tokens) for tokens, _ in texts])
-    bounds = np.concatenate([[0], sizes.cumsum()])
+def scoring_row(texts: Sequence[tuple[np.ndarray, np.ndarray]], row_length: int | None = None) -> PackedRow:
+    """A row of texts, each a segment.
+
+    Args:
+        texts: of each its tokens and which of them are supervised.
+        row_length: length to pad the row to. None: no padding.
+    """
+    sizes = [len(tokens) for tokens, _ in texts]
+    used = sum(sizes)
+    padding = 0 if row_length is None else row_length - used
+    bounds = torch.tensor([0, *sizes, padding] if padding else [0, *sizes]).cumsum(0)
     tokens = torch.from_numpy(np.concatenate([tokens for tokens, _ in texts]).astype(np.int64))
     supervised = torch.from_numpy(np.concatenate([mask for _, mask in texts]))
-    segment_ids = torch.from_numpy(np.repeat(np.arange(len(texts)), sizes))
-    positions = torch.arange(len(tokens)) - torch.from_numpy(bounds)[segment_ids]
+    segment_ids = torch.repeat_interleave(torch.arange(len(bounds) - 1), bounds.diff())
+    # Padding may be longer than the model has positions.
+    positions = torch.arange(used) - bounds[segment_ids[:used]]
     # Position t predicts token t + 1 where that is of the same segment.
-    predicts = torch.zeros(len(tokens))
+    predicts = torch.zeros(used)
     predicts[:-1] = (supervised[1:] & (positions[1:] > 0)).float()
     return PackedRow(
         embeds=False,
-        tokens_1T=tokens[None],
-        positions_1T=positions[None],
-        cu_seqlens=torch.from_numpy(bounds).to(torch.int32),
-        max_seqlen=int(sizes.max()),
-        padding_mask_1T=torch.zeros(1, len(tokens), dtype=torch.bool),
-        labels_1T=tokens.roll(-1)[None],
-        loss_mask_1T=predicts[None],
+        tokens_1T=F.pad(tokens, (0, padding))[None],
+        positions_1T=F.pad(positions, (0, padding))[None],
+        cu_seqlens=bounds.to(torch.int32),
+        max_seqlen=max(*sizes, padding),
+        padding_mask_1T=(torch.arange(used + padding) >= used)[None],
+        labels_1T=F.pad(tokens.roll(-1), (0, padding))[None],
+        loss_mask_1T=F.pad(predicts, (0, padding))[None],
         segment_ids_T=segment_ids,
     )

@@ -14,19 +14,25 @@ from megatron_grit.errors import ConfigError
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.store.files import replacing
 from megatron_grit.store.progress import Progress
+from megatron_grit.training.validation.evaluation import EVALUATION
 
 _NOT_PLOTTED = ("step", "seconds")
 VALIDATION = "valid_"
 """What the names of figures of :mod:`~megatron_grit.training.validation.loss` begin with."""
 
 
+_MEASURED = (VALIDATION, EVALUATION)
+
+
 def _plots(record: dict[str, Any]) -> dict[str, Any]:
-    """Names and values for plots: train/loss, valid/loss."""
-    return {
-        f"valid/{name.removeprefix(VALIDATION)}" if name.startswith(VALIDATION) else f"train/{name}": value
-        for name, value in record.items()
-        if name not in _NOT_PLOTTED
-    }
+    """Names and values for plots: train/loss, valid/loss, eval/heldout/ndcg_at_10."""
+
+    def plotted(name: str) -> str:
+        if name.startswith(VALIDATION):
+            return f"valid/{name.removeprefix(VALIDATION)}"
+        return name if name.startswith(EVALUATION) else f"train/{name}"
+
+    return {plotted(name): value for name, value in record.items() if name not in _NOT_PLOTTED}
 
 
 class Callback(Protocol):
@@ -71,10 +77,10 @@ class MetricsFile:
         self.file = path.open("a")
 
     def after_step(self, record: dict[str, Any]) -> None:
-        """Append the record at every interval, after a validation, and of a step whose numbers are not finite, which
+        """Append the record at every interval, after a measurement, and of a step whose numbers are not finite, which
         JSON has as null."""
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        is_measured = any(name.startswith(VALIDATION) for name in record)
+        is_measured = any(name.startswith(_MEASURED) for name in record)
         if record["step"] % self.interval == 0 or is_measured or None in finite.values():
             self.file.write(json.dumps(finite) + "\n")
             self.file.flush()

@@ -280,6 +280,8 @@ class Restored:
     """Random states that were put back. None: the layout is another one, the generators are those of a fresh start."""
     next_records: str | None
     """Fingerprint of the records of the next step. None: not known."""
+    evaluation: dict[str, Any]
+    """What :class:`~megatron_grit.training.validation.standings.Standings` goes on from; empty where none was."""
     versions_read: list[dict[str, Any]]
     """Versions of the retrieval database by step, as the data loader told them; empty where none was read."""
 
@@ -302,6 +304,7 @@ def load_training_state(path: Path, model: Stage, optimizer: Any, context: Paral
     data: dict[str, Any] = {
         "next_records": state.get("next_records"),
         "versions_read": state.get("versions_read", []),
+        "evaluation": state.get("evaluation", {}),
     }
     if optimizer is None:
         return Restored(path=path, step=int(state["step"]), random=None, **data)

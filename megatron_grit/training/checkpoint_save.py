@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_grit import compat
-from megatron_grit.config.checkpoint_folder import REPLACED, started_from
+from megatron_grit.config.checkpoint_folder import REPLACED, best_checkpoint, started_from
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.chat.chat import Chat, write_chat
@@ -103,6 +103,8 @@ class CheckpointSaver:
         """The base of a run with adapters, for state.json."""
         self.teacher: str | None = None
         """Fingerprint of the weights of ``loss.teacher.model``, for state.json."""
+        self.evaluation: dict[str, Any] | None = None
+        """What evaluations of the run have said so far, for state.json."""
 
     def save(self, model: Stage, optimizer: Any | None, step: int, *, wait: bool) -> None:
         """Save the state of now. One that is still being written is finished first.
@@ -136,6 +138,8 @@ class CheckpointSaver:
             described["base"] = self.base
         if self.teacher is not None:
             described["teacher"] = self.teacher
+        if self.evaluation is not None:
+            described["evaluation"] = self.evaluation
         pending = _Pending(step=step, folder=folder, final=final, writes=writes, state=described, random=random)
         self._pending = pending
         if wait:
@@ -174,6 +178,7 @@ class CheckpointSaver:
         self._agree(self._publish(pending) if self._context.rank == 0 else None, pending.final)
         if self._on_saved is not None:
             self._on_saved(pending.step, pending.final)
+        self._agree(self._remove_old(pending.final) if self._context.rank == 0 else None, pending.final)
 
     def finish_after_error(self) -> None:
         """As :meth:`finish`, for a run that ends in an exception: where the other ranks do not end too, because they
@@ -254,12 +259,26 @@ class CheckpointSaver:
             folder.rename(final)
             sync_folder(final.parent)
             shutil.rmtree(replaced, ignore_errors=True)
-            if self._config.checkpoint.keep:
-                for path in list_checkpoints(self._config.output_dir)[: -self._config.checkpoint.keep]:
-                    if path != final:  # a run that started afresh in a directory with later steps
-                        _remove(path)
         except OSError as error:
             return write_error(Path(error.filename or folder), error)
+        return None
+
+    def _remove_old(self, newest: Path) -> CheckpointError | None:
+        """Remove what ``checkpoint.keep`` does not keep, but for the best one. On rank 0."""
+        output_dir = self._config.output_dir
+        try:
+            if self._config.checkpoint.keep:
+                kept = (
+                    newest,
+                    best_checkpoint(output_dir),
+                )  # the newest: in a directory with later steps of another run
+                for path in list_checkpoints(output_dir)[: -self._config.checkpoint.keep]:
+                    if path not in kept:
+                        _remove(path)
+        except OSError as error:
+            return write_error(Path(error.filename or newest), error)
+        except CheckpointError as error:
+            return error
         return None
 
 

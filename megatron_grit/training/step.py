@@ -176,7 +176,7 @@ def run_schedule(
     context: ParallelContext,
     forward_step: Callable[..., Any],
     items: list[Any],
-    row_length: int,
+    row_length: int | None,
     *,
     forward_only: bool,
 ) -> list[dict[str, Tensor]]:
@@ -187,7 +187,7 @@ def run_schedule(
         context: its place in the mesh.
         forward_step: takes the next item through a chunk; see the engine's ``forward_backward_func``.
         items: of this data parallel rank, one a row; an interleaved pipeline takes no fewer than it has stages.
-        row_length: T of the longest row.
+        row_length: T of the longest row; of no matter without pipeline stages.
         forward_only: there is no backward pass.
     """
     interleaved = len(chunks) > 1

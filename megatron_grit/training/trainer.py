@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_grit.config.checkpoint_folder import started_from
 from megatron_grit.config.checks.checkpoint import check_same_model, check_same_parameters, finished_lines
+from megatron_grit.config.checks.evaluation import evaluation_lines
 from megatron_grit.config.checks.run import check, mesh_summary
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
@@ -63,7 +64,9 @@ from megatron_grit.training.step import TrainStep
 from megatron_grit.training.stop import StopRequest
 from megatron_grit.training.teacher.build import build_teacher, check_same_teacher
 from megatron_grit.training.teacher.source import TeacherSource
+from megatron_grit.training.validation.evaluation import EvaluatorSource, evaluate_undisturbed
 from megatron_grit.training.validation.loss import Validation, describe
+from megatron_grit.training.validation.standings import Standings
 
 log = get_logger(__name__)
 
@@ -80,6 +83,7 @@ def train(
     initial_weights: InitialWeights | None = None,
     initial_adapters: InitialWeights | None = None,
     teacher: TeacherSource | None = None,
+    evaluator: EvaluatorSource | None = None,
 ) -> None:
     """Run a configuration to its last step, from the newest checkpoint of its output directory if there is one.
 
@@ -90,6 +94,7 @@ def train(
         initial_adapters: fills the adapters of a fresh start, if neither ``adapter.load`` is a checkpoint of ours nor
             they are drawn.
         teacher: where ``loss.teacher.model`` comes from, if it is no checkpoint of ours.
+        evaluator: measures ``evaluation.tasks``.
 
     Raises:
         GritError: whatever the user can repair: configuration, mesh, data, checkpoint, numerics.
@@ -100,7 +105,7 @@ def train(
         check(config, context.world_size)
         # A second run would remove what the first one is writing. The other ranks hear of it from the first.
         with locked_folder(Path(config.output_dir)) if context.rank == 0 else nullcontext():
-            Trainer(config, context, initial_weights, initial_adapters, teacher).run()
+            Trainer(config, context, initial_weights, initial_adapters, teacher, evaluator).run()
 
 
 class Trainer:
@@ -113,12 +118,18 @@ class Trainer:
         initial_weights: InitialWeights | None = None,
         initial_adapters: InitialWeights | None = None,
         teacher: TeacherSource | None = None,
+        evaluator: EvaluatorSource | None = None,
     ) -> None:
         if config.data.tokenizer is None:
             raise ConfigError("data.tokenizer is not set; give a SentencePiece model or a tokenizer.json")
         self.config, self.context = config, context
         self.initial_weights, self.initial_adapters = initial_weights, initial_adapters
         self.tokenizer = load_tokenizer(config.data.tokenizer)
+        if config.evaluation.tasks and evaluator is None:
+            raise ConfigError(
+                "evaluation.tasks is set, but this run was not given what measures them; start it with megatron-grit "
+                "train"
+            )
         log.info("reading the data")
         positions.enter("opening data")
         self.loader = GritDataLoader(
@@ -145,6 +156,9 @@ class Trainer:
         self.teacher = build_teacher(config, context, self.tokenizer, self.chunks, teacher)
         self.step = TrainStep(config, context, self.wrapped, self.optimizer, self.teacher)
         self.validation = Validation(config, self.tokenizer, context, self.wrapped) if config.data.valid else None
+        make = evaluator if config.evaluation.tasks else None
+        self.evaluator = None if make is None else make(config, context, self.tokenizer, self.chat)
+        self.standings = Standings(config.evaluation, config.output_dir)
         others = [] if self.validation is None else [self.validation.loader]
         self.follower = VersionFollower(config, context, self.loader, others)
         self.saver = CheckpointSaver(config, context, self.tokenizer, self.loader, self._saved, self.chat)
@@ -158,6 +172,8 @@ class Trainer:
         log.info("loading weights")
         positions.enter("restoring")
         start = self._restore()
+        saved = None if self.restored is None else self.restored.evaluation
+        self.standings.restore(saved, is_writer=self.context.rank == 0 and not config.training.skip_train)
         if finished := finished_lines(config):
             return log.info(*finished)
         keeps_data = self.restored is not None and config.checkpoint.same_data
@@ -166,7 +182,8 @@ class Trainer:
             return self._only_validate(start)
         if self.context.rank == 0:
             save_config(config, Path(config.output_dir) / "config.yaml")
-        log.info(mesh_summary(config, self.context.world_size))
+        for line in (mesh_summary(config, self.context.world_size), *evaluation_lines(config)):
+            log.info(line)
         trained, total = count_trainable(self.chunks)
         log.info(f"{trained:,} of {total:,} parameters on rank 0 are trained; steps {start} to {config.training.steps}")
         self.step.guard.resume(start)
@@ -195,19 +212,33 @@ class Trainer:
         restored = self.restored
         if restored is not None and config.checkpoint.same_data:
             check_versions_read(restored.path, restored.versions_read, self.loader, max(step - 1, 0))
-        figures = self.validate(step)
+        figures = self.measure(step, always=True)
         if self.context.rank == 0:
             output.mkdir(parents=True, exist_ok=True)
             file = MetricsFile(output / "metrics.jsonl", 1, start_step=sys.maxsize)
             file.after_step({"step": step} | figures)
             file.close()
 
-    def validate(self, step: int) -> dict[str, float]:
+    def measure(self, step: int, *, always: bool = False) -> dict[str, float]:
+        """Figures of ``data.valid`` and ``evaluation.tasks`` that are due after a step. Collective.
+
+        Args:
+            step: steps that were trained.
+            always: all of them are due.
+        """
+        valid, every = self.config.training.valid_interval, self.config.evaluation.every
+        figures: dict[str, float] = {}
+        if self.validation is not None and (always or (valid and step % valid == 0)):
+            figures |= self.validate(self.validation, step)
+        if self.evaluator is not None and (always or (every and step % every == 0)):
+            figures |= evaluate_undisturbed(self.evaluator, self.config, self.wrapped, step)
+        return figures
+
+    def validate(self, validation: Validation, step: int) -> dict[str, float]:
         """Loss and perplexity on ``data.valid`` after a step. Collective."""
-        assert self.validation is not None
         positions.enter("validation", step)
-        self.validation.loader.read_as(self.loader, max(step - 1, 0))
-        figures = self.validation()
+        validation.loader.read_as(self.loader, max(step - 1, 0))
+        figures = validation()
         log.info(f"step {step}: {describe(figures)}")
         return figures
 
@@ -311,9 +342,9 @@ class Trainer:
                     "seconds": seconds,
                 }
             )
-            every = config.training.valid_interval
-            if self.validation is not None and (trained == last or (every and trained % every == 0)):
-                record |= self.validate(trained)
+            record |= self.measure(trained, always=trained == last)
+            is_best = self.standings.take(record)
+            ends = trained == last or self.standings.stops
             for callback in callbacks:
                 callback.after_step(record)
             interval = config.checkpoint.save_interval
@@ -321,9 +352,12 @@ class Trainer:
             stopping, version = stop.on_any_rank(self.follower.newest())
             self.follower.take(version, trained)
             positions.at("saving")
-            if trained == last or stopping or (interval and trained % interval == 0):
-                self.save(trained, wait=trained == last or stopping)
+            if ends or stopping or is_best or (interval and trained % interval == 0):
+                self.save(trained, wait=ends or stopping)
             self.saver.poll()
+            if self.standings.stops:
+                log.info(self.standings.why_it_stops(trained))
+                break
             if stopping and trained < last:
                 log.info(f"stopped after step {trained}; the same command resumes from there")
                 raise SystemExit(stop.exit_status)
@@ -334,9 +368,11 @@ class Trainer:
         if self.config.parallel.overlap:
             gather_weights(self.wrapped)
         optimizer = self.optimizer if step else None  # before the first step it has no states
+        self.saver.evaluation = self.standings.state()
         self.saver.save(self.chunks, optimizer, step, wait=wait)
 
     def _saved(self, step: int, path: Path) -> None:
         log.info(f"saved {path}")
         if self.context.rank == 0:
             write_json(Path(self.config.output_dir) / "blend_counts.json", self.loader.source_counts(step))
+            self.standings.saved(step)

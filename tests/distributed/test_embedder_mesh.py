@@ -1,4 +1,4 @@
-"""A model that is sharded over several processes embeds as in one, and builds databases in groups of processes."""
+"""A model that is sharded over several processes embeds, scores and builds databases as in one process."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ GROUPS = {"tp2_twice": 2, "ep2_twice": 2}
 REPLICAS = {"ep2": 2, "ep2_twice": 2, "ep2_pp2": 2, "tp2_ep2": 2, "cp2_ep4": 2}
 
 
-def embed(run: str, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Place in the group, and vectors of each call, by layout. A second group makes fewer calls than the first."""
+def embed(run: str, heldout: str, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Place in the group, vectors of each call, and losses of texts, by layout. A second group makes fewer calls than
+    the first."""
     from megatron_grit.inference.model import GritModel
 
     results: dict[str, Any] = {}
@@ -67,11 +68,10 @@ def embed(run: str, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         place = {
             key: getattr(group, key) for key in ("number", "num_groups", "size", "leads", "replica", "num_replicas")
         }
-        results[name] = {"group": place, "vectors": vectors}
+        losses = [values.tolist() for values in model.token_losses(heldout, batch_tokens=BATCH_TOKENS)]
+        results[name] = {"group": place, "vectors": vectors, "losses": losses}
         with pytest.raises(ConfigError, match=f"generate takes a model .* sharded over {group.size}"):
             model.generate("a")
-        with pytest.raises(ConfigError, match="token_losses takes a model"):
-            model.token_losses("nowhere")
     return results
 
 
@@ -100,6 +100,13 @@ def in_one_process(run: str) -> dict[str, np.ndarray]:
     }
 
 
+@cache
+def losses_in_one_process(run: str, heldout: str) -> tuple[np.ndarray, np.ndarray]:
+    from megatron_grit.inference.model import GritModel
+
+    return GritModel.load(run, device="cpu").token_losses(heldout, batch_tokens=BATCH_TOKENS)
+
+
 def furthest(found: dict[str, Any], expected: dict[str, np.ndarray]) -> float:
     """Largest distance of a vector from what it is to be; vectors have length 1."""
     return max(np.linalg.norm(np.array(vectors) - expected[call], axis=1).max() for call, vectors in found.items())
@@ -109,7 +116,9 @@ def furthest(found: dict[str, Any], expected: dict[str, np.ndarray]) -> float:
 def test_vectors_are_those_of_one_process(runs: dict[str, RunConfig], tmp_path: Path, case: str) -> None:
     config, world_size = runs[case.split(",")[0]], int(case.split()[1])
     expected = in_one_process(config.output_dir)
-    results = run_on_ranks(embed, world_size, tmp_path, str(config.output_dir), LAYOUTS[case])
+    (heldout,) = config.data.generative
+    losses = losses_in_one_process(config.output_dir, heldout)
+    results = run_on_ranks(embed, world_size, tmp_path, str(config.output_dir), heldout, LAYOUTS[case])
     for name in LAYOUTS[case]:
         groups = [result[name]["group"] for result in results]
         num_groups = GROUPS.get(name, 1)
@@ -120,6 +129,9 @@ def test_vectors_are_those_of_one_process(runs: dict[str, RunConfig], tmp_path: 
         for result in results:
             apart = furthest(result[name]["vectors"], expected)
             assert apart > 1e-3 if name == "causal" else apart < 1e-5, (name, apart)
+            sums, counts = map(np.array, result[name]["losses"])
+            assert (counts == losses[1]).all() and counts.sum() > 1000
+            np.testing.assert_allclose(sums, losses[0], atol=2e-5 * counts.max())
 
 
 def build(project: str, settings: dict[str, Any]) -> None:

@@ -218,7 +218,7 @@ def test_sentence_transformers(
             model = build_model(config, VOCAB, context)
             load_weights(resolve_checkpoint(tmp_path / "ours"), model, context)
             group = join_model_group(model, 1)
-            vectors = encode_tokens(model, [([], ids) for ids in rows], group=group, batch_tokens=512, progress=False)
+            vectors = encode_tokens([model], [([], ids) for ids in rows], group=group, batch_tokens=512, progress=False)
             found[causal] = torch.from_numpy(vectors)
     close(found[not bidirectional], expected)
     assert (found[bidirectional] - expected).abs().max() > 0.01, "attention does not matter"

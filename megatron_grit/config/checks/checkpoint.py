@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -117,9 +118,20 @@ def checkpoint_errors(config: RunConfig) -> Iterator[GritError]:
             yield error
 
 
+def _stopped_early(path: Path, config: RunConfig) -> int:
+    """Measurements without a better figure for which a run with this checkpoint has stopped; 0: it has not."""
+    stopping = config.evaluation.early_stopping
+    try:
+        saved = json.loads((path / "state.json").read_bytes())["evaluation"]["early_stopping"]
+        waited = int(saved["waited"]) if saved["metric"] == stopping.metric else 0
+    except (OSError, ValueError, KeyError, TypeError):  # a damaged file is told of when the run resumes
+        return 0
+    return waited if waited >= stopping.patience else 0
+
+
 def finished_lines(config: RunConfig) -> list[str]:
-    """A line about a run whose newest checkpoint is of its last step, or of a later one; none where there is something
-    to do.
+    """A line about a run whose newest checkpoint is of its last step, or of a later one, or that stopped early; none
+    where there is something to do.
 
     Raises:
         CheckpointError: the checkpoint is of another model.
@@ -128,6 +140,12 @@ def finished_lines(config: RunConfig) -> list[str]:
         return []
     newest, last = list_checkpoints(config.output_dir)[-1:], config.training.steps
     step = int(newest[0].name.removesuffix(REPLACED).removeprefix("step_")) if newest else -1
+    if newest and step < last and (waited := _stopped_early(newest[0], config)):
+        check_same_model(newest[0], config)
+        return [
+            f"{config.output_dir} stopped early after step {step:,}: {config.evaluation.early_stopping.metric} was no "
+            f"better in {waited} measurements. Nothing to do; to go on raise evaluation.early_stopping.patience"
+        ]
     if step < last:
         return []
     check_same_model(newest[0], config)

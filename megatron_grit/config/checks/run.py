@@ -11,8 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_grit.config.blend import read_blend
+from megatron_grit.config.checkpoint_folder import holds_checkpoint
 from megatron_grit.config.checks.adapter import adapter_problems, trains_output_layer
 from megatron_grit.config.checks.embedding import embedding_problems
+from megatron_grit.config.checks.evaluation import evaluation_file_problems, evaluation_problems
 from megatron_grit.config.checks.model import model_problems
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.checks.ranges import range_problems
@@ -80,6 +82,10 @@ def find_problems(config: RunConfig, world_size: int, *, files: bool = True) -> 
     yield from embedding_problems(config)
     yield from adapter_problems(config)
     yield from teacher_problems(config)
+    tasks = list(evaluation_problems(config))
+    yield from tasks
+    if files and not tasks:
+        yield from evaluation_file_problems(config)
     if files and not any(problem.key.startswith("data.") for problem in unreadable):
         yield from _files(config)
 
@@ -270,7 +276,7 @@ def _validation(config: RunConfig) -> Iterator[Problem]:
             )
         return
     for name in ("valid_interval", "skip_train"):
-        if getattr(config.training, name):
+        if getattr(config.training, name) and not (name == "skip_train" and config.evaluation.tasks):
             yield Problem(
                 f"training.{name}", f"training.{name} measures the loss on data.valid; give the texts to measure it on"
             )
@@ -336,7 +342,7 @@ def _files(config: RunConfig) -> Iterator[Problem]:
         elif tokenizer.is_dir() and not any((tokenizer / name).is_file() for name in TOKENIZER_FILES):
             yield Problem("data.tokenizer", f"data.tokenizer: no {' or '.join(TOKENIZER_FILES)} in {tokenizer}")
     load = config.checkpoint.load
-    if load is not None and not Path(load).is_dir():
+    if load is not None and not Path(load).is_dir() and not holds_checkpoint(load):
         yield Problem("checkpoint.load", f"checkpoint.load: there is no directory {load}")
     yield from teacher_file_problems(config)
     output = Path(config.output_dir)

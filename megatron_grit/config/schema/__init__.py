@@ -10,6 +10,7 @@ from megatron_grit.config.schema.adapter import AdapterConfig
 from megatron_grit.config.schema.checkpoint import CheckpointConfig
 from megatron_grit.config.schema.data import DataConfig
 from megatron_grit.config.schema.embedding import EmbeddingConfig
+from megatron_grit.config.schema.evaluation import EvaluationConfig
 from megatron_grit.config.schema.logging import LoggingConfig
 from megatron_grit.config.schema.loss import LossConfig
 from megatron_grit.config.schema.model import ModelConfig
@@ -23,6 +24,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EmbeddingConfig",
+    "EvaluationConfig",
     "LoggingConfig",
     "LossConfig",
     "ModelConfig",

@@ -9,6 +9,7 @@ from megatron_grit.config.schema.adapter import AdapterConfig
 from megatron_grit.config.schema.checkpoint import CheckpointConfig
 from megatron_grit.config.schema.data import DataConfig
 from megatron_grit.config.schema.embedding import EmbeddingConfig
+from megatron_grit.config.schema.evaluation import EvaluationConfig
 from megatron_grit.config.schema.logging import LoggingConfig
 from megatron_grit.config.schema.loss import LossConfig
 from megatron_grit.config.schema.model import ModelConfig
@@ -39,6 +40,8 @@ class RunConfig:
     """Optimizer."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The loop."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluations inside the run."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving and loading."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)

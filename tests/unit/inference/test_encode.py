@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.errors import MeshError
-from megatron_grit.inference.encode import embedding_row, share_out
+from megatron_grit.inference.encode import embedding_row
+from megatron_grit.inference.mesh_rows import share_out
 from megatron_grit.inference.model import _fit_mesh
 from tests.rows import tiny_config
 

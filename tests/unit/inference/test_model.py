@@ -77,10 +77,10 @@ def test_token_losses_are_those_of_training(trained_run: RunConfig, model: GritM
 def test_empty_documents_have_no_loss(model: GritModel) -> None:
     ids = [np.array(model.tokenizer.encode(text)) for text in ("the parser opens", "a queue")]
     texts = [(tokens, np.ones(len(tokens), bool)) for tokens in (ids[0][:0], ids[0], ids[0][:1], ids[1], ids[0][:0])]
-    sums, counts = score_tokens(model.model, texts, batch_tokens=64)
+    sums, counts = score_tokens(model.chunks, texts, group=model.model_group, batch_tokens=64)
     assert counts.tolist() == [0, len(ids[0]) - 1, 0, len(ids[1]) - 1, 0]
     np.testing.assert_array_equal(sums > 0, counts > 0)
-    alone, _ = score_tokens(model.model, [texts[1], texts[3]], batch_tokens=64)
+    alone, _ = score_tokens(model.chunks, [texts[1], texts[3]], group=model.model_group, batch_tokens=64)
     np.testing.assert_allclose(sums[[1, 3]], alone, rtol=1e-6)
 
 
