@@ -68,6 +68,10 @@ class PackedRow:
     label_index_L: Tensor | None = None
     """int64 [L]; the positions where it is not 0, found by :meth:`to` while the mask is still on the host."""
 
+    label_values: dict[str, Tensor] = field(default_factory=dict)
+    """float32 [T] each: what the row's kind knows of each label beside the token, by names of its own. Unlike the row's
+    other tensors they are of all tokens on every context parallel rank."""
+
     teacher: TeacherTarget | None = None
     """What the row is compared with, for ``loss.teacher``. None: nothing."""
     teacher_ids_TK: Tensor | None = None
@@ -122,6 +126,7 @@ class PackedRow:
         moved: dict[str, Any] = {
             name: to_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
+        moved["label_values"] = {name: to_device(values, device) for name, values in self.label_values.items()}
         if self.neighbors is not None:
             moved["neighbors"] = self.neighbors.to(device)
         if self.loss_mask_1T is not None and self.label_index_L is None:

@@ -1,0 +1,235 @@
+"""Policy gradients: packed rows against TRL's formula on single completions, and every layout against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from tests.harness.ranks import run_on_ranks
+from tests.rows import VOCAB, tiny_config
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "DP2": {},
+    "TP2": {"tensor": 2},
+    "PP2": {"pipeline": 2},
+    "CP2": {"context": 2},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grpo": {"aggregation": "sequence", "clip_high": 0.28},
+    "dapo": {"aggregation": "token"},
+    "gspo": {"aggregation": "sequence", "ratio": "sequence", "clip_low": 0.05, "clip_high": 0.06, "advantages": "mean"},
+}
+ROW_TOKENS = 96
+NUM_PROMPTS, GROUP = 4, 4
+
+
+def write_data(prefix: Path) -> None:
+    """Completions of random tokens, sampled by a policy that knew little."""
+    from megatron_grit.data.indexed.roles import Role, RowKind
+    from megatron_grit.data.indexed.rollouts import write_rollouts
+    from megatron_grit.data.indexed.writer import IndexedWriter
+
+    random = np.random.default_rng(0)
+    groups, rewards, behavior = [], [], []
+    with IndexedWriter(prefix, RowKind.GENERATIVE, VOCAB) as writer:
+        for prompt in range(NUM_PROMPTS):
+            lead = random.integers(0, VOCAB, random.integers(2, 6)).tolist()
+            for _ in range(GROUP):
+                sampled = random.integers(0, VOCAB, random.integers(1, 24)).tolist()
+                writer.add([(Role.TEMPLATE, lead), (Role.ANSWER, sampled)])
+                groups.append(prompt)
+                rewards.append(float(random.integers(0, 3)) / 2)
+                behavior += [np.nan] * len(lead)
+                behavior += (random.normal(-np.log(VOCAB), 0.3, len(sampled))).tolist()
+        meta = writer.finalize(tokenizer_fingerprint="of the test", template="none", limits={})
+    write_rollouts(prefix, meta, np.array(groups), np.array(rewards), np.array(behavior), {})
+
+
+class _Tokenizer:
+    fingerprint, path, vocab_size, pad_id = "of the test", Path("tokenizer"), VOCAB, 0
+
+
+def run_case(
+    prefix: str, folder: str, name: str, variant: str, layout: dict[str, Any], row_tokens: int = ROW_TOKENS
+) -> dict[str, Any]:
+    """Metrics of a step on all completions, and each part of the gradient against that of one process, if there is one;
+    else it is written."""
+    if name.endswith("damaged"):  # each context parallel rank takes the whole row for its own
+        with mock.patch("megatron_grit.training.objectives.rollout._is_held", lambda labels_T, share: labels_T):
+            return run_case(prefix, folder, name.removesuffix("damaged") + "control", variant, layout, row_tokens)
+    import safetensors.torch
+
+    from megatron_grit.config.kinds import option
+    from megatron_grit.data.rows.loader import GritDataLoader
+    from megatron_grit.models.decoder import build_chunks
+    from megatron_grit.parallel.launch import parallel_job
+    from megatron_grit.training.optimizer import build_optimizer, wrap_chunks
+    from megatron_grit.training.step import TrainStep
+    from tests.distributed.grid_run import _compare_gradients, parts_of
+
+    config = tiny_config(num_layers=2)
+    config.training.objective, config.data.tokens_per_row = "rollout", row_tokens
+    config.data.num_rows_multiple = 2
+    knobs = option(config, "rollout")
+    knobs.data, knobs.batch_size, knobs.weight = [prefix], NUM_PROMPTS * GROUP, 0.5
+    for key, value in VARIANTS[variant].items():
+        setattr(knobs, key, value)
+    for key, value in layout.items():
+        setattr(config.parallel, key, value)
+    reference = Path(folder) / f"{variant}.safetensors"
+    with parallel_job(config.parallel, seed=1) as context:
+        chunks = build_chunks(config, VOCAB, context)
+        weights = Path(folder) / "weights.safetensors"
+        if not weights.exists():
+            safetensors.torch.save_file(_whole("weight", parts_of(chunks, context)), weights)
+        start = safetensors.torch.load_file(weights)
+        with torch.no_grad():
+            for part in parts_of(chunks, context):
+                part.fill(start)
+        loader = GritDataLoader(
+            config,
+            _Tokenizer(),  # type: ignore[arg-type]
+            context.data_rank,
+            context.data_size,
+            context.row_multiple,
+            equal_rows=context.pipeline_size > 1,
+        )
+        batch = loader.batch(0)
+        wrapped = wrap_chunks(chunks, config.parallel.overlap)
+        optimizer = build_optimizer(config, wrapped)
+        step = TrainStep(config, context, wrapped, optimizer)
+        for chunk in step.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        metrics = step.accumulate_gradients(batch)
+        found: dict[str, Any] = {"name": name, "metrics": metrics, "rows": len(batch.rows)}
+        if reference.exists():
+            found["parts"] = _compare_gradients(chunks, wrapped, context, safetensors.torch.load_file(reference))
+        else:
+            for parameter in chunks[0].parameters():
+                parameter.data.copy_(parameter.main_grad)
+            safetensors.torch.save_file(_whole("gradient", parts_of(chunks, context)), reference)
+            with torch.no_grad():
+                for part in parts_of(chunks, context):
+                    part.fill(start)
+            found["closed"] = _closed_form(chunks[0], loader, variant, knobs)
+        return found
+
+
+def _whole(what: str, parts: Any) -> dict[str, torch.Tensor]:
+    """Each parameter as one process holds it, those of layers stacked, without what pads the vocabulary."""
+    whole: dict[str, torch.Tensor] = {}
+    for part in parts:
+        sizes = [number + 1 for number in part.place]
+        rows = [VOCAB if size > VOCAB and "embedding" in part.key else size for size in part.shape]
+        key = f"{what} {part.key}"
+        before = whole.get(key)
+        shape = [max(2 if sizes else 1, *sizes)] if sizes else []
+        held = torch.zeros(*shape, *rows) if before is None else before
+        place = tuple(slice(start, start + size) for start, size in zip(part.offset, part.tensor.shape, strict=True))
+        target = held[part.place][place]
+        target.copy_(part.tensor.detach()[tuple(slice(0, size) for size in target.shape)])
+        whole[key] = held
+    return whole
+
+
+def _closed_form(model: Any, loader: Any, variant: str, knobs: Any) -> float:
+    """TRL's formula on completions one by one, padded by nothing."""
+    from megatron_grit.data.rows.stream import PlannedRow
+    from megatron_grit.models.decoder import Output
+
+    stream = loader.streams["rollout"]
+    known, source = stream._rollouts[0], stream.sources[0]
+    losses, sizes = [], []
+    for segment in stream.segments(0):
+        row = stream.make_row(PlannedRow(segments=[segment], slots=np.arange(1)), segment.length, 0)
+        with torch.no_grad():
+            logits = model(row, Output.LOGITS).double()
+        tokens = torch.from_numpy(source.tokens(segment.record).astype(np.int64))
+        log_probs = logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
+        behavior = torch.from_numpy(known.behavior(segment.record, 1, segment.length)).double()
+        sampled = ~behavior.isnan()
+        log_ratio = (log_probs - behavior)[sampled]
+        if knobs.ratio == "sequence":
+            log_ratio = log_ratio.mean().expand_as(log_ratio)
+        ratio, advantage = log_ratio.exp(), float(known.advantages_R[segment.record])
+        clipped = ratio.clamp(1 - knobs.clip_low, 1 + knobs.clip_high)
+        losses.append(-torch.minimum(ratio * advantage, clipped * advantage))
+        sizes.append(len(log_ratio))
+    if knobs.aggregation == "token":
+        return float(torch.cat(losses).mean())
+    return float(torch.stack([loss.mean() for loss in losses]).mean())
+
+
+def compute(prefix: str, folder: str, cases: list[list[Any]]) -> list[dict[str, Any]]:
+    return [run_case(prefix, folder, *case) for case in cases]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What the ranks found, by case: one process first, the layouts on two."""
+    folder = tmp_path_factory.mktemp("rollout")
+    prefix = folder / "sampled"
+    write_data(prefix)
+    single = [[variant, variant, {}] for variant in VARIANTS]
+    single += [[f"{variant} unpacked", variant, {}, 32] for variant in VARIANTS]
+    double = [[f"{variant} {name}", variant, layout] for variant in VARIANTS for name, layout in LAYOUTS.items()]
+    double.append(["dapo CP2 damaged", "dapo", LAYOUTS["CP2"]])
+    found: dict[str, list[dict[str, Any]]] = {}
+    for size, cases in ((1, single), (2, double)):
+        for rank in run_on_ranks(compute, size, tmp_path_factory.mktemp("ranks"), str(prefix), str(folder), cases):
+            for case in rank:
+                found.setdefault(case["name"], []).append(case)
+    return found
+
+
+def gradient_error(ranks: list[dict[str, Any]]) -> float:
+    """Largest relative error of a parameter's gradient, over the parts that the ranks hold."""
+    errors: dict[str, dict[str, list[float]]] = {}
+    for rank in ranks:
+        for part in rank["parts"]:
+            errors.setdefault(part["name"], {})[str(part["offset"])] = [part["error"], part["norm"]]
+    found = {}
+    for name, parts in errors.items():
+        error, norm = np.sum(list(parts.values()), axis=0)
+        found[name] = (error / max(norm, 1e-20)) ** 0.5
+    return max(found.values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_rows_have_the_closed_form(results: dict[str, list[dict[str, Any]]], variant: str) -> None:
+    (one,) = results[variant]
+    metrics = one["metrics"]
+    assert metrics["loss_rollout"] == pytest.approx(one["closed"], abs=1e-6)
+    assert metrics["loss"] == pytest.approx(0.5 * one["closed"], abs=1e-6)
+    assert abs(one["closed"]) > 1e-3
+    assert 0 < metrics["clipped_rollout"] < 1 and metrics["kl_rollout"] > 0.01
+    assert metrics["reward_rollout"] == pytest.approx(results["grpo"][0]["metrics"]["reward_rollout"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_unpacked_rows_train_alike(results: dict[str, list[dict[str, Any]]], variant: str) -> None:
+    (packed,), (alone,) = results[variant], results[f"{variant} unpacked"]
+    assert alone["rows"] > packed["rows"]
+    assert alone["metrics"] == pytest.approx(packed["metrics"], abs=1e-6)
+    assert gradient_error([alone]) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layouts_train_alike(results: dict[str, list[dict[str, Any]]], variant: str, layout: str) -> None:
+    (one,), ranks = results[variant], results[f"{variant} {layout}"]
+    for rank in ranks:
+        assert rank["metrics"] == pytest.approx(one["metrics"], abs=1e-6)
+    assert gradient_error(ranks) < 1e-5
+
+
+def test_a_damaged_layout_is_seen(results: dict[str, list[dict[str, Any]]]) -> None:
+    ranks = results["dapo CP2 control"]
+    assert ranks[0]["metrics"]["loss_rollout"] != pytest.approx(results["dapo"][0]["metrics"]["loss_rollout"], abs=1e-3)
+    assert gradient_error(ranks) > 1e-2
