@@ -25,7 +25,7 @@ from megatron_grit.models.adapters.quantization import quantize_linear_
 from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.models.names import is_added
 from megatron_grit.parallel.context import ParallelContext
-from megatron_grit.training.checkpoint import Stage, base_state, read_config, stage_chunks
+from megatron_grit.training.checkpoint import Stage, base_state, read_config, saved_state, stage_chunks
 
 _OF_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
 _AT_ONCE = 1 << 22
@@ -114,6 +114,33 @@ def base_fingerprint(model: Stage, context: ParallelContext, read: Callable[[str
         context: this process's place in the mesh.
         read: gives a parameter's values by its name, where the model has no storage; one tensor after another.
     """
+    total = torch.zeros((), dtype=torch.int64, device=context.device)
+    for chunk in stage_chunks(model):
+        total = total + _weigh_state(base_state([chunk], context), chunk, torch.bfloat16, read=read, with_added=False)
+    dist.all_reduce(total)
+    return f"{int(total) & (2**64 - 1):016x}"
+
+
+@torch.no_grad()
+def exact_fingerprint(model: Stage, context: ParallelContext) -> str:
+    """A fingerprint of every bit of what a checkpoint holds of a model: all weights, or what is trained beside a base.
+    The same at any layout: 16 hex digits. Collective. Arguments as for :func:`base_fingerprint`."""
+    total = torch.zeros((), dtype=torch.int64, device=context.device)
+    for chunk in stage_chunks(model):
+        total = total + _weigh_state(saved_state([chunk], context), chunk, torch.float32)
+    dist.all_reduce(total)
+    return f"{int(total) & (2**64 - 1):016x}"
+
+
+def _weigh_state(
+    state: dict[str, Any],
+    chunk: GritDecoder,
+    dtype: torch.dtype,
+    *,
+    read: Callable[[str], Tensor] | None = None,
+    with_added: bool = True,
+) -> Tensor:
+    """This rank's share of the sum over a sharded state dict: int64 scalar."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import (
         ShardedTensor,
@@ -122,24 +149,22 @@ def base_fingerprint(model: Stage, context: ParallelContext, read: Callable[[str
         is_main_replica,
     )
 
-    total = torch.zeros((), dtype=torch.int64, device=context.device)
-    for chunk in stage_chunks(model):
-        for name, entry in base_state([chunk], context).items():
-            if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)) or is_added(entry.key):
-                continue
-            if read is not None:
-                entry = replace(entry, data=read(name).view(entry.data.shape))
-            state = {name: entry}
-            apply_factories(state)  # a matrix that a checkpoint holds as two
-            for shard in nested_values(state):
-                if shard.data is not None and is_main_replica(shard.replica_id):
-                    total += _weigh(shard, chunk)
-    dist.all_reduce(total)
-    return f"{int(total) & (2**64 - 1):016x}"
+    total = torch.zeros((), dtype=torch.int64, device=next(chunk.parameters()).device)
+    for name, entry in state.items():
+        if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)) or (is_added(entry.key) and not with_added):
+            continue
+        if read is not None:
+            entry = replace(entry, data=read(name).view(entry.data.shape))
+        part = {name: entry}
+        apply_factories(part)  # a matrix that a checkpoint holds as two
+        for shard in nested_values(part):
+            if shard.data is not None and is_main_replica(shard.replica_id):
+                total += _weigh(shard, chunk, dtype)
+    return total
 
 
-def _weigh(shard: Any, chunk: GritDecoder) -> Tensor:
-    """One shard's share of the sum: int64 scalar."""
+def _weigh(shard: Any, chunk: GritDecoder, dtype: torch.dtype) -> Tensor:
+    """One shard's share of the sum: int64 scalar. Values are taken in ``dtype``."""
     values: Tensor = shard.data.detach()
     stacked = shard.prepend_axis_num
     offset, shape = shard.global_offset, shard.global_shape
@@ -161,5 +186,6 @@ def _weigh(shard: Any, chunk: GritDecoder) -> Tensor:
         outer = (torch.arange(start, start + len(block), device=rows.device) + offset[stacked]) * strides[stacked]
         weights = (first + outer[:, None] + inner) * 0x9E3779B97F4A7C1 + key
         weights = (weights ^ (weights >> 29)) * 0xBF58476D1CE4E5B | 1
-        total += (block.to(torch.bfloat16).view(torch.int16).to(torch.int64) * weights).sum()
+        bits = block.to(dtype).view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+        total += (bits.to(torch.int64) * weights).sum()
     return total

@@ -105,6 +105,8 @@ class CheckpointSaver:
         """Fingerprint of the weights of ``loss.teacher.model``, for state.json."""
         self.evaluation: dict[str, Any] | None = None
         """What evaluations of the run have said so far, for state.json."""
+        self.objectives: dict[str, Any] = {}
+        """What objectives keep for a resumed run, by kind, for state.json."""
 
     def save(self, model: Stage, optimizer: Any | None, step: int, *, wait: bool) -> None:
         """Save the state of now. One that is still being written is finished first.
@@ -140,6 +142,8 @@ class CheckpointSaver:
             described["teacher"] = self.teacher
         if self.evaluation is not None:
             described["evaluation"] = self.evaluation
+        if self.objectives:
+            described["objectives"] = self.objectives
         pending = _Pending(step=step, folder=folder, final=final, writes=writes, state=described, random=random)
         self._pending = pending
         if wait:

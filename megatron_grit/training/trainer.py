@@ -52,6 +52,7 @@ from megatron_grit.training.checkpoint import (
 from megatron_grit.training.checkpoint_save import CheckpointSaver, clear_leftovers
 from megatron_grit.training.estimate_report import EstimateReport, MemoryMeter
 from megatron_grit.training.megatron_checkpoint import find_megatron_checkpoint
+from megatron_grit.training.objectives.base import RunStart
 from megatron_grit.training.optimizer import (
     build_optimizer,
     build_schedule,
@@ -187,6 +188,7 @@ class Trainer:
         trained, total = count_trainable(self.chunks)
         log.info(f"{trained:,} of {total:,} parameters on rank 0 are trained; steps {start} to {config.training.steps}")
         self.step.guard.resume(start)
+        self._start_objectives(start)
         callbacks = build_callbacks(config, self.context, start)
         try:
             minutes = config.training.max_minutes
@@ -201,6 +203,21 @@ class Trainer:
             self.follower.close()
             for callback in callbacks:
                 callback.close()
+
+    def _start_objectives(self, step: int) -> None:
+        """Have objectives prepare for the steps that are left, of which a checkpoint keeps what they say."""
+        saved = {} if self.restored is None else read_state(self.restored.path).get("objectives", {})
+        for objective in self.step.objectives:
+            positions.enter(f"starting {objective.kind}", step)
+            run = RunStart(
+                step=step,
+                streams=self.loader.streams,
+                chunks=self.chunks,
+                pad_id=self.tokenizer.pad_id,
+                saved=None if self.restored is None else saved.get(objective.kind, {}),
+            )
+            if kept := objective.start(run):
+                self.saver.objectives[objective.kind] = kept
 
     def _only_validate(self, step: int) -> None:
         """Measure the weights that are there, and add a line to metrics.jsonl."""

@@ -21,10 +21,10 @@ from __future__ import annotations
 import sys
 
 from megatron_grit.cli.main import command
-from megatron_grit.data.builders.options import GritOptions, RecordOptions
+from megatron_grit.data.builders.options import GritOptions, PreferenceOptions, RecordOptions
 
 
-def run(options: RecordOptions) -> None:
+def run(options: RecordOptions | PreferenceOptions) -> None:
     """Build and print the report."""
     from megatron_grit.data.builders.grit_builder import build_records
 

@@ -54,7 +54,7 @@ class BuildReport:
         lines += [f"  truncated, {name:20s} {count:10d}" for name, count in sorted(self.truncated.items())]
         if self.num_split:
             lines.append(f"  split, {'records':24s} {self.num_split:10d}, into {self.num_split_pieces}")
-        supervised = f", supervised {self.num_supervised_tokens}" if self.kind == RowKind.GENERATIVE.value else ""
+        supervised = f", supervised {self.num_supervised_tokens}" if self.kind != RowKind.EMBEDDING.value else ""
         lines.append(f"  tokens {self.num_tokens}{supervised}")
         header = "".join(f"{name:>9s}" for name in ("texts", "mean", "min", "median", "90 %", "99 %", "max"))
         lines.append(f"  {'tokens of a':14s}{header}")
@@ -96,7 +96,7 @@ def make_report(
         num_split_pieces=counters.get("split.pieces", 0),
         token_quantiles={name: _quantiles(values) for name, values in lengths.items()},
         num_tokens=meta.num_tokens,
-        num_supervised_tokens=meta.num_supervised_tokens if meta.kind == RowKind.GENERATIVE.value else 0,
+        num_supervised_tokens=meta.num_supervised_tokens if meta.kind != RowKind.EMBEDDING.value else 0,
     )
     return report, lengths
 
@@ -115,12 +115,23 @@ def text_lengths(prefix: str | Path) -> dict[str, np.ndarray]:
             groups = {"text": totals[plain], "conversation": totals[~plain]}
         else:
             modes = np.asarray(file.modes)
-            ends = np.flatnonzero(np.isin(modes, [int(role) for role in POOLED]))
+            ends, ending = _text_ends(records, modes)
             totals = np.diff(np.cumsum(file.lengths, dtype=np.int64)[ends], prepend=0)
-            groups = {role.name.lower(): totals[modes[ends] == role] for role in sorted(POOLED)}
+            groups = {role.name.lower(): totals[modes[ends] == role] for role in sorted(ending)}
         return {name: values for name, values in groups.items() if len(values)}
     finally:
         records.close()
+
+
+def _text_ends(records: IndexedRecords, modes: np.ndarray) -> tuple[np.ndarray, frozenset[Role]]:
+    """Last span of each text of a file with several in a record, and the roles that these have."""
+    if records.kind is RowKind.EMBEDDING:
+        return np.flatnonzero(np.isin(modes, sorted(POOLED))), POOLED
+    rated = np.array([Role.CHOSEN, Role.REJECTED])
+    ends = np.flatnonzero(np.isin(modes, rated))
+    of_record = np.searchsorted(records.file.documents, ends, side="right")
+    last = np.append((np.diff(of_record) > 0) | (np.diff(modes[ends]) != 0), True)
+    return ends[last], frozenset({Role.CHOSEN, Role.REJECTED})
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:

@@ -39,6 +39,9 @@ def _parts(record: Record, read: Collection[str]) -> Iterator[str]:
             yield f"{name} {pair.instruction is not None}"
             yield pair.instruction or ""
             yield pair.text
+    for side, rated in record.rated:
+        yield side
+        yield from _parts(rated, read)
     for message in record.messages:
         yield message.role
         yield message.content
@@ -57,6 +60,8 @@ def contents(record: Record) -> list[str]:
     """The texts of a record, tool calls and reasoning with them, without instructions, system messages and tools, which
     many records share."""
     texts = [pair.text for pair in record.pairs]
+    for _, rated in record.rated:
+        texts += contents(rated)
     for message in record.messages:
         if message.role != "system":
             texts.append(message.content)

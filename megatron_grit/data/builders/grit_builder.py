@@ -12,7 +12,7 @@ from typing import Any, Literal
 from megatron_grit.data.builders.block_build import BuildRun, BuildSpec, BuildTotals, OutputSpec, build_blocks
 from megatron_grit.data.builders.build_report import BuildReport, make_report, write_report
 from megatron_grit.data.builders.filters import HeldOut
-from megatron_grit.data.builders.options import GritOptions, RecordOptions
+from megatron_grit.data.builders.options import GritOptions, PreferenceOptions, RecordOptions
 from megatron_grit.data.builders.record_encoder import BAD_LINE, OUTPUT, UNFIT, EncoderOptions, Limits, RecordEncoder
 from megatron_grit.data.chat.chat import bind_template, source_of
 from megatron_grit.data.chat.chat_format import RULES
@@ -44,31 +44,37 @@ def read_texts(inputs: Sequence[str | Path]) -> Iterator[str]:
             yield from render(item)
 
 
-def build_records(options: RecordOptions) -> BuildReport:
+def build_records(options: RecordOptions | PreferenceOptions) -> BuildReport:
     """Build as a command line says.
 
     Raises:
         GritError: see :func:`build_grit`.
     """
-    limits, both = Limits(generative=options.generative_max_len), isinstance(options, GritOptions)
+    limits = Limits(generative=options.generative_max_len)
+    name = "build_sft"
+    own: dict[str, Any] = {"kind": RowKind.GENERATIVE}
+    if isinstance(options, PreferenceOptions):
+        name, own = "build_preference", {"kind": RowKind.PREFERENCE, "turns": "last"}
+    else:
+        own |= {"turns": options.turns}
     if isinstance(options, GritOptions):
         limits = replace(limits, query=options.query_max_len, passage=options.passage_max_len)
+        name, own = "build_grit", own | {"kind": None}
     return build_grit(
         options.input,
         options.output_prefix,
         options.tokenizer,
         limits,
-        kind=None if both else RowKind.GENERATIVE,
         on_filtered=options.on_filtered,
-        description="build_grit" if both else "build_sft",
+        description=name,
         template=options.template,
         over_long=options.over_long,
-        turns=options.turns,
         min_tokens=options.min_len,
         max_tokens=options.max_len,
         held_out=tuple(options.decontaminate),
         ngram=options.ngram,
         deduplicate=options.deduplicate,
+        **own,
         **options.engine(),
     )
 

@@ -35,8 +35,8 @@ class BuildOptions(Checked):
 
 
 @dataclass(kw_only=True)
-class RecordOptions(BuildOptions):
-    """Records to one indexed file."""
+class ConversationOptions(BuildOptions):
+    """Records with conversations to one indexed file."""
 
     input: list[str] = knob(path=True)
     """JSONL files or patterns, plain, .gz or .zst, read in this order."""
@@ -48,12 +48,6 @@ class RecordOptions(BuildOptions):
     """Of conversations: chatml, gritlm, llama2, tulu, zephyr, tokenizer for the tokenizer's own, or a .yaml file."""
     generative_max_len: int = knob(2048, at_least=2)
     """Longest text or conversation in tokens."""
-    over_long: Literal["drop", "truncate", "terminate", "split"] = "truncate"
-    """What to do with a longer one; terminate: cut it, and end an answer that is cut with its end token all the same;
-    split: into several, conversations between turns."""
-    turns: Literal["each", "last"] = "each"
-    """Of a template that drops something of an answer once another turn follows, as Qwen3's does with <think> parts:
-    train each answer, in a record of its own that ends with it, or the last one alone."""
     min_len: int = knob(0, at_least=0)
     """Drop records with a text of fewer tokens, template included."""
     max_len: int | None = knob(None, at_least=1)
@@ -66,6 +60,27 @@ class RecordOptions(BuildOptions):
     """Words of an n-gram."""
     on_filtered: Literal["drop", "stop"] = "drop"
     """What to do at an empty text, an instruction too long and the like."""
+
+
+@dataclass(kw_only=True)
+class RecordOptions(ConversationOptions):
+    """Texts and conversations to one indexed file."""
+
+    over_long: Literal["drop", "truncate", "terminate", "split"] = "truncate"
+    """What to do with a longer one; terminate: cut it, and end an answer that is cut with its end token all the same;
+    split: into several, conversations between turns."""
+    turns: Literal["each", "last"] = "each"
+    """Of a template that drops something of an answer once another turn follows, as Qwen3's does with <think> parts:
+    train each answer, in a record of its own that ends with it, or the last one alone."""
+
+
+@dataclass(kw_only=True)
+class PreferenceOptions(ConversationOptions):
+    """Preferred and rejected answers, or rated ones, to one indexed file."""
+
+    over_long: Literal["drop", "truncate", "terminate"] = "truncate"
+    """What to do with a longer one. drop: leave its record out. truncate: cut off the end of its answer. terminate: and
+    end what is left of the answer with its end token."""
 
 
 @dataclass(kw_only=True)

@@ -16,10 +16,12 @@ from megatron_grit.data.builders.block_encoder import EncodedBlock, Rejection
 from megatron_grit.data.builders.filters import FINGERPRINT_BYTES, HeldOut, contents, fingerprint
 from megatron_grit.data.chat.chat_format import Piece, renderings
 from megatron_grit.data.chat.chat_templates import load_chat_format
+from megatron_grit.data.chat.rated import RATED, rate_pieces
 from megatron_grit.data.indexed.reader import token_dtype
-from megatron_grit.data.indexed.roles import Role, RowKind
+from megatron_grit.data.indexed.roles import ANSWERS, Role, RowKind
 from megatron_grit.data.indexed.writer import TokenBlock
 from megatron_grit.data.text.line_blocks import LineBlock
+from megatron_grit.data.text.preferences import parse_preference
 from megatron_grit.data.text.records import CALL_KEYS, Message, Record, TextPair, parse_line
 from megatron_grit.data.text.spans import Span, SpanTable, encode_units
 from megatron_grit.data.text.templates import embedding_pieces
@@ -126,7 +128,7 @@ class RecordEncoder:
         self._held_out = HeldOut(options.held_out, options.ngram) if options.held_out else None
         limits = options.limits
         self._limits = {"query": limits.query, "positive": limits.passage, "negative": limits.passage}
-        self._limits |= dict.fromkeys(("text", "completion", "conversation", "turn"), limits.generative)
+        self._limits |= dict.fromkeys(("text", "completion", "conversation", "turn", *RATED), limits.generative)
 
     def encode(self, block: LineBlock) -> EncodedBlock:
         lines = block.lines()
@@ -157,10 +159,10 @@ class RecordEncoder:
 
     def _prepare(self, line: bytes, number: int, batch: _Batch) -> None:
         try:
-            record = parse_line(line)
+            kind = self.options.kind
+            record = parse_preference(line) if kind is RowKind.PREFERENCE else parse_line(line)
         except DataError as error:
             raise _RejectedError(BAD_LINE, str(error)) from error
-        kind = self.options.kind
         if record.kind is not kind:
             raise _RejectedError(
                 "mixed_kinds",
@@ -168,7 +170,10 @@ class RecordEncoder:
                 "put the two kinds into separate files and build each with a prefix of its own",
                 fatal=True,
             )
-        made = [(record, self._texts(record))] if kind is RowKind.EMBEDDING else self._generative(record)
+        if kind is RowKind.GENERATIVE:
+            made = self._generative(record)
+        else:
+            made = [(record, self._texts(record) if kind is RowKind.EMBEDDING else self._rated(record))]
         if self._held_out is not None and (shared := self._held_out.overlap(contents(record))) is not None:
             raise _RejectedError("contaminated", f"shares these words with a held-out file: {shared}")
         for record, texts in made:
@@ -225,6 +230,14 @@ class RecordEncoder:
         except DataError as error:
             raise _RejectedError("template_refused", str(error)) from error
 
+    def _rated(self, record: Record) -> list[tuple[str, list[Piece]]]:
+        """The conversations of a preference record, each with all of its answers."""
+        sides = {}
+        for name, rated in record.rated:
+            _, ((_, pieces),) = self._generative(rated)[-1]
+            sides[name] = pieces
+        return list(rate_pieces(sides).items())
+
     def _encode_batch(self, batch: _Batch) -> tuple[TokenBlock, np.ndarray, Counter[str]]:
         """Token block, record of each of its documents, and counters."""
         full = encode_units(self.tokenizer, batch.units)
@@ -236,7 +249,7 @@ class RecordEncoder:
         table = full.cut(limits)
         if self.options.over_long == "terminate":
             table = table.terminated(full)
-        if self.options.kind is RowKind.GENERATIVE:
+        if self.options.kind is not RowKind.EMBEDDING:
             self._check_generative(batch, full, table, sizes)
         pieces = self._split_over_long(batch, full, sizes) if self.options.over_long == "split" else {}
         owners = np.array(batch.owners, dtype=np.int64)
@@ -300,12 +313,16 @@ class RecordEncoder:
                 batch.reject(unit, "over_long", message)
         for unit in np.flatnonzero(sizes < 2).tolist():
             batch.reject(unit, "nothing_to_predict", "the text has one token, so no token to predict")
-        for unit in np.flatnonzero(table.counts == 0).tolist():
+        left = table.counts
+        if self.options.kind is RowKind.PREFERENCE:  # an earlier answer that is not rated may be left
+            left = np.bincount(table.unit_of_span()[np.isin(table.roles, [*RATED.values()])], minlength=len(sizes))
+        for unit in np.flatnonzero(left == 0).tolist():
             spans = full.spans(unit)
-            answer = next((place for place, (role, _) in enumerate(spans) if role is Role.ANSWER), len(spans))
+            learned = {Role.ANSWER} if self.options.kind is RowKind.GENERATIVE else ANSWERS - {Role.ANSWER}
+            answer = next((place for place, (role, _) in enumerate(spans) if role in learned), len(spans))
             head = sum(len(ids) for _, ids in spans[:answer])
-            what = {"completion": "prompt", "turn": "conversation before the answer"}.get(
-                batch.names[unit], "first user turn"
+            what = {"text": "first user turn", "conversation": "first user turn", "completion": "prompt"}.get(
+                batch.names[unit], "conversation before the answer"
             )
             room = "one" if self.options.over_long == "terminate" and head == limit - 1 else "none"
             message = f"the {what} takes {head} of {limit} tokens and leaves {room} for the answer"

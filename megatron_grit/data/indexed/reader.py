@@ -67,7 +67,8 @@ class IndexedMeta:
     num_supervised_tokens: int
     """Tokens that are labels of the next-token loss. 0 for embedding records."""
     longest_segment_tokens: int
-    """Longest stretch that attends to itself: a query, passage, text or conversation."""
+    """Longest stretch that attends to itself: a query, passage, text or conversation; of preference records the longest
+    record, whose conversations share a row."""
     longest_segment_record: int
     min_negatives: int
     """Fewest negatives of any record. 0 for generative records."""

@@ -117,13 +117,13 @@ class IndexedRecords:
 
     def segment_lengths(self, records: np.ndarray) -> np.ndarray:
         """Tokens of each segment of some records, but for those without a token to predict: int64 [num_segments]. No
-        token is read.
+        token is read. The conversations of a preference record count as one segment.
 
         Raises:
             DataError: roles that make no record of this file's kind, or a damaged index.
             IndexError: no such record.
         """
-        if self.kind is RowKind.GENERATIVE:
+        if self.kind is not RowKind.EMBEDDING:
             lengths = self.file.extents(records)[1]
             return lengths[lengths > 1]
         found: list[int] = []

@@ -18,6 +18,7 @@ class RowKind(StrEnum):
 
     EMBEDDING = "embedding"
     GENERATIVE = "generative"
+    PREFERENCE = "preference"
 
 
 class Role(IntEnum):
@@ -45,19 +46,29 @@ class Role(IntEnum):
     """Of a conversation: a system message. Attended, not supervised."""
     USER = 10
     """Of a conversation: a user turn, or a prompt. Attended, not supervised."""
+    CHOSEN = 11
+    """Of a preference record: a preferred answer, or a desirable one, and its EOS. Supervised."""
+    REJECTED = 12
+    """Of a preference record: an answer that another is preferred to, or an undesirable one, with its EOS.
+    Supervised."""
 
 
-SUPERVISED = frozenset({Role.TEXT, Role.ANSWER})
+SUPERVISED = frozenset({Role.TEXT, Role.ANSWER, Role.CHOSEN, Role.REJECTED})
+ANSWERS = frozenset({Role.ANSWER, Role.CHOSEN, Role.REJECTED})
+"""Of what an assistant says. In preference records ANSWER is an earlier turn that both conversations share: it belongs
+to the prompt and is not supervised."""
 POOLED = frozenset({Role.QUERY, Role.POSITIVE, Role.NEGATIVE})
 
-_LETTER = dict(zip(Role, "TcAiqjpknsu", strict=True))
+_LETTER = dict(zip(Role, "TcAiqjpknsuCR", strict=True))
 _GRAMMAR = {
     RowKind.GENERATIVE: re.compile(r"T|([csu]+A)+"),
     RowKind.EMBEDDING: re.compile(r"i?q(j?p)+(k?n)*"),
+    RowKind.PREFERENCE: re.compile(r"(?=.)([csuA]+C)*([csuA]+R)*"),
 }
 _GRAMMAR_TEXT = {
     RowKind.GENERATIVE: "TEXT, or ANSWERs with TEMPLATE, SYSTEM or USER before each",
     RowKind.EMBEDDING: "a QUERY, one or more POSITIVE, any number of NEGATIVE, each with or without its instruction",
+    RowKind.PREFERENCE: "a conversation of which CHOSEN is supervised, one of which REJECTED is, or both in this order",
 }
 
 
@@ -105,6 +116,15 @@ def split_segments(roles: Sequence[int]) -> list[tuple[int, int]]:
             segments.append((start, index + 1))
             start = index + 1
     return segments
+
+
+def split_conversations(roles: Sequence[int]) -> list[tuple[int, int]]:
+    """Spans of each conversation of a preference record, as half-open ranges: the chosen one, then the rejected one, or
+    the only one. A conversation ends with its last supervised span."""
+    ends = [place + 1 for place, role in enumerate(roles) if role == Role.CHOSEN][-1:]
+    if roles[-1] == Role.REJECTED:
+        ends.append(len(roles))
+    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def num_labels(roles: Sequence[int], lengths: Sequence[int]) -> int:

@@ -358,7 +358,7 @@ class _Summary:
         if block.modes is None:
             raise ValueError(f"a file of kind {self.kind} needs modes")
         self._check_roles(block, starts, first)
-        if self.kind == RowKind.GENERATIVE.value:
+        if self.kind != RowKind.EMBEDDING.value:
             labels = _sums(lengths * _SUPERVISED[block.modes], block.documents) - (block.modes[starts] == Role.TEXT)
             self.num_supervised += int(labels.sum())
             self.min_negatives = 0

@@ -14,7 +14,6 @@ import torch
 from megatron_grit.config.kinds import kind_batch_size, kind_options, kind_sources
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import reads_neighbors
-from megatron_grit.data.chat.run_chat import label_weights
 from megatron_grit.data.indexed.label_weights import ANSWERS, LabelWeights
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.top_probabilities import TopProbabilities, open_caches
@@ -25,7 +24,7 @@ from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.neighbor_versions import NeighborVersions
 from megatron_grit.data.rows.row import start_row
 from megatron_grit.data.rows.row_plan import PIECE, RowPlan
-from megatron_grit.data.rows.segments import Segment, ranges, spans_between, too_long
+from megatron_grit.data.rows.segments import OverLong, Segment, ranges, spans_between, too_long
 from megatron_grit.data.rows.stream import PlannedRow, RowStream, cache_folder
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError
@@ -89,30 +88,25 @@ class GenerativeStream(RowStream):
     kind = "generative"
     record_draws: int = Stream.GENERATIVE_RECORDS
     """Number of the random stream that orders the records; see :func:`~megatron_grit.data.order.sampler.stream_of`."""
+    rows_key = "training.generative_rows"
+    """The configuration's key of the full rows of a step."""
 
     def __init__(
         self, config: RunConfig, tokenizer: Tokenizer, open_files: OpenFiles, num_rows_multiple: int = 1
     ) -> None:
         super().__init__(config, num_rows_multiple)
-        self._policy, self._multiple = config.data.over_long, config.data.split_multiple
-        self._weights = label_weights(config, tokenizer)
+        self._policy, self._multiple = self.over_long(config), config.data.split_multiple
+        self._weights = self.labels(config, tokenizer)
         self._group = config.loss.microbatch_sequences
         self._num_sequences, self._num_rows = kind_batch_size(config, self.kind), self.full_rows(config)
         if self._num_rows is not None and self._num_rows % num_rows_multiple:
             raise ConfigError(
-                f"training.generative_rows {self._num_rows} is not a multiple of {num_rows_multiple}, the data "
+                f"{self.rows_key} {self._num_rows} is not a multiple of {num_rows_multiple}, the data "
                 "parallel size or data.num_rows_multiple"
             )
         self.sources = Sources(config, tokenizer, self.rules(config, tokenizer), open_files)
         self._teachers: list[TopProbabilities] = []
-        knobs = config.loss.teacher
-        if knobs.kind == "topk":
-            assert knobs.cache is not None
-            files = [self.sources[number] for number in range(len(self.sources))]
-            vocab_size = config.model.vocab_size or tokenizer.vocab_size
-            self._teachers = open_caches(knobs.cache, knobs.temperature, vocab_size, files)
-        if reads_neighbors(config.model):
-            self.neighbors = NeighborVersions(config, self.sources)
+        self.open_beside(config, tokenizer)
         entries, seed = self.sources.entries, config.training.seed
         order = RecordOrder(self.sources.sizes, [entry.cap for entry in entries], stream_key(seed, self.record_draws))
         weights = blend_weights(entries, order.sizes)
@@ -140,6 +134,22 @@ class GenerativeStream(RowStream):
                 cache_folder(config),
                 identity,
             )
+
+    def open_beside(self, config: RunConfig, tokenizer: Tokenizer) -> None:
+        """Open what is read beside the records: what a teacher says of them, and their neighbors."""
+        knobs = config.loss.teacher
+        if knobs.kind == "topk":
+            assert knobs.cache is not None
+            files = [self.sources[number] for number in range(len(self.sources))]
+            vocab_size = config.model.vocab_size or tokenizer.vocab_size
+            self._teachers = open_caches(knobs.cache, knobs.temperature, vocab_size, files)
+        if reads_neighbors(config.model):
+            self.neighbors = NeighborVersions(config, self.sources)
+
+    @staticmethod
+    def over_long(config: RunConfig) -> OverLong:
+        """What becomes of a record that is too long."""
+        return config.data.over_long
 
     @classmethod
     def rules(cls, config: RunConfig, tokenizer: Tokenizer) -> SourceRules:
@@ -173,10 +183,11 @@ class GenerativeStream(RowStream):
             return super().rows(step)
         assert self._num_rows is not None
         planned = self._plan.rows(step * self._num_rows, (step + 1) * self._num_rows)
-        ends = np.cumsum([len(row) for row in planned])
+        made = [[segment for piece in row.tolist() for segment in self._piece(piece)] for row in planned]
+        ends = np.cumsum([len(segments) for segments in made])
         return [
-            PlannedRow(segments=[self._piece(piece) for piece in row.tolist()], slots=np.arange(end - len(row), end))
-            for row, end in zip(planned, ends.tolist(), strict=True)
+            PlannedRow(segments=segments, slots=np.arange(end - len(segments), end))
+            for segments, end in zip(made, ends.tolist(), strict=True)
         ]
 
     def counts(self, rows: Sequence[PlannedRow], data_size: int) -> GenerativeCounts:
@@ -223,7 +234,7 @@ class GenerativeStream(RowStream):
             raise self._nothing(source, record)
         return found
 
-    def _piece(self, piece: tuple[int, int, int, int, int]) -> Segment:
+    def _piece(self, piece: tuple[int, int, int, int, int]) -> list[Segment]:
         source, record, start, stop, _ = piece
         roles, lengths = self._spans(source, record)
         if stop > sum(lengths):
@@ -232,7 +243,7 @@ class GenerativeStream(RowStream):
         segment = self._segment(source, record, roles, lengths, start, stop)
         if not segment.num_labels:
             raise self._nothing(source, record)
-        return segment
+        return [segment]
 
     def _spans(self, source: int, record: int) -> tuple[list[int], list[int]]:
         return self.sources[source].spans(record)
@@ -287,7 +298,7 @@ class GenerativeStream(RowStream):
         pieces = np.zeros(len(records), dtype=PIECE)
         pieces["source"], pieces["record"], pieces["stop"] = sources, records, lengths
         parts, done = [], 0
-        for slot in np.flatnonzero(lengths > self.sources.longest_segment).tolist():
+        for slot in np.flatnonzero(lengths > self.sources.longest_segment).tolist():  # shorter ones are never cut
             source, record = int(sources[slot]), int(records[slot])
             found = self._ranges(source, record, *self._spans(source, record))
             parts.append(pieces[done:slot])

@@ -74,6 +74,9 @@ class SourceRules:
     """The configuration's key that says so, where it is above 1."""
     group_size: int = 1
     """Passages of a query; above 1, every record needs a negative."""
+    shares_row: bool = False
+    """Whether the segments of a record stand in one row. Then a row's tokens limit the record, and positions each of
+    its segments."""
 
 
 class Sources:
@@ -101,6 +104,8 @@ class Sources:
         """Prefix of each source."""
         self.longest_segment = longest_segment(config)
         """Tokens of the longest segment that a row and the model can take."""
+        self.longest_unit = longest_unit(config, rules)
+        """Tokens of the longest unit of packing: a segment, or a record whose segments share a row."""
         for entry in self.entries:
             source = IndexedRecords(entry.path)
             self._sources.append(source)
@@ -166,6 +171,11 @@ def longest_segment(config: RunConfig) -> int:
     return min(config.data.tokens_per_row, config.model.max_position_embeddings)
 
 
+def longest_unit(config: RunConfig, rules: SourceRules) -> int:
+    """Tokens of the longest segment of a source's records, or record, that is not too long."""
+    return config.data.tokens_per_row if rules.shares_row else longest_segment(config)
+
+
 def find_errors(config: RunConfig, tokenizer: Tokenizer, rules: SourceRules) -> Iterator[GritError]:
     """All that :class:`Sources` and the first look at a source's index refuse; arguments as there.
 
@@ -229,7 +239,7 @@ def _meta_errors(
 
 def _none_left(sources: Sequence[IndexedRecords], config: RunConfig, rules: SourceRules) -> ConfigError | None:
     """Records that are all too long, and left out for it. Lengths are read up to the first record that is not."""
-    limit, shortest = longest_segment(config) - rules.num_added, sys.maxsize
+    limit, shortest = longest_unit(config, rules) - rules.num_added, sys.maxsize
     if rules.policy != "drop" or any(source.meta.longest_segment_tokens <= limit for source in sources):
         return None
     for source in sources:
@@ -242,24 +252,26 @@ def _none_left(sources: Sequence[IndexedRecords], config: RunConfig, rules: Sour
         finally:
             source.close()
     return ConfigError(
-        f"{rules.key}: all {sum(map(len, sources)):,} {rules.segments} are longer than {row_knob(config)} "
-        f"{longest_segment(config):,}, the shortest has {shortest:,} tokens, and {rules.policy_key} drop leaves none; "
-        f"raise it, or set {rules.policy_key} to truncate or split"
+        f"{rules.key}: all {sum(map(len, sources)):,} {rules.segments} are longer than {row_knob(config, rules)} "
+        f"{longest_unit(config, rules):,}, the shortest has {shortest:,} tokens, and {rules.policy_key} drop leaves "
+        f"none; raise it, or set {rules.policy_key} to truncate or split"
     )
 
 
-def row_knob(config: RunConfig) -> str:
-    """The configuration's key that limits a segment."""
+def row_knob(config: RunConfig, rules: SourceRules) -> str:
+    """The configuration's key that limits a segment, or a record whose segments share a row."""
+    if rules.shares_row:
+        return "data.tokens_per_row"
     rows, positions = config.data.tokens_per_row, config.model.max_position_embeddings
     return "model.max_position_embeddings" if rows > positions else "data.tokens_per_row"
 
 
 def _longest_errors(source: IndexedRecords, config: RunConfig, rules: SourceRules) -> Iterator[DataError]:
     meta, longest = source.meta, source.meta.longest_segment_tokens + rules.num_added
-    for limit, knob in (
-        (config.data.tokens_per_row, "data.tokens_per_row"),
-        (config.model.max_position_embeddings, "model.max_position_embeddings"),
-    ):
+    limits = [(config.data.tokens_per_row, "data.tokens_per_row")]
+    if not rules.shares_row:  # the index does not tell the segments of a record, which are looked at when it is read
+        limits.append((config.model.max_position_embeddings, "model.max_position_embeddings"))
+    for limit, knob in limits:
         if longest > limit:
             yield DataError(
                 f"record {source.name(meta.longest_segment_record)} has a segment of {longest} tokens"

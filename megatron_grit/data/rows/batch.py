@@ -88,9 +88,18 @@ class PackedRow:
     slots_S: Tensor | None = None
     """int64 [S]; place of each segment in the global list of those of its kind."""
 
-    # Rows that are embedded
     segment_ids_T: Tensor | None = None
-    """int64 [T]; index in 0..S-1 of each token's segment, S on padding."""
+    """int64 [T]; index in 0..S-1 of each token's segment, S on padding; of rows with a result for each segment."""
+
+    # Rows of rated answers
+    is_chosen_S: Tensor | None = None
+    """bool [S]; True on preferred and desirable answers. The other answer of a pair is the next segment."""
+    records_S3: Tensor | None = None
+    """int64 [S, 3]; source and record that each segment is of, and which of the record's conversations it is."""
+    reference_S: Tensor | None = None
+    """float64 [S]; log-probability of each answer under the reference. None: there is none."""
+
+    # Rows that are embedded
     pool_mask_T: Tensor | None = None
     """float32 [T]; 1 on the text of a query or passage, 0 on its instruction and on padding."""
     is_query_S: Tensor | None = None
@@ -150,6 +159,8 @@ class BatchPart:
     """The rows of this data parallel rank."""
     counts: Any
     """What the kind's losses are divided by, counted over the global batch: the dataclass of its file in data/kinds."""
+    baseline: list[PackedRow] = field(default_factory=list)
+    """Rows of this data parallel rank that the model looks at without training on them."""
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_grit.config.kinds import kind_options, load_kind, trained_kinds
+from megatron_grit.config.kinds import kind_names, kind_options, load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.schema.loss import RoleWeightsConfig
 from megatron_grit.config.schema.teacher import TeacherConfig
@@ -122,8 +122,10 @@ class HeldOutLoader(GritDataLoader):
 
 
 def held_out_kind(config: RunConfig) -> str:
-    """The kind whose rows held-out texts become: the first trained one whose next tokens are predicted."""
-    return next(kind for kind in trained_kinds(config) if not kind_options(kind).EMBEDS)
+    """The kind whose rows held-out texts become: the first one whose next tokens are predicted, of those that the run
+    trains if there is one."""
+    kinds = [*trained_kinds(config), *kind_names()]
+    return next(kind for kind in kinds if load_kind(KINDS, kind).STREAM.records is HeldOutStream.records)
 
 
 def _held_out(config: RunConfig) -> RunConfig:

@@ -99,15 +99,19 @@ class GritDataLoader:
 
     def _batch(self, step: int) -> StepBatch:
         planned = {kind: stream.rows(step) for kind, stream in self.streams.items()}
+        beside = {kind: stream.baseline_rows(step) for kind, stream in self.streams.items()}
         lengths = {kind: [self._padded(row, self.streams[kind]) for row in rows] for kind, rows in planned.items()}
-        row_length = max(length for every in lengths.values() for length in every)
+        looked_at = {kind: [self._padded(row, self.streams[kind]) for row in rows] for kind, rows in beside.items()}
+        row_length = max(length for every in [*lengths.values(), *looked_at.values()] for length in every)
         if self._equal_rows:
             lengths = {kind: [row_length] * len(rows) for kind, rows in planned.items()}
+            looked_at = {kind: [row_length] * len(rows) for kind, rows in beside.items()}
         mine = slice(self._dp_rank, None, self._dp_size)
         parts = {
             kind: BatchPart(
                 rows=self._make_rows(stream, planned[kind][mine], lengths[kind][mine], step),
                 counts=stream.counts(planned[kind], self._dp_size),
+                baseline=self._make_rows(stream, beside[kind][mine], looked_at[kind][mine], step),
             )
             for kind, stream in self.streams.items()
         }

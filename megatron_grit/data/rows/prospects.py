@@ -20,7 +20,7 @@ from megatron_grit.data.chat.chat import Chat
 from megatron_grit.data.chat.run_chat import run_chat, unlike_base
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.order.blend import blend_weights
-from megatron_grit.data.order.sources import OpenFiles, SourceRules, Sources, find_errors, longest_segment, row_knob
+from megatron_grit.data.order.sources import OpenFiles, SourceRules, Sources, find_errors, longest_unit, row_knob
 from megatron_grit.data.rows.held_out import HeldOutStream
 from megatron_grit.data.rows.loader import KINDS
 from megatron_grit.data.rows.neighbor_versions import NEWEST, NeighborVersions, first_version
@@ -143,9 +143,9 @@ def _epochs(config: RunConfig, kind: str, entries: list[BlendEntry], sources: Se
 
 
 def _too_long(config: RunConfig, rules: SourceRules, sources: Sequence[IndexedRecords]) -> Iterator[str]:
-    limit = longest_segment(config) - rules.num_added
+    limit = longest_unit(config, rules) - rules.num_added
     found = [source for source in sources if source.meta.longest_segment_tokens > limit]
-    knob, what = row_knob(config), rules.segments
+    knob, what = row_knob(config, rules), rules.segments
     for source in found[:_SOURCES_NAMED]:
         looked_at = _some(len(source), max(1, _BLOCKS // len(found)))
         lengths = _lengths(source, looked_at)
@@ -154,7 +154,7 @@ def _too_long(config: RunConfig, rules: SourceRules, sources: Sequence[IndexedRe
         part = len(looked_at) < len(source)
         line = f"{source.prefix}: {len(long):,} of {len(lengths):,} {what}"
         line += f" that were looked at ({100 * len(long) / max(1, len(lengths)):.2g} %)" if part else ""
-        line += f" are longer than {knob} {longest_segment(config):,}, the longest has "
+        line += f" are longer than {knob} {longest_unit(config, rules):,}, the longest has "
         line += f"{source.meta.longest_segment_tokens + rules.num_added:,} tokens: {rules.policy_key} {rules.policy} "
         line += _WHAT_HAPPENS[rules.policy]
         if rules.policy != "split":

@@ -47,6 +47,8 @@ def start_row(
         source = segment.sources[segment.source]
         size = segment.stop - segment.start
         tokens_T[bounds[-1] : bounds[-1] + size] = source.tokens(segment.record, segment.start, size)
+        if (rest := segment.rest) is not None:
+            tokens_T[bounds[-1] + size : end] = rest.sources[rest.source].tokens(rest.record, rest.start, rest.length)
         roles += segment.roles
         lengths += segment.lengths
         lengths[-1] += segment.markers.num_tokens

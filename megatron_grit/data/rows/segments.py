@@ -25,18 +25,20 @@ class Segment:
     roles: list[int]
     """Role of each of its spans."""
     lengths: list[int]
-    """Tokens of each of its spans; their sum is ``stop - start``."""
+    """Tokens of each of its spans; their sum is ``stop - start`` and what ``rest`` has."""
     num_labels: int = 0
     """Tokens that are labels of the next-token loss."""
     label_weight: float = 0.0
     """Sum of their weights."""
     markers: TextMarkers = NO_MARKERS
     """Of a query or passage: what is put around its last span, the text."""
+    rest: Segment | None = None
+    """What follows it as a part of it: a stretch of another record. Its spans are among those of this one."""
 
     @property
     def length(self) -> int:
-        """Tokens, markers included."""
-        return self.stop - self.start + self.markers.num_tokens
+        """Tokens, markers and the rest included."""
+        return self.stop - self.start + self.markers.num_tokens + (0 if self.rest is None else self.rest.length)
 
     @property
     def name(self) -> str:

@@ -11,6 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.chat.run_chat import label_weights
+from megatron_grit.data.indexed.label_weights import LabelWeights
+from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.order.sources import SourceRules, Sources
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.neighbor_versions import NeighborVersions
@@ -49,6 +52,8 @@ class RowStream(ABC):
 
     kind: ClassVar[str]
     """Name of the kind."""
+    records: ClassVar[RowKind] = RowKind.GENERATIVE
+    """Kind of the records that it reads."""
     sources: Sources
     fixed_length: int | None = None
     """Tokens that every row is padded to; None: as many as the row's segments have, or those of the longest row."""
@@ -69,6 +74,15 @@ class RowStream(ABC):
         """
 
     @staticmethod
+    def labels(config: RunConfig, tokenizer: Tokenizer) -> LabelWeights:
+        """Weights of the labels of rows whose next tokens are predicted.
+
+        Raises:
+            ConfigError, DataError: as :func:`~megatron_grit.data.chat.run_chat.label_weights`.
+        """
+        return label_weights(config, tokenizer)
+
+    @staticmethod
     def full_rows(config: RunConfig) -> int | None:
         """Rows of a step, each filled from the stream of sequences. None: the segments of a step fill its rows.
 
@@ -86,6 +100,10 @@ class RowStream(ABC):
             ConfigError: no batch can be filled.
         """
 
+    def units(self, step: int) -> list[list[Segment]]:
+        """The segments of a step, those together that have to stand in one row; by default each by itself."""
+        return [[segment] for segment in self.segments(step)]
+
     def rows(self, step: int) -> list[PlannedRow]:
         """The rows of a step: by default as few, nearly equal rows as hold its segments.
 
@@ -93,13 +111,20 @@ class RowStream(ABC):
             DataError: as for :meth:`segments`.
             ConfigError: as for :meth:`segments`, or fewer segments than rows.
         """
-        segments = self.segments(step)
-        lengths = np.array([segment.length for segment in segments], dtype=np.int64)
+        units = self.units(step)
+        lengths = np.array([sum(segment.length for segment in unit) for unit in units], dtype=np.int64)
         try:
             packed = pack(lengths, self._tokens_per_row, self._num_rows_multiple)
         except ConfigError as error:
             raise ConfigError(f"{self.kind} batch: {error}") from None
-        return [PlannedRow(segments=[segments[slot] for slot in slots], slots=slots) for slots in packed]
+        firsts = np.cumsum([0, *map(len, units)]).tolist()
+        return [
+            PlannedRow(
+                segments=[segment for number in numbers.tolist() for segment in units[number]],
+                slots=np.concatenate([np.arange(firsts[number], firsts[number + 1]) for number in numbers.tolist()]),
+            )
+            for numbers in packed
+        ]
 
     def segments_of(self, source: int, record: int) -> list[Segment]:
         """What becomes of one record of a kind whose next tokens are predicted.
@@ -108,6 +133,14 @@ class RowStream(ABC):
             DataError: a record that breaks the grammar, has nothing to predict, or is too long.
         """
         raise NotImplementedError(f"rows of {self.kind} are made of more than one record")
+
+    def baseline_rows(self, step: int) -> list[PlannedRow]:
+        """Rows of a step that nothing is trained on: the model only looks at them first. By default none.
+
+        Raises:
+            DataError, ConfigError: as for :meth:`rows`.
+        """
+        return []
 
     @abstractmethod
     def counts(self, rows: Sequence[PlannedRow], data_size: int) -> Any:

@@ -88,8 +88,18 @@ class Record:
     number of system messages, after an assistant's messages of tools and the assistant again."""
     tools: list[Any] | None = None
     """What the assistant may call, for a template that reads it."""
+    chosen: Record | None = None
+    """Of a preference record: the conversation or completion with the preferred answer, or a desirable one."""
+    rejected: Record | None = None
+    """Of a preference record: the one with the other answer, or with an undesirable one."""
     other: dict[str, object] = field(default_factory=dict)
     """What an embedding record holds besides, by its keys."""
+
+    @property
+    def rated(self) -> list[tuple[str, Record]]:
+        """The conversations of a preference record by the name of their field."""
+        sides = (("chosen", self.chosen), ("rejected", self.rejected))
+        return [(name, side) for name, side in sides if side is not None]
 
     @property
     def pairs(self) -> list[TextPair]:

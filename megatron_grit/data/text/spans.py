@@ -17,12 +17,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from megatron_grit.data.chat.chat_format import Piece
-from megatron_grit.data.indexed.roles import Role
+from megatron_grit.data.indexed.roles import ANSWERS, Role
 from megatron_grit.data.text.special import as_found
 from megatron_grit.data.text.token_offsets import EncodedTexts
 from megatron_grit.data.text.tokenizer import Tokenizer
 
 Span = tuple[Role, list[int]]
+_ANSWERS = sorted(ANSWERS)
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,10 @@ class SpanTable:
         before = before - before[np.minimum(first, len(before) - 1)][units]
         lengths = np.clip(limits[units] - before, 0, self.lengths)
         answered = np.zeros(len(self.counts), dtype=bool)
-        answered[units[self.roles == Role.ANSWER]] = True
+        is_answer = np.isin(self.roles, _ANSWERS)
+        answered[units[is_answer]] = True
         last = np.full(len(self.counts), -1)
-        np.maximum.at(last, units, np.where((self.roles == Role.ANSWER) & (lengths > 0), np.arange(len(units)), -1))
+        np.maximum.at(last, units, np.where(is_answer & (lengths > 0), np.arange(len(units)), -1))
         lengths[answered[units] & (np.arange(len(units)) > last[units])] = 0
         return self._shorten(lengths)
 
@@ -88,7 +90,7 @@ class SpanTable:
         kept = np.flatnonzero(self.counts > 0)
         last = own_ends[kept] - 1  # spans that a cut can have reached: the last of each unit
         source = ends[kept] - whole.counts[kept] + self.counts[kept] - 1
-        cut = (self.roles[last] == Role.ANSWER) & (self.lengths[last] < whole.lengths[source])
+        cut = np.isin(self.roles[last], _ANSWERS) & (self.lengths[last] < whole.lengths[source])
         kept, last, source = kept[cut], last[cut], source[cut]
         if not len(kept):
             return self
@@ -210,7 +212,7 @@ class _Layout:
 
 def _check_answers(tokenizer: Tokenizer, layout: _Layout, encoded: EncodedTexts, cuts: np.ndarray) -> dict[int, str]:
     """Problems by unit. Moves a cut before a token that begins with spaces of the prompt and belongs to the answer."""
-    answers = layout.roles[layout.text_pieces] == Role.ANSWER
+    answers = np.isin(layout.roles[layout.text_pieces], _ANSWERS)
     units = layout.units[layout.text_pieces]
     problems: dict[int, str] = {}
     for stretch in np.flatnonzero(~encoded.covered).tolist():

@@ -6,7 +6,7 @@ Shape suffix legend: T = tokens of a row.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -22,10 +22,10 @@ class BatchAudit:
 
     Args:
         tokenizer: of the run.
-        weights: of its labels.
+        weights: of the labels of each kind.
     """
 
-    def __init__(self, tokenizer: Tokenizer, weights: LabelWeights) -> None:
+    def __init__(self, tokenizer: Tokenizer, weights: Mapping[str, LabelWeights]) -> None:
         self._tokenizer, self._weights = tokenizer, weights
         self._sources: dict[str, IndexedRecords] = {}
         self._conversations: dict[str, list[bool]] = {}
@@ -108,11 +108,12 @@ class BatchAudit:
         if len(wrong):
             yield f"token {wrong[0] - first + 1} of record {name} has not the next token as its label"
         roles, lengths = self._spans(name)
-        if roles != [Role.TEXT]:
+        weights = self._weights[row.kind]
+        if roles != [Role.TEXT] and not weights.by_role[Role.USER]:
             self._conversations.setdefault(name.rpartition("#")[0], []).append(len(labelled) == last - first - 1)
         if sum(lengths) != last - first:
             return  # a piece of a record that was cut
-        by_role = self._weights.of_tokens(roles, lengths, True, tokens_T[first:last]) > 0
+        by_role = weights.of_tokens(roles, lengths, True, tokens_T[first:last]) > 0
         extra = np.flatnonzero(label_T[first:last] & ~by_role)
         missing = np.flatnonzero(~label_T[first + 1 : last] & by_role[1:])
         if len(extra):
@@ -141,7 +142,7 @@ class BatchAudit:
 
     def _whole_conversations(self) -> str | None:
         for source, whole in self._conversations.items():
-            if all(whole) and not self._weights.by_role[Role.USER]:
+            if all(whole):
                 return (
                     f"every token of all {len(whole)} conversations of {source} in the first steps is supervised; "
                     "prompts are trained as if they were answers"

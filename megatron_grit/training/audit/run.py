@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_grit.config.kinds import trained_kinds
+from megatron_grit.config.kinds import load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.data.chat.run_chat import label_weights
+from megatron_grit.data.indexed.label_weights import LabelWeights
 from megatron_grit.data.rows.batch import StepBatch
+from megatron_grit.data.rows.loader import KINDS
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.context import ParallelContext
@@ -49,7 +50,7 @@ def audit(
         GritError: as the loader.
     """
     began = time.perf_counter()
-    data = BatchAudit(tokenizer, label_weights(config, tokenizer))
+    data = BatchAudit(tokenizer, _labels(config, tokenizer))
     raise_if_any(data.check(batches), context)
     audit_weights([chunk.module for chunk in wrapped], context)
     num_passes = audit_model(config, context, wrapped, tokenizer.pad_id)
@@ -58,6 +59,11 @@ def audit(
         f"start-up audit passed in {time.perf_counter() - began:.1f} s: {num_layers} layers of this rank in "
         f"{num_passes} passes; {data.summary()}"
     )
+
+
+def _labels(config: RunConfig, tokenizer: Tokenizer) -> dict[str, LabelWeights]:
+    """Weights of the labels of each kind that the run trains."""
+    return {kind: load_kind(KINDS, kind).STREAM.labels(config, tokenizer) for kind in trained_kinds(config)}
 
 
 def audit_weights(chunks: Sequence[GritDecoder], context: ParallelContext) -> None:

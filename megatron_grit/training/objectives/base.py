@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from megatron_grit.config.kinds import kind_weight, load_kind, loss_name, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
-from megatron_grit.models.decoder import Output
+from megatron_grit.data.rows.stream import RowStream
+from megatron_grit.models.decoder import GritDecoder, Output
 from megatron_grit.parallel.context import ParallelContext
 from megatron_grit.parallel.random import RandomState
 
@@ -32,6 +34,23 @@ class Teaches(Protocol):
             rows: of a step, on the device.
             row_length: T of the longest row of the step.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStart:
+    """What an objective may want of a run before its first step."""
+
+    step: int
+    """Steps that were trained."""
+    streams: Mapping[str, RowStream]
+    """Of the run's kinds."""
+    chunks: Sequence[GritDecoder]
+    """Of this process, with the weights to go on from."""
+    pad_id: int
+    """Token of the padding."""
+    saved: Mapping[str, Any] | None = None
+    """What :meth:`Objective.start` returned when the run began, of the checkpoint that it resumes from. None: it begins
+    here."""
 
 
 class Objective(ABC):
@@ -56,6 +75,17 @@ class Objective(ABC):
         self.loss_name = loss_name(self.kind)
         self.extra_metrics: list[str] = []
         """Names of what :meth:`row_loss` reports beside the metrics of the kind."""
+
+    def start(self, run: RunStart) -> dict[str, Any]:
+        """Prepare for the steps of a run. Collective.
+
+        Returns:
+            What checkpoints are to keep for a resumed run, for JSON.
+
+        Raises:
+            GritError: what the objective needs is not there.
+        """
+        return {}
 
     def rows(self, batch: StepBatch) -> list[PackedRow]:
         """The rows of a step that this objective trains on."""

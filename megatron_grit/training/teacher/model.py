@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,8 +45,9 @@ class TeacherModel:
 
     def attach(self, rows: list[PackedRow], row_length: int) -> None:
         """As :class:`~megatron_grit.training.objectives.base.Teaches`."""
-        with torch.no_grad(), _as_teacher(self.chunks):
-            outputs = self._outputs(rows, row_length)
+        wanted = Output.TOKEN_LOSSES if self.config.kind == "gold" else Output.HIDDEN
+        with torch.no_grad(), frozen(self.chunks):
+            outputs = forward_rows(self.chunks, self.context, rows, wanted, row_length, "teacher")
         compat.take_balancing_loss()  # of the teacher's experts
         for row, output in zip(rows, outputs, strict=False):  # none but on the last stage
             row.teacher = self._target(output)
@@ -56,20 +57,6 @@ class TeacherModel:
             return GoldTarget(losses_T=output)
         last = self.chunks[-1]
         return FullTarget(states_T1D=output, logits=last.shard_logits, config=self.config, context=self.context)
-
-    def _outputs(self, rows: list[PackedRow], row_length: int) -> list[Tensor]:
-        wanted = Output.TOKEN_LOSSES if self.config.kind == "gold" else Output.HIDDEN
-        # An interleaved pipeline takes no fewer rows than it has stages.
-        missing = self.context.pipeline_size - len(rows) if len(self.chunks) > 1 else 0
-        items = [*rows, *rows[-1:] * missing]
-
-        def forward_step(iterator: Iterator[PackedRow], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            positions.at("teacher")
-            output = model(next(iterator), wanted)
-            return output, lambda output: (output.new_zeros(()), {"output": output})
-
-        reported = run_schedule(self.chunks, self.context, forward_step, items, row_length, forward_only=True)
-        return [entry["output"] for entry in reported[: len(rows)]]
 
 
 class TeacherCache:
@@ -97,16 +84,50 @@ class TeacherCache:
             )
 
 
+def forward_rows(
+    chunks: Sequence[GritDecoder],
+    context: ParallelContext,
+    rows: list[PackedRow],
+    wanted: Output,
+    row_length: int,
+    position: str,
+) -> list[Tensor]:
+    """Run rows through all stages without a backward pass.
+
+    Args:
+        chunks: of this process.
+        context: its place in the mesh.
+        rows: of this data parallel rank, on the device.
+        wanted: what the last stage makes of a row.
+        row_length: T of the longest row of all ranks.
+        position: what the run is at, for the watch.
+
+    Returns:
+        The output of each row, on the last stage; nothing on others.
+    """
+    # An interleaved pipeline takes no fewer rows than it has stages.
+    missing = context.pipeline_size - len(rows) if len(chunks) > 1 else 0
+    items = [*rows, *rows[-1:] * missing]
+
+    def forward_step(iterator: Iterator[PackedRow], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        positions.at(position)
+        output = model(next(iterator), wanted)
+        return output, lambda output: (output.new_zeros(()), {"output": output})
+
+    reported = run_schedule(chunks, context, forward_step, items, row_length, forward_only=True)
+    return [entry["output"] for entry in reported[: len(rows)]]
+
+
 @contextmanager
-def _as_teacher(chunks: Sequence[GritDecoder]) -> Iterator[None]:
-    """Dropout and adapters off; afterwards chunks and random states are as they were."""
+def frozen(chunks: Sequence[GritDecoder], *, with_adapters: bool = False) -> Iterator[None]:
+    """Dropout off, and adapters unless they are to stay; afterwards chunks and random states are as they were."""
     modes = [(module, module.training) for chunk in chunks for module in chunk.modules()]
     inputs = [chunk.decoder.input_tensor for chunk in chunks]
     random = RandomState.capture()
     try:
         for chunk in chunks:
             chunk.eval()
-        with adapters_off(chunks):
+        with nullcontext() if with_adapters else adapters_off(chunks):
             yield
     finally:
         for module, mode in modes:

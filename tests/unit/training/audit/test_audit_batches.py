@@ -52,7 +52,7 @@ def check_data(
     for batch in batches if change is not None else []:
         assert change is not None
         change(batch)
-    audit = BatchAudit(tokenizer, LabelWeights.of(config.loss))
+    audit = BatchAudit(tokenizer, {"generative": LabelWeights.of(config.loss)})
     return audit.check(batches), audit.summary()
 
 

@@ -1,0 +1,1 @@
+"""Log-probabilities of answers under the model that a run starts from."""
