@@ -97,7 +97,7 @@ class EmbeddingStream(RowStream):
     """
 
     kind = "embedding"
-    records = RowKind.EMBEDDING
+    reads_texts = False
 
     def __init__(
         self, config: RunConfig, tokenizer: Tokenizer, open_files: OpenFiles, num_rows_multiple: int = 1

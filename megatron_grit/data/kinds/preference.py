@@ -67,7 +67,7 @@ class PreferenceStream(generative.GenerativeStream):
     """
 
     kind = "preference"
-    records = RowKind.PREFERENCE
+    reads_texts = False
     record_draws = stream_of("preference")
     rows_key = "preference.rows"
 

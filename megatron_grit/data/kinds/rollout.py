@@ -15,7 +15,7 @@ import torch
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.schema.kinds.rollout import section
 from megatron_grit.config.schema.loss import LossConfig
-from megatron_grit.data.indexed.label_weights import ANSWERS
+from megatron_grit.data.indexed.label_weights import ANSWERS, LabelWeights
 from megatron_grit.data.indexed.rollouts import Rollouts
 from megatron_grit.data.kinds import generative
 from megatron_grit.data.order.sampler import stream_of
@@ -69,6 +69,11 @@ class RolloutStream(generative.GenerativeStream):
         super().__init__(replace(config, loss=LossConfig()), tokenizer, open_files, num_rows_multiple)
         scale = section(config).advantages
         self._rollouts = [Rollouts(self.sources[number], scale) for number in range(len(self.sources))]
+
+    @staticmethod
+    def labels(config: RunConfig, tokenizer: Tokenizer) -> LabelWeights:
+        """As in the base class: the sampled tokens, whatever the run weighs the labels of texts by."""
+        return ANSWERS
 
     @staticmethod
     def full_rows(config: RunConfig) -> int | None:

@@ -125,7 +125,7 @@ def held_out_kind(config: RunConfig) -> str:
     """The kind whose rows held-out texts become: the first one whose next tokens are predicted, of those that the run
     trains if there is one."""
     kinds = [*trained_kinds(config), *kind_names()]
-    return next(kind for kind in kinds if load_kind(KINDS, kind).STREAM.records is HeldOutStream.records)
+    return next(kind for kind in kinds if load_kind(KINDS, kind).STREAM.reads_texts)
 
 
 def _held_out(config: RunConfig) -> RunConfig:

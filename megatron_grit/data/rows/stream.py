@@ -13,7 +13,6 @@ import numpy as np
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.chat.run_chat import label_weights
 from megatron_grit.data.indexed.label_weights import LabelWeights
-from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.data.order.sources import SourceRules, Sources
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.neighbor_versions import NeighborVersions
@@ -52,8 +51,8 @@ class RowStream(ABC):
 
     kind: ClassVar[str]
     """Name of the kind."""
-    records: ClassVar[RowKind] = RowKind.GENERATIVE
-    """Kind of the records that it reads."""
+    reads_texts: ClassVar[bool] = True
+    """Whether its records are texts and conversations, of which held-out ones may become rows too."""
     sources: Sources
     fixed_length: int | None = None
     """Tokens that every row is padded to; None: as many as the row's segments have, or those of the longest row."""
