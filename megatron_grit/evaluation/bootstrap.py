@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +67,28 @@ def bootstrap_ratio(
     tail = (1 - confidence) / 2
     low, high = np.quantile(np.concatenate(estimates), [tail, 1 - tail])
     return Interval(value=float(numerators.sum() / denominators.sum()), low=float(low), high=float(high))
+
+
+def bootstrap_statistic(
+    statistic: Callable[[np.ndarray], float],
+    n: int,
+    *,
+    num_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Interval of what is computed of the items by their indices, such as a correlation.
+
+    Args:
+        statistic: takes int64 [n], indices of items, some of them repeated.
+        n: number of items.
+        num_resamples: as for :func:`bootstrap_ratio`, and so are the others.
+    """
+    rng = np.random.default_rng(seed)
+    estimates = [statistic(rng.integers(n, size=n)) for _ in range(num_resamples)]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(estimates, [tail, 1 - tail])
+    return Interval(value=statistic(np.arange(n)), low=float(low), high=float(high))
 
 
 def bootstrap_mean(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,8 @@ def encode_tokens(
     progress: bool = True,
     is_query: bool | None = None,
     before_pass: Callable[[], object] | None = None,
-) -> np.ndarray:
+    layer: int | None = None,
+) -> np.ndarray:  # many: the model, the texts, and how they are embedded
     """Embed tokenised texts. All processes of a model-parallel group call it with the same texts; groups are
     independent of each other.
 
@@ -42,6 +44,7 @@ def encode_tokens(
         progress: show a bar from 256 texts on, in the process that leads the group.
         is_query: whether they are queries or passages, for a model whose linear layers differ between the two.
         before_pass: called before each forward pass; what it raises ends the call.
+        layer: pool the states after this layer, of a model without pipeline parallelism. None: the last.
 
     Returns:
         float32 [len(texts), D], on every process.
@@ -52,7 +55,7 @@ def encode_tokens(
     budget = max(batch_tokens, int(lengths.max()))
     embeddings = np.empty((len(texts), embedding_width(chunks[0])), dtype=np.float32)
     shows = progress and group.leads and len(texts) >= _PROGRESS_FROM
-    with Progress(len(texts), "embedding", "text", enabled=shows) as bar:
+    with first_layers(chunks[0], layer), Progress(len(texts), "embedding", "text", enabled=shows) as bar:
         for start in range(0, len(texts), WINDOW):
             window = slice(start, min(start + WINDOW, len(texts)))
             batches = share_out(lengths[window], budget, group.num_replicas)
@@ -61,6 +64,28 @@ def encode_tokens(
             vectors_ND = _encode_batches(chunks, group, batches, row_of, row_length, bar.update)
             embeddings[window] = vectors_ND.cpu().numpy()
     return embeddings
+
+
+@contextmanager
+def first_layers(model: GritDecoder, layer: int | None) -> Iterator[None]:
+    """Have a model end after a layer until the block ends: its final states are then what transformers calls
+    ``hidden_states[layer]``, of 0 the embedded tokens. The final norm is applied after the last layer only.
+
+    Args:
+        model: the layers of all stages, whole or its tensor parallel part.
+        layer: 0 to the number of layers. None: all of them.
+    """
+    if layer is None:
+        yield
+        return
+    block = model.decoder
+    layers, norm = block.layers, block.final_layernorm
+    try:
+        block.layers = layers[:layer]
+        block.final_layernorm = norm if layer == len(layers) else None
+        yield
+    finally:
+        block.layers, block.final_layernorm = layers, norm
 
 
 def _row_of(

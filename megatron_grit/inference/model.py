@@ -100,6 +100,8 @@ class GritModel:
         self.chat_date: datetime | None = None
         """What a template that asks for the date is told. None: now."""
         self._chat_format = self.chat.bind(tokenizer)
+        self.layer: int | None = None
+        """Texts are embedded from the states after this layer, 0 for the embedded tokens. None: after the last."""
         self.markers = load_markers(config.embedding, config.model.vocab_size, tokenizer)
         self.model_group = group or join_model_group(self.model, config.parallel.timeout_minutes)
         self._database: RetrievedNeighbors | None = None
@@ -240,6 +242,7 @@ class GritModel:
             progress=progress,
             is_query=self._is_query(options.side),
             before_pass=before_pass,
+            layer=self.layer,
         )
         if options.dimensions is not None:
             vectors = vectors[:, : options.dimensions]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.data.rows.packing import pack
 from megatron_grit.inference.mesh_rows import WINDOW, common_length, forward_batches, share_out
 from megatron_grit.inference.model_group import ModelGroup
 from megatron_grit.models.decoder import GritDecoder, Output
@@ -74,6 +75,33 @@ def score_tokens(
     if group.replica_group is not None:
         dist.all_reduce(sums, group=group.replica_group)
     return from_last_stage(sums, context).cpu().numpy(), counts
+
+
+@torch.no_grad()
+def next_token_logits(
+    model: GritDecoder, prompts: Sequence[Sequence[int]], tokens: Sequence[int], *, batch_tokens: int
+) -> np.ndarray:
+    """Logits of some tokens as the next one of each prompt.
+
+    Args:
+        model: one process's whole model.
+        prompts: token ids, at least one each.
+        tokens: whose logits.
+        batch_tokens: token budget of one forward pass; raised to the longest prompt.
+
+    Returns:
+        float32 [len(prompts), len(tokens)].
+    """
+    model.eval()
+    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    logits = np.empty((len(prompts), len(tokens)), dtype=np.float32)
+    for members in pack(lengths, max(batch_tokens, int(lengths.max(initial=0)))):
+        texts = [np.asarray(prompts[i]) for i in members]
+        row = scoring_row([(text, np.zeros(len(text), dtype=bool)) for text in texts]).to(model.context.device)
+        last = row.cu_seqlens[1:].long() - 1
+        states_L1D = model(row, Output.HIDDEN)[last]
+        logits[members] = model.shard_logits(states_L1D)[:, list(tokens)].float().cpu().numpy()
+    return logits
 
 
 def scoring_row(texts: Sequence[tuple[np.ndarray, np.ndarray]], row_length: int | None = None) -> PackedRow:

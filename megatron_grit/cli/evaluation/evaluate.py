@@ -1,4 +1,6 @@
-"""Measure a checkpoint: retrieval and next-token loss on held-out data.
+"""Measure a model: retrieval, similarity and next-token loss on held-out data.
+
+For retrieval and similarity CHECKPOINT may be a directory of Hugging Face or sentence-transformers as well.
 
 Example:
     megatron-grit evaluate --checkpoint runs/grit --retrieval heldout.jsonl --generative heldout_gen --output after.json
@@ -19,7 +21,10 @@ class EvaluateOptions(BatchSize, TextLength, ModelOptions):
     """What is measured."""
 
     retrieval: str | None = knob(None, path=True)
-    """JSONL of query and pos records; recall@1, recall@10, nDCG@10."""
+    """JSONL of query and pos records, for recall@1, recall@10, nDCG@10; or a folder of BEIR's (corpus.jsonl,
+    queries.jsonl, qrels/), for nDCG, MAP, recall, precision and MRR at 1 to 1000."""
+    sts: str | None = knob(None, path=True)
+    """Pairs of sentences with scores, .csv, .tsv or .jsonl; Spearman's and Pearson's correlation."""
     generative: str | None = knob(None, path=True)
     """Prefix of a generative indexed file; next-token loss."""
     output: str = knob(path=True)

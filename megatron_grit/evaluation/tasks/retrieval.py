@@ -16,10 +16,13 @@ from megatron_grit.data.text.markers import Side
 from megatron_grit.data.text.records import BadLine, read_records
 from megatron_grit.errors import DataError
 from megatron_grit.evaluation.bootstrap import Interval, bootstrap_mean
+from megatron_grit.evaluation.ranking.collection import Collection, read_beir
+from megatron_grit.evaluation.ranking.measures import CUTOFFS, measure
+from megatron_grit.evaluation.ranking.search import rank_by_embeddings
 from megatron_grit.evaluation.tasks.task import Figures, Lengths
 
 if TYPE_CHECKING:
-    from megatron_grit.inference.model import GritModel
+    from megatron_grit.evaluation.encoder import TextEncoder
 
 _QUERIES_PER_BLOCK = 1024
 _CUTOFF = 10
@@ -121,15 +124,19 @@ def evaluate_retrieval(
     )
 
 
-def read(path: str | Path) -> RetrievalSet:
-    """Read embedding records as a retrieval task: every passage of the file is a candidate for every query.
+def read(path: str | Path) -> RetrievalSet | Collection:
+    """Read embedding records as a retrieval task, where every passage of the file is a candidate for every query, or a
+    folder of BEIR's.
 
     Args:
         path: JSONL, see :mod:`megatron_grit.data.text.records`; ``pos`` answer the query, ``neg`` are candidates only.
+            A folder: see :func:`~megatron_grit.evaluation.ranking.collection.read_beir`.
 
     Raises:
         DataError: a missing file, a malformed line, an empty text, or no records; with the line.
     """
+    if Path(path).is_dir():
+        return read_beir(path)
     queries, relevant = [], []
     index_of: dict[Instructed, int] = {}
     for record in read_records(path):
@@ -170,8 +177,12 @@ def encode_instructed(texts: list[Instructed], encode: Callable[[list[str], str 
     return embeddings
 
 
-def run(model: GritModel, task: RetrievalSet, lengths: Lengths) -> Figures:
-    """Recall and nDCG of a model's embeddings."""
+def run(model: TextEncoder, task: RetrievalSet | Collection, lengths: Lengths) -> Figures:
+    """Recall and nDCG of a model's embeddings; of a collection all of
+    :func:`~megatron_grit.evaluation.ranking.measures.measure`, by exact search."""
+    if isinstance(task, Collection):
+        ranking = rank_by_embeddings(model, task, lengths, max(CUTOFFS))
+        return collection_figures(task, ranking.documents)
 
     def embed(given: list[Instructed], side: Side) -> np.ndarray:
         def encode(texts: list[str], instruction: str | None) -> np.ndarray:
@@ -192,3 +203,10 @@ def run(model: GritModel, task: RetrievalSet, lengths: Lengths) -> Figures:
         intervals={name: getattr(report, name) for name in named},
         others={name: getattr(report, name) for name in others},
     )
+
+
+def collection_figures(task: Collection, rankings: Sequence[np.ndarray]) -> Figures:
+    """Means over the queries of a collection, with intervals over queries."""
+    measures = measure(rankings, task.judgements)
+    counts = {"num_queries": len(task.queries), "num_passages": len(task.documents)}
+    return Figures(intervals={name: bootstrap_mean(values) for name, values in measures.items()}, others=counts)

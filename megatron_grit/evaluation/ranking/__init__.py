@@ -1,0 +1,1 @@
+"""Judged collections, rankings of their documents, and measures of rankings."""

@@ -1,0 +1,90 @@
+"""Rankings of a collection's documents by their embeddings, by exact search.
+
+Shape suffix legend: Q = queries, W = documents of a window, D = embedding size, K = ranks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_grit.errors import NumericsError
+from megatron_grit.evaluation.encoder import TextEncoder, encode_filled
+from megatron_grit.evaluation.ranking.collection import Collection
+from megatron_grit.evaluation.ranking.measures import trec_order
+from megatron_grit.evaluation.tasks.task import Lengths
+
+_WINDOW = 1 << 16
+"""Documents that are embedded and compared at a time, so that memory does not grow with the collection."""
+_CELLS = 1 << 26
+
+
+class Ranking(NamedTuple):
+    """Documents of each query, best first in trec_eval's order."""
+
+    documents: list[np.ndarray]
+    """int64 [K] each, places of documents."""
+    scores: list[np.ndarray]
+    """float32 [K] each."""
+
+
+def ranked(
+    collection: Collection, documents: list[np.ndarray], scores: list[np.ndarray], depth: int | None = None
+) -> Ranking:
+    """Documents and their scores in trec_eval's order, without a document that is the query itself: of BEIR's
+    collections some have their queries among the documents, under the same id."""
+    places, place_of = collection.id_places(), {name: place for place, name in enumerate(collection.document_ids)}
+    ordered = Ranking([], [])
+    for name, found, values in zip(collection.query_ids, documents, scores, strict=True):
+        others = found != place_of.get(name, -1)
+        found, values = found[others], values[others].astype(np.float32)
+        order = trec_order(values, places[found])[:depth]
+        ordered.documents.append(found[order])
+        ordered.scores.append(values[order])
+    return ordered
+
+
+def rank_by_embeddings(encoder: TextEncoder, collection: Collection, lengths: Lengths, depth: int) -> Ranking:
+    """The nearest documents of each query by inner product.
+
+    Args:
+        encoder: the model.
+        collection: what is ranked.
+        lengths: how texts are given to it.
+        depth: documents of each query.
+
+    Raises:
+        NumericsError: an embedding is not finite.
+    """
+    how = vars(lengths)
+    queries_QD = encode_filled(encoder, collection.queries, collection.query_instruction, side="query", **how)
+    scores_QK = np.empty((len(queries_QD), 0), dtype=np.float32)
+    found_QK = np.empty((len(queries_QD), 0), dtype=np.int64)
+    for start in range(0, len(collection.documents), _WINDOW):
+        texts = collection.documents[start : start + _WINDOW]
+        if not any(text.strip() for text in texts):
+            continue
+        vectors_WD = encode_filled(encoder, texts, collection.document_instruction, side="passage", **how)
+        if not (np.isfinite(queries_QD).all() and np.isfinite(vectors_WD).all()):
+            raise NumericsError("an embedding is not finite; was the training run stable?")
+        found_QK, scores_QK = _nearest(queries_QD, vectors_WD, start, depth + 1, found_QK, scores_QK)
+    return ranked(collection, list(found_QK), list(scores_QK), depth)
+
+
+def _nearest(
+    queries_QD: np.ndarray, vectors_WD: np.ndarray, start: int, k: int, found_QK: np.ndarray, scores_QK: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best k of what was found before and of a window of documents, whose first is ``start``."""
+    block = max(1, _CELLS // len(vectors_WD))
+    parts = []
+    for first in range(0, len(queries_QD), block):
+        rows = slice(first, first + block)
+        scores = np.concatenate([scores_QK[rows], queries_QD[rows] @ vectors_WD.T], axis=1)
+        window = np.broadcast_to(np.arange(start, start + len(vectors_WD)), (len(scores), len(vectors_WD)))
+        found = np.concatenate([found_QK[rows], window], axis=1)
+        if scores.shape[1] > k:
+            best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+            scores, found = np.take_along_axis(scores, best, 1), np.take_along_axis(found, best, 1)
+        parts.append((found, scores))
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
