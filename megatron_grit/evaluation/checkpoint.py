@@ -16,6 +16,7 @@ from megatron_grit.evaluation.tasks import generative as generative_task
 from megatron_grit.evaluation.tasks import reranking as reranking_task
 from megatron_grit.evaluation.tasks import retrieval as retrieval_task
 from megatron_grit.evaluation.tasks import sts as sts_task
+from megatron_grit.evaluation.tasks import useb as useb_task
 from megatron_grit.evaluation.tasks.task import Figures, Lengths
 from megatron_grit.store.files import check_output, write_json
 from megatron_grit.store.logs import get_logger
@@ -26,6 +27,7 @@ TASKS: dict[str, Any] = {
     "retrieval": retrieval_task,
     "sts": sts_task,
     "reranking": reranking_task,
+    "useb": useb_task,
     "generative": generative_task,
     "perplexity": generative_task,
 }

@@ -19,10 +19,10 @@ class MtebOptions(Checked):
     mteb fetches what is not in the cache of Hugging Face."""
     instructions: str = knob("e5")
     """e5, medi2, none, or a YAML file: what texts of each task are embedded for."""
-    template: str | None = knob(None, verbatim=True)
+    template: str | None = knob(None)
     """own, instruct ("Instruct: ... Query: ..."), or a text with {instruction} that is put in front. null: what the
     instructions say."""
-    num_shots: Literal[0, 1] = 0
+    num_shots: int = knob(0, at_least=0, at_most=1)
     """1: append an example to each instruction."""
     normalize: Literal["auto", "true", "false"] = "auto"
     """Whether vectors have length 1. auto: as the model was trained."""

@@ -26,7 +26,7 @@ class RerankingOptions(Checked):
     """What is reranked: bm25, embeddings (of the model), or a file, of TREC's runs or of an earlier reranking."""
     top_k: int = knob(100, at_least=1)
     """Documents of each query that are reranked; the others are not counted as found."""
-    prompt: str | None = knob(None, verbatim=True, text=True)
+    prompt: str | None = knob(None, text=True)
     """What is asked, with {passage} and {query}. null: a text of the method's."""
     passage_chars: int | None = knob(None, at_least=1)
     """Characters of a passage that are read; max_length cuts what is still too long. null: all."""

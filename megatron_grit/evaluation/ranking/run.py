@@ -11,7 +11,7 @@ from megatron_grit.evaluation.checkpoint import run_tasks
 from megatron_grit.evaluation.encoder import checkpoint_digest, is_model_folder
 from megatron_grit.evaluation.ranking.collection import read_beir
 from megatron_grit.evaluation.ranking.options import RerankingOptions
-from megatron_grit.evaluation.tasks import reranking, retrieval
+from megatron_grit.evaluation.tasks import reranking, retrieval, useb
 from megatron_grit.evaluation.tasks.task import Lengths
 from megatron_grit.store.files import check_output
 
@@ -32,7 +32,8 @@ def evaluate_collection(  # many: the collection, and how it is embedded
 
     Args:
         checkpoint: as for :func:`~megatron_grit.evaluation.checkpoint.run_tasks`, and so are the others.
-        data: folder of BEIR's, or JSONL of embedding records, which hold their instructions themselves.
+        data: folder of BEIR's, folder of one of USEB's tasks, whose texts all have the instruction of queries, or JSONL
+            of embedding records, which hold their instructions themselves.
         output: JSON file.
         split: as for :func:`~megatron_grit.evaluation.ranking.collection.read_beir`, and so are the instructions.
 
@@ -44,13 +45,18 @@ def evaluate_collection(  # many: the collection, and how it is embedded
     """
     check_output(output, [] if Path(data).is_dir() else [data])
     how = {"query_instruction": query_instruction, "document_instruction": document_instruction}
-    if Path(data).is_dir():
-        task: Any = read_beir(data, split, **how)
+    name, task = "retrieval", None  # type: str, Any
+    if useb.is_useb(data):
+        if document_instruction:
+            raise ConfigError(f"{data}: of USEB's tasks all texts have the instruction of queries; leave the other out")
+        name, task = "useb", useb.read(data, split, query_instruction)
+    elif Path(data).is_dir():
+        task = read_beir(data, split, **how)
     else:
         if split is not None or any(how.values()):
             raise ConfigError(f"{data}: --split and instructions are of folders; records of a file have their own")
         task = retrieval.read(data)
-    return run_tasks(checkpoint, output, {"retrieval": task}, lengths, device=device, layer=layer)
+    return run_tasks(checkpoint, output, {name: task}, lengths, device=device, layer=layer)
 
 
 def evaluate_reranking(
