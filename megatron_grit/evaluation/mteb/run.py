@@ -57,6 +57,8 @@ def evaluate_mteb(
         OutputError: another process is writing into the folder, or it cannot be written.
     """
     mteb = import_mteb()
+    from mteb.models.model_meta import ModelMeta, ScoringFunction
+
     instructions = load_instructions(options.instructions, template=options.template, num_shots=options.num_shots)
     found = load_tasks(options.tasks, options.languages) if tasks is None else list(tasks)
     instructions.check_shots([part.metadata.name for task in found for part in parts_of(task)])
@@ -70,13 +72,13 @@ def evaluate_mteb(
     folder, name = Path(output_dir), Path(checkpoint).resolve().name
     identity = {"model": name, "weights": model_fingerprint(checkpoint, encoder), "options": settings}
     with locked_folder(folder):
-        _take(folder, identity)
-        meta = mteb.ModelMeta.create_empty(
+        name = _take(folder, identity)
+        meta = ModelMeta.create_empty(
             {
                 "name": f"megatron-grit/{name}",
-                "revision": digest_of_settings(identity)[:16],
+                "revision": digest_of_settings([identity["weights"], settings])[:16],
                 "max_tokens": lengths.max_length,
-                "similarity_fn_name": "cosine",
+                "similarity_fn_name": ScoringFunction.COSINE,
                 "framework": ["PyTorch"],
                 "use_instructions": instructions.name != "none",
             }
@@ -133,8 +135,8 @@ def _set_length(encoder: TextEncoder, normalize: str) -> None:
     config.embedding.normalize = normalize == "true"
 
 
-def _take(folder: Path, identity: dict[str, Any]) -> None:
-    """Make a folder that of a model and its options, or find that it is.
+def _take(folder: Path, identity: dict[str, Any]) -> str:
+    """Make a folder that of a model and its options, or find that it is. Returns the model's name there.
 
     Raises:
         ConfigError: it is another one's.
@@ -145,7 +147,7 @@ def _take(folder: Path, identity: dict[str, Any]) -> None:
         if others:
             raise ConfigError(f"{folder}: holds results of another model, {others[0]}; give another --output-dir")
         write_json(path, identity)
-        return
+        return str(identity["model"])
     try:
         held = json.loads(path.read_bytes())
         other, options = held["model"], held["options"]
@@ -156,6 +158,7 @@ def _take(folder: Path, identity: dict[str, Any]) -> None:
     changed = [key for key, value in identity["options"].items() if options.get(key) != value]
     if changed:
         raise ConfigError(f"{folder}: holds results with other {', '.join(changed)}; give another --output-dir")
+    return str(other)
 
 
 def _summary(model: str, scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
