@@ -1,4 +1,13 @@
-"""Write report.md, report.json and loss.png from two evaluations and the metrics of the run between them.
+"""Collect every figure of several models into one table: report.md, report.json, figures.png and loss.png.
+
+A RUN is the output directory of a run (its last metrics, its evaluations inside the run, its best checkpoint), a folder
+of results, or one file of them. Results are what the verbs "evaluate", "evaluate qa", "evaluate loss" and "evaluate
+answers" write, and files of lm-eval and mteb, in folders of any depth.
+
+Example:
+    megatron-grit report runs/base runs/sft results/lm_eval --output-dir out
+
+With --before, --after, --metrics and --timings in place of RUN, the report of one run: figures before and after it.
 
 Example:
     megatron-grit report --before before.json --after after.json --metrics run/metrics.jsonl \\
@@ -16,15 +25,17 @@ from megatron_grit.config.knob import knob
 
 @dataclass(kw_only=True)
 class ReportOptions:
-    """What is told of a run."""
+    """What is told."""
 
-    before: str = knob(path=True)
+    runs: list[str] = knob([], positional=True, flag="run", path=True)
+    """Models: output directories of runs, folders or files of results."""
+    before: str | None = knob(None, path=True)
     """megatron-grit evaluate of the untrained model."""
-    after: str = knob(path=True)
+    after: str | None = knob(None, path=True)
     """megatron-grit evaluate of the trained model."""
-    metrics: str = knob(path=True)
+    metrics: str | None = knob(None, path=True)
     """metrics.jsonl of the run."""
-    timings: str = knob(path=True)
+    timings: str | None = knob(None, path=True)
     """Lines of stage, tab, seconds; the stage setup is kept apart."""
     samples: str | None = knob(None, path=True)
     """Text to show at the end of report.md."""
@@ -34,9 +45,10 @@ class ReportOptions:
 
 def run(options: ReportOptions) -> None:
     """Write and print."""
-    from megatron_grit.evaluation.report import write_report
+    from megatron_grit.evaluation.report_models import report
 
-    print(write_report(**vars(options)))
+    others = vars(options).copy()
+    print(report(others.pop("runs"), others.pop("output_dir"), others))
 
 
 def main(argv: list[str] | None = None, prog: str = "megatron-grit report") -> int:

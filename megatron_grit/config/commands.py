@@ -7,7 +7,7 @@ A boolean takes nothing, true or false, and ``--no-NAME`` is false. ``null`` is 
 What the metadata of a field (:func:`~megatron_grit.config.knob.knob`) may say of its flag:
 
 - ``flag``: another name, such as from, which no field can have;
-- ``positional=True``: no name, but a place in front of all options;
+- ``positional=True``: no name, but a place in front of all options; a list takes every word there;
 - ``alone``: the value of the flag without a value;
 - ``repeat=True``: each occurrence adds to the list;
 - ``verbatim=True``: items that look like YAML lists are texts;
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import shlex
 import shutil
 import sys
 import textwrap
@@ -224,7 +225,8 @@ def read_options(
         word, equals, text = queue.pop(0).partition("=")
         if not word.startswith("--"):
             if waiting:
-                given.append(Given(option=waiting.pop(0), texts=[word + equals + text]))
+                taken = waiting[0] if waiting[0].is_list else waiting.pop(0)  # a list takes all words of no option
+                given.append(Given(option=taken, texts=[word + equals + text], adds=taken.is_list))
             elif rest is not None and rest:
                 rest.append(word + equals + text)
             elif given and given[-1].option.hint is bool and not given[-1].texts:
@@ -316,6 +318,7 @@ def parse_command(cls: type[Options], argv: Sequence[str] | None, *, prog: str, 
         SystemExit: ``--help`` was asked for and is printed.
     """
     argv = sys.argv[1:] if argv is None else argv
+    note_command(prog, argv)
     options = options_of(cls)
     if "-h" in argv or "--help" in argv:
         print(help_page(prog, description, options.values()))
@@ -329,6 +332,19 @@ def parse_command(cls: type[Options], argv: Sequence[str] | None, *, prog: str, 
     for key, value in values.items():
         options[key].check(value)
     return build(cls, values | {name: unknown for name in rest})
+
+
+_COMMAND: list[str] = []
+
+
+def note_command(prog: str, argv: Sequence[str]) -> None:
+    """Remember what this process was asked to do, for the results that it writes."""
+    _COMMAND[:] = [*prog.split(), *argv]
+
+
+def command_line() -> str | None:
+    """The command that this process runs, as a shell takes it; None: none, as in a program that uses the package."""
+    return shlex.join(_COMMAND) if _COMMAND else None
 
 
 def help_page(prog: str, description: str, options: Iterable[Option], *, sections: bool = False) -> str:
@@ -371,7 +387,7 @@ def _usage(option: Option) -> str:
         if typing.get_origin(part) is typing.Literal:
             name = "|".join(typing.get_args(part))
     if option.field.metadata.get("positional"):
-        return name
+        return f"{option.shown} ..." if option.is_list else name
     name += " ..." if option.is_list and not option.field.metadata.get("repeat") else ""
     return f"{option.shown} {f'[{name}]' if 'alone' in option.field.metadata else name}"
 

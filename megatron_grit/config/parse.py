@@ -24,6 +24,7 @@ from megatron_grit.config.commands import (
     Option,
     build,
     help_page,
+    note_command,
     options_of,
     read_options,
     suggestion,
@@ -95,6 +96,8 @@ def parse_train_arguments(
         others: options of another piece, which a misspelt one may have meant.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if not others:
+        note_command(prog, argv)
     switches, keys = options_of(TrainSwitches), run_options()
     if "-h" in argv or "--help" in argv:
         described = DESCRIPTION + f"\nPresets: {', '.join(preset_names())}."

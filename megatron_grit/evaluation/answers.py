@@ -18,6 +18,7 @@ from megatron_grit.config.checkpoint_folder import resolve_checkpoint
 from megatron_grit.config.options import SamplingOptions
 from megatron_grit.data.text.records import BadLine, Record, read_records
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.evaluation.tasks.task import Figures, write_summary
 from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.files import check_output, json_text
 from megatron_grit.store.logs import say_loading
@@ -63,6 +64,7 @@ def write_answers(
 ) -> AnswersReport:
     """Generate the last answer of each conversation from what stands before it, and write a line of JSON for each.
 
+    How alike they are is written beside them (:func:`~megatron_grit.evaluation.tasks.task.write_summary`).
     A line has ``line`` (1-based, of the input), ``pred`` (the model's) and ``answer`` (the conversation's), so that the
     file is predictions and references for ``megatron-grit evaluate qa`` too. A killed run resumes.
 
@@ -108,7 +110,9 @@ def write_answers(
     metric = bleu.BLEU()
     score = metric.corpus_score(given, [expected])
     num_equal = sum(one == other for one, other in zip(given, expected, strict=True))
-    return AnswersReport(len(given), float(score.score), str(metric.get_signature()), num_equal)
+    report = AnswersReport(len(given), float(score.score), str(metric.get_signature()), num_equal)
+    write_summary(output, Figures(intervals={}, others={"checkpoint": str(checkpoint), **vars(report)}))
+    return report
 
 
 def _line(record: Record, answer: str) -> str:

@@ -108,6 +108,8 @@ class TrainingEvaluator:
         contents: dict[str, Any] = {"step": step, "world_size": self._context.world_size, "tasks": {}}
         for spec in evaluation_tasks(self._config):
             found = self._measure(spec, model, step).contents()
+            command = found.pop("command", None)
+            contents |= {} if command is None else {"command": command}
             contents["tasks"][spec.name] = {"task": spec.task, "data": spec.data} | found
             for name in found["intervals"]:
                 figures[f"{spec.name}/{name}"] = float(found[name])

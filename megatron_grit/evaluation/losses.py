@@ -7,7 +7,8 @@ from pathlib import Path
 from megatron_grit.config.checkpoint_folder import resolve_checkpoint
 from megatron_grit.config.options import BatchSize
 from megatron_grit.data.indexed.reader import file_paths, read_meta
-from megatron_grit.evaluation.tasks.generative import LossReport, report_losses
+from megatron_grit.evaluation.tasks.generative import LossReport, loss_figures, report_losses
+from megatron_grit.evaluation.tasks.task import write_summary
 from megatron_grit.store.files import check_output, json_text, replacing
 from megatron_grit.store.logs import say_loading
 
@@ -20,7 +21,7 @@ def write_losses(
     device: str = "auto",
     batch_tokens: int = BatchSize.batch_tokens,
 ) -> LossReport:
-    """Write a line of JSON for each record of a generative indexed file, in its order.
+    """Write a line of JSON for each record of a generative indexed file, in its order, and the mean beside it.
 
     A line has ``record`` (0-based), ``loss_sum`` (nats), ``num_tokens`` (supervised tokens that have a token before
     them) and ``loss``, the sum divided by the number, or null where it is 0.
@@ -51,4 +52,5 @@ def write_losses(
             loss = total / count if count else None
             values = {"record": record, "loss_sum": total, "num_tokens": count, "loss": loss}
             file.write(json_text(values, allow_nan=False) + "\n")
+    write_summary(output, loss_figures(report, "loss", {"checkpoint": str(checkpoint), "input": prefix}))
     return report

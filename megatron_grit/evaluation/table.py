@@ -1,12 +1,11 @@
 """Figures of several models side by side: the mean of each group of tasks, and the mean of the groups.
 
 A model is a folder of results: ``TASK.json`` as ``megatron-grit evaluate`` and ``evaluate qa`` write it, or a file of
-lm-eval's, whose figures stand under ``results``, task by task, as ``metric,filter``.
+lm-eval's or mteb's (:mod:`~megatron_grit.evaluation.results`).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from megatron_grit.config.locate import yaml_file
 from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.evaluation.results import read_json, tasks_of
 from megatron_grit.store.files import write_json
 
 Groups = Mapping[str, Mapping[str, tuple[str, float]]]
@@ -119,26 +119,16 @@ def _figures(folder: Path, groups: Groups) -> dict[str, float]:
     """Of each task of the groups."""
     if not folder.is_dir():
         raise DataError("is no folder of results", path=folder)
-    held = {path: _read(path) for path in sorted(folder.rglob("*.json"))}
+    held = {path: tasks_of(path, read_json(path)) for path in sorted(folder.rglob("*.json"))}
     wanted = {task: how for tasks in groups.values() for task, how in tasks.items()}
     return {task: scale * _figure(folder, held, task, metric) for task, (metric, scale) in wanted.items()}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read as JSON ({error})", path=path) from None
-    return value if isinstance(value, dict) else {}
-
-
-def _figure(folder: Path, held: Mapping[Path, dict[str, Any]], task: str, metric: str) -> float:
-    """A task's figure, from its own file or from one of lm-eval's."""
+def _figure(folder: Path, held: Mapping[Path, Mapping[str, Any]], task: str, metric: str) -> float:
+    """A task's figure, from its own file or from one of lm-eval's or mteb's."""
     found: dict[Path, Any] = {}
-    for path, value in held.items():
-        results = value.get("results")
-        figures = results.get(task) if isinstance(results, dict) else value if path.stem == task else None
-        if isinstance(figures, dict):
+    for path, tasks in held.items():
+        if (figures := tasks.get(task)) is not None:
             # lm-eval names a figure with the filter that it took: "acc,none".
             named = [name for name in figures if metric in (name, name.partition(",")[0])]
             if len(named) > 1:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_grit.config.checks.evaluation import evaluation_lines
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.checks.run import data_parallel_size, find_problems, mesh_summary
 from megatron_grit.config.kinds import kind_names, kind_options
@@ -60,6 +61,8 @@ class Plan:
     refused: list[Refusal] = field(default_factory=list)
     retro_project: str | None = None
     """The database that the run reads, which is planned for by another command."""
+    evaluation: list[str] = field(default_factory=list)
+    """What is measured inside the run, which step times leave out."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: bytes, seconds, operations."""
@@ -127,7 +130,7 @@ def make_plan(
     plan = Plan(
         world_size=world_size, memory_bytes=int(memory_gib * GIB), machine=machine, lengths=lengths, device=device
     )
-    plan.retro_project = config.data.retro_project
+    plan.retro_project, plan.evaluation = config.data.retro_project, evaluation_lines(config)
     plan.problems = [problem.message for problem in problems_of(config, world_size)]
     if not plan.problems:
         plan.configured = estimate_run(config, world_size, vocab_size, lengths, machine, device)

@@ -17,6 +17,8 @@ def format_plan(plan: Plan) -> str:
     else:
         lines += ["", "The configuration is impossible:", *(f"  {problem}" for problem in plan.problems)]
     lines += ["", *_ranked(plan), *_refused(plan)]
+    if plan.evaluation:
+        lines += ["", "Not in the step time:", *(f"  {line}" for line in plan.evaluation)]
     if plan.retro_project is not None:
         command = f"megatron-grit build-db --project-dir {plan.retro_project} --dry-run"
         lines += ["", f"Time, disk and memory of building the database: {command}, with the settings of the build"]

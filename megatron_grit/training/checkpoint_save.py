@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_grit import compat
 from megatron_grit.config.checkpoint_folder import REPLACED, best_checkpoint, started_from
+from megatron_grit.config.commands import command_line
 from megatron_grit.config.parse import save_config
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.chat.chat import Chat, write_chat
@@ -144,6 +145,8 @@ class CheckpointSaver:
             described["evaluation"] = self.evaluation
         if self.objectives:
             described["objectives"] = self.objectives
+        if (command := command_line()) is not None:
+            described["command"] = command
         pending = _Pending(step=step, folder=folder, final=final, writes=writes, state=described, random=random)
         self._pending = pending
         if wait:

@@ -34,13 +34,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 def train_and_describe(config: RunConfig) -> dict[str, Any]:
     """Train a run to its end; the records of each step, and digests of all that training changes."""
+    from megatron_grit.evaluation.in_training import training_evaluator
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.parallel.random import RandomState
     from megatron_grit.training import trainer
     from megatron_grit.training.restore_checks import optimizer_parts
 
     with parallel_job(config.parallel, config.training.seed) as context:
-        run = trainer.Trainer(config, context)
+        run = trainer.Trainer(config, context, evaluator=training_evaluator(config))
         seen: dict[str, list[str]] = {}
         iterate = run.loader.iterate
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -89,6 +90,16 @@ def read(prefix: str) -> str:
 
 def run(model: TokenLossModel, prefix: str, lengths: Lengths) -> Figures:
     """Mean next-token loss of a model, and its perplexity."""
-    report = evaluate_perplexity(model, prefix)
-    others = {"perplexity": report.perplexity, "num_records": report.num_records, "num_tokens": report.num_tokens}
-    return Figures(intervals={"lm_loss": report.loss}, others=others)
+    return loss_figures(evaluate_perplexity(model, prefix), "lm_loss", {})
+
+
+def loss_figures(report: LossReport, name: str, others: Mapping[str, Any]) -> Figures:
+    """A report as figures.
+
+    Args:
+        report: the report.
+        name: of the loss.
+        others: what else is told.
+    """
+    counts = {"perplexity": report.perplexity, "num_records": report.num_records, "num_tokens": report.num_tokens}
+    return Figures(intervals={name: report.loss}, others={**others, **counts})

@@ -7,10 +7,13 @@ before a model is loaded, ``run`` evaluates a model on what ``read`` returned.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from megatron_grit.config.commands import command_line
 from megatron_grit.config.options import BatchSize, TextLength
 from megatron_grit.evaluation.bootstrap import Interval
+from megatron_grit.store.files import write_json
 
 
 @dataclass(kw_only=True)
@@ -28,10 +31,25 @@ class Figures:
     """Counts, figures of a random order, and what follows from the figures."""
 
     def contents(self) -> dict[str, Any]:
-        """What a file of figures holds: all by their names, and the ends of the intervals under ``intervals``."""
+        """What a file of figures holds: all by their names, the ends of the intervals under ``intervals``, and the
+        command that measured them, where one did."""
         values = {name: interval.value for name, interval in self.intervals.items()}
         ends = {name: [interval.low, interval.high] for name, interval in self.intervals.items()}
-        return self.others | values | {"intervals": ends}
+        command = command_line()
+        made_by = {} if command is None else {"command": command}
+        return self.others | values | {"intervals": ends} | made_by
+
+
+def write_summary(output: str | Path, figures: Figures) -> Path:
+    """Write the figures of a file of single records beside it: OUTPUT.summary.json, without the ending of OUTPUT.
+
+    Returns:
+        The path.
+    """
+    path = Path(output)
+    path = path.with_name(f"{path.name.removesuffix('.gz').removesuffix('.jsonl')}.summary.json")
+    write_json(path, figures.contents())
+    return path
 
 
 def format_figures(figures: dict[str, Any]) -> str:

@@ -1,0 +1,216 @@
+"""Files of results, of whatever wrote them: figures by task and metric, intervals, and the commands behind them.
+
+- ours: ``TASK.json`` of the verbs of evaluation, with the ends of intervals under ``intervals``;
+- lm-eval's: figures under ``results``, task by task, as ``metric,filter``, with ``metric_stderr,filter``;
+- mteb's: figures under ``scores``, split by split.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_grit.config.checks.evaluation import HELD_OUT
+from megatron_grit.errors import DataError
+
+_OTHERS = ("perplexity", "bleu", "rouge_geometric_mean")
+"""Figures of ours that have no interval."""
+_NORMAL_95 = 1.959964
+"""Standard errors from a mean to the end of its 95 % interval, as lm-eval's own tables take it."""
+_LEFT_OUT = ("checkpoints", "cache")
+"""Folders of a run that hold no results."""
+_NO_FIGURES = ("step", "seconds", "lr", "tokens", "tokens_per_second", "padding_fraction", "grad_norm", "skipped_steps")
+"""Metrics of a step that say nothing of a model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One figure of a model."""
+
+    source: str
+    """training, in training, evaluate, lm-eval or mteb."""
+    task: str
+    metric: str
+    value: float
+    low: float | None = None
+    """Ends of its 95 % interval. None: it has none."""
+    high: float | None = None
+    file: str
+    """It stands in."""
+    step: int | None = None
+    """Trained steps, where the file tells."""
+    command: str | None = None
+    """What made it, where the file tells."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What models have in common."""
+        return self.source, self.task, self.metric
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of a file; empty where it holds something else.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read as JSON ({error})", path=path) from None
+    return value if isinstance(value, dict) else {}
+
+
+def json_files(folder: Path) -> list[Path]:
+    """The JSON files of a folder of results, which may be that of a run."""
+    found = sorted(folder.rglob("*.json"))
+    return [path for path in found if not set(path.relative_to(folder).parts[:-1]) & {*_LEFT_OUT}]
+
+
+def tasks_of(path: Path, value: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Of each task of a file what it says by name; a file of ours is one task, named as the file."""
+    if isinstance(results := value.get("results"), dict):
+        return {task: figures for task, figures in results.items() if isinstance(figures, dict)}
+    if is_mteb(value):
+        return {str(value["task_name"]): dict(_mteb_figures(value))}
+    return {path.stem: value}
+
+
+def is_mteb(value: Mapping[str, Any]) -> bool:
+    """Whether a file is a result of mteb's."""
+    return isinstance(value.get("scores"), dict) and "task_name" in value
+
+
+def _mteb_figures(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The main score of each split and subset: "main_score" where there is one."""
+    rows = [(split, row) for split, rows in value["scores"].items() for row in rows if isinstance(row, dict)]
+    for split, row in rows:
+        subset = row.get("hf_subset", "default")
+        where = [split] * (len(value["scores"]) > 1) + [subset] * (subset != "default" or len(rows) > 1)
+        yield ",".join(["main_score", *where]), row.get("main_score")
+
+
+def read_results(path: Path, name: str, *, must: bool = False) -> list[Result]:
+    """The figures of a file; none where it is no file of results.
+
+    Args:
+        path: of the file.
+        name: how its folder calls it.
+        must: refuse a file that has none.
+
+    Raises:
+        DataError: it cannot be read, or has no figure.
+    """
+    value = read_json(path)
+    if isinstance(value.get("results"), dict):
+        found = list(_of_lm_eval(value, name))
+    elif is_mteb(value):
+        found = list(_of_mteb(value, name))
+    else:
+        found = _of_ours(value, "evaluate", path.stem.removesuffix(".summary"), name)
+    if must and not found:
+        raise DataError("holds no figures of evaluate, lm-eval or mteb", path=path)
+    return found
+
+
+def _of_ours(value: Mapping[str, Any], source: str, task: str, name: str) -> list[Result]:
+    ends = value.get("intervals")
+    if not isinstance(ends, dict):
+        return []
+    found, step = [], value.get("step")
+    for metric in [*ends, *(other for other in _OTHERS if other in value)]:
+        if not _is_number(value.get(metric)):
+            continue
+        low, high = ends.get(metric, (None, None))
+        found.append(
+            Result(
+                source=source,
+                task=task,
+                metric=metric,
+                value=float(value[metric]),
+                low=low,
+                high=high,
+                file=name,
+                step=step if isinstance(step, int) else None,
+                command=value.get("command"),
+            )
+        )
+    return found
+
+
+def _of_lm_eval(value: Mapping[str, Any], name: str) -> Iterator[Result]:
+    command = value.get("command") or _harness_command(value)
+    for task, figures in value["results"].items():
+        for metric, figure in figures.items() if isinstance(figures, dict) else ():
+            first, _, filtered = metric.partition(",")
+            if not filtered or first.endswith("_stderr") or not _is_number(figure):
+                continue
+            error = figures.get(f"{first}_stderr,{filtered}")
+            margin = _NORMAL_95 * float(error) if _is_number(error) else None
+            yield Result(
+                source="lm-eval",
+                task=task,
+                metric=first if filtered == "none" else metric,
+                value=float(figure),
+                low=None if margin is None else float(figure) - margin,
+                high=None if margin is None else float(figure) + margin,
+                file=name,
+                command=command,
+            )
+
+
+def _harness_command(value: Mapping[str, Any]) -> str | None:
+    """As lm-eval tells what it ran: its model, arguments and tasks."""
+    config = value.get("config")
+    if not isinstance(config, dict) or "model" not in config:
+        return None
+    arguments = config.get("model_args")
+    if isinstance(arguments, dict):
+        arguments = ",".join(f"{key}={each}" for key, each in arguments.items())
+    tasks = ",".join(map(str, value["results"]))
+    return f"lm_eval --model {config['model']} --model_args {arguments} --tasks {tasks}"
+
+
+def _of_mteb(value: Mapping[str, Any], name: str) -> Iterator[Result]:
+    for metric, figure in _mteb_figures(value):
+        if _is_number(figure):
+            yield Result(
+                source="mteb",
+                task=str(value["task_name"]),
+                metric=metric,
+                value=float(figure),
+                file=name,
+                command=value.get("command"),
+            )
+
+
+def in_training_results(path: Path, name: str) -> list[Result]:
+    """Figures of a file of ``output_dir/evaluations``."""
+    value = read_json(path)
+    found: list[Result] = []
+    for task, figures in (value.get("tasks") or {}).items():
+        shared = {"step": value.get("step"), "command": value.get("command")}
+        found += _of_ours(dict(figures) | shared, "in training", str(task), name)
+    return found
+
+
+def training_results(line: Mapping[str, Any], name: str) -> list[Result]:
+    """Figures of a line of metrics.jsonl: losses, accuracies, and those of held-out texts."""
+    chosen = {
+        key: figure
+        for key, figure in line.items()
+        if _is_number(figure) and key not in _NO_FIGURES and not key.startswith(("eval/", "valid_"))
+    }
+    chosen |= {key: line[key] for key in HELD_OUT if _is_number(line.get(key))}
+    return [
+        Result(source="training", task="run", metric=key, value=float(figure), file=name, step=line["step"])
+        for key, figure in chosen.items()
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
