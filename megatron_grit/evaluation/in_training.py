@@ -15,8 +15,9 @@ from megatron_grit.config.checks.evaluation import evaluation_tasks
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.checks.run import names_data
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.config.schema.evaluation import TaskSpec
-from megatron_grit.errors import GritError, NumericsError
+from megatron_grit.config.schema.evaluation import FIGURES, TaskSpec, is_text_file
+from megatron_grit.data.text.records import BadLine, read_records
+from megatron_grit.errors import DataError, GritError, NumericsError
 from megatron_grit.evaluation.checkpoint import TASKS
 from megatron_grit.evaluation.tasks.task import Figures, Lengths
 from megatron_grit.store.files import write_json
@@ -45,12 +46,32 @@ def training_evaluator(config: RunConfig) -> EvaluatorSource | None:
     specs = evaluation_tasks(config)
     if not specs:
         return None
-    data = {spec.name: TASKS[spec.task].read(spec.data) for spec in specs}
+    data = {spec.name: _read(spec) for spec in specs}
 
     def make(config: RunConfig, context: ParallelContext, tokenizer: Tokenizer, chat: Chat) -> TrainingEvaluator:
         return TrainingEvaluator(config, context, tokenizer, chat, data)
 
     return make
+
+
+def _read(spec: TaskSpec) -> Any:
+    """The data of a task.
+
+    Raises:
+        GritError: they cannot be used.
+    """
+    if _is_texts(spec):
+        for record in read_records(spec.data):
+            if isinstance(record, BadLine):
+                raise record.error
+            if record.text is None:
+                message = 'is no text; give {"text": ...}, or the prefix of an indexed file of what else is measured'
+                raise DataError(message, path=record.path, line=record.line)
+    return TASKS[spec.task].read(spec.data)
+
+
+def _is_texts(spec: TaskSpec) -> bool:
+    return spec.task == "perplexity" and is_text_file(spec.data)
 
 
 def look_ahead_of_run(config: RunConfig, problems: Sequence[Problem]) -> tuple[list[GritError], list[str]]:
@@ -95,10 +116,33 @@ class TrainingEvaluator:
         chat: Chat,
         data: Mapping[str, Any],
     ) -> None:
-        self._config, self._context, self._tokenizer, self._chat, self._data = config, context, tokenizer, chat, data
+        from megatron_grit.inference.score import read_supervised
+
+        self._config, self._context, self._tokenizer, self._chat = config, context, tokenizer, chat
+        self._data = dict(data)
         knobs = config.evaluation
         self._lengths = Lengths(max_length=knobs.max_length, batch_tokens=knobs.batch_tokens)
         self._model: GritModel | None = None
+        for spec in evaluation_tasks(config):
+            if _is_texts(spec):
+                self._data[spec.name] = self._tokenised(spec)
+            if spec.task == "perplexity":  # what cannot be used is told before the first step
+                read_supervised(self._data[spec.name], tokenizer, config.model.max_position_embeddings)
+
+    def _tokenised(self, spec: TaskSpec) -> str:
+        """The prefix of an indexed file of texts; long ones are split. Collective."""
+        import torch.distributed as dist
+
+        from megatron_grit.data.builders.grit_builder import build_grit
+        from megatron_grit.data.builders.record_encoder import Limits
+
+        prefix = Path(self._config.output_dir) / "cache" / "evaluation" / spec.name
+        if self._context.rank == 0:
+            limits = Limits(generative=self._config.model.max_position_embeddings)
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            build_grit([spec.data], prefix, self._tokenizer.path, limits, over_long="split", overwrite=True)
+        dist.barrier()
+        return str(prefix)
 
     def __call__(self, chunks: Sequence[GritDecoder], step: int) -> dict[str, float]:
         """As :class:`~megatron_grit.training.validation.evaluation.Evaluator`. Rank 0 writes the figures with their
@@ -111,10 +155,8 @@ class TrainingEvaluator:
             command = found.pop("command", None)
             contents |= {} if command is None else {"command": command}
             contents["tasks"][spec.name] = {"task": spec.task, "data": spec.data} | found
-            for name in found["intervals"]:
+            for name in FIGURES[spec.task] or found["intervals"]:
                 figures[f"{spec.name}/{name}"] = float(found[name])
-            if "perplexity" in found:
-                figures[f"{spec.name}/perplexity"] = float(found["perplexity"])
         if self._context.rank == 0:
             write_json(Path(self._config.output_dir) / FOLDER / f"step_{step:08d}.json", contents)
         return figures

@@ -6,7 +6,7 @@ Writes report.md, report.json, figures.png and, where a run is among the models,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ SOURCES = {
     "mteb": "mteb",
 }
 """Where figures come from, and the headings of their tables."""
+SUMMARIES = ("scores.json", "summary.json")
+"""What ``evaluate mteb`` and ``evaluate lm`` write beside the files of the harness."""
 _EVALUATION = "eval/"
 _SHOWN = 40
 """Figures that figures.png has room for."""
@@ -71,10 +73,14 @@ def read_model(path: str | Path) -> ModelResults:
         model.results += _inside(path, model.lines)
     for checkpoint in list_checkpoints(path)[-1:]:
         model.command = read_json(checkpoint / "state.json").get("command")
+    commands: dict[Path, str] = {}
     for file in json_files(path):
         name = str(file.relative_to(path))
         if Path(name).parts[0] != FOLDER:
             model.results += read_results(file, name)
+        if file.name in SUMMARIES and (command := read_json(file).get("command")):
+            commands[file.parent] = str(command)
+    model.results = [_with_command(path, result, commands) for result in model.results]
     if not model.results:
         raise DataError("holds no metrics.jsonl, and no results of evaluate, lm-eval or mteb", path=path)
     seen: dict[tuple[str, str, str], str] = {}
@@ -86,6 +92,14 @@ def read_model(path: str | Path) -> ModelResults:
             )
         seen[result.key] = result.file
     return model
+
+
+def _with_command(path: Path, result: Result, commands: Mapping[Path, str]) -> Result:
+    """A figure of a harness's file, with the command of the summary in the nearest folder above it."""
+    if result.source not in ("lm-eval", "mteb"):
+        return result
+    above = next((folder for folder in (path / result.file).parents if folder in commands), None)
+    return result if above is None else replace(result, command=commands[above])
 
 
 def _inside(path: Path, lines: Sequence[Mapping[str, Any]]) -> list[Result]:
@@ -100,7 +114,7 @@ def _inside(path: Path, lines: Sequence[Mapping[str, Any]]) -> list[Result]:
         name = f"{FOLDER}/step_{step:08d}.json"
         if (path / name).is_file():
             results = in_training_results(path / name, name)
-            found += [Result(**asdict(result) | {"source": source}) for result in results]
+            found += [replace(result, source=source) for result in results]
     return found
 
 

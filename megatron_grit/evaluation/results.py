@@ -72,11 +72,10 @@ def json_files(folder: Path) -> list[Path]:
 
 
 def tasks_of(path: Path, value: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Of each task of a file what it says by name; a file of ours is one task, named as the file."""
+    """Of each task of a file what it says by name; a file of ours is one task, named as the file. mteb's tasks are in
+    the scores.json of ``evaluate mteb``, in lm-eval's form."""
     if isinstance(results := value.get("results"), dict):
         return {task: figures for task, figures in results.items() if isinstance(figures, dict)}
-    if is_mteb(value):
-        return {str(value["task_name"]): dict(_mteb_figures(value))}
     return {path.stem: value}
 
 

@@ -1,7 +1,7 @@
 """Figures of several models side by side: the mean of each group of tasks, and the mean of the groups.
 
 A model is a folder of results: ``TASK.json`` as ``megatron-grit evaluate`` and ``evaluate qa`` write it, or a file of
-lm-eval's or mteb's (:mod:`~megatron_grit.evaluation.results`).
+lm-eval's, whose figures stand under ``results``, task by task, as ``metric,filter``.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _figures(folder: Path, groups: Groups) -> dict[str, float]:
 
 
 def _figure(folder: Path, held: Mapping[Path, Mapping[str, Any]], task: str, metric: str) -> float:
-    """A task's figure, from its own file or from one of lm-eval's or mteb's."""
+    """A task's figure, from its own file or from one of lm-eval's."""
     found: dict[Path, Any] = {}
     for path, tasks in held.items():
         if (figures := tasks.get(task)) is not None:

@@ -19,8 +19,6 @@ from megatron_grit.config.schema import ParallelConfig, RunConfig, TrainingConfi
 from megatron_grit.convert.peft.checkpoint import load_checkpoint
 from megatron_grit.data.chat.chat import Chat, default_chat, named_chat
 from megatron_grit.data.chat.run_chat import checkpoint_chat
-from megatron_grit.data.indexed.records import IndexedRecords
-from megatron_grit.data.indexed.roles import RowKind, supervised
 from megatron_grit.data.text.markers import Side, load_markers
 from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.templates import encode_embedding, encode_prompt
@@ -39,7 +37,7 @@ from megatron_grit.inference.reading import (
     check_every,
     given_neighbors,
 )
-from megatron_grit.inference.score import score_tokens
+from megatron_grit.inference.score import read_supervised, score_tokens
 from megatron_grit.models.decoder import GritDecoder, build_model
 from megatron_grit.parallel.launch import initialize
 from megatron_grit.store.environment import job_size
@@ -439,23 +437,7 @@ class GritModel:
         """
         self._say_unread("is measured without them")
         BatchSize(batch_tokens=batch_tokens)
-        records = IndexedRecords(prefix)
-        if records.kind is not RowKind.GENERATIVE:
-            raise DataError(f"holds {records.meta.kind} records; next-token loss needs generative ones", path=prefix)
-        problem = records.meta.other_tokenizer(self.tokenizer.path, self.tokenizer.fingerprint)
-        if problem is not None:
-            raise DataError(f"{problem}; build it again with this model's", path=prefix)
-        texts = []
-        for index in range(len(records)):
-            spans = records.get(index)
-            tokens = np.concatenate([ids for _, ids in spans])
-            if len(tokens) > (longest := self.config.model.max_position_embeddings):
-                raise DataError(
-                    f"record {index} has {len(tokens)} tokens, and the model takes {longest}; build the file again "
-                    "with --max-length",
-                    path=prefix,
-                )
-            texts.append((tokens, np.repeat([supervised(role) for role, _ in spans], [len(ids) for _, ids in spans])))
+        texts = read_supervised(prefix, self.tokenizer, self.config.model.max_position_embeddings)
         return score_tokens(self.chunks, texts, group=self.model_group, batch_tokens=batch_tokens)
 
     def _refuse_sharded(self, what: str) -> None:

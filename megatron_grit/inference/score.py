@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from megatron_grit.data.indexed.records import IndexedRecords
+from megatron_grit.data.indexed.roles import RowKind, supervised
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.packing import pack
+from megatron_grit.data.text.tokenizer import Tokenizer
+from megatron_grit.errors import DataError
 from megatron_grit.inference.mesh_rows import WINDOW, common_length, forward_batches, share_out
 from megatron_grit.inference.model_group import ModelGroup
 from megatron_grit.models.decoder import GritDecoder, Output
@@ -102,6 +107,39 @@ def next_token_logits(
         states_L1D = model(row, Output.HIDDEN)[last]
         logits[members] = model.shard_logits(states_L1D)[:, list(tokens)].float().cpu().numpy()
     return logits
+
+
+def read_supervised(
+    prefix: str | Path, tokenizer: Tokenizer, max_positions: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each record of an indexed file its tokens, and which of them are supervised.
+
+    Args:
+        prefix: of the file.
+        tokenizer: of the model.
+        max_positions: tokens that it takes.
+
+    Raises:
+        DataError: the file is damaged, of another kind or of another tokenizer, or a record is too long.
+    """
+    records = IndexedRecords(prefix)
+    if records.kind is not RowKind.GENERATIVE:
+        raise DataError(f"holds {records.meta.kind} records; next-token loss needs generative ones", path=prefix)
+    problem = records.meta.other_tokenizer(tokenizer.path, tokenizer.fingerprint)
+    if problem is not None:
+        raise DataError(f"{problem}; build it again with this model's", path=prefix)
+    texts = []
+    for index in range(len(records)):
+        spans = records.get(index)
+        tokens = np.concatenate([ids for _, ids in spans])
+        if len(tokens) > max_positions:
+            raise DataError(
+                f"record {index} has {len(tokens)} tokens, and the model takes {max_positions}; build the file again "
+                "with --max-length",
+                path=prefix,
+            )
+        texts.append((tokens, np.repeat([supervised(role) for role, _ in spans], [len(ids) for _, ids in spans])))
+    return texts
 
 
 def scoring_row(texts: Sequence[tuple[np.ndarray, np.ndarray]], row_length: int | None = None) -> PackedRow:

@@ -132,6 +132,7 @@ def scripted(values: list[float], kill_at: int = 0) -> Callable[..., Any]:
 def followed(folder: Path, config: RunConfig) -> RunConfig:
     config = with_evaluation(config)
     config.training.steps, config.output_dir = 6, str(folder)
+    config.evaluation.tasks = [f"heldout=retrieval:{config.data.tokenizer}"]  # which nothing reads
     config.checkpoint.asynchronous, config.checkpoint.keep = False, 1
     knobs = config.evaluation
     knobs.best.metric = knobs.early_stopping.metric = "heldout/ndcg_at_10"

@@ -126,7 +126,7 @@ NAMES_A_KIND = {
     "config/kinds.py": "what training.objective unified is short for",
     "evaluation/checkpoint.py": "takes the flag",
     "inference/encode.py": "makes rows by hand",
-    "inference/model.py": "reads a file's kind of record",
+    "inference/score.py": "reads a file's kind of record",
     "retrieval/mining/mine.py": "reads a file's kind of record",
     "serving/service.py": "a word of the protocol that it speaks",
     "config/checks/checkpoint.py": "the section of the configuration with the embedding's shape",

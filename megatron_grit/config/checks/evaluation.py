@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.commands import suggestion
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.config.schema.evaluation import FIGURES, Mode, TaskSpec, read_task
+from megatron_grit.config.schema.evaluation import FIGURES, Mode, TaskSpec, is_text_file, read_task
 
 _KEY = "evaluation"
 HELD_OUT = ("valid_loss", "valid_perplexity")
@@ -79,7 +79,7 @@ def chosen_metrics(config: RunConfig) -> dict[str, str]:
 def evaluation_file_problems(config: RunConfig) -> Iterator[Problem]:
     """Data that are not there."""
     for spec in evaluation_tasks(config):
-        if spec.task == "perplexity":
+        if spec.task == "perplexity" and not is_text_file(spec.data):
             missing = [suffix for suffix in (".idx", ".bin", ".json") if not Path(spec.data + suffix).is_file()]
             if missing:
                 remedy = "make it with tools/preprocess/build_grit.py"

@@ -14,9 +14,10 @@ Mode = Literal["auto", "min", "max"]
 
 FIGURES: dict[str, tuple[str, ...] | None] = {
     "retrieval": ("ndcg_at_10", "recall_at_1", "recall_at_10"),
+    "sts": ("spearman", "pearson"),
     "perplexity": ("lm_loss", "perplexity"),
 }
-"""Figures of each task. None: the task's data say which it has."""
+"""Figures of each task among the metrics of a run. None: the task's data say which it has."""
 _FORM = re.compile(r"(?:(?P<name>[\w.-]+)=)?(?P<task>[A-Za-z_-]+):(?P<data>.+)", re.DOTALL)
 
 
@@ -28,6 +29,14 @@ class TaskSpec:
     """Of its figures; the last part of DATA without its ending where none is given."""
     task: str
     data: str
+
+
+_TEXT_FILES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+
+
+def is_text_file(data: str) -> bool:
+    """Whether the data of a perplexity task are texts, and not the prefix of an indexed file."""
+    return data.endswith(_TEXT_FILES)
 
 
 def read_task(item: str) -> TaskSpec | None:
@@ -82,11 +91,12 @@ class EvaluationConfig:
     """Steps between evaluations; there is one after the last step too. null: only after the last step."""
     tasks: list[str] = knob([], path=expand_task)
     """What is measured: a list of TASK:DATA, or NAME=TASK:DATA to name the figures, else named after DATA.
-    retrieval:FILE.jsonl are records of query and pos, as megatron-grit evaluate --retrieval reads them;
-    perplexity:PREFIX is a generative indexed file, as of --generative. Figures are eval/NAME/FIGURE in metrics.jsonl;
-    intervals are in output_dir/evaluations."""
+    retrieval:FILE.jsonl are records of query and pos, retrieval:FOLDER is one of BEIR's, as megatron-grit evaluate
+    --retrieval reads them; sts:FILE.csv are pairs of sentences with scores, as of --sts; perplexity:PREFIX is a
+    generative indexed file, as of --generative, and perplexity:FILE.jsonl are texts, which are tokenised at the start.
+    Figures are eval/NAME/FIGURE in metrics.jsonl; intervals are in output_dir/evaluations."""
     max_length: int = knob(TextLength.max_length, at_least=1)
-    """Longest text of a retrieval task in tokens, template included."""
+    """Longest text that is embedded, in tokens, template included."""
     batch_tokens: int = knob(BatchSize.batch_tokens, at_least=1)
     """Tokens of a forward pass of an evaluation, on each data parallel rank."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)

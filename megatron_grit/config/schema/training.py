@@ -54,8 +54,8 @@ class TrainingConfig:
     valid_interval: int | None = knob(None, at_least=1)
     """Steps between measurements of the loss on data.valid. null: only after the last step."""
     skip_train: bool = False
-    """Train and save nothing: measure the loss of the newest checkpoint of output_dir, or else of checkpoint.load or
-    model.pretrained, on data.valid."""
+    """Train and save nothing: measure the newest checkpoint of output_dir, or else checkpoint.load or
+    model.pretrained, on data.valid and evaluation.tasks."""
     max_minutes: float | None = knob(None, above=0)
     """Save and stop after the first step that ends this number of minutes after the start; the same command resumes.
     null: no limit."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from megatron_grit.config.commands import command_line
 from megatron_grit.errors import ConfigError
 from megatron_grit.evaluation.encoder import TextEncoder, load_encoder, model_fingerprint
 from megatron_grit.evaluation.mteb.instructions import load_instructions
@@ -171,6 +172,7 @@ def _summary(model: str, scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "results": scores,
         "by_type": {kind: fmean(values) for kind, values in sorted(kinds.items())},
         "mean": fmean(each["main_score"] for each in scores.values()),
+        "command": command_line(),
     }
 
 

@@ -54,6 +54,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         scores = {"test": [{"main_score": 0.75 + shift, "hf_subset": "default", "ndcg_at_10": 0.1}]}
         write(f"{name}/mteb/m/1/SciFact.json", {"task_name": "SciFact", "scores": scores, "mteb_version": "2"})
         write(f"{name}/mteb/m/1/model_meta.json", {"name": "m"})
+        summary = {
+            "model": "m",
+            "results": {"SciFact": {"main_score": 0.75 + shift, "type": "Retrieval"}},
+            "mean": 0.75,
+        }
+        write(f"{name}/mteb/scores.json", summary | {"command": f"megatron-grit evaluate mteb {name}"})
 
 
 def test_numbers_are_those_of_the_files(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +97,7 @@ def test_numbers_are_those_of_the_files(capsys: pytest.CaptureFixture[str]) -> N
         "| SciFact | main_score | 0.750 | 0.850 |",
         "- training: `megatron-grit train --x sft`",
         "- results/squad.json: `megatron-grit evaluate qa base`",
+        "- mteb/m/1/SciFact.json: `megatron-grit evaluate mteb sft`",
     ):
         assert row in page, row
     for picture in ("loss.png", "figures.png"):
