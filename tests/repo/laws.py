@@ -125,6 +125,7 @@ NAMES_A_KIND = {
     "config/database/run.py": "a preset: a database's documents become sources of next tokens",
     "config/kinds.py": "what training.objective unified is short for",
     "evaluation/checkpoint.py": "takes the flag",
+    "evaluation/in_training.py": "limits the texts that it has tokenised",
     "inference/encode.py": "makes rows by hand",
     "inference/score.py": "reads a file's kind of record",
     "retrieval/mining/mine.py": "reads a file's kind of record",
