@@ -22,6 +22,10 @@ class Continuation(NamedTuple):
     tokens: list[int]
     finish_reason: Literal["stop", "length"]
     """stop: at a token or text that ends it. length: at the limit, or at the model's last position."""
+    end: list[int] = []
+    """The token that ended it, where one did."""
+    log_probs: Sequence[float] = ()
+    """Of ``tokens`` and ``end``, before temperature, top_p and top_k."""
 
 
 @torch.no_grad()
@@ -58,6 +62,8 @@ def generate_tokens(  # many: what generation consists of
     model.eval()
     cache = SequenceCache(len(prompts))
     outputs: list[list[int]] = [[] for _ in prompts]
+    ended_by: list[list[int]] = [[] for _ in prompts]
+    log_probs: list[list[float]] = [[] for _ in prompts]
     stopped = [False] * len(prompts)
     limits = [min(options.max_new_tokens, max_positions - len(prompt)) for prompt in prompts]
     pending = [list(prompt) for prompt in prompts]
@@ -73,16 +79,20 @@ def generate_tokens(  # many: what generation consists of
         last = row.cu_seqlens[1:].long() - 1
         logits_BV = logits_TV[last.to(logits_TV.device)].float().cpu()
         chosen = choose_tokens(logits_BV, options.temperature, options.top_p, generator, options.top_k)
-        for sequence, token in zip(cache.active, chosen, strict=True):
+        log_probs_B = logits_BV.log_softmax(-1).gather(1, torch.tensor(chosen)[:, None]).squeeze(1).tolist()
+        for sequence, token, log_prob in zip(cache.active, chosen, log_probs_B, strict=True):
             lengths[sequence] += len(pending[sequence])
             pending[sequence] = [token]
-            if token not in stop_ids:
-                outputs[sequence].append(token)
+            log_probs[sequence].append(log_prob)
+            (ended_by if token in stop_ids else outputs)[sequence].append(token)
             stopped[sequence] = token in stop_ids or (ends is not None and ends(outputs[sequence]))
         running = [i for i in cache.active if not stopped[i] and len(outputs[i]) < limits[i]]
         if len(running) < len(cache.active):
             cache.keep(running)
-    return [Continuation(tokens, "stop" if ended else "length") for tokens, ended in zip(outputs, stopped, strict=True)]
+    return [
+        Continuation(tokens, "stop" if ended else "length", end, found)
+        for tokens, ended, end, found in zip(outputs, stopped, ended_by, log_probs, strict=True)
+    ]
 
 
 def continuation_row(tokens: Sequence[Sequence[int]], lengths: Sequence[int]) -> PackedRow:

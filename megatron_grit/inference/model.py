@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from megatron_grit.data.chat.chat import Chat, default_chat, named_chat
 from megatron_grit.data.chat.run_chat import checkpoint_chat
 from megatron_grit.data.text.markers import Side, load_markers
 from megatron_grit.data.text.records import Message
-from megatron_grit.data.text.templates import encode_embedding, encode_prompt
+from megatron_grit.data.text.templates import encode_embedding, encode_prompt, encode_text_prompt
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_grit.errors import CheckpointError, ConfigError, DataError, MeshError
 from megatron_grit.inference.encode import embedding_width, encode_tokens
@@ -31,12 +31,12 @@ from megatron_grit.inference.model_group import ModelGroup, join_model_group
 from megatron_grit.inference.reading import (
     NeighborSource,
     Reader,
-    Reading,
     RetrievedNeighbors,
     Searches,
     check_every,
     given_neighbors,
 )
+from megatron_grit.inference.results import Answer, Embeddings
 from megatron_grit.inference.score import read_supervised, score_tokens
 from megatron_grit.models.decoder import GritDecoder, build_model
 from megatron_grit.parallel.launch import initialize
@@ -47,24 +47,6 @@ from megatron_grit.training.checkpoint import read_config, read_state, resolve_c
 log = get_logger(__name__)
 
 Messages = Sequence[Mapping[str, Any]]
-
-
-class Embeddings(NamedTuple):
-    """Vectors of texts, float32 [texts, dimensions], and how many tokens were read for them."""
-
-    vectors: np.ndarray
-    num_tokens: int
-
-
-class Answer(NamedTuple):
-    """An answer, why it ends, and the tokens of the prompt and of the answer."""
-
-    text: str
-    finish_reason: str
-    num_prompt_tokens: int
-    num_tokens: int
-    readings: Sequence[Reading] = ()
-    """What was read, by a model that reads neighbors."""
 
 
 class GritModel:
@@ -391,7 +373,8 @@ class GritModel:
             text = self.tokenizer.decode(output.tokens)
             end = _stop_at(text, options.stop)
             text = text if end < 0 else text[:end]
-            answers.append(Answer(text, output.finish_reason, len(prompt), len(output.tokens), read))
+            ids = (prompt, [*output.tokens, *output.end], output.log_probs)
+            answers.append(Answer(text, output.finish_reason, len(prompt), len(output.tokens), read, *ids))
         return answers
 
     def _reader(self, prompts: Sequence[list[int]], source: NeighborSource | None) -> Reader | None:
@@ -421,6 +404,10 @@ class GritModel:
             DataError: it does not end with the user or a tool, or the template refuses it or does not read it all.
         """
         return encode_prompt(self.tokenizer, messages, self._chat_format, tools=tools, date=self.chat_date)
+
+    def completion_prompt(self, text: str) -> list[int]:
+        """Ids of a text that is continued without a template; see :func:`encode_text_prompt`."""
+        return encode_text_prompt(self.tokenizer, text, self._chat_format)
 
     def token_losses(self, prefix: str, *, batch_tokens: int = BatchSize.batch_tokens) -> tuple[np.ndarray, np.ndarray]:
         """Next-token losses over an indexed generative file. All processes of a model-parallel group call this.

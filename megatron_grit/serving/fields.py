@@ -16,8 +16,24 @@ Json = dict[str, Any]
 
 EMBEDDINGS = {"input", "model", "instruction", "side", "dimensions", "encoding_format"}
 """What ``/v1/embeddings`` does."""
-CHAT = {"messages", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "stop"}
+_SAMPLING = {
+    "model",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "stop",
+    "n",
+    "logprobs",
+    "return_token_ids",
+}
+CHAT = _SAMPLING | {"messages", "max_completion_tokens"}
 """What ``/v1/chat/completions`` does."""
+COMPLETIONS = _SAMPLING | {"prompt"}
+"""What ``/v1/completions`` does."""
+MAX_CHOICES = 128
+"""Answers to one request."""
 HARMLESS = {
     *("user", "metadata", "safety_identifier", "service_tier", "prediction", "parallel_tool_calls"),
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
@@ -26,13 +42,14 @@ HARMLESS = {
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "stream_options": (),
-    "n": (1,),
     "store": (False,),
-    "logprobs": (False,),
     "top_logprobs": (0,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -135,6 +152,33 @@ def read_sampling(body: Json, most_new_tokens: int) -> SamplingOptions:
     if (problem := value_problem(SamplingOptions, "stop", stop)) is not None:
         raise RequestError(f"stop {problem}", "stop")
     return SamplingOptions(max_new_tokens=min([most_new_tokens, *lengths.values()]), stop=stop, **values)
+
+
+def read_number(body: Json, field: str, least: int, most: int, default: int) -> int:
+    """A whole number of a request; the default where it is null.
+
+    Raises:
+        RequestError: it is none, or out of range.
+    """
+    value = body.get(field)
+    if value is None:
+        return default
+    if type(value) is not int or not least <= value <= most:
+        between = f"at least {least} and at most {most}" if most > least else str(least)
+        raise RequestError(f"{field} must be {between}, not {shortened(value)}", field)
+    return value
+
+
+def read_switch(body: Json, field: str) -> bool:
+    """Whether a request asks for something.
+
+    Raises:
+        RequestError: it is neither true nor false.
+    """
+    value = body.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise RequestError(f"{field} must be true or false, not {shortened(value)}", field)
+    return bool(value)
 
 
 def error_body(error: Exception, status: int) -> Mapping[str, Any]:

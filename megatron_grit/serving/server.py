@@ -1,7 +1,7 @@
 """One process that serves a model over HTTP: embeddings and chat answers from the same weights.
 
 Requests and responses have the form of OpenAI's API, so that its clients work: ``POST /v1/embeddings``,
-``POST /v1/chat/completions``, ``GET /v1/models``, and ``GET /health``.
+``POST /v1/chat/completions``, ``POST /v1/completions``, ``GET /v1/models``, and ``GET /health``.
 """
 
 from __future__ import annotations
@@ -171,6 +171,7 @@ def create_app(service: Service, *, log_json: bool = False) -> RequestLog:
         routes=[
             Route("/v1/embeddings", _endpoint(service.embeddings, turn), methods=["POST"]),
             Route("/v1/chat/completions", _endpoint(service.chat, turn), methods=["POST"]),
+            Route("/v1/completions", _endpoint(service.completions, turn), methods=["POST"]),
             Route("/v1/models", models),
             Route("/health", health),
         ],

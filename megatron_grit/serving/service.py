@@ -14,7 +14,7 @@ from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.messages import read_messages, read_texts
 from megatron_grit.inference.model import GritModel
 from megatron_grit.inference.reading import sources_of
-from megatron_grit.serving import fields
+from megatron_grit.serving import choices, fields
 from megatron_grit.serving.fields import Json, RequestError, check_fields, read_value
 
 Job = Callable[..., Json]
@@ -92,23 +92,40 @@ class Service:
         check_fields(body, fields.CHAT, self.name)
         given = body.get("messages")
         messages = _of_field("messages", lambda: read_messages(None if isinstance(given, str) else given))
-        options = fields.read_sampling(body, self.max_new_tokens)
+        options, asked = fields.read_sampling(body, self.max_new_tokens), choices.read_chat(body)
 
         def job(before_pass: Callable[[], None] | None = None) -> Json:
-            (answer,) = _of_field("messages", lambda: self.model.answer([messages], options, before_pass))
-            choice = {
-                "index": 0,
-                "message": {"role": "assistant", "content": answer.text},
-                "logprobs": None,
-                "finish_reason": answer.finish_reason,
-            }
-            usage = {"prompt_tokens": answer.num_prompt_tokens, "completion_tokens": answer.num_tokens}
-            usage["total_tokens"] = answer.num_prompt_tokens + answer.num_tokens
-            head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
-            sources = {"sources": read} if (read := sources_of(answer.readings)) else {}
-            return head | {"model": self.name, "choices": [choice], "usage": usage} | sources
+            answers = _of_field("messages", lambda: self.model.answer([messages] * asked.n, options, before_pass))
+            made = [asked.chat_choice(*numbered, self.model.tokenizer) for numbered in enumerate(answers)]
+            prompt = {"prompt_token_ids": list(answers[0].prompt_token_ids)} if asked.token_ids else {}
+            sources = {"sources": read} if (read := sources_of(answers[0].readings)) else {}
+            return self._response("chatcmpl", "chat.completion", made, choices.usage(answers, 1)) | prompt | sources
 
         return job
+
+    def completions(self, body: Json) -> Job:
+        """Continue ``prompt``: a text, the ids of its tokens, or a list of either, without a template.
+
+        Raises:
+            DataError: at once or in the job, for a body that cannot be used.
+        """
+        check_fields(body, fields.COMPLETIONS, self.name)
+        model, given = self.model, body.get("prompt")
+        prompts, _ = _of_field("prompt", lambda: read_texts(given, model.tokenizer.vocab_size, "prompt"))
+        options, asked = fields.read_sampling(body, self.max_new_tokens), choices.read_text(body, len(prompts))
+
+        def job(before_pass: Callable[[], None] | None = None) -> Json:
+            ids = [model.completion_prompt(one) if isinstance(one, str) else one for one in prompts]
+            several = [prompt for prompt in ids for _ in range(asked.n)]
+            answers = _of_field("prompt", lambda: model.continue_prompts(several, options, before_pass))
+            made = [asked.text_choice(*numbered, model.tokenizer) for numbered in enumerate(answers)]
+            return self._response("cmpl", "text_completion", made, choices.usage(answers, len(prompts)))
+
+        return job
+
+    def _response(self, prefix: str, kind: str, made: list[Json], used: Json) -> Json:
+        head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
+        return head | {"model": self.name, "choices": made, "usage": used}
 
     def models(self) -> Json:
         """The one model that there is."""

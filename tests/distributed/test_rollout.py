@@ -144,7 +144,7 @@ def _closed_form(model: Any, loader: Any, variant: str, knobs: Any) -> float:
     from megatron_grit.models.decoder import Output
 
     stream = loader.streams["rollout"]
-    known, source = stream._rollouts[0], stream.sources[0]
+    known, source = stream.rollouts[0], stream.sources[0]
     losses, sizes = [], []
     for segment in stream.segments(0):
         row = stream.make_row(PlannedRow(segments=[segment], slots=np.arange(1)), segment.length, 0)

@@ -7,19 +7,17 @@ Shape suffix legend: T = tokens of a row, S = segments.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.schema.kinds.rollout import section
-from megatron_grit.config.schema.loss import LossConfig
 from megatron_grit.data.indexed.label_weights import ANSWERS, LabelWeights
 from megatron_grit.data.indexed.rollouts import Rollouts
 from megatron_grit.data.kinds import generative
 from megatron_grit.data.order.sampler import stream_of
-from megatron_grit.data.order.sources import OpenFiles
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.stream import PlannedRow
 from megatron_grit.data.text.tokenizer import Tokenizer
@@ -62,17 +60,16 @@ class RolloutStream(generative.GenerativeStream):
 
     kind = "rollout"
     record_draws = stream_of("rollout")
+    reads_texts = False
 
-    def __init__(
-        self, config: RunConfig, tokenizer: Tokenizer, open_files: OpenFiles, num_rows_multiple: int = 1
-    ) -> None:
-        super().__init__(replace(config, loss=LossConfig()), tokenizer, open_files, num_rows_multiple)
+    def open_beside(self, config: RunConfig, tokenizer: Tokenizer) -> None:
+        """Open what is known of completions; no teacher's cache and no neighbors."""
         scale = section(config).advantages
-        self._rollouts = [Rollouts(self.sources[number], scale) for number in range(len(self.sources))]
+        self.rollouts = [Rollouts(self.sources[number], scale) for number in range(len(self.sources))]
 
     @staticmethod
     def labels(config: RunConfig, tokenizer: Tokenizer) -> LabelWeights:
-        """As in the base class: the sampled tokens, whatever the run weighs the labels of texts by."""
+        """As in the base class: sampled tokens, whatever the run weighs the labels of texts by."""
         return ANSWERS
 
     @staticmethod
@@ -86,7 +83,7 @@ class RolloutStream(generative.GenerativeStream):
         rewards_S = np.zeros(len(sizes_S))
         for row in rows:
             sizes_S[row.slots] = [segment.num_labels for segment in row.segments]
-            rewards_S[row.slots] = [self._rollouts[one.source].rewards_R[one.record] for one in row.segments]
+            rewards_S[row.slots] = [self.rollouts[one.source].rewards_R[one.record] for one in row.segments]
         return RolloutCounts(
             num_labels=int(sizes_S.sum(dtype=np.int64)),
             sizes_S=sizes_S,
@@ -103,7 +100,7 @@ class RolloutStream(generative.GenerativeStream):
         for segment in row.segments:
             # Position t predicts token t + 1 of its own segment.
             begin, end = end, end + segment.length
-            known = self._rollouts[segment.source]
+            known = self.rollouts[segment.source]
             behavior_T[begin : end - 1] = known.behavior(segment.record, segment.start + 1, segment.stop)
             advantage_T[begin:end] = known.advantages_R[segment.record]
         assert made.loss_mask_1T is not None

@@ -188,6 +188,19 @@ def encode_prompt(
     return encode_units(tokenizer, [pieces]).tokens.tolist()
 
 
+def encode_text_prompt(tokenizer: Tokenizer, text: str, chat_format: ChatFormat) -> list[int]:
+    """Ids of a text that a model continues without a template: as a prompt with a completion is trained, up to the
+    completion.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: not empty.
+        chat_format: says whether a token begins it.
+    """
+    pieces = [piece for piece in chat_format.completion(text, "") if piece[0] is not Role.ANSWER]
+    return encode_units(tokenizer, [pieces]).tokens.tolist()
+
+
 def _messages(turns: Sequence[str] | Sequence[Message]) -> list[Message]:
     contents = [turn for turn in turns if isinstance(turn, str)]
     return alternate(contents) if contents else [turn for turn in turns if isinstance(turn, Message)]

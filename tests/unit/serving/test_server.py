@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 from megatron_grit.config.options import SamplingOptions
 from megatron_grit.inference.generate import generate_tokens
 from megatron_grit.inference.model import GritModel
+from megatron_grit.inference.score import score_tokens
 from megatron_grit.serving import fields, server
 
 QUESTION = {"role": "user", "content": "what does the parser do when it opens?"}
@@ -170,19 +171,20 @@ def test_a_body_that_cannot_be_used(client: TestClient, path: str, body: dict[st
 # with a value that asks for something which is not done.
 NOT_DONE: dict[str, Any] = {
     "audio": {"voice": "alloy", "format": "wav"},
+    "best_of": 2,
+    "echo": True,
     "frequency_penalty": 0.5,
     "function_call": {"name": "f"},
     "functions": [{"name": "f"}],
     "logit_bias": {"5": 10},
-    "logprobs": True,
     "modalities": ["text", "audio"],
     "moderation": {"model": "omni"},
-    "n": 2,
     "presence_penalty": -0.5,
     "reasoning_effort": "high",
     "response_format": {"type": "json_object"},
     "store": True,
     "stream": True,
+    "suffix": "and so on",
     "stream_options": {"include_usage": True},
     "tool_choice": "required",
     "tools": [{"type": "function", "function": {"name": "f"}}],
@@ -198,8 +200,8 @@ def test_what_changes_an_answer_is_done_or_refused(client: TestClient) -> None:
         answer = client.post(CHAT, json={"messages": [QUESTION], field: value})
         assert f"{field} " in error_of(answer) and "is not supported; leave it out" in error_of(answer)
         assert answer.json()["error"]["param"] == field
-    answer = client.post(CHAT, json={"messages": [QUESTION], "n": True})
-    assert "n true is not supported" in error_of(answer)
+    answer = client.post(CHAT, json={"messages": [QUESTION], "best_of": True})
+    assert "best_of true is not supported" in error_of(answer)
 
 
 def test_what_changes_nothing_is_accepted(client: TestClient) -> None:
@@ -210,6 +212,43 @@ def test_what_changes_nothing_is_accepted(client: TestClient) -> None:
         assert client.post(CHAT, json=body | more).json()["choices"] == expected
     with_name = {"messages": [QUESTION | {"name": "Ann", "refusal": None, "tool_calls": []}], "max_tokens": 4}
     assert client.post(CHAT, json=with_name).json()["choices"] == expected
+
+
+def test_several_answers_with_their_tokens(client: TestClient, model: GritModel) -> None:
+    """Both endpoints sample the same from the same prompt, and log-probabilities are those of a forward pass."""
+    asked = {"n": 3, "temperature": 1.0, "seed": 5, "max_tokens": 6, "return_token_ids": True}
+    chat = client.post(CHAT, json=asked | {"messages": [QUESTION], "logprobs": True}).json()
+    prompt = chat["prompt_token_ids"]
+    text = client.post("/v1/completions", json=asked | {"prompt": prompt, "logprobs": 0}).json()
+    assert [one["token_ids"] for one in chat["choices"]] == [one["token_ids"] for one in text["choices"]]
+    assert len({tuple(one["token_ids"]) for one in text["choices"]}) > 1
+    assert text["usage"] == chat["usage"] and chat["usage"]["prompt_tokens"] == len(prompt)
+    for ours, theirs in zip(chat["choices"], text["choices"], strict=True):
+        assert ours["message"]["content"] == theirs["text"] and theirs["prompt_token_ids"] == prompt
+        ids, found = theirs["token_ids"], theirs["logprobs"]["token_logprobs"]
+        assert [entry["logprob"] for entry in ours["logprobs"]["content"]] == found
+        tokens = np.array([*prompt, *ids])
+        supervised = np.arange(len(tokens)) >= len(prompt)
+        (loss,), (count,) = score_tokens(
+            model.chunks, [(tokens, supervised)], group=model.model_group, batch_tokens=512
+        )
+        assert count == len(ids) and sum(found) == pytest.approx(-loss, abs=1e-4)
+
+
+def test_a_text_is_continued_without_a_template(client: TestClient, model: GritModel) -> None:
+    answer = client.post("/v1/completions", json={"prompt": ["The parser", "a"], "return_token_ids": True}).json()
+    assert [one["logprobs"] for one in answer["choices"]] == [None, None]
+    first = answer["choices"][0]["prompt_token_ids"]
+    assert first[0] == model.tokenizer.bos_id and model.tokenizer.decode(first) == "The parser"
+    for wrong, why in (
+        ({"prompt": "a", "n": 0}, "n must be at least 1 and at most 128, not 0"),
+        ({"prompt": ["a"] * 65, "n": 2}, "ask for 130 answers; ask for at most 128"),
+        ({"prompt": "a", "logprobs": 5}, "logprobs must be 0, not 5"),
+        ({"prompt": "a", "return_token_ids": "yes"}, "return_token_ids must be true or false"),
+        ({"prompt": ""}, "is empty"),
+        ({}, "prompt must be a string"),
+    ):
+        assert why in error_of(client.post("/v1/completions", json=wrong))
 
 
 def test_another_model_is_not_found(client: TestClient) -> None:

@@ -18,8 +18,9 @@ from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.evaluation.qa.generate import answer_line, generate_answers
 from megatron_grit.evaluation.qa.options import QaGeneration
 from megatron_grit.evaluation.qa.run import evaluate_answers
-from megatron_grit.inference.model import Answer, GritModel
+from megatron_grit.inference.model import GritModel
 from megatron_grit.inference.reading import given_neighbors
+from megatron_grit.inference.results import Answer
 from megatron_grit.training.trainer import train
 from tests.corpus import sentences, tiny_run
 

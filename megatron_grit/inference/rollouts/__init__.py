@@ -1,0 +1,1 @@
+"""Sampling completions from an endpoint, and rewarding them."""

@@ -1,0 +1,111 @@
+"""A file of prompts to a file of rewarded completions; a killed run resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_grit.data.indexed.rollouts import equal_groups
+from megatron_grit.data.rollouts.records import PromptGroup, read_groups
+from megatron_grit.data.text.lines import parse_json
+from megatron_grit.inference.rollouts.endpoint import Endpoint
+from megatron_grit.inference.rollouts.in_order import in_order
+from megatron_grit.inference.rollouts.options import RewardOptions, RolloutOptions, RolloutSampling
+from megatron_grit.inference.rollouts.rewards import Rewards
+from megatron_grit.store.digest import digest_of_settings
+from megatron_grit.store.files import check_output, json_text
+from megatron_grit.store.logs import get_logger
+from megatron_grit.store.progress import Progress
+from megatron_grit.store.rows import LineFile
+
+log = get_logger(__name__)
+
+
+@dataclass(kw_only=True)
+class RolloutSummary:
+    """What was written."""
+
+    num_prompts: int
+    num_completions: int
+    reward_mean: float
+    reward_std: float
+    num_equal_prompts: int
+    """Prompts whose completions all have one reward."""
+    num_cut: int
+    """Completions that ended at the limit of tokens."""
+    num_without_ids: int
+    """Completions without ids of tokens or their log-probabilities."""
+
+
+def write_rollouts_file(options: RolloutOptions) -> RolloutSummary:
+    """Sample if it has to be, reward and write.
+
+    Raises:
+        GritError: a file, a reward or an endpoint that cannot be used, or an output that is input or cannot be written.
+    """
+    source = options.prompts or options.completions
+    assert source is not None
+    check_output(options.output, [source])
+    rewards = Rewards(options)  # before anything is read: a wrong name is found at once
+    groups = list(read_groups(source, answered=options.completions is not None))
+    endpoint = None if options.endpoint is None else Endpoint(options)
+    with LineFile(Path(options.output)) as file:
+        file.resume(_identity(options, groups, endpoint), len(groups))
+        if file.num_rows:
+            log.info(f"{options.output}: resumes after {file.num_rows:,} of {len(groups):,} prompts")
+        with Progress(len(groups), "sampling" if endpoint else "rewarding", "prompt") as bar:
+            bar.skip(file.num_rows)
+            for group in _answered(groups[file.num_rows :], options, endpoint, file.num_rows):
+                rewards.add(group)
+                file.append([json_text(group.to_json())])
+                bar.update(1)
+        summary = _summary(file.lines())
+        file.publish()
+    return summary
+
+
+def _answered(
+    groups: list[PromptGroup], options: RolloutOptions, endpoint: Endpoint | None, first: int
+) -> Iterable[PromptGroup]:
+    if endpoint is None:
+        return groups
+
+    def work(numbered: tuple[int, PromptGroup]) -> PromptGroup:
+        number, group = numbered
+        return endpoint.sample(group, options, options.seed + number)
+
+    return in_order(list(enumerate(groups, first)), work, options.concurrency)
+
+
+def _identity(options: RolloutOptions, groups: list[PromptGroup], endpoint: Endpoint | None) -> list[Any]:
+    """What the lines follow from: prompts, rewards, and how completions were drawn by which model."""
+    given = digest_of_settings([group.to_json() for group in groups])
+    how = {each.name: getattr(options, each.name) for each in fields(RewardOptions)}
+    if endpoint is not None:
+        how |= {each.name: getattr(options, each.name) for each in fields(RolloutSampling)}
+        how["model"] = endpoint.model
+    return [given, how]
+
+
+def _summary(lines: Iterator[str]) -> RolloutSummary:
+    numbers, rewards, num_cut, num_without = [], [], 0, 0
+    for number, line in enumerate(lines):
+        for completion in parse_json(line.encode())["completions"]:
+            numbers.append(number)
+            rewards.append(completion["reward"])
+            num_cut += completion.get("finish_reason") == "length"
+            num_without += "logprobs" not in completion
+    groups, values = np.array(numbers), np.array(rewards)
+    return RolloutSummary(
+        num_prompts=len(np.unique(groups)),
+        num_completions=len(values),
+        reward_mean=float(values.mean()),
+        reward_std=float(values.std()),
+        num_equal_prompts=len(np.unique(groups[equal_groups(groups, values)])),
+        num_cut=num_cut,
+        num_without_ids=num_without,
+    )
