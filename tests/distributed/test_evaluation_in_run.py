@@ -32,7 +32,8 @@ def with_evaluation(config: RunConfig) -> RunConfig:
     folder = Path(config.data.tokenizer or "").parent
     config = copy.deepcopy(config)
     config.evaluation.every = EVERY
-    config.evaluation.tasks = [f"retrieval:{folder}/heldout.jsonl", f"texts=perplexity:{folder}/gen"]
+    tasks = [f"retrieval:{folder}/heldout.jsonl", f"sts:{folder}/alike.jsonl", f"texts=perplexity:{folder}/gen"]
+    config.evaluation.tasks = tasks
     config.evaluation.batch_tokens = 128  # several rows on each rank
     return config
 
@@ -44,6 +45,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = tiny_run(folder, experts=4, layers=4)
     pairs = sentences(24, seed=9)
     write_jsonl(folder / "heldout.jsonl", [{"query": ["Answer", q], "pos": [["", a]]} for q, a in pairs])
+    alike = [{"sentence1": q, "sentence2": pairs[i // 2][1], "score": i % 5} for i, (q, _) in enumerate(pairs)]
+    write_jsonl(folder / "alike.jsonl", alike)  # type: ignore[arg-type]
     config.model.hidden_dropout = config.model.attention_dropout = 0.1
     config.training.steps, config.training.audit = STEPS, "off"
     config.checkpoint.save_interval, config.checkpoint.keep = EVERY, 0
@@ -82,6 +85,7 @@ def test_training_does_not_notice(found: tuple[Path, list[dict[str, Any]]], layo
 def furthest(line: dict[str, float], figures: dict[str, Any]) -> float:
     """Largest difference of a step's figures from those of a file of ``evaluate``."""
     named = {"heldout/ndcg_at_10", "heldout/recall_at_1", "heldout/recall_at_10", "texts/lm_loss", "texts/perplexity"}
+    named |= {"alike/spearman", "alike/pearson"}
     assert {f"eval/{name}" for name in named} == {name for name in line if name.startswith("eval/")}
     return max(abs(line[f"eval/{name}"] - figures[name.partition("/")[2]]) for name in named - {"texts/perplexity"})
 
@@ -100,6 +104,7 @@ def test_figures_are_those_of_the_checkpoint(
                 path,
                 tmp_path / "out.json",
                 retrieval=data / "heldout.jsonl",
+                sts=data / "alike.jsonl",
                 generative=str(data / "gen"),
                 device="cpu",
             )
