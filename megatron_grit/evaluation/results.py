@@ -121,7 +121,8 @@ def _of_ours(value: Mapping[str, Any], source: str, task: str, name: str) -> lis
     if not isinstance(ends, dict):
         return []
     found, step = [], value.get("step")
-    for metric in [*ends, *(other for other in _OTHERS if other in value)]:
+    others = [name for name in (*_OTHERS, *value.get("figures", [])) if name in value and name not in ends]
+    for metric in [*ends, *others]:
         if not _is_number(value.get(metric)):
             continue
         low, high = ends.get(metric, (None, None))
@@ -143,23 +144,30 @@ def _of_ours(value: Mapping[str, Any], source: str, task: str, name: str) -> lis
 
 def _of_lm_eval(value: Mapping[str, Any], name: str) -> Iterator[Result]:
     command = value.get("command") or _harness_command(value)
-    for task, figures in value["results"].items():
+    for task, metric, figure, margin in harness_figures(value["results"]):
+        yield Result(
+            source="lm-eval",
+            task=task,
+            metric=metric,
+            value=figure,
+            low=None if margin is None else figure - margin,
+            high=None if margin is None else figure + margin,
+            file=name,
+            command=command,
+        )
+
+
+def harness_figures(results: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float | None]]:
+    """Task, metric, figure and half the width of its 95 % interval, where it has one, of lm-eval's ``results``. The
+    filter "none" is left out of a metric's name."""
+    for task, figures in results.items():
         for metric, figure in figures.items() if isinstance(figures, dict) else ():
             first, _, filtered = metric.partition(",")
             if not filtered or first.endswith("_stderr") or not _is_number(figure):
                 continue
             error = figures.get(f"{first}_stderr,{filtered}")
             margin = _NORMAL_95 * float(error) if _is_number(error) else None
-            yield Result(
-                source="lm-eval",
-                task=task,
-                metric=first if filtered == "none" else metric,
-                value=float(figure),
-                low=None if margin is None else float(figure) - margin,
-                high=None if margin is None else float(figure) + margin,
-                file=name,
-                command=command,
-            )
+            yield task, first if filtered == "none" else metric, float(figure), margin
 
 
 def _harness_command(value: Mapping[str, Any]) -> str | None:
