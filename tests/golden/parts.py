@@ -170,7 +170,8 @@ def checkpoint(commands: Commands, name: str) -> dict[str, Any]:
         kept[f"random/{path.name}"] = safetensors_tensors(path)
     kept["config.yaml"] = commands.plain((folder / "config.yaml").read_text()).splitlines()
     kept["state.json"] = yaml.safe_load(commands.plain((folder / "state.json").read_text()))
-    kept["state.json"].pop("versions")
+    for name in ("versions", "command"):
+        kept["state.json"].pop(name, None)
     return kept
 
 
