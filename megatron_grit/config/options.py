@@ -36,6 +36,73 @@ class BatchSize(Checked):
 
 
 @dataclass(kw_only=True)
+class MeshSizes(Checked):
+    """The mesh of a trained model over the processes of a launcher's job; what is left over is data parallel."""
+
+    tensor: int = knob(1, at_least=1)
+    """Processes that each layer is split over."""
+    pipeline: int = knob(1, at_least=1)
+    """Stages that layers are shared out to."""
+    context: int = knob(1, at_least=1)
+    """Processes that the tokens of a row are shared out to."""
+    expert: int = knob(1, at_least=1)
+    """Processes that experts are shared out to."""
+
+
+@dataclass(kw_only=True)
+class HarnessModel(MeshSizes, BatchSize, ModelOptions):
+    """A model that lm-eval asks."""
+
+    precision: Literal["fp32", "bf16"] | None = None
+    """Of the weights. null: that of the training run, but fp32 on a CPU."""
+    base: str | None = knob(None, path=True)
+    """For a run with adapters, where their base is now. null: where the run read it."""
+    max_length: int | None = knob(None, at_least=2)
+    """Tokens that the model reads, prompt and answer together; more are cut off in front. null: all its positions."""
+    add_bos_token: bool | None = None
+    """Whether BOS stands before each prompt that does not begin with it. null: as the tokenizer does."""
+    chat_template: str | None = knob(None, path=True)
+    """In which prompts are written with --apply-chat-template: tulu, gritlm, zephyr, llama2, chatml, tokenizer or your
+    own .yaml file. null: the checkpoint's."""
+    chat_date: str | None = None
+    """What a template that asks for the date is told: YYYY-MM-DD, or data for the training data's. null: today's."""
+    at_once: int = knob(16, at_least=1)
+    """Prompts that are continued together."""
+
+
+@dataclass(kw_only=True)
+class HarnessTasks(Checked):
+    """What lm-eval asks a model."""
+
+    tasks: list[str]
+    """Suites, tasks, groups, YAML files, with commas between them."""
+    output: str = knob(path=True)
+    """Folder for results and answers."""
+    include_path: list[str] = knob([], path=True)
+    """Folders with YAML files of tasks of your own, which count before lm-eval's."""
+    num_fewshot: int | None = knob(None, at_least=0)
+    """Examples in each prompt. null: as each task says."""
+    limit: float | None = knob(None, above=0)
+    """Only so many documents of each task, or below 1 this share of them. null: all."""
+    apply_chat_template: bool = False
+    """Write prompts as conversations, in the checkpoint's chat template."""
+    system: str | None = knob(None, text=True)
+    """System message before each prompt."""
+    fewshot_as_multiturn: bool = True
+    """Write examples as turns of the conversation, rather than into one."""
+    gen_kwargs: str | None = None
+    """Options of generation in place of the tasks': do_sample=true,temperature=0.8,max_gen_toks=512."""
+    log_samples: bool = False
+    """Also write each document with its requests and answers."""
+    bootstrap_iters: int = knob(100000, at_least=0)
+    """Resamplings for the standard errors of metrics that have no formula; 0: none."""
+    allow_downloads: bool = False
+    """Let lm-eval fetch data sets and metrics that are not on this machine."""
+    confirm_run_unsafe_code: bool = False
+    """Allow tasks that run what the model writes as programs (HumanEval, MBPP). Use a sandbox."""
+
+
+@dataclass(kw_only=True)
 class TeacherLogits(Checked):
     """What is kept of a teacher."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,14 @@ from torch import Tensor
 from megatron_grit.config.options import SamplingOptions
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.errors import DataError
+from megatron_grit.inference.continuations import text_row
 from megatron_grit.inference.kv_cache import SequenceCache
+from megatron_grit.inference.mesh_rows import common_length
 from megatron_grit.inference.reading import Reader
 from megatron_grit.models.decoder import GritDecoder, Output
+from megatron_grit.parallel.collectives import from_last_stage
+from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.training.step import run_schedule
 
 
 class Continuation(NamedTuple):
@@ -40,10 +45,14 @@ def generate_tokens(  # many: what generation consists of
     before_pass: Callable[[], object] | None = None,
     reader: Reader | None = None,
 ) -> list[Continuation]:
-    """Continue each prompt.
+    """Continue each prompt. All processes of a model-parallel group call it with the same prompts, and each gets all
+    continuations.
+
+    Under context and sequence parallelism, which share out the tokens of a row, each token takes a pass over all before
+    it; elsewhere a cache holds keys and values, on each stage those of its layers.
 
     Args:
-        model: one process's whole model (no pipeline parallelism).
+        model: this process's pipeline stage of the model, or all of it.
         prompts: token ids, none empty.
         options: how tokens are drawn, and how many at most. Stop texts are for the caller, by ``ends``.
         stop_ids: a sequence ends with such a token, which is not returned.
@@ -60,6 +69,7 @@ def generate_tokens(  # many: what generation consists of
             raise DataError(f"the prompt has {len(prompt)} tokens, and the model takes {max_positions}; shorten it")
     generator = torch.Generator(device="cpu").manual_seed(options.seed)
     model.eval()
+    cached = model.context.context_size == 1 and not model.context.sequence_parallel
     cache = SequenceCache(len(prompts))
     outputs: list[list[int]] = [[] for _ in prompts]
     ended_by: list[list[int]] = [[] for _ in prompts]
@@ -71,15 +81,14 @@ def generate_tokens(  # many: what generation consists of
     while cache.active:
         if before_pass is not None:
             before_pass()
-        row = continuation_row([pending[i] for i in cache.active], [lengths[i] for i in cache.active])
+        if cached:
+            row = continuation_row([pending[i] for i in cache.active], [lengths[i] for i in cache.active])
+        else:
+            row = _whole_row(model.context, [[*prompts[i], *outputs[i]] for i in cache.active])
         if reader is not None:
             known = [[*prompts[i], *outputs[i]] for i in cache.active]
             row.neighbors = reader.read(cache.active, known, [lengths[i] for i in cache.active])
-        logits_TV = model(row.to(model.context.device), Output.LOGITS, cache)
-        last = row.cu_seqlens[1:].long() - 1
-        logits_BV = logits_TV[last.to(logits_TV.device)].float().cpu()
-        chosen = choose_tokens(logits_BV, options.temperature, options.top_p, generator, options.top_k)
-        log_probs_B = logits_BV.log_softmax(-1).gather(1, torch.tensor(chosen)[:, None]).squeeze(1).tolist()
+        chosen, log_probs_B = _choose(model, row, cache if cached else None, options, generator)
         for sequence, token, log_prob in zip(cache.active, chosen, log_probs_B, strict=True):
             lengths[sequence] += len(pending[sequence])
             pending[sequence] = [token]
@@ -93,6 +102,39 @@ def generate_tokens(  # many: what generation consists of
         Continuation(tokens, "stop" if ended else "length", end, found)
         for tokens, ended, end, found in zip(outputs, stopped, ended_by, log_probs, strict=True)
     ]
+
+
+def _choose(
+    model: GritDecoder,
+    row: PackedRow,
+    cache: SequenceCache | None,
+    options: SamplingOptions,
+    generator: torch.Generator,
+) -> tuple[list[int], list[float]]:
+    """The next token of each sequence of a row and its log-probability, the same on all processes of a model-parallel
+    group."""
+    context = model.context
+    ends = row.cu_seqlens[1:].long()
+    last = ends[~row.padding_mask_1T[0, ends - 1]] - 1
+
+    def forward_step(iterator: Iterator[PackedRow], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        states = stage(next(iterator), Output.HIDDEN, cache)
+        return states, lambda states: (states.new_zeros(()), {"logits": model.logits_at(states, row, last)})
+
+    items, length = [row.to(context.device)], row.tokens_1T.shape[1]
+    reported = run_schedule([model], context, forward_step, items, length, forward_only=True)
+    found_2B = torch.zeros(2, len(last), dtype=torch.float64, device=context.device)
+    if context.is_last_stage:
+        logits_BV = reported[0]["logits"].float().cpu()
+        chosen = choose_tokens(logits_BV, options.temperature, options.top_p, generator, options.top_k)
+        log_probs_B = logits_BV.log_softmax(-1).gather(1, torch.tensor(chosen)[:, None]).squeeze(1)
+        found_2B = torch.stack((torch.tensor(chosen, dtype=torch.float64), log_probs_B.double())).to(context.device)
+    tokens, log_probs = from_last_stage(found_2B, context).tolist()
+    return [int(token) for token in tokens], log_probs
+
+
+def _whole_row(context: ParallelContext, texts: Sequence[Sequence[int]]) -> PackedRow:
+    return text_row(texts, common_length(context, [sum(map(len, texts))]))
 
 
 def continuation_row(tokens: Sequence[Sequence[int]], lengths: Sequence[int]) -> PackedRow:

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
-from megatron_grit.config.checks.run import find_problems
+from megatron_grit.config.checkpoint_folder import holds_checkpoint
 from megatron_grit.config.embedding_shape import tells_sides_apart
-from megatron_grit.config.knob import value_problem
 from megatron_grit.config.options import BatchSize, EmbeddingOptions, SamplingOptions
-from megatron_grit.config.schema import ParallelConfig, RunConfig, TrainingConfig
-from megatron_grit.convert.peft.checkpoint import load_checkpoint
-from megatron_grit.data.chat.chat import Chat, default_chat, named_chat
+from megatron_grit.config.schema import ParallelConfig, RunConfig
+from megatron_grit.data.chat.chat import Chat, chat_beside, default_chat, named_chat
 from megatron_grit.data.chat.run_chat import checkpoint_chat
 from megatron_grit.data.text.markers import Side, load_markers
 from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.templates import encode_embedding, encode_prompt, encode_text_prompt
-from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer
-from megatron_grit.errors import CheckpointError, ConfigError, DataError, MeshError
+from megatron_grit.data.text.tokenizer import Tokenizer
+from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encode import embedding_width, encode_tokens
 from megatron_grit.inference.generate import generate_tokens
+from megatron_grit.inference.loading import check_value, load_decoder
 from megatron_grit.inference.messages import Conversation, read_conversations, read_texts
 from megatron_grit.inference.model_group import ModelGroup, join_model_group
 from megatron_grit.inference.reading import (
@@ -38,11 +35,8 @@ from megatron_grit.inference.reading import (
 )
 from megatron_grit.inference.results import Answer, Embeddings
 from megatron_grit.inference.score import read_supervised, score_tokens
-from megatron_grit.models.decoder import GritDecoder, build_model
-from megatron_grit.parallel.launch import initialize
-from megatron_grit.store.environment import job_size
+from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.store.logs import get_logger
-from megatron_grit.training.checkpoint import read_config, read_state, resolve_checkpoint, tokenizer_path
 
 log = get_logger(__name__)
 
@@ -98,10 +92,11 @@ class GritModel:
         chat_template: str | None = None,
         chat_date: str | None = None,
     ) -> GritModel:
-        """Load a checkpoint of any layout, whole into each process of the job or sharded over all of them.
+        """Load a checkpoint of any layout, or a Hugging Face folder, whole into each process of the job or sharded over
+        all of them.
 
         Args:
-            path: a checkpoint, or the output directory of a run for its newest one.
+            path: a checkpoint, the output directory of a run for its newest one, or a Hugging Face folder.
             precision: fp32 or bf16. None: that of the training run, but fp32 on a CPU.
             base: for a run with adapters, where their base is now: a checkpoint or a Hugging Face directory. None:
                 where the run read it.
@@ -117,31 +112,16 @@ class GritModel:
             ConfigError: there is no such device or precision.
             MeshError: the mesh does not fit the model or the number of processes.
         """
-        _check("device", ParallelConfig, device)
-        if precision is not None:
-            _check("precision", TrainingConfig, precision)
-        path = resolve_checkpoint(path)
         log.info(f"loading the model of {path}")
-        state, config = read_state(path), read_config(path)
-        tokenizer_file = tokenizer_path(path)
-        if tokenizer_file is None:
-            raise CheckpointError(f"{path}: holds no tokenizer.model or tokenizer.json")
-        tokenizer = load_tokenizer(tokenizer_file)
-        if chat_template is None:
-            chat = checkpoint_chat(path, config, tokenizer)
-        else:
+        config, model, tokenizer, folder = load_decoder(path, device, precision, base, parallel)
+        if chat_template is not None:
             chat = named_chat(chat_template, tokenizer, "chat_template")
+        elif holds_checkpoint(folder):
+            chat = checkpoint_chat(folder, config, tokenizer)
+        else:
+            chat = chat_beside(tokenizer) or default_chat(tokenizer)
         date = chat.date_of(chat_date)
-        config.parallel = replace(parallel or ParallelConfig(), device=device)  # type: ignore[arg-type]
-        if parallel is not None:
-            _fit_mesh(config)
-        context = initialize(config.parallel, config.training.seed, "device")
-        config.training.precision = precision or (  # type: ignore[assignment]
-            "fp32" if context.device.type == "cpu" else config.training.precision
-        )
-        model = build_model(config, int(state["vocab_size"]), context)
-        load_checkpoint(path, config, [model], context, base)
-        made = GritModel(config, model.eval(), tokenizer, chat)
+        made = GritModel(config, model, tokenizer, chat)
         made.chat_date = date
         return made
 
@@ -248,7 +228,7 @@ class GritModel:
         return [encode_embedding(self.tokenizer, text, instruction, longest, markers) for text in texts]
 
     def _is_query(self, side: str | None) -> bool | None:
-        _check("side", EmbeddingOptions, side)
+        check_value("side", EmbeddingOptions, side)
         if side is None and tells_sides_apart(self.config.embedding):
             raise DataError(
                 'this model embeds queries and passages in different ways; give side="query" or side="passage"'
@@ -283,6 +263,8 @@ class GritModel:
     ) -> str | list[str]:
         """Answer a prompt, a conversation, or several conversations at once.
 
+        All processes of a model-parallel group call this with the same conversations, and each gets all answers.
+
         Args:
             messages: a user prompt, or messages with "role" and "content" that end with the user's or a tool's; what
                 else they hold, such as "tool_calls", is for a template that reads it.
@@ -303,8 +285,8 @@ class GritModel:
         Raises:
             DataError: a conversation that does not end with the user, or leaves no room for an answer; too many
                 neighbors, or an empty one.
-            ConfigError: an option that is out of its range, the model is sharded over several processes, or neighbors
-                are given to one that reads none.
+            ConfigError: an option that is out of its range, or neighbors are given to a model that reads none, or that
+                is sharded over several processes.
         """
         conversations, single = read_conversations(messages)
         options = SamplingOptions(
@@ -342,7 +324,6 @@ class GritModel:
             source: of neighbors. None: the database of :meth:`read_from`.
             tools: as there.
         """
-        self._refuse_sharded("generate")
         prompts = [self.prompt_tokens(conversation, tools) for conversation in conversations]
         return self.continue_prompts(prompts, options, before_pass, source=source)
 
@@ -355,8 +336,11 @@ class GritModel:
         source: NeighborSource | None = None,
     ) -> list[Answer]:
         """As :meth:`answer`, for prompts that are tokens, in any form."""
-        self._refuse_sharded("generate")
+        if len(self.chunks) > 1:
+            raise ConfigError("generation takes stages of one chunk each; leave parallel.virtual_pipeline out")
         reader = self._reader(prompts, source or self._database)
+        if reader is not None:
+            self._refuse_sharded("reading neighbors in generation")
         outputs = generate_tokens(
             self.model,
             prompts,
@@ -434,31 +418,6 @@ class GritModel:
                 f"{self.model_group.size} processes; a checkpoint of any mesh loads whole, in one process: "
                 "GritModel.load(PATH) without parallel, or megatron-grit generate --checkpoint PATH"
             )
-
-
-def _check(name: str, cls: type, value: Any) -> None:
-    """Refuse a value that is none of the option of this name."""
-    if (problem := value_problem(cls, name, value)) is not None:
-        raise ConfigError(f"{name} {problem}")
-
-
-def _fit_mesh(config: RunConfig) -> None:
-    """Adjust settings that depend on the mesh to the mesh of this job.
-
-    Raises:
-        MeshError: the mesh does not fit the model or the number of processes.
-    """
-    parallel, model = config.parallel, config.model
-    if parallel.virtual_pipeline is not None:
-        raise MeshError("parallel.virtual_pipeline is of training; leave it out")
-    if model.num_experts is not None and parallel.tensor > 1:
-        parallel.sequence_parallel = True
-    if parallel.context > 1 and model.attention_backend == "te":
-        model.attention_backend = "auto"
-    world_size = dist.get_world_size() if dist.is_initialized() else job_size()
-    for problem in find_problems(config, world_size, files=False):
-        if problem.key.startswith("parallel."):
-            raise problem.error(problem.message)
 
 
 def _stop_at(text: str, stops: Sequence[str]) -> int:

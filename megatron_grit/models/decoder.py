@@ -175,6 +175,30 @@ class GritDecoder(LanguageModule):  # type: ignore[misc]
         on the last stage."""
         return self.output_layer.shard_logits(states_L1D, self._output_weight()).squeeze(1)
 
+    def logits_at(self, states_L1D: Tensor, row: PackedRow, positions_P: Tensor) -> Tensor:
+        """Logits of some tokens of a row, [P, V], gathered over tensor and context parallel ranks, on the last stage.
+
+        Args:
+            states_L1D: of :attr:`Output.HIDDEN`.
+            row: that they are of.
+            positions_P: int64, in the row, on the host.
+        """
+        share = RowShare.of_row(row, self.context)
+        held, index = None, positions_P.numpy()
+        if share is not None:
+            held = torch.from_numpy(share.places[index] >= 0).to(states_L1D.device)
+            index = share.places[index].clip(0)
+        places = torch.from_numpy(index).to(states_L1D.device)
+        if self.config.sequence_parallel:  # the layer gathers all tokens
+            shard = self.shard_logits(states_L1D)[places]
+        else:
+            shard = self.shard_logits(states_L1D[places])
+        logits: Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(shard)[:, : self.num_tokens_in_vocab]
+        if share is not None and held is not None:
+            logits = logits.where(held[:, None], 0.0)
+            torch.distributed.all_reduce(logits, group=share.group)
+        return logits
+
     def _noise(self, row: PackedRow, share: RowShare | None) -> Tensor:
         """Of the tokens that this rank embeds: [L, 1, D]."""
         noise = embedding_noise(row, self.noise_alpha, self.config.hidden_size)

@@ -135,3 +135,15 @@ def gather_json(value: Any, context: ParallelContext) -> list[Any]:
     parts = [torch.empty_like(padded) for _ in range(context.world_size)]
     dist.all_gather(parts, padded)
     return [json.loads(bytes(part[: int(length)].tolist())) for part, length in zip(parts, lengths, strict=True)]
+
+
+def json_from_rank_0(value: Any, context: ParallelContext) -> Any:
+    """What the job's first process gives, on all of them; what others give is left. For values that JSON can hold."""
+    encoded = json.dumps(value).encode() if context.rank == 0 else b""
+    length = from_rank_0(len(encoded), context)
+    content = torch.zeros(length, dtype=torch.uint8)
+    if context.rank == 0:
+        content = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    content = content.to(context.device)
+    dist.broadcast(content, src=0)
+    return json.loads(content.cpu().numpy().tobytes())

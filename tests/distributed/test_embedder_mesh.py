@@ -13,7 +13,6 @@ from benchmarks.retro_kill_campaign import digests
 from megatron_grit.config.schema import ParallelConfig, RunConfig
 from megatron_grit.data.text.markers import Side
 from megatron_grit.data.text.tokenizer import load_tokenizer
-from megatron_grit.errors import ConfigError
 from megatron_grit.training.trainer import train
 from tests.corpus import sentences, tiny_run
 from tests.harness.ranks import run_on_ranks
@@ -45,6 +44,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "cp2_ep4": {"context": 2, "expert": 4},
     },
 }
+PROMPTS = ["what does the parser do when it opens?", "what does the queue do?"]
 GROUPS = {"tp2_twice": 2, "ep2_twice": 2}
 """Of a layout; one where it is not named."""
 REPLICAS = {"ep2": 2, "ep2_twice": 2, "ep2_pp2": 2, "tp2_ep2": 2, "cp2_ep4": 2}
@@ -69,9 +69,8 @@ def embed(run: str, heldout: str, layouts: dict[str, dict[str, Any]]) -> dict[st
             key: getattr(group, key) for key in ("number", "num_groups", "size", "leads", "replica", "num_replicas")
         }
         losses = [values.tolist() for values in model.token_losses(heldout, batch_tokens=BATCH_TOKENS)]
-        results[name] = {"group": place, "vectors": vectors, "losses": losses}
-        with pytest.raises(ConfigError, match=f"generate takes a model .* sharded over {group.size}"):
-            model.generate("a")
+        answers = model.generate(PROMPTS, max_new_tokens=5)
+        results[name] = {"group": place, "vectors": vectors, "losses": losses, "answers": answers}
     return results
 
 
@@ -107,6 +106,15 @@ def losses_in_one_process(run: str, heldout: str) -> tuple[np.ndarray, np.ndarra
     return GritModel.load(run, device="cpu").token_losses(heldout, batch_tokens=BATCH_TOKENS)
 
 
+@cache
+def answers_in_one_process(run: str) -> list[str]:
+    from megatron_grit.inference.model import GritModel
+
+    answers = GritModel.load(run, device="cpu").generate(PROMPTS, max_new_tokens=5)
+    assert isinstance(answers, list) and any(answers)
+    return answers
+
+
 def furthest(found: dict[str, Any], expected: dict[str, np.ndarray]) -> float:
     """Largest distance of a vector from what it is to be; vectors have length 1."""
     return max(np.linalg.norm(np.array(vectors) - expected[call], axis=1).max() for call, vectors in found.items())
@@ -119,7 +127,9 @@ def test_vectors_are_those_of_one_process(runs: dict[str, RunConfig], tmp_path: 
     (heldout,) = config.data.generative
     losses = losses_in_one_process(config.output_dir, heldout)
     results = run_on_ranks(embed, world_size, tmp_path, str(config.output_dir), heldout, LAYOUTS[case])
+    answers = answers_in_one_process(config.output_dir)
     for name in LAYOUTS[case]:
+        assert [result[name]["answers"] for result in results] == [answers] * world_size, name
         groups = [result[name]["group"] for result in results]
         num_groups = GROUPS.get(name, 1)
         assert {(t["num_groups"], t["size"], t["num_replicas"]) for t in groups} == {

@@ -46,8 +46,20 @@ def launch(
 def test_the_list_of_launchers_is_complete(repository: Path) -> None:
     others = {"common.sh", "quickstart.sh", "quickstart_retro.sh"}  # the latter have tests of their own
     others |= {"build_retro_db.sh", "pretrain_retro.sh"}  # see test_retro_launcher.py
+    others |= {"eval_lm.sh"}
     scripts = {path.name for path in (repository / "examples").glob("*.sh")} - others
     assert scripts == {*LAUNCHERS, *SGPT_LAUNCHERS, *SFT_LAUNCHERS}
+
+
+@pytest.mark.parametrize("scale", ["", "tiny"])
+def test_dry_run_of_an_evaluation(repository: Path, tmp_path: Path, scale: str) -> None:
+    options = ("--tensor", "2", "--apply-chat-template")
+    result = launch(repository, tmp_path, "eval_lm.sh", *options, DRY_RUN="1", SCALE=scale, MODEL="m", SUITE="gritlm")
+    assert result.returncode == 0, result.stderr
+    words = result.stdout.split()
+    assert words[words.index("--tasks") + 1] == ("gritlm" if not scale else "tiny_choice\\,tiny_text")
+    assert words[words.index("--nproc-per-node") + 1] == ("8" if not scale else "2")
+    assert words[-3:] == list(options) and list(tmp_path.iterdir()) == []
 
 
 def test_every_configuration_of_the_examples_is_read(repository: Path) -> None:

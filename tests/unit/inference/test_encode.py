@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.errors import MeshError
 from megatron_grit.inference.encode import embedding_row
+from megatron_grit.inference.loading import fit_mesh
 from megatron_grit.inference.mesh_rows import share_out
-from megatron_grit.inference.model import _fit_mesh
 from tests.rows import tiny_config
 
 TEXTS = [([5, 6], [7, 8, 9]), ([], [1]), ([2], [3, 4])]
@@ -51,11 +51,11 @@ def test_settings_that_a_mesh_needs_are_set(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(name, value)
     mixture = tiny_config(experts=4)
     mixture.parallel = ParallelConfig(tensor=2, expert=2)
-    _fit_mesh(mixture)
+    fit_mesh(mixture)
     assert mixture.parallel.sequence_parallel
     dense = tiny_config()
     dense.model.attention_backend, dense.parallel = "te", ParallelConfig(context=2)
-    _fit_mesh(dense)
+    fit_mesh(dense)
     assert dense.model.attention_backend == "auto" and not dense.parallel.sequence_parallel
     for parallel, message in (
         (ParallelConfig(context=3), "the number of processes, 4, is no multiple of .* context 3"),
@@ -64,4 +64,4 @@ def test_settings_that_a_mesh_needs_are_set(monkeypatch: pytest.MonkeyPatch) -> 
     ):
         mixture.parallel = parallel
         with pytest.raises(MeshError, match=message):
-            _fit_mesh(mixture)
+            fit_mesh(mixture)
