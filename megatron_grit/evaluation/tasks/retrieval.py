@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 _QUERIES_PER_BLOCK = 1024
 _CUTOFF = 10
+_WITH_INTERVALS = (
+    *("ndcg_at_1", "ndcg_at_10", "map_at_10", "map_at_100", "mrr_at_10"),
+    *("recall_at_1", "recall_at_10", "recall_at_100", "precision_at_10"),
+)
+"""Measures of collections that are shown."""
 
 Instructed = tuple[str | None, str]
 """(instruction, text). An instruction of None is a text without template, "" a template without instruction."""
@@ -206,7 +211,8 @@ def run(model: TextEncoder, task: RetrievalSet | Collection, lengths: Lengths) -
 
 
 def collection_figures(task: Collection, rankings: Sequence[np.ndarray]) -> Figures:
-    """Means over the queries of a collection, with intervals over queries."""
+    """Means over the queries of a collection; those of :data:`_WITH_INTERVALS` with intervals over queries."""
     measures = measure(rankings, task.judgements)
-    counts = {"num_queries": len(task.queries), "num_passages": len(task.documents)}
-    return Figures(intervals={name: bootstrap_mean(values) for name, values in measures.items()}, others=counts)
+    others: dict[str, float] = {"num_queries": len(task.queries), "num_passages": len(task.documents)}
+    others |= {name: float(values.mean()) for name, values in measures.items() if name not in _WITH_INTERVALS}
+    return Figures(intervals={name: bootstrap_mean(measures[name]) for name in _WITH_INTERVALS}, others=others)

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_grit.errors import DataError
+from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.evaluation import checkpoint
+from megatron_grit.evaluation.ranking.run import evaluate_collection
 from megatron_grit.evaluation.tasks import useb
 from megatron_grit.evaluation.tasks.task import Lengths
 
@@ -36,6 +38,17 @@ def test_askubuntu(tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text("3\t4\t99\t1\n")
     with pytest.raises(DataError, match=r"test.txt:1: question 99 is not in text_tokenized.txt"):
         useb.read(tmp_path)
+
+
+def test_evaluate_retrieval_knows_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [f"{name}\t{name}\tbody" for name in range(5)]
+    (tmp_path / "text_tokenized.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "test.txt").write_text("3\t4\t1 4\t2 1\n")
+    monkeypatch.setattr(checkpoint, "load_encoder", lambda path, device, layer: Angles())
+    figures = evaluate_collection("model", tmp_path, tmp_path / "out.json", lengths=Lengths())
+    assert figures["map_askubuntu"] == 1 and figures == json.loads((tmp_path / "out.json").read_text())
+    with pytest.raises(ConfigError, match="all texts have the instruction of queries; leave the other out"):
+        evaluate_collection("model", tmp_path, tmp_path / "a.json", lengths=Lengths(), document_instruction="a")
 
 
 def test_cqadupstack(tmp_path: Path) -> None:
