@@ -26,3 +26,29 @@ def num_head_parameters(config: RunConfig) -> int:
 def tells_sides_apart(embedding: EmbeddingConfig) -> bool:
     """Whether a text is embedded in one way as a query and in another as a passage."""
     return embedding.brackets != "none" or embedding.side_tokens or embedding.asymmetric == "heads"
+
+
+SCALAR: dict[str, object] = {
+    "pooling": "lasttoken",
+    "causal": True,
+    "normalize": False,
+    "projection_dim": 1,
+    "linear_place": "after_pooling",
+    "linear_bias": False,
+}
+"""Fields of :class:`~megatron_grit.config.schema.EmbeddingConfig` of a model that gives a text one number, a linear
+function of the state of its last token: transformers' sequence classification with one label. The layer is applied
+after pooling, in fp32; before it the number would be rounded as the states are."""
+_AS_BY_DEFAULT = ("linear_activation", "asymmetric", "brackets", "side_tokens")
+
+
+def scalar_problem(embedding: EmbeddingConfig) -> str | None:
+    """What keeps a model from giving a text one number, and what to set. None: it does."""
+    wanted = SCALAR | {name: getattr(EmbeddingConfig(), name) for name in _AS_BY_DEFAULT}
+    if embedding.num_linear_layers not in (None, 1):
+        wanted["num_linear_layers"] = 1
+    wrong = {name: value for name, value in wanted.items() if getattr(embedding, name) != value}
+    if not wrong:
+        return None
+    shown = ", ".join(f"{name}: {str(value).lower()}" for name, value in wrong.items())
+    return f"set embedding to {{{shown}}}"

@@ -108,6 +108,12 @@ def loss_words(kind: str) -> str:
     return kind_options(kind).LOSS.replace("_", " ")
 
 
+def compares_rows(kind: str) -> bool:
+    """Whether a kind's rows are embedded, and its loss compares texts of all rows of a step."""
+    options = kind_options(kind)
+    return bool(options.EMBEDS and options.COMPARES_ROWS)
+
+
 def kind_batch_size(config: RunConfig, kind: str) -> int:
     """Samples of a kind in a global batch."""
     return option(config, kind_options(kind).BATCH)

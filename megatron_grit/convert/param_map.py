@@ -304,6 +304,11 @@ class Family:
         return self.architecture.removesuffix("ForCausalLM") + "Model"
 
     @property
+    def scorer_architecture(self) -> str:
+        """``architectures`` of the decoder with a linear layer for a score in place of its output layer."""
+        return self.architecture.removesuffix("ForCausalLM") + "ForSequenceClassification"
+
+    @property
     def input_embedding(self) -> str:
         """The tensor of the word embeddings."""
         return self._tensor_of("embedding.word_embeddings.weight")

@@ -13,7 +13,7 @@ from math import ceil
 from typing import Literal
 
 from megatron_grit.config.checks.run import data_parallel_size
-from megatron_grit.config.kinds import kind_options, loss_words, trained_kinds
+from megatron_grit.config.kinds import compares_rows, kind_options, loss_words, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import (
     attention_widths,
@@ -88,7 +88,9 @@ class Memory:
 
 def caches_gradients(config: RunConfig, data_size: int, rows: RowWorkload) -> bool:
     """Whether rows go through the model twice."""
-    return rows.embeds and (config.training.grad_cache == "on" or ceil(rows.rows / data_size) > 1)
+    if not compares_rows(rows.kind):
+        return False
+    return config.training.grad_cache == "on" or ceil(rows.rows / data_size) > 1
 
 
 def estimate_memory(

@@ -5,12 +5,13 @@ Each line of PROMPTS is a prompt with what is right: {"messages": [{"role": "use
 their rewards, and ids and log-probabilities of their tokens; megatron-grit build-rollouts makes training data of it.
 The same command resumes after a kill.
 
-Rewards, from 0 to 1:
+Rewards, from 0 to 1 but for the last two:
   math-verify            the completion's mathematical answer equals the right one (pip install 'megatron-grit[rl]')
   exact                  it is the right answer, but for white space around it
   contains, starts_with  it holds the right answer, or begins with it
   regex:PATTERN          PATTERN, of Python's re, is found in it
   format:think,answer    it is <think>...</think> <answer>...</answer> and nothing else
+  model:PATH             any number: what a reward model says, a checkpoint of training.objective reward
   python:MODULE:FUNCTION any number: FUNCTION(completion, line), with the prompt's line as a dictionary
 
 Example:

@@ -62,7 +62,7 @@ def family_of_config(settings: dict[str, Any], path: Path) -> Family:
     """
     file, model_type = path / "config.json", settings.get("model_type")
     architectures = settings.get("architectures") or []
-    named = next((each for each in FAMILIES if {each.architecture, each.base_architecture} & {*architectures}), None)
+    named = next((each for each in FAMILIES if _architectures(each) & {*architectures}), None)
     typed = next((each for each in FAMILIES if each.model_type == model_type), None)
     if named is None and (architectures or typed is None):
         supported = ", ".join(family.architecture for family in FAMILIES)
@@ -75,6 +75,10 @@ def family_of_config(settings: dict[str, Any], path: Path) -> Family:
     family = typed or named
     assert family is not None
     return family
+
+
+def _architectures(family: Family) -> set[str]:
+    return {family.architecture, family.base_architecture, family.scorer_architecture}
 
 
 def family_of_model(model: ModelConfig) -> Family:

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_grit.config.embedding_shape import SCALAR
 from megatron_grit.convert.hf_in.reader import read_config_json
 from megatron_grit.convert.hf_in.sentence_modules import Normalize, OnVectors, Pooling, SentenceModules, read_modules
+from megatron_grit.convert.hf_in.stored_model import scores
 from megatron_grit.convert.hf_out.embedding import POOLING
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.store.logs import get_logger
@@ -27,12 +29,14 @@ def decoder_folder(folder: Path) -> Path:
 
 
 def embedder_defaults(folder: Path) -> dict[str, Any]:
-    """Fields of :class:`~megatron_grit.config.schema.EmbeddingConfig` as a sentence-transformers model has them; the
-    defaults where a run is silent. Logs which, and what has no counterpart here. Empty for other models.
+    """Fields of :class:`~megatron_grit.config.schema.EmbeddingConfig` as a sentence-transformers model has them, or a
+    reward model; the defaults where a run is silent. Logs which, and what has no counterpart here. Empty for others.
 
     Args:
         folder: of the decoder.
     """
+    if (folder / "config.json").is_file() and scores(folder):
+        return dict(SCALAR)
     root = next((each for each in (folder, folder.parent) if (each / "modules.json").is_file()), None)
     if root is None:
         return {}

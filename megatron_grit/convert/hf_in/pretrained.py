@@ -134,7 +134,8 @@ def pretrained_teacher(config: RunConfig) -> TeacherSource | None:
 def load_pretrained(
     config: RunConfig, chunks: Sequence[GritDecoder], context: ParallelContext, *, checked: bool = False
 ) -> int:
-    """Fill the weights of this process's chunks. Embedding head, adapters and what reads neighbors keep their values.
+    """Fill the weights of this process's chunks. Adapters, what reads neighbors, and an embedding head that is not that
+    of a reward model keep their values.
 
     Args:
         config: with ``model.pretrained``.
@@ -170,9 +171,10 @@ def fill_chunks(
     conversions = {conversion.megatron: conversion for conversion in plan}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            if is_added(name) or ".adapter." in name:
+            conversion = conversions.get(global_name(chunk, name))
+            if ".adapter." in name or (is_added(name) and (conversion is None or parameter.shape[0] != 1)):
                 continue
-            conversion = conversions[global_name(chunk, name)]
+            assert conversion is not None, name
             made = conversion.make(weights.stored, model, shard_of(chunk, name, parameter))
             assert made.shape == parameter.shape, f"{name}: {list(made.shape)} for {list(parameter.shape)}"
             with torch.no_grad():

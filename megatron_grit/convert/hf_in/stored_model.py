@@ -3,7 +3,8 @@ shorter ones of ``AutoModel``.
 
 ``AutoModel.save_pretrained``, which sentence-transformers calls, writes the decoder alone: ``architectures`` is
 ``MistralModel``, tensors have no ``model.`` in front, and there is no output layer. Such a model is read as one whose
-output layer is its input embedding.
+output layer is its input embedding. So is a model for sequence classification with one label, such as a reward model,
+whose linear layer becomes the embedding head.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from megatron_grit.convert.hf_in.reader import (
     read_config_json,
 )
 from megatron_grit.convert.param_map import Conversion, Family
+from megatron_grit.convert.scorer import SCORE, score_conversion
 from megatron_grit.errors import CheckpointError
 from megatron_grit.store.logs import get_logger
 
@@ -70,7 +72,12 @@ def open_model(folder: Path, *, allow_pickle: bool = False, tied: bool | None = 
     """
     shape, family, weights = _open(folder, allow_pickle, tied)
     try:
-        return StoredModel(shape, weights, family.plan(weights, shape))
+        if not scores(folder, family):
+            return StoredModel(shape, weights, family.plan(weights, shape))
+        if SCORE not in weights:
+            raise CheckpointError(f"tensor {SCORE} is missing, which config.json's {family.scorer_architecture} has")
+        plan = family.plan(weights.keys() - {SCORE}, shape)
+        return StoredModel(shape, weights, [*plan, score_conversion(shape)])
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
 
@@ -111,7 +118,20 @@ def _open(folder: Path, allow_pickle: bool, tied: bool | None) -> tuple[ModelCon
 
 
 def _is_base(folder: Path, family: Family) -> bool:
-    return family.base_architecture in (read_config_json(folder).get("architectures") or [])
+    """Whether it has no output layer."""
+    return family.base_architecture in (read_config_json(folder).get("architectures") or []) or scores(folder, family)
+
+
+def scores(folder: Path, family: Family | None = None) -> bool:
+    """Whether a model's directory is that of a model with a linear layer for scores.
+
+    Args:
+        folder: with config.json.
+        family: of the model. None: find it.
+    """
+    settings = read_config_json(folder)
+    family = family or family_of_config(settings, folder)
+    return family.scorer_architecture in (settings.get("architectures") or [])
 
 
 def _use_names_of_family(weights: WeightFolder, family: Family) -> bool:

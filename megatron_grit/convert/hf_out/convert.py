@@ -26,6 +26,7 @@ from megatron_grit.convert.hf_out.reader import CheckpointReader
 from megatron_grit.convert.param_map import Family, Kind
 from megatron_grit.convert.peft.merge import Into, Reader, has_adapters, open_merged
 from megatron_grit.convert.raw_safetensors import RawTensor, write_header
+from megatron_grit.convert.scorer import is_left_out, scorer_outputs
 from megatron_grit.errors import CheckpointError, ConfigError
 from megatron_grit.models.names import is_added
 from megatron_grit.parallel.launch import parallel_job
@@ -113,7 +114,7 @@ def export_checkpoint(
         else:
             reader = open_merged(path, context, into=adapters, base=base)
         wanted = DTYPES.get(dtype, reader.dtype)
-        shards = list(_plan_shards(family, read.model, reader, limit, wanted))
+        shards = list(_plan_shards(family, read, reader, limit, wanted))
         written = sum(file.stat().st_size for file in folder.path.glob("*.safetensors"))
         check_room(target, sum(entry.num_bytes for shard in shards for entry in shard) - written)
         names = _shard_names(len(shards))
@@ -177,11 +178,11 @@ def _identity(path: Path, limit: int, dtype: str, adapters: Into | None) -> dict
 
 
 def _plan_shards(
-    family: Family, model: ModelConfig, reader: Reader, limit: int, dtype: torch.dtype
+    family: Family, source: Checkpoint, reader: Reader, limit: int, dtype: torch.dtype
 ) -> Iterator[list[PlannedTensor]]:
     """The tensors of each file: layer by layer, as many as fit."""
-    entries = []
-    for name, kind, targets in family.outputs(model):
+    entries, model = [], source.model
+    for name, kind, targets in scorer_outputs(family, model) if source.scores else family.outputs(model):
         if name not in reader.shapes:
             raise CheckpointError(f"tensor {name} is missing, which a {family.name} model has")
         parts = kind.megatron_to_hf(reader.shapes[name], model)
@@ -191,7 +192,8 @@ def _plan_shards(
         ]
         entries.append(PlannedTensor(name, kind, tuple(described)))
     placed = {entry.name for entry in entries}
-    left_over = sorted(name for name in reader.shapes if name not in placed and not is_added(name))
+    left_out = [is_added, *([is_left_out] if source.scores else [])]
+    left_over = sorted(name for name in reader.shapes.keys() - placed if not any(out(name) for out in left_out))
     if left_over:
         raise CheckpointError(f"tensor {left_over[0]} ({len(left_over)} in all) has no place in a {family.name} model")
     shard: list[PlannedTensor] = []

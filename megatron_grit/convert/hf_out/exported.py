@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_grit.config.embedding_shape import scalar_problem
 from megatron_grit.config.schema import ModelConfig, RunConfig
 from megatron_grit.convert.param_map import Family
 from megatron_grit.data.chat.chat import Chat
@@ -37,6 +38,11 @@ class Checkpoint:
         """Tokens of the vocabulary, without padding."""
         assert self.model.vocab_size is not None
         return self.model.vocab_size
+
+    @property
+    def scores(self) -> bool:
+        """Whether it gives a text one number, as a reward model does, rather than an embedding."""
+        return scalar_problem(self.config.embedding) is None
 
     @property
     def run(self) -> Path:

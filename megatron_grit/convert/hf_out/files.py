@@ -15,6 +15,7 @@ from megatron_grit.convert.hf_out.embedding import (
     write_modules,
 )
 from megatron_grit.convert.hf_out.exported import Exported
+from megatron_grit.convert.hf_out.scorer import write_scorer
 from megatron_grit.convert.hf_out.tokenizer import misread_by_transformers
 from megatron_grit.convert.hf_out.words import write_words
 from megatron_grit.store.files import replacing, write_json
@@ -35,6 +36,9 @@ def write_files(folder: Path, exported: Exported) -> None:
     config, tokenizer = source.config, source.tokenizer
     write_index(folder, exported.weight_map, exported.num_bytes)
     settings = hf_config(exported)
+    if source.scores:
+        write_scorer(folder, exported, settings)
+        return
     write_json(folder / "config.json", settings)
     remarks = write_words(folder, source)
     if source.model.retro.num_neighbors:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from megatron_grit.config.kinds import option
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.label_weights import LabelWeights
 from megatron_grit.data.indexed.roles import Role, RowKind, split_conversations
@@ -62,6 +63,8 @@ class PreferenceCounts:
 class PreferenceStream(generative.GenerativeStream):
     """So many records a step, each packed as a whole, in an order of their own.
 
+    A kind whose section has ``over_long`` and ``rows`` too is a subclass with a name of its own.
+
     Raises:
         ConfigError, DataError: as for the stream of texts.
     """
@@ -73,17 +76,20 @@ class PreferenceStream(generative.GenerativeStream):
 
     def open_beside(self, config: RunConfig, tokenizer: Tokenizer) -> None:
         """Nothing is read beside the records."""
-        self._loss = config.preference.loss  # type: ignore[attr-defined]
+        loss = config.preference.loss  # type: ignore[attr-defined]
+        self._takes_single = loss == "kto"
+        self._why_pairs = f"preference.loss {loss} compares two; set it to kto, or"
 
     @staticmethod
     def labels(config: RunConfig, tokenizer: Tokenizer) -> LabelWeights:
         """As in the base class: rated answers, whatever the run weighs the labels of texts by."""
         return RATED
 
-    @staticmethod
-    def over_long(config: RunConfig) -> OverLong:
+    @classmethod
+    def over_long(cls, config: RunConfig) -> OverLong:
         """As in the base class."""
-        return config.preference.over_long  # type: ignore[attr-defined,no-any-return]
+        policy: OverLong = option(config, cls.kind).over_long
+        return policy
 
     @classmethod
     def rules(cls, config: RunConfig, tokenizer: Tokenizer) -> SourceRules:
@@ -91,19 +97,19 @@ class PreferenceStream(generative.GenerativeStream):
         return replace(
             generative.source_rules(config, cls.kind),
             records=RowKind.PREFERENCE,
-            policy=config.preference.over_long,  # type: ignore[attr-defined]
-            policy_key="preference.over_long",
+            policy=cls.over_long(config),
+            policy_key=f"{cls.kind}.over_long",
             shares_row=True,
         )
 
-    @staticmethod
-    def full_rows(config: RunConfig) -> int | None:
+    @classmethod
+    def full_rows(cls, config: RunConfig) -> int | None:
         """As in the base class."""
         if config.data.packing == "step":
             return None
-        rows: int | None = config.preference.rows  # type: ignore[attr-defined]
+        rows: int | None = option(config, cls.kind).rows
         if rows is None:
-            raise ConfigError("data.packing window needs preference.rows: the rows of preferences of a step")
+            raise ConfigError(f"data.packing window needs {cls.rows_key}: the rows of preferences of a step")
         return rows
 
     def segments(self, step: int) -> list[Segment]:
@@ -120,7 +126,7 @@ class PreferenceStream(generative.GenerativeStream):
         units = [unit for unit in every if unit]
         if not units:
             raise DataError(
-                f"step {step}: all of its {self._num_sequences} records are too long, and preference.over_long is "
+                f"step {step}: all of its {self._num_sequences} records are too long, and {self.kind}.over_long is "
                 f"{self._policy}; raise data.tokens_per_row"
             )
         return units
@@ -129,10 +135,9 @@ class PreferenceStream(generative.GenerativeStream):
         """The conversations of a record; none of one that is left out."""
         roles, lengths = self._spans(source, record)
         bounds = split_conversations(roles)
-        if len(bounds) < 2 and self._loss != "kto":
+        if len(bounds) < 2 and not self._takes_single:
             raise DataError(
-                f"record {self.sources[source].name(record)} has a single answer, and preference.loss {self._loss} "
-                "compares two; set it to kto, or give pairs"
+                f"record {self.sources[source].name(record)} has a single answer, and {self._why_pairs} give pairs"
             )
         sizes = [sum(lengths[first:last]) for first, last in bounds]
         kept = self._kept(source, record, sizes)
@@ -146,14 +151,14 @@ class PreferenceStream(generative.GenerativeStream):
         """All that a reference is asked about a record, each with its place among the :attr:`width` numbers of it: its
         conversations, and with kto what :meth:`mismatched` makes of them."""
         every = self.segments_of(source, record)
-        if self._loss == "kto":
+        if self._takes_single:
             every = every + [self.mismatched(segment) for segment in every]
         return [(place_of(segment), segment) for segment in every]
 
     @property
     def width(self) -> int:
         """Most of :meth:`measured`."""
-        return 4 if self._loss == "kto" else 2
+        return 4 if self._takes_single else 2
 
     def mismatched(self, segment: Segment) -> Segment:
         """A conversation with the answer of another record in place of its own, cut to what a row and the model take.
@@ -183,7 +188,7 @@ class PreferenceStream(generative.GenerativeStream):
 
     def baseline_rows(self, step: int) -> list[PlannedRow]:
         """As in the base class: for each conversation an answer to another prompt, of which kto estimates its KL."""
-        if self._loss != "kto":
+        if not self._takes_single:
             return []
         every = [self.mismatched(segment) for segment in self.segments(step)]
         packed = pack(np.array([segment.length for segment in every]), self._tokens_per_row, self._num_rows_multiple)

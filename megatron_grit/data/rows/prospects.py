@@ -13,7 +13,7 @@ import numpy as np
 from megatron_grit.config.blend import BlendEntry, read_blend
 from megatron_grit.config.checkpoint_folder import started_from
 from megatron_grit.config.checks.checkpoint import checkpoint_errors, finished_lines, unlike_reader
-from megatron_grit.config.kinds import kind_batch_size, kind_options, load_kind, trained_kinds
+from megatron_grit.config.kinds import compares_rows, kind_batch_size, kind_options, load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import reads_neighbors
 from megatron_grit.data.chat.chat import Chat
@@ -115,14 +115,14 @@ def _streams(config: RunConfig) -> dict[str, type[RowStream]]:
 
 def _epochs(config: RunConfig, kind: str, entries: list[BlendEntry], sources: Sequence[IndexedRecords]) -> str:
     """How often the steps go through the records of a kind."""
-    steps, embeds = config.training.steps, kind_options(kind).EMBEDS
+    steps, one_source = config.training.steps, compares_rows(kind)
     counts = [source.meta.num_records - source.meta.num_skipped for source in sources]
     sizes = np.array(
         [count if entry.cap is None else min(count, entry.cap) for count, entry in zip(counts, entries, strict=True)]
     )
     batch, rows = kind_batch_size(config, kind), load_kind(KINDS, kind).STREAM.full_rows(config)
-    weights = blend_weights(entries, sizes // batch if embeds else sizes)
-    if embeds:
+    weights = blend_weights(entries, sizes // batch if one_source else sizes)
+    if one_source:  # a step's records are of one source
         weights = weights ** (1 / config.data.embedding_temperature)
     shares, total, unit = weights / weights.sum(), sizes.sum(), "records"
     if rows is not None:  # of so many tokens; records come in their shares

@@ -1,4 +1,4 @@
-"""Rewards of completions: rules on strings, math-verify, and functions of the user's.
+"""Rewards of completions: rules on strings, math-verify, reward models, and functions of the user's.
 
 A reward is ``[WEIGHT*]NAME[:ARGUMENT]``; that of a completion is the sum of all, each times its weight.
 """
@@ -11,9 +11,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_grit.config.checkpoint_folder import resolve_checkpoint
 from megatron_grit.config.commands import suggestion
 from megatron_grit.config.values import shortened
 from megatron_grit.data.rollouts.records import PromptGroup, SampledCompletion, read_reward
+from megatron_grit.data.text.records import Message, parse_record
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.rollouts.options import RewardOptions
 
@@ -168,6 +170,21 @@ def _math_verify(argument: str) -> Judge:
     return judge
 
 
+def _model(argument: str) -> Judge:
+    if not argument:
+        raise ConfigError("needs the checkpoint of a reward model, as in model:runs/train_reward")
+    from megatron_grit.inference.rollouts.reward_model import RewardModel
+
+    model = RewardModel.load(resolve_checkpoint(argument))
+
+    def judge(text: str, right: list[str], group: PromptGroup) -> float:
+        if group.messages:
+            return float(model.score([[*group.messages, Message("assistant", text)]])[0])
+        return float(model.score([parse_record({"prompt": group.prompt, "completion": text})])[0])
+
+    return judge
+
+
 def _python(argument: str) -> Judge:
     module, _, name = argument.partition(":")
     if not module or not name:
@@ -192,5 +209,6 @@ _MAKERS: dict[str, Callable[[str], Judge]] = {
     "regex": _regex,
     "format": _format,
     "math-verify": _math_verify,
+    "model": _model,
     "python": _python,
 }

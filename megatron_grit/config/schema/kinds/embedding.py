@@ -20,6 +20,9 @@ METRICS = ("loss_emb", "accuracy_emb")
 """Names of what a step says about it; the first is its loss."""
 EMBEDS = True
 """Whether its rows are embedded; if not, their next tokens are predicted."""
+COMPARES_ROWS = True
+"""Of a kind whose rows are embedded: whether its loss compares texts of all rows of a step, so that rows pass through
+the model twice where a rank has several."""
 
 
 def problems(config: RunConfig, multiple: int) -> Iterator[Problem]:
