@@ -322,6 +322,21 @@ stage() {
     touch "$OUT/.done/$name"
 }
 
+# tiny_preferences DIRECTORY: a few dozen pairs of answers, as many rated ones, a tokenizer, and the indexed files pairs and
+# rated. Sets TOKENIZER.
+tiny_preferences() {
+    local name
+    TOKENIZER="$1/tokenizer.model"
+    [[ "${DRY_RUN:-0}" == 1 ]] && return
+    tiny_texts preferences "$1"
+    "$PYTHON" "$ROOT/tools/preprocess/train_tokenizer.py" --vocab-size 512 --output-prefix "$1/tokenizer" \
+        --input "$1/texts.jsonl"
+    for name in pairs rated; do
+        "$PYTHON" "$ROOT/tools/preprocess/build_preference.py" --overwrite --tokenizer "$TOKENIZER" \
+            --generative-max-len 128 --input "$1/$name.jsonl" --output-prefix "$1/$name"
+    done
+}
+
 # tiny_questions DIRECTORY: a few dozen questions with contexts in two data sets, their blend, a tokenizer, and an untrained
 # model that reads neighbors. Sets DATA_ROOT; DIRECTORY/blend.sh and DIRECTORY/model are the others.
 tiny_questions() {
@@ -422,5 +437,27 @@ train_sft() {
     fi
     # shellcheck disable=SC2086
     run_training 1 "$processes" "${recipe[@]}" --data.generative "$(yaml_list $GENERATIVE_DATA)" \
+        --output_dir "${OUTPUT_DIR:=runs/$name}" "$@"
+}
+
+# train_preferences NAME BATCH EPOCHS TINY_DATA OPTION...: with MODEL and PREFERENCE_DATA, or TINY_DATA of tiny_preferences.
+train_preferences() {
+    local name="$1" batch="$2" epochs="${EPOCHS:-$3}" data="$4" processes="${GPUS_PER_NODE:-8}"
+    local recipe=(--config "$ROOT/examples/configs/$1.yaml")
+    shift 4
+    if is_tiny; then
+        name="${name}_tiny" processes=2
+        recipe+=(--config "$ROOT/examples/configs/tiny.yaml" --model tiny_mistral --checkpoint.resume false)
+        recipe+=(--preference.batch_size 8)
+        tiny_preferences "${OUTPUT_DIR:=runs/$name}/data"
+        PREFERENCE_DATA="$OUTPUT_DIR/data/$data"
+        recipe+=(--data.tokenizer "$TOKENIZER")
+    else
+        required MODEL "the directory of the Hugging Face files of a model that follows instructions"
+        required PREFERENCE_DATA "the prefixes of the data (see the top of this file)"
+        tune_model PREFERENCE_DATA build_preference.py "$batch" "$epochs" --model mistral_7b
+    fi
+    # shellcheck disable=SC2086
+    run_training 1 "$processes" "${recipe[@]}" --preference.data "$(yaml_list $PREFERENCE_DATA)" \
         --output_dir "${OUTPUT_DIR:=runs/$name}" "$@"
 }

@@ -35,6 +35,21 @@ def grit(folder: Path) -> None:
     write_lines(folder / "generative.jsonl", [json.dumps(chat) for chat in chats])
 
 
+def preferences(folder: Path) -> None:
+    """48 pairs of answers, the better one of which is about the topic, and 48 of these answers, rated: pairs.jsonl,
+    rated.jsonl; texts.jsonl has all of them."""
+    texts = [(name, " ".join(text.split())[:120]) for name, text in TOPICS][:49]
+    pairs, rated = [], []
+    for number, ((name, text), (_, other)) in enumerate(zip(texts[:-1], texts[1:], strict=True)):
+        question = {"role": "user", "content": f"What is {name}?"}
+        answers = [{"role": "assistant", "content": each} for each in (text, other)]
+        pairs.append({"prompt": [question], "chosen": answers[:1], "rejected": answers[1:]})
+        rated.append({"messages": [question, answers[number % 2]], "label": number % 2 == 0})
+    write_lines(folder / "pairs.jsonl", [json.dumps(pair) for pair in pairs])
+    write_lines(folder / "rated.jsonl", [json.dumps(answer) for answer in rated])
+    write_lines(folder / "texts.jsonl", [json.dumps({"text": [f"What is {name}?", text]}) for name, text in texts])
+
+
 def nli(folder: Path) -> None:
     """A table of AllNLI's form: AllNLI.tsv."""
     sentences = [re.split(r"(?<=[.:])\s+", " ".join(text.split()))[1:4] for _, text in TOPICS]
@@ -84,7 +99,14 @@ def questions(folder: Path) -> None:
     write_lines(folder / "blend.sh", ['DATA_BLEND="0.7 help 0.3 topics"'])
 
 
-KINDS = {"grit": grit, "nli": nli, "msmarco": msmarco, "documents": documents, "questions": questions}
+KINDS = {
+    "grit": grit,
+    "nli": nli,
+    "msmarco": msmarco,
+    "documents": documents,
+    "questions": questions,
+    "preferences": preferences,
+}
 
 if __name__ == "__main__":
     KINDS[sys.argv[1]](Path(sys.argv[2]))

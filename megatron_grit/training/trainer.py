@@ -214,6 +214,7 @@ class Trainer:
                 streams=self.loader.streams,
                 chunks=self.chunks,
                 pad_id=self.tokenizer.pad_id,
+                base=None if self.saver.base is None else self.saver.base["fingerprint"],
                 saved=None if self.restored is None else saved.get(objective.kind, {}),
             )
             if kept := objective.start(run):

@@ -48,6 +48,8 @@ class RunStart:
     """Of this process, with the weights to go on from."""
     pad_id: int
     """Token of the padding."""
+    base: str | None = None
+    """Fingerprint of the base of adapters; None where nothing was loaded for one."""
     saved: Mapping[str, Any] | None = None
     """What :meth:`Objective.start` returned when the run began, of the checkpoint that it resumes from. None: it begins
     here."""

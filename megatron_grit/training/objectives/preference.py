@@ -21,7 +21,7 @@ from megatron_grit.losses.log_probs import segment_sums
 from megatron_grit.losses.preference import Answers, PreferenceOptions, pair_losses, rated_losses
 from megatron_grit.models.decoder import Output
 from megatron_grit.parallel.context import ParallelContext
-from megatron_grit.training.base_weights import exact_fingerprint
+from megatron_grit.training.base_weights import base_fingerprint, exact_fingerprint
 from megatron_grit.training.objectives.base import Objective, RunStart
 from megatron_grit.training.reference.forward import answer_log_probs, frozen_log_probs
 from megatron_grit.training.reference.records import ReferenceLogProbs, refuse_missing
@@ -61,6 +61,8 @@ class PreferenceObjective(Objective):
         assert isinstance(stream, PreferenceStream)
         if run.saved is None:
             saved = {"weights": exact_fingerprint(run.chunks, self.context)}
+            if self.config.adapter.kind != "none":
+                saved["base"] = run.base or base_fingerprint(run.chunks, self.context)
         elif "weights" in run.saved:
             saved = dict(run.saved)
         else:
@@ -69,7 +71,9 @@ class PreferenceObjective(Objective):
                 f"{self.own.loss} needs the model of its start; give checkpoint.load that checkpoint, in another "
                 "output_dir"
             )
-        self.reference = ReferenceLogProbs(self.config, self.context, stream, saved["weights"], self.own.cache_dir)
+        self.reference = ReferenceLogProbs(
+            self.config, self.context, stream, ":".join(saved.values()), self.own.cache_dir
+        )
         missing = self.reference.missing(*stream.visited(run.step, self.config.training.steps))
         if run.saved is not None:
             refuse_missing(missing, stream.sources.names, self.reference.folder, "preference.cache_dir")

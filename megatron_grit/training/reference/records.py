@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import asdict
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_grit.config.knob import names_with
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.order.sources import Sources
 from megatron_grit.data.rows.batch import PackedRow
@@ -25,6 +27,7 @@ from megatron_grit.errors import ConfigError
 from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.collectives import from_last_stage, gather_in_order
 from megatron_grit.parallel.context import ParallelContext
+from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import Progress
 from megatron_grit.training.reference.cache import RecordNumbers
@@ -32,6 +35,7 @@ from megatron_grit.training.reference.forward import frozen_log_probs
 
 log = get_logger(__name__)
 
+_SIDES = ("chosen", "rejected")
 _ROWS_AT_ONCE = 8
 """Rows of a data parallel rank between two exchanges."""
 _SECONDS_OF_A_PART = 60.0
@@ -89,12 +93,16 @@ class ReferenceLogProbs:
         identity: dict[str, object] = {
             "what": "log-probabilities of answers 1",
             "weights": weights,
+            "model": digest_of_settings(
+                [_without(self._config.model, "in_weights", False), _without(self._config.adapter, "may_change", True)]
+            ),
             "data": sources.identity([source])[0],
             "precision": self._config.training.precision,
             "numbers": self._stream.width,
         }
         limits = [sources.longest_segment, sources.longest_unit]
-        if sources.meta(source).longest_segment_tokens > min(limits):
+        # What has the answer of another record may be longer than any record.
+        if sources.meta(source).longest_segment_tokens > min(limits) or self._stream.width > len(_SIDES):
             identity["cut"] = [sources.rules.policy, *limits]
         return identity
 
@@ -195,6 +203,12 @@ class ReferenceLogProbs:
                 records = wanted[wanted[:, 0] == number, 1]
                 if len(records):
                     source.write(records)
+
+
+def _without(section: Any, fact: str, value: bool) -> dict[str, Any]:
+    """The options of a section that numbers follow from, those marked by the fact left out."""
+    left_out = names_with(type(section), fact, value)
+    return {name: held for name, held in asdict(section).items() if name not in left_out}
 
 
 def refuse_missing(missing: np.ndarray, names: Sequence[str], folder: str, key: str) -> None:
