@@ -77,7 +77,6 @@ def load_tasks(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
 
     tasks = {task.task_name: task for task in TaskLoader([folder]).load(Part(name="", tasks=names))}
     for task in tasks.values():
-        task.set_fewshot_seed(1234)
         task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
     return tasks
 
@@ -87,6 +86,8 @@ def responses(lm: Any, folder: Path, chat: bool = False, names: tuple[str, ...] 
     from lm_eval.evaluator import evaluate
 
     tasks = load_tasks(folder, names)
+    for task in tasks.values():
+        task.set_fewshot_seed(1234)  # examples are drawn anew
     told = {"apply_chat_template": chat, "fewshot_as_multiturn": chat, "bootstrap_iters": 0}
     results: Any = evaluate(lm, {"tasks": tasks}, **told)
     found = {
