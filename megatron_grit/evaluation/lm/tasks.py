@@ -1,6 +1,6 @@
 """What ``--tasks`` names: suites, tasks and groups of lm-eval, and YAML files of tasks.
 
-A suite is data: ``suites.yaml`` in this package, or a file of the user's. Its parts are evaluated one after another,
+A suite is data: ``suites.yaml`` in this package. Its parts are evaluated one after another,
 each a run of the harness of its own, because a harness holds a task with one number of examples only.
 """
 
@@ -40,12 +40,16 @@ class Part:
     """Options of generation that differ from the tasks' own."""
 
 
-def read_suites(path: Path = SUITES) -> dict[str, list[Part]]:
+def read_suites(path: Path | None = None) -> dict[str, list[Part]]:
     """Parts of each suite of a file: ``SUITE: {PART: {tasks: [NAME], ...}}``, with the fields of :class:`Part`.
+
+    Args:
+        path: the file. None: this package's.
 
     Raises:
         ConfigError: the file is not of this form.
     """
+    path = path or SUITES
     with yaml_file(path, "file of suites") as (loader, root):
         value = None if root is None else loader.construct_document(root)
     try:

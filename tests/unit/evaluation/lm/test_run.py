@@ -24,8 +24,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("lm") / "tasks", count=5)
 
 
-def evaluate(run: RunConfig, tasks: Path, output: Path, **changes: Any) -> LmReport:
-    asked: dict[str, Any] = {"tasks": list(NAMES), "include_path": [str(tasks)], "bootstrap_iters": 0}
+def evaluate(run: RunConfig, folder: Path, output: Path, **changes: Any) -> LmReport:
+    asked: dict[str, Any] = {"tasks": list(NAMES), "include_path": [str(folder)], "bootstrap_iters": 0}
     options = HarnessModel(checkpoint=run.output_dir, device="cpu")
     report = evaluate_lm(options, HarnessTasks(output=str(output), **asked | changes))
     assert report is not None
