@@ -441,14 +441,15 @@ train_sft() {
 }
 
 # train_preferences NAME BATCH EPOCHS TINY_DATA OPTION...: with MODEL and PREFERENCE_DATA, or TINY_DATA of tiny_preferences.
+# PREFERENCE_KIND is the section that takes the data: preference, or reward.
 train_preferences() {
     local name="$1" batch="$2" epochs="${EPOCHS:-$3}" data="$4" processes="${GPUS_PER_NODE:-8}"
-    local recipe=(--config "$ROOT/examples/configs/$1.yaml")
+    local kind="${PREFERENCE_KIND:-preference}" recipe=(--config "$ROOT/examples/configs/$1.yaml")
     shift 4
     if is_tiny; then
         name="${name}_tiny" processes=2
         recipe+=(--config "$ROOT/examples/configs/tiny.yaml" --model tiny_mistral --checkpoint.resume false)
-        recipe+=(--preference.batch_size 8)
+        recipe+=("--$kind.batch_size" 8)
         tiny_preferences "${OUTPUT_DIR:=runs/$name}/data"
         PREFERENCE_DATA="$OUTPUT_DIR/data/$data"
         recipe+=(--data.tokenizer "$TOKENIZER")
@@ -458,6 +459,6 @@ train_preferences() {
         tune_model PREFERENCE_DATA build_preference.py "$batch" "$epochs" --model mistral_7b
     fi
     # shellcheck disable=SC2086
-    run_training 1 "$processes" "${recipe[@]}" --preference.data "$(yaml_list $PREFERENCE_DATA)" \
+    run_training 1 "$processes" "${recipe[@]}" "--$kind.data" "$(yaml_list $PREFERENCE_DATA)" \
         --output_dir "${OUTPUT_DIR:=runs/$name}" "$@"
 }

@@ -25,6 +25,15 @@ def test_dry_run(name: str, repository: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_of_a_reward_model(repository: Path, tmp_path: Path) -> None:
+    result = launch(repository, tmp_path, "train_reward.sh", "--reward.margin", "0.5", DRY_RUN="1", **PATHS)
+    assert result.returncode == 0, result.stderr
+    resolved = yaml.safe_load(result.stdout)
+    assert resolved["training"]["objective"] == "reward" and resolved["reward"]["data"] == ["a", "b"]
+    assert (resolved["reward"]["margin"], resolved["embedding"]["projection_dim"]) == (0.5, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_path_is_named(repository: Path, tmp_path: Path) -> None:
     result = launch(repository, tmp_path, "train_dpo.sh", MODEL="llama")
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
