@@ -187,7 +187,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any]
     write_corpus(folder)
     numbers: dict[str, Any] = {}
     met = True
-    for name, options in VARIANTS.items():
+    for name in arguments.variants:
+        options = VARIANTS[name]
         toy = Toy(n=arguments.n, rounds=arguments.rounds, updates=arguments.updates, options=options)
         began, gains = time.perf_counter(), []
         for seed in range(1, arguments.seeds + 1):
@@ -195,7 +196,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any]
             first, last = found[0], float(np.mean(found[-3:]))
             gains.append(last - first)
             numbers[f"{name}/{seed}"] = {"first": first, "last": last, "rounds": found}
-            print(f"{name}, seed {seed}: reward {first:.3f} at first, {last:.3f} in the last three rounds")
+            print(f"{name}, seed {seed}: reward {first:.3f} at first, {last:.3f} in the last three rounds", flush=True)
         met = met and (max(gains) < TARGET if name == "control" else min(gains) >= TARGET)
         print(f"{name}: {min(gains):+.3f} to {max(gains):+.3f}, {time.perf_counter() - began:.0f} s")
     return numbers, met
@@ -217,6 +218,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--updates", type=int, default=1, help="steps of a round (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     return harness.run("grpo_toy", arguments, lambda folder: measure(arguments, folder))

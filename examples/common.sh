@@ -236,7 +236,7 @@ name, variable, tool, batch, epochs, *prefixes = sys.argv[1:]
 try:
     records = sum(json.load(open(f"{prefix}.json"))["num_records"] for prefix in prefixes)
 except (OSError, ValueError, KeyError) as error:
-    print(f"{name}: error: {variable}: {error}; make it with tools/preprocess/{tool}", file=sys.stderr)
+    print(f"{name}: error: {variable}: {error}; make it with {tool}", file=sys.stderr)
     sys.exit(2)
 print(max(1, int(records * float(epochs)) // int(batch)))
 EOF
@@ -413,7 +413,7 @@ train_sgpt() {
     else
         required MODEL "the directory of GPT-J's Hugging Face files"
         required EMBEDDING_DATA "the prefixes of the data (see the top of this file)"
-        tune_model EMBEDDING_DATA build_grit.py "$batch" "$epochs" --config "$configs/gptj_6b.yaml"
+        tune_model EMBEDDING_DATA tools/preprocess/build_grit.py "$batch" "$epochs" --config "$configs/gptj_6b.yaml"
     fi
     # shellcheck disable=SC2086
     run_training 1 "$processes" "${recipe[@]}" --data.embedding "$(yaml_list $EMBEDDING_DATA)" \
@@ -433,7 +433,7 @@ train_sft() {
     else
         required MODEL "the directory of the base model's Hugging Face files"
         required GENERATIVE_DATA "the prefixes of the data (see the top of this file)"
-        tune_model GENERATIVE_DATA build_sft.py "$batch" "$epochs" --model mistral_7b
+        tune_model GENERATIVE_DATA tools/preprocess/build_sft.py "$batch" "$epochs" --model mistral_7b
     fi
     # shellcheck disable=SC2086
     run_training 1 "$processes" "${recipe[@]}" --data.generative "$(yaml_list $GENERATIVE_DATA)" \
@@ -456,7 +456,7 @@ train_preferences() {
     else
         required MODEL "the directory of the Hugging Face files of a model that follows instructions"
         required PREFERENCE_DATA "the prefixes of the data (see the top of this file)"
-        tune_model PREFERENCE_DATA build_preference.py "$batch" "$epochs" --model mistral_7b
+        tune_model PREFERENCE_DATA tools/preprocess/build_preference.py "$batch" "$epochs" --model mistral_7b
     fi
     # shellcheck disable=SC2086
     run_training 1 "$processes" "${recipe[@]}" "--$kind.data" "$(yaml_list $PREFERENCE_DATA)" \

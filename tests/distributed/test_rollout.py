@@ -22,9 +22,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "grpo": {"aggregation": "sequence", "clip_high": 0.28},
     "dapo": {"aggregation": "token"},
+    "start": {"behavior": "start", "kl_weight": 0.3, "aggregation": "sequence", "clip_low": 0.02, "clip_high": 0.03},
     "gspo": {"aggregation": "sequence", "ratio": "sequence", "clip_low": 0.05, "clip_high": 0.06, "advantages": "mean"},
 }
 ROW_TOKENS = 96
+FACTOR = 1.3
 NUM_PROMPTS, GROUP = 4, 4
 
 
@@ -59,8 +61,8 @@ def run_case(
 ) -> dict[str, Any]:
     """Metrics of a step on all completions, and each part of the gradient against that of one process, if there is one;
     else it is written."""
-    if name.endswith("damaged"):  # each context parallel rank takes the whole row for its own
-        with mock.patch("megatron_grit.training.objectives.rollout._is_held", lambda labels_T, share: labels_T):
+    if name.endswith("damaged"):  # each context parallel rank takes its part of a completion for all of it
+        with mock.patch("megatron_grit.training.objectives.rollout.sum_over_group", lambda values, group: values):
             return run_case(prefix, folder, name.removesuffix("damaged") + "control", variant, layout, row_tokens)
     import safetensors.torch
 
@@ -81,6 +83,7 @@ def run_case(
         setattr(knobs, key, value)
     for key, value in layout.items():
         setattr(config.parallel, key, value)
+    config.output_dir = str(Path(folder) / name)
     reference = Path(folder) / f"{variant}.safetensors"
     with parallel_job(config.parallel, seed=1) as context:
         chunks = build_chunks(config, VOCAB, context)
@@ -103,6 +106,9 @@ def run_case(
         wrapped = wrap_chunks(chunks, config.parallel.overlap)
         optimizer = build_optimizer(config, wrapped)
         step = TrainStep(config, context, wrapped, optimizer)
+        before = None if reference.exists() else _policy(chunks[0], loader)
+        if variant == "start":
+            _move_away(step, chunks, loader)
         for chunk in step.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -117,8 +123,26 @@ def run_case(
             with torch.no_grad():
                 for part in parts_of(chunks, context):
                     part.fill(start)
-            found["closed"] = _closed_form(chunks[0], loader, variant, knobs)
+                if variant == "start":
+                    for parameter in chunks[0].parameters():
+                        parameter.mul_(FACTOR)
+            found["closed"] = _closed_form(before, _policy(chunks[0], loader), loader, knobs)
         return found
+
+
+def _move_away(step: Any, chunks: list[Any], loader: Any) -> None:
+    """Begin a run, and change the model: the weights that it began with are those of its reference."""
+    from megatron_grit.training.objectives.base import RunStart
+
+    (objective,) = step.objectives
+    saved = objective.start(RunStart(step=0, streams=loader.streams, chunks=chunks, pad_id=0))
+    assert set(saved) == {"behavior", "reference"}
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.mul_(FACTOR)
+    # The second time nothing is computed: the weights are others now.
+    objective.start(RunStart(step=1, streams=loader.streams, chunks=chunks, pad_id=0, saved=saved))
 
 
 def _whole(what: str, parts: Any) -> dict[str, torch.Tensor]:
@@ -138,29 +162,41 @@ def _whole(what: str, parts: Any) -> dict[str, torch.Tensor]:
     return whole
 
 
-def _closed_form(model: Any, loader: Any, variant: str, knobs: Any) -> float:
-    """TRL's formula on completions one by one, padded by nothing."""
+def _policy(model: Any, loader: Any) -> list[torch.Tensor]:
+    """Log-probabilities of the tokens of each completion of the step but its first, one completion a row."""
     from megatron_grit.data.rows.stream import PlannedRow
     from megatron_grit.models.decoder import Output
 
-    stream = loader.streams["rollout"]
-    known, source = stream.rollouts[0], stream.sources[0]
-    losses, sizes = [], []
+    stream, found = loader.streams["rollout"], []
     for segment in stream.segments(0):
         row = stream.make_row(PlannedRow(segments=[segment], slots=np.arange(1)), segment.length, 0)
         with torch.no_grad():
             logits = model(row, Output.LOGITS).double()
-        tokens = torch.from_numpy(source.tokens(segment.record).astype(np.int64))
-        log_probs = logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
+        tokens = torch.from_numpy(stream.sources[0].tokens(segment.record).astype(np.int64))
+        found.append(logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0])
+    return found
+
+
+def _closed_form(before: list[torch.Tensor] | None, policy: list[torch.Tensor], loader: Any, knobs: Any) -> float:
+    """TRL's formula on completions one by one, padded by nothing."""
+    stream = loader.streams["rollout"]
+    known = stream.rollouts[0]
+    losses: list[torch.Tensor] = []
+    assert before is not None
+    for segment, log_probs, reference in zip(stream.segments(0), policy, before, strict=True):
         behavior = torch.from_numpy(known.behavior(segment.record, 1, segment.length)).double()
         sampled = ~behavior.isnan()
+        if knobs.behavior == "start":
+            behavior = reference
         log_ratio = (log_probs - behavior)[sampled]
         if knobs.ratio == "sequence":
             log_ratio = log_ratio.mean().expand_as(log_ratio)
         ratio, advantage = log_ratio.exp(), float(known.advantages_R[segment.record])
         clipped = ratio.clamp(1 - knobs.clip_low, 1 + knobs.clip_high)
-        losses.append(-torch.minimum(ratio * advantage, clipped * advantage))
-        sizes.append(len(log_ratio))
+        away = (reference - log_probs)[sampled]
+        losses.append(
+            -torch.minimum(ratio * advantage, clipped * advantage) + knobs.kl_weight * (away.exp() - away - 1)
+        )
     if knobs.aggregation == "token":
         return float(torch.cat(losses).mean())
     return float(torch.stack([loss.mean() for loss in losses]).mean())
@@ -179,7 +215,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     single = [[variant, variant, {}] for variant in VARIANTS]
     single += [[f"{variant} unpacked", variant, {}, 32] for variant in VARIANTS]
     double = [[f"{variant} {name}", variant, layout] for variant in VARIANTS for name, layout in LAYOUTS.items()]
-    double.append(["dapo CP2 damaged", "dapo", LAYOUTS["CP2"]])
+    double.append(["gspo CP2 damaged", "gspo", LAYOUTS["CP2"]])
     found: dict[str, list[dict[str, Any]]] = {}
     for size, cases in ((1, single), (2, double)):
         for rank in run_on_ranks(compute, size, tmp_path_factory.mktemp("ranks"), str(prefix), str(folder), cases):
@@ -208,7 +244,8 @@ def test_packed_rows_have_the_closed_form(results: dict[str, list[dict[str, Any]
     assert metrics["loss_rollout"] == pytest.approx(one["closed"], abs=1e-6)
     assert metrics["loss"] == pytest.approx(0.5 * one["closed"], abs=1e-6)
     assert abs(one["closed"]) > 1e-3
-    assert 0 < metrics["clipped_rollout"] < 1 and metrics["kl_rollout"] > 0.01
+    assert 0 < metrics["clipped_rollout"] < 1 and metrics["kl_rollout"] > 1e-4
+    assert ("kl_reference_rollout" in metrics) == (variant == "start")
     assert metrics["reward_rollout"] == pytest.approx(results["grpo"][0]["metrics"]["reward_rollout"])
 
 
@@ -230,6 +267,6 @@ def test_layouts_train_alike(results: dict[str, list[dict[str, Any]]], variant: 
 
 
 def test_a_damaged_layout_is_seen(results: dict[str, list[dict[str, Any]]]) -> None:
-    ranks = results["dapo CP2 control"]
-    assert ranks[0]["metrics"]["loss_rollout"] != pytest.approx(results["dapo"][0]["metrics"]["loss_rollout"], abs=1e-3)
+    ranks = results["gspo CP2 control"]
+    assert abs(ranks[0]["metrics"]["loss_rollout"] - results["gspo"][0]["metrics"]["loss_rollout"]) > 1e-4
     assert gradient_error(ranks) > 1e-2

@@ -31,7 +31,7 @@ SGPT_PATHS = {"MODEL": "gpt-j", "EMBEDDING_DATA": "a b"}
 def launch(
     repository: Path, cwd: Path, name: str, *options: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    unset = PATHS | SGPT_PATHS | SFT_PATHS | {"EPOCHS": ""}
+    unset = PATHS | SGPT_PATHS | SFT_PATHS | {"EPOCHS": "", "ROLLOUTS": ""}
     clean = {key: value for key, value in os.environ.items() if key not in unset and not key.startswith("SLURM")}
     return subprocess.run(
         ["bash", str(repository / "examples" / name), *options],
@@ -49,7 +49,7 @@ def test_the_list_of_launchers_is_complete(repository: Path) -> None:
     others |= {"eval_lm.sh"}
     others |= {"train_dpo.sh", "train_kto.sh", "train_reward.sh"}  # see test_preference_launchers.py
     scripts = {path.name for path in (repository / "examples").glob("*.sh")} - others
-    assert scripts == {*LAUNCHERS, *SGPT_LAUNCHERS, *SFT_LAUNCHERS}
+    assert scripts == {*LAUNCHERS, *SGPT_LAUNCHERS, *SFT_LAUNCHERS, "train_grpo.sh"}
 
 
 @pytest.mark.parametrize("scale", ["", "tiny"])
@@ -367,3 +367,30 @@ def test_fine_tuning_in_miniature(name: str, repository: Path, tmp_path: Path) -
     assert records[-1]["loss_gen"] < records[0]["loss_gen"]
     recipe = load_config(repository / "examples" / "configs" / f"{name.removesuffix('.sh')}.yaml")
     assert load_config(tmp_path / "run" / "config.yaml").loss == recipe.loss
+
+
+def test_dry_run_of_grpo(repository: Path, tmp_path: Path) -> None:
+    for given in ({}, {"MODEL": "llama", "ROLLOUTS": "a b"}):
+        result = launch(repository, tmp_path, "train_grpo.sh", "--rollout.kl_weight", "0.1", DRY_RUN="1", **given)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith("# 8 processes = tensor 2 x pipeline 1 x data 4")
+        rollout = yaml.safe_load(result.stdout)["rollout"]
+        assert rollout["data"] == given.get("ROLLOUTS", "ROLLOUTS").split()
+        assert (rollout["batch_size"], rollout["clip_high"], rollout["kl_weight"]) == (512, 0.28, 0.1)
+    result = launch(repository, tmp_path, "train_grpo.sh", MODEL="llama")
+    assert result.returncode == 2 and result.stderr.startswith("train_grpo.sh: error: set ROLLOUTS to ")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.processes(2)
+def test_grpo_in_miniature(repository: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = launch(repository, tmp_path, "train_grpo.sh", SCALE="tiny", OUTPUT_DIR=str(run))
+    assert result.returncode == 0, result.stdout + result.stderr
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert records[0]["reward_rollout"] == pytest.approx(0.25, abs=0.2)
+    # The model of the start stands for the one that sampled.
+    assert records[0]["ratio_rollout"] == pytest.approx(1, abs=1e-4) and records[-1]["kl_rollout"] > 0
+    assert list((run / "checkpoints").iterdir())

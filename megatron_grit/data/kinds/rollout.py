@@ -101,10 +101,13 @@ class RolloutStream(generative.GenerativeStream):
             # Position t predicts token t + 1 of its own segment.
             begin, end = end, end + segment.length
             known = self.rollouts[segment.source]
-            behavior_T[begin : end - 1] = known.behavior(segment.record, segment.start + 1, segment.stop)
+            if known.has_behavior:
+                behavior_T[begin : end - 1] = known.behavior(segment.record, segment.start + 1, segment.stop)
             advantage_T[begin:end] = known.advantages_R[segment.record]
         assert made.loss_mask_1T is not None
         behavior_T[made.loss_mask_1T[0].numpy() == 0] = 0.0
+        places = [[segment.source, segment.record, segment.start] for segment in row.segments]
+        made.records_S3 = torch.tensor(places, dtype=torch.int64).view(-1, 3)
         made.label_values = {BEHAVIOR: torch.from_numpy(behavior_T), ADVANTAGE: torch.from_numpy(advantage_T)}
         return made
 

@@ -43,6 +43,17 @@ class RolloutConfig:
     divided by completions times completion_tokens (Dr. GRPO), which no length biases."""
     completion_tokens: int = knob(1024, at_least=1)
     """For aggregation constant: tokens of the longest completion that may be sampled."""
+    behavior: Literal["recorded", "start"] = "recorded"
+    """Log-probabilities of the policy that sampled. recorded: those that build-rollouts found in its input; of sources
+    without them as start. start: of the model as the run starts, which has to be the one that sampled; they are
+    computed before the first step and kept in data.cache_dir, and differ from recorded ones by what the sampler
+    computes otherwise."""
+    kl_weight: float = knob(0.0, at_least=0)
+    """Weight of the divergence from a reference, r - 1 - log r with r its ratio to the model on sampled tokens (GRPO).
+    0: no reference."""
+    reference: Literal["start", "adapters_off"] = "start"
+    """With kl_weight: the model as the run starts, or of a run with adapters their base. Its log-probabilities are
+    computed before the first step and kept, as those of behavior."""
 
 
 SECTION = RolloutConfig
@@ -62,15 +73,22 @@ EMBEDS = False
 
 def problems(config: RunConfig, multiple: int) -> Iterator[Problem]:
     """What contradicts itself in the options of a run that trains it; arguments as for other kinds."""
-    size = section(config).batch_size
+    own, size = section(config), section(config).batch_size
     if size < multiple:
         yield Problem(BATCH, f"{BATCH} {size} is below the {multiple} rows of a step", MeshError)
+    if own.kl_weight and own.reference == "adapters_off" and config.adapter.kind == "none":
+        yield Problem("rollout.reference", "rollout.reference adapters_off needs adapters; set adapter.kind, or start")
     if config.data.over_long == "split":
         yield Problem(
             "data.over_long",
             "data.over_long split would cut completions into pieces, and rewards are of whole ones; set it to drop or "
             "truncate",
         )
+
+
+def extra_metrics(options: RolloutConfig) -> list[str]:
+    """Names of metrics that only some runs have."""
+    return ["kl_reference_rollout"] if options.kl_weight else []
 
 
 def section(config: RunConfig) -> RolloutConfig:

@@ -382,6 +382,16 @@ def test_what_our_server_samples_is_what_is_trained(
     config.optimizer.lr = 1e-3
     train(config)
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    again = load_config(tmp_path / "run" / "config.yaml")
+    knobs = option(again, "rollout")
+    knobs.behavior, knobs.kl_weight, again.output_dir = "start", 0.1, str(tmp_path / "again")
+    for steps in (2, 3):  # the second time it resumes, and its weights are not those of the start any more
+        again.training.steps = steps
+        train(again)
+    computed = lines(tmp_path / "again" / "metrics.jsonl")
+    assert computed[0]["loss_rollout"] == pytest.approx(metrics[0]["loss_rollout"], abs=1e-5)
+    assert computed[0]["kl_reference_rollout"] == pytest.approx(0, abs=1e-9)
+    assert 0 < computed[1]["kl_reference_rollout"] < computed[2]["kl_reference_rollout"]
     assert metrics[0]["ratio_rollout"] == pytest.approx(1, abs=1e-4)
     assert metrics[0]["kl_rollout"] == pytest.approx(0, abs=1e-5) and metrics[0]["clipped_rollout"] == 0
     assert metrics[0]["reward_rollout"] == metrics[0]["reward_std_rollout"] == pytest.approx(0.5)
