@@ -18,7 +18,7 @@ from megatron_grit.evaluation.rewards import RewardEvaluation, evaluate_rewards
 from megatron_grit.inference.rollouts.reward_model import RewardModel
 from tests.corpus import _OBJECTS, _SUBJECTS, _VERBS, sentences, write_jsonl
 from tests.parity.test_hf_export import read_weights
-from tests.parity.test_hf_import import MODELS, make_model, write_tokenizer
+from tests.parity.test_hf_import import MODELS, make_model
 from tests.rows import tiny_config
 
 transformers = pytest.importorskip("transformers", reason="the reference is transformers")
@@ -136,7 +136,10 @@ def test_transformers_gives_the_same_rewards(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_neox"])
 def test_models_of_transformers_come_in_and_out(name: str, tmp_path: Path) -> None:
     """Bit for bit, with the rewards that transformers gives."""
-    tokenizer = write_tokenizer(tmp_path)
+    from megatron_grit.data.text.tokenizer import train_sentencepiece
+
+    texts = [text for pair in sentences(200) for text in pair]
+    tokenizer = train_sentencepiece(texts, tmp_path / "tokenizer", 331)
     config = make_model(name, 331, 2).config
     config.num_labels, config.pad_token_id = 1, 0
     torch.manual_seed(3)

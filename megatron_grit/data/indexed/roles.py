@@ -127,6 +127,12 @@ def split_conversations(roles: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
+def split_texts(roles: Sequence[int]) -> list[tuple[int, int]]:
+    """Spans of each part of a record that attends to itself and is embedded, as half-open ranges: the texts of an
+    embedding record, or the conversations of a preference record. Its last span is what is pooled."""
+    return split_segments(roles) or split_conversations(roles)
+
+
 def num_labels(roles: Sequence[int], lengths: Sequence[int]) -> int:
     """Tokens of a record that are labels: those of TEXT and ANSWER spans, but not the record's first token."""
     labels = sum(int(length) for role, length in zip(roles, lengths, strict=True) if role in SUPERVISED)

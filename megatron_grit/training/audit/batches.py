@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_grit.data.indexed.label_weights import LabelWeights
 from megatron_grit.data.indexed.records import IndexedRecords
-from megatron_grit.data.indexed.roles import Role, split_segments
+from megatron_grit.data.indexed.roles import Role, split_texts
 from megatron_grit.data.rows.batch import PackedRow, StepBatch
 from megatron_grit.data.text.tokenizer import Tokenizer
 
@@ -132,7 +132,7 @@ class BatchAudit:
             yield f"what is pooled of a text of record {name} is not its end"
         roles, lengths = self._spans(name)
         leads = {
-            sum(lengths[first : last - 1]): lengths[last - 1] for first, last in split_segments(roles)
+            sum(lengths[first : last - 1]): lengths[last - 1] for first, last in split_texts(roles)
         }  # a text may have been cut at its end, so its lead is what it is known by
         lead = len(pooled) - count
         if lead not in leads:
