@@ -15,7 +15,7 @@ from megatron_grit.config.checks.evaluation import evaluation_tasks
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.checks.run import names_data
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.config.schema.evaluation import FIGURES, TaskSpec, is_text_file
+from megatron_grit.config.schema.evaluation import FIGURES, EvaluationConfig, TaskSpec, is_text_file
 from megatron_grit.data.text.records import BadLine, read_records
 from megatron_grit.errors import DataError, GritError, NumericsError
 from megatron_grit.evaluation.checkpoint import TASKS
@@ -46,7 +46,7 @@ def training_evaluator(config: RunConfig) -> EvaluatorSource | None:
     specs = evaluation_tasks(config)
     if not specs:
         return None
-    data = {spec.name: _read(spec) for spec in specs}
+    data = {spec.name: _read(spec, config.evaluation) for spec in specs}
 
     def make(config: RunConfig, context: ParallelContext, tokenizer: Tokenizer, chat: Chat) -> TrainingEvaluator:
         return TrainingEvaluator(config, context, tokenizer, chat, data)
@@ -54,12 +54,16 @@ def training_evaluator(config: RunConfig) -> EvaluatorSource | None:
     return make
 
 
-def _read(spec: TaskSpec) -> Any:
+def _read(spec: TaskSpec, knobs: EvaluationConfig) -> Any:
     """The data of a task.
 
     Raises:
         GritError: they cannot be used.
     """
+    if spec.task == "lm":
+        from megatron_grit.evaluation.lm.in_run import HarnessTask
+
+        return HarnessTask(spec.data, spec.name, knobs)
     if _is_texts(spec):
         for record in read_records(spec.data):
             if isinstance(record, BadLine):
@@ -155,7 +159,7 @@ class TrainingEvaluator:
             command = found.pop("command", None)
             contents |= {} if command is None else {"command": command}
             contents["tasks"][spec.name] = {"task": spec.task, "data": spec.data} | found
-            for name in FIGURES[spec.task] or found["intervals"]:
+            for name in FIGURES[spec.task] or found["figures"]:
                 figures[f"{spec.name}/{name}"] = float(found[name])
         if self._context.rank == 0:
             write_json(Path(self._config.output_dir) / FOLDER / f"step_{step:08d}.json", contents)
@@ -164,7 +168,8 @@ class TrainingEvaluator:
     def _measure(self, spec: TaskSpec, model: GritModel, step: int) -> Figures:
         began = time.perf_counter()
         try:
-            found: Figures = TASKS[spec.task].run(model, self._data[spec.name], self._lengths)
+            data = self._data[spec.name]
+            found: Figures = data.run(model) if spec.task == "lm" else TASKS[spec.task].run(model, data, self._lengths)
         except ValueError as error:
             if "finite" not in str(error):
                 raise

@@ -37,6 +37,12 @@ def evaluation_problems(config: RunConfig) -> Iterator[Problem]:
             near = suggestion(spec.task, FIGURES)
             known = ", ".join(FIGURES)
             yield Problem(f"{_KEY}.tasks", f"{_KEY}.tasks: unknown task {spec.task!r}{near}; there are {known}")
+        elif spec.task == "lm" and config.parallel.virtual_pipeline is not None:
+            yield Problem(
+                f"{_KEY}.tasks",
+                f"{_KEY}.tasks: {item} does not go with parallel.virtual_pipeline, in which nothing is generated; "
+                "leave one of them out",
+            )
         elif spec.name in names:
             yield Problem(
                 f"{_KEY}.tasks",

@@ -16,6 +16,7 @@ FIGURES: dict[str, tuple[str, ...] | None] = {
     "retrieval": ("ndcg_at_10", "recall_at_1", "recall_at_10"),
     "sts": ("spearman", "pearson"),
     "perplexity": ("lm_loss", "perplexity"),
+    "lm": None,
 }
 """Figures of each task among the metrics of a run. None: the task's data say which it has."""
 _FORM = re.compile(r"(?:(?P<name>[\w.-]+)=)?(?P<task>[A-Za-z_-]+):(?P<data>.+)", re.DOTALL)
@@ -93,12 +94,17 @@ class EvaluationConfig:
     """What is measured: a list of TASK:DATA, or NAME=TASK:DATA to name the figures, else named after DATA.
     retrieval:FILE.jsonl are records of query and pos, retrieval:FOLDER is one of BEIR's, as megatron-grit evaluate
     --retrieval reads them; sts:FILE.csv are pairs of sentences with scores, as of --sts; perplexity:PREFIX is a
-    generative indexed file, as of --generative, and perplexity:FILE.jsonl are texts, which are tokenised at the start.
-    Figures are eval/NAME/FIGURE in metrics.jsonl; intervals are in output_dir/evaluations."""
+    generative indexed file, as of --generative, and perplexity:FILE.jsonl are texts, which are tokenised at the start;
+    lm:NAME is a task or group of lm-eval, as of megatron-grit evaluate lm. Figures are eval/NAME/FIGURE in
+    metrics.jsonl; intervals are in output_dir/evaluations."""
     max_length: int = knob(TextLength.max_length, at_least=1)
     """Longest text that is embedded, in tokens, template included."""
     batch_tokens: int = knob(BatchSize.batch_tokens, at_least=1)
     """Tokens of a forward pass of an evaluation, on each data parallel rank."""
+    include_path: list[str] = knob([], path=True)
+    """Folders with YAML files of tasks of lm, which count before lm-eval's."""
+    limit: int | None = knob(None, at_least=1)
+    """Only so many documents of each task of lm. null: all."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     """Stopping before the last step."""
     best: BestConfig = field(default_factory=BestConfig)

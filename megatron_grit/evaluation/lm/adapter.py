@@ -82,11 +82,21 @@ class MegatronGritLM(TemplateLM):  # type: ignore[misc]
         made.take(options, leads=True)
         return made
 
+    @classmethod
+    def of_model(cls, model: GritModel, options: HarnessModel) -> MegatronGritLM:
+        """For a model that is there, in whose job the first process runs the harness and the others follow."""
+        if TemplateLM is object:
+            raise ConfigError(MISSING)
+        made = cls.__new__(cls)
+        super(cls, made).__init__()
+        made.use(model, options, leads=True)
+        return made
+
     def take(self, options: HarnessModel, leads: bool = False) -> None:
         """Load the model. All processes of the job call this."""
         check_values(options)
         mesh = {field.name: getattr(options, field.name) for field in fields(MeshSizes)}
-        self.model = GritModel.load(
+        model = GritModel.load(
             options.checkpoint,
             device=options.device,
             precision=options.precision,
@@ -95,6 +105,11 @@ class MegatronGritLM(TemplateLM):  # type: ignore[misc]
             chat_template=options.chat_template,
             chat_date=options.chat_date,
         )
+        self.use(model, options, leads)
+
+    def use(self, model: GritModel, options: HarnessModel, leads: bool = False) -> None:
+        """Ask this model."""
+        self.model = model
         self.prompt_tokens = PromptTokens(self.model.tokenizer, options.add_bos_token)
         self.runner = RequestRunner(self.model, batch_tokens=options.batch_tokens, at_once=options.at_once, leads=leads)
         positions = self.model.config.model.max_position_embeddings

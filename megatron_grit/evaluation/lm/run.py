@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from megatron_grit.config.commands import command_line
 from megatron_grit.config.options import HarnessModel, HarnessTasks
 from megatron_grit.errors import ConfigError, DataError, OutputError
 from megatron_grit.evaluation.lm.harness import import_lm_eval
@@ -106,7 +107,8 @@ def evaluate_lm(model: HarnessModel, asked: HarnessTasks) -> LmReport | None:
     write_json(
         Path(asked.output) / SUMMARY,
         {"checkpoint": model.checkpoint, "figures": report.figures, "parts": report.parts, "groups": report.groups}
-        | ({"mean": fmean(report.groups.values())} if report.groups else {}),
+        | ({"mean": fmean(report.groups.values())} if report.groups else {})
+        | {"command": command_line()},
     )
     return report
 
