@@ -51,7 +51,7 @@ class Answers:
             num_tokens_A=torch.ones_like(self.num_tokens_A),
         )
 
-    def take(self, index: Tensor) -> Answers:
+    def take(self, index: Tensor | slice) -> Answers:
         """Some of them."""
         return Answers(
             log_probs_A=self.log_probs_A[index],

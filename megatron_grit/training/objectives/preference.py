@@ -130,10 +130,7 @@ class PreferenceObjective(Objective):
             first, second = rewards_S[chosen_S], rewards_S[~chosen_S]
             loss, accuracy = losses.sum() / counts.num_segments, right.sum() / counts.num_segments
         else:
-            pairs = (
-                answers.take(torch.arange(0, len(log_probs_S), 2)),
-                answers.take(torch.arange(1, len(log_probs_S), 2)),
-            )
+            pairs = answers.take(slice(0, None, 2)), answers.take(slice(1, None, 2))
             losses, first, second = pair_losses(*pairs, self.options)
             loss, accuracy = losses.sum() / counts.num_records, (first > second).sum() / counts.num_records
         if self.sft_weight:
