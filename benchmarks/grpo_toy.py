@@ -143,7 +143,8 @@ class Learner:
 
     def improve(self, number: int, rewards_of: Callable[[str, str], float]) -> dict[str, float]:
         """A round of sampling and training; its reward, and metrics of its last step."""
-        from megatron_grit.data.rollouts.build import RolloutBuild, build_rollouts
+        from megatron_grit.data.rollouts.build import build_rollouts
+        from megatron_grit.data.rollouts.options import RolloutBuild
 
         lines = self.sample(seed=1000 * self.toy.seed + number)
         right = [exact(one["text"], line["answer"]) for line in lines for one in line["completions"]]

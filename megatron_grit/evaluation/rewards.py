@@ -9,28 +9,17 @@ from typing import Any
 import numpy as np
 
 from megatron_grit.config.checkpoint_folder import resolve_checkpoint
-from megatron_grit.config.knob import knob
-from megatron_grit.config.options import BatchSize, ModelOptions
 from megatron_grit.data.text.lines import filled_lines
 from megatron_grit.data.text.preferences import parse_preference
 from megatron_grit.data.text.records import Record
 from megatron_grit.errors import DataError
 from megatron_grit.evaluation.bootstrap import bootstrap_mean
+from megatron_grit.evaluation.reward_options import RewardEvaluation
 from megatron_grit.evaluation.tasks.task import Figures
 from megatron_grit.store.files import check_output, write_json
 from megatron_grit.store.logs import get_logger, say_loading
 
 log = get_logger(__name__)
-
-
-@dataclass(kw_only=True)
-class RewardEvaluation(BatchSize, ModelOptions):
-    """Which reward model, and the pairs."""
-
-    data: str = knob(path=True)
-    """JSONL of pairs: what build-preference reads, plain, .gz or .zst."""
-    output: str | None = knob(None, path=True)
-    """JSON file for the figures and their 95% intervals. null: they are printed only."""
 
 
 @dataclass(frozen=True, kw_only=True)

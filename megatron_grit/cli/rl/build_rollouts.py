@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from megatron_grit.cli.main import command
 from megatron_grit.config.knob import knob
-from megatron_grit.data.rollouts.build import RolloutBuild
+from megatron_grit.data.rollouts.options import RolloutBuild
 
 
 @dataclass(kw_only=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_grit.config.knob import Checked, knob
 from megatron_grit.data.chat.chat import Chat, named_chat
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.rollouts import equal_groups, write_rollouts
 from megatron_grit.data.indexed.writer import IndexedWriter, refuse_existing
+from megatron_grit.data.rollouts.options import RolloutBuild
 from megatron_grit.data.rollouts.records import PromptGroup, SampledCompletion, read_groups
 from megatron_grit.data.text.records import Message
 from megatron_grit.data.text.spans import encode_units
@@ -27,24 +27,6 @@ from megatron_grit.store.hub import local_folder
 
 _COMPARED = 16
 """Completions whose ids are decoded and compared with their text."""
-
-
-@dataclass(kw_only=True)
-class RolloutBuild(Checked):
-    """How completions become an indexed file."""
-
-    tokenizer: str = knob(path=True)
-    """Of the model that sampled: SentencePiece .model, tokenizer.json, their folder, or a name on the hub."""
-    template: str = knob("tokenizer", path=True)
-    """Chat template of messages where a line has no prompt_token_ids: chatml, gritlm, llama2, tulu, zephyr, tokenizer
-    for the tokenizer's own, or a .yaml file. Ids that were sampled are better: text may be cut into other tokens."""
-    max_length: int | None = knob(None, at_least=2)
-    """Leave out completions that with their prompt are longer, in tokens. null: none."""
-    drop_equal: bool = False
-    """Leave out prompts whose completions all have one reward: they have no advantages, so they teach nothing (DAPO's
-    dynamic sampling)."""
-    overwrite: bool = False
-    """Replace the files of an earlier build."""
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,8 @@ import pytest
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import Role
 from megatron_grit.data.indexed.rollouts import Rollouts, side_paths
-from megatron_grit.data.rollouts.build import RolloutBuild, build_rollouts
+from megatron_grit.data.rollouts.build import build_rollouts
+from megatron_grit.data.rollouts.options import RolloutBuild
 from megatron_grit.data.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megatron_grit.errors import DataError, GritError
 

@@ -17,7 +17,8 @@ import pytest
 
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.rollouts import Rollouts
-from megatron_grit.data.rollouts.build import RolloutBuild, build_rollouts
+from megatron_grit.data.rollouts.build import build_rollouts
+from megatron_grit.data.rollouts.options import RolloutBuild
 from megatron_grit.data.rollouts.records import PromptGroup, SampledCompletion
 from megatron_grit.data.text.lines import Line
 from megatron_grit.errors import ConfigError, DataError, GritError
