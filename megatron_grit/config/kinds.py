@@ -27,15 +27,21 @@ def add_sections() -> None:
     new = {kind: section for kind in kind_names() if (section := kind_options(kind).SECTION) and kind not in known}
     if not new:
         return
-    for name, declared in known.items():  # the decorator took the defaults off the class
-        if declared.default_factory is not dataclasses.MISSING:
-            setattr(RunConfig, name, dataclasses.field(default_factory=declared.default_factory))
+    for name, declared in known.items():  # the decorator took what was declared off the class
+        setattr(RunConfig, name, _declared_again(declared))
     for kind, section in new.items():
         RunConfig.__annotations__[kind] = section
         setattr(RunConfig, kind, dataclasses.field(default_factory=section))
     for name in ("__init__", "__repr__", "__eq__", "__match_args__"):  # of the old fields
         delattr(RunConfig, name)
     dataclasses.dataclass(kw_only=True)(RunConfig)
+
+
+def _declared_again(declared: dataclasses.Field[Any]) -> Any:
+    """A field as it was before a decorator read it: with its default and with what options say of it (its path)."""
+    if declared.default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=declared.default_factory, metadata=declared.metadata)
+    return dataclasses.field(default=declared.default, metadata=declared.metadata)
 
 
 def kind_names() -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_grit.data.indexed.rollouts import group_advantages
-from megatron_grit.losses.rollout import PolicyLoss, kl_to_reference, policy_loss, token_weights
+from megatron_grit.losses.policy_gradient import PolicyLoss, kl_to_reference, policy_loss, token_weights
 
 LENGTHS = [3, 9, 1, 6, 12, 5, 7, 2]
 GROUP = 4

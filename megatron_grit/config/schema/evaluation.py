@@ -55,7 +55,7 @@ def expand_task(item: str) -> str:
         ConfigError: as :func:`~megatron_grit.config.knob.expand_path`.
     """
     found = _FORM.fullmatch(item)
-    return item if found is None else item[: found.start("data")] + expand_path(found["data"])
+    return expand_path(item) if found is None else item[: found.start("data")] + expand_path(found["data"])
 
 
 @dataclass(kw_only=True)

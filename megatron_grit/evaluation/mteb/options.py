@@ -17,7 +17,7 @@ class MtebOptions(Checked):
     data_folder: str | None = knob(None, path=True)
     """Folder with a folder for each task, named as it, that holds its data set: as at Hugging Face, or as BEIR's. null:
     mteb fetches what is not in the cache of Hugging Face."""
-    instructions: str = knob("e5")
+    instructions: str = knob("e5", path=True)
     """e5, medi2, none, or a YAML file: what texts of each task are embedded for."""
     template: str | None = knob(None)
     """own, instruct ("Instruct: ... Query: ..."), or a text with {instruction} that is put in front. null: what the

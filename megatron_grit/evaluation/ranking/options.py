@@ -22,7 +22,7 @@ class RerankingOptions(Checked):
     method: Literal["yes_no", "query_likelihood"] = "yes_no"
     """yes_no: the logit of yes less that of no, as the first token of the answer of a chat. query_likelihood: the
     log-probability of the query behind the passage, without a chat (SGPT-CE)."""
-    ranking: str = knob("bm25")
+    ranking: str = knob("bm25", path=True)
     """What is reranked: bm25, embeddings (of the model), or a file, of TREC's runs or of an earlier reranking."""
     top_k: int = knob(100, at_least=1)
     """Documents of each query that are reranked; the others are not counted as found."""

@@ -15,7 +15,7 @@ from megatron_grit.config.schema.kinds.rollout import extra_metrics, section
 from megatron_grit.data.kinds.rollout import ADVANTAGE, BEHAVIOR, RolloutStream
 from megatron_grit.data.rows.batch import PackedRow, StepBatch, to_device
 from megatron_grit.errors import ConfigError
-from megatron_grit.losses.rollout import PolicyLoss, kl_to_reference, policy_loss, token_weights
+from megatron_grit.losses.policy_gradient import PolicyLoss, kl_to_reference, policy_loss, token_weights
 from megatron_grit.models.decoder import Output
 from megatron_grit.models.row_share import RowShare
 from megatron_grit.parallel.collectives import sum_over_group

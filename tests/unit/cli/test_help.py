@@ -207,6 +207,7 @@ _OF_PATHS = re.compile(r"director|folder|\bfiles?\b|prefix|jsonl|\.npy|checkpoin
 NO_PATHS = {
     *("name", "host", "lang", "revision", "max_shard_size", "tasks", "split", "json_keys", "tombstone", "overwrite"),
     *("document", "neighbors", "index", "wandb_project", "architecture", "query_instruction", "model"),
+    *("generator", "metric"),
 }
 """Options whose explanation speaks of files. A tombstone and a model may be a word."""
 

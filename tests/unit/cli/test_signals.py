@@ -20,13 +20,18 @@ from tests.unit.cli.test_help import VERBS, module_of
 RESUMES = {
     "build-db",
     "build-grit",
+    "build-preference",
     "build-sft",
     "convert",
     "encode",
     "evaluate answers",
+    "evaluate lm",
+    "evaluate mteb",
+    "evaluate rerank",
     "generate-qa",
     "mine-negatives",
     "preprocess-data",
+    "rollouts",
     "teacher-logits",
     "weight-diff",
 }

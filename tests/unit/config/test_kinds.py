@@ -77,19 +77,21 @@ def test_a_section_that_is_added_leaves_the_others(monkeypatch: pytest.MonkeyPat
 
     @dataclasses.dataclass(kw_only=True)
     class Run:
-        output_dir: str = "runs"
+        output_dir: str = dataclasses.field(default="runs", metadata={"path": True})
         lists: list[str] = dataclasses.field(default_factory=lambda: ["a"])
 
     monkeypatch.setattr(kinds, "RunConfig", Run)
     monkeypatch.setattr(kinds, "kind_names", lambda: ["old", "new"])
     options = {"old": type("Options", (), {"SECTION": None}), "new": type("Options", (), {"SECTION": Section})}
     monkeypatch.setattr(kinds, "kind_options", options.get)
+    before = dataclasses.fields(RunConfig)
     kinds.add_sections()
     kinds.add_sections()
     first, second = Run(), Run(output_dir="b", new=Section(size=4))  # type: ignore[call-arg]
     assert dataclasses.asdict(first) == {"output_dir": "runs", "lists": ["a"], "new": {"size": 3}}
     assert first != second and first == Run() and first.lists is not Run().lists and "new=" in repr(second)
-    assert [field.name for field in dataclasses.fields(RunConfig)][-1] == "logging"
+    assert dataclasses.fields(Run)[0].metadata == {"path": True}
+    assert dataclasses.fields(RunConfig) == before
 
 
 @pytest.mark.parametrize("objective", ["unified", "generative", ["generative", "embedding"]])

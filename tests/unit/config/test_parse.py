@@ -119,8 +119,16 @@ BAD_FILES = [
     ("training:\n  steps: many\n", 2, "training.steps must be int, not 'many'"),
     ("training:\n  steps: true\n", 2, "training.steps must be int, not true"),
     ("training:\n  steps: null\n", 2, "training.steps must be int, not null"),
-    ("training:\n  objective: all\n", 2, "must be one of unified, embedding, generative, or a list of kinds such as ["),
-    ("training:\n  objective: [embedding, all]\n", 2, "such as [embedding, generative], not ['embedding', 'all']"),
+    (
+        "training:\n  objective: all\n",
+        2,
+        "must be one of unified, embedding, generative, preference, reward, rollout, or a list of kinds such as [",
+    ),
+    (
+        "training:\n  objective: [embedding, all]\n",
+        2,
+        "embedding, generative, preference, reward, rollout], not ['embedding', 'all']",
+    ),
     ("parallel:\n  sequence_parallel: 1\n", 2, "must be true or false, not 1"),
     ("data:\n  embedding: a\n", 2, "data.embedding must be a list such as [a, b], not 'a'"),
     ("data:\n  embedding: [a, 1]\n", 2, "data.embedding must be a list such as [a, b]"),

@@ -51,6 +51,21 @@ def mixed_records() -> list[object]:
     return records
 
 
+def preference_records() -> list[object]:
+    records: list[object] = [
+        {"prompt": sentence(number, 3), "chosen": sentence(number, 5), "rejected": sentence(number + 1, 70)}
+        for number in range(30)
+    ]
+    return records + [{"prompt": "u", "completion": sentence(number, 5), "label": True} for number in range(5)]
+
+
+RECORDS = {
+    RowKind.EMBEDDING: lambda: [embedding_record(number) for number in range(40)],
+    RowKind.GENERATIVE: mixed_records,
+    RowKind.PREFERENCE: preference_records,
+}
+
+
 def encode(options: EncoderOptions, lines: list[bytes]) -> EncodedBlock:
     return RecordEncoder(options).encode(LineBlock(Path("x"), b"".join(line + b"\n" for line in lines)))
 
@@ -65,7 +80,7 @@ def concatenate(blocks: list[TokenBlock]) -> list[list]:
 @pytest.mark.parametrize("over_long", ["truncate", "drop", "split"])
 @pytest.mark.parametrize("kind", list(RowKind))
 def test_records_do_not_depend_on_their_block(tokenizer_path: Path, kind: RowKind, over_long: str) -> None:
-    records = [embedding_record(number) for number in range(40)] if kind is RowKind.EMBEDDING else mixed_records()
+    records = RECORDS[kind]()
     lines = [json.dumps(record).encode() for record in records] + [b"", b"{", b" "]
     options = EncoderOptions(
         kind=kind,
