@@ -116,7 +116,9 @@ def base_fingerprint(model: Stage, context: ParallelContext, read: Callable[[str
     """
     total = torch.zeros((), dtype=torch.int64, device=context.device)
     for chunk in stage_chunks(model):
-        total = total + _weigh_state(base_state([chunk], context), chunk, torch.bfloat16, read=read, with_added=False)
+        total = total + _weigh_state(
+            base_state([chunk], context), chunk, torch.bfloat16, context.device, read=read, with_added=False
+        )
     dist.all_reduce(total)
     return f"{int(total) & (2**64 - 1):016x}"
 
@@ -127,7 +129,7 @@ def exact_fingerprint(model: Stage, context: ParallelContext) -> str:
     The same at any layout: 16 hex digits. Collective. Arguments as for :func:`base_fingerprint`."""
     total = torch.zeros((), dtype=torch.int64, device=context.device)
     for chunk in stage_chunks(model):
-        total = total + _weigh_state(saved_state([chunk], context), chunk, torch.float32)
+        total = total + _weigh_state(saved_state([chunk], context), chunk, torch.float32, context.device)
     dist.all_reduce(total)
     return f"{int(total) & (2**64 - 1):016x}"
 
@@ -136,11 +138,12 @@ def _weigh_state(
     state: dict[str, Any],
     chunk: GritDecoder,
     dtype: torch.dtype,
+    device: torch.device,
     *,
     read: Callable[[str], Tensor] | None = None,
     with_added: bool = True,
 ) -> Tensor:
-    """This rank's share of the sum over a sharded state dict: int64 scalar."""
+    """This rank's share of the sum over a sharded state dict: int64 scalar on ``device``, for the chunk may be on none."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import (
         ShardedTensor,
@@ -149,7 +152,7 @@ def _weigh_state(
         is_main_replica,
     )
 
-    total = torch.zeros((), dtype=torch.int64, device=next(chunk.parameters()).device)
+    total = torch.zeros((), dtype=torch.int64, device=device)
     for name, entry in state.items():
         if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)) or (is_added(entry.key) and not with_added):
             continue
