@@ -143,7 +143,7 @@ def _weigh_state(
     read: Callable[[str], Tensor] | None = None,
     with_added: bool = True,
 ) -> Tensor:
-    """This rank's share of the sum over a sharded state dict: int64 scalar on ``device``, for the chunk may be on none."""
+    """This rank's share of the sum over a sharded state dict: int64 scalar on ``device``; the chunk may be on none."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import (
         ShardedTensor,
