@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_grit.config.checks.packing import packing_problems
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.workload import LossCost, RowWorkload, TextLengths, predicted_rows
-from megatron_grit.errors import MeshError
 
 SECTION = None
 DATA, WEIGHT, BATCH = "data.generative", "loss.loss_gen_factor", "training.generative_batch_size"
@@ -18,32 +18,13 @@ EMBEDS = False
 
 def problems(config: RunConfig, multiple: int) -> Iterator[Problem]:
     """What contradicts itself in the options of a run that trains it; arguments as for other kinds."""
-    training, loss = config.training, config.loss
+    loss = config.loss
     if loss.microbatch_sequences > 1 and loss.loss_gen_type not in ("microbatch_mean", "sum"):
         yield Problem(
             "loss.microbatch_sequences",
             "loss.microbatch_sequences has an effect only with loss.loss_gen_type microbatch_mean or sum",
         )
-    if config.data.packing == "step":
-        if training.generative_batch_size < multiple:
-            yield Problem(
-                BATCH, f"{BATCH} {training.generative_batch_size} is below the {multiple} rows of a step", MeshError
-            )
-        if training.generative_rows is not None:
-            yield Problem(
-                "training.generative_rows", "training.generative_rows has an effect only with data.packing window"
-            )
-    elif training.generative_rows is None:
-        yield Problem(
-            "data.packing", "data.packing window needs training.generative_rows: the generative rows of a step"
-        )
-    elif training.generative_rows % multiple:
-        yield Problem(
-            "training.generative_rows",
-            f"training.generative_rows {training.generative_rows} is no multiple of {multiple}, the data parallel size "
-            "or data.num_rows_multiple",
-            MeshError,
-        )
+    yield from packing_problems(config, multiple, batch=BATCH, rows="training.generative_rows", what="generative rows")
 
 
 def plan_rows(config: RunConfig, data_size: int, lengths: TextLengths) -> RowWorkload:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_grit.config.blend import expand_item
+from megatron_grit.config.checks.packing import packing_problems
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.knob import knob
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.workload import LossCost, RowWorkload, TextLengths, predicted_rows
-from megatron_grit.errors import MeshError
 
 DEFAULT_BETA = {"dpo": 0.1, "dpo_norm": 5.0, "ipo": 0.1, "kto": 0.1, "simpo": 2.0, "orpo": 0.1}
 """Of each loss: DPO's, IPO's, KTO's and ORPO's published ones; 5 for length-normalised DPO (Tulu 3, arXiv 2411.15124);
@@ -100,20 +100,7 @@ def problems(config: RunConfig, multiple: int) -> Iterator[Problem]:
         )
     if config.model.retro.num_neighbors:
         yield Problem("training.objective", "preferences have no neighbors, and model.retro reads some; leave it out")
-    if config.data.packing == "step":
-        if own.batch_size < multiple:
-            yield Problem(BATCH, f"{BATCH} {own.batch_size} is below the {multiple} rows of a step", MeshError)
-        if own.rows is not None:
-            yield Problem("preference.rows", "preference.rows has an effect only with data.packing window")
-    elif own.rows is None:
-        yield Problem("data.packing", "data.packing window needs preference.rows: the rows of preferences of a step")
-    elif own.rows % multiple:
-        yield Problem(
-            "preference.rows",
-            f"preference.rows {own.rows} is no multiple of {multiple}, the data parallel size or "
-            "data.num_rows_multiple",
-            MeshError,
-        )
+    yield from packing_problems(config, multiple, batch=BATCH, rows="preference.rows", what="rows of preferences")
 
 
 def plan_rows(config: RunConfig, data_size: int, lengths: TextLengths) -> RowWorkload:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_grit.config.blend import expand_item
+from megatron_grit.config.checks.packing import packing_problems
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.embedding_shape import scalar_problem
 from megatron_grit.config.knob import knob
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.workload import LossCost, RowWorkload, TextLengths, predicted_rows
-from megatron_grit.errors import MeshError
 
 
 @dataclass(kw_only=True)
@@ -50,7 +50,6 @@ COMPARES_ROWS = False
 
 def problems(config: RunConfig, multiple: int) -> Iterator[Problem]:
     """What contradicts itself in the options of a run that trains it; arguments as for other kinds."""
-    own = section(config)
     if (problem := scalar_problem(config.embedding)) is not None:
         yield Problem("embedding", f"a reward is one number for an answer, read at its last token: {problem}")
     if "embedding" in config.training.objective:
@@ -62,19 +61,7 @@ def problems(config: RunConfig, multiple: int) -> Iterator[Problem]:
         yield Problem(
             "training.objective", "pairs of answers have no neighbors, and model.retro reads some; leave it out"
         )
-    if config.data.packing == "step":
-        if own.batch_size < multiple:
-            yield Problem(BATCH, f"{BATCH} {own.batch_size} is below the {multiple} rows of a step", MeshError)
-        if own.rows is not None:
-            yield Problem("reward.rows", "reward.rows has an effect only with data.packing window")
-    elif own.rows is None:
-        yield Problem("data.packing", "data.packing window needs reward.rows: the rows of pairs of a step")
-    elif own.rows % multiple:
-        yield Problem(
-            "reward.rows",
-            f"reward.rows {own.rows} is no multiple of {multiple}, the data parallel size or data.num_rows_multiple",
-            MeshError,
-        )
+    yield from packing_problems(config, multiple, batch=BATCH, rows="reward.rows", what="rows of pairs")
 
 
 def section(config: RunConfig) -> RewardConfig:
