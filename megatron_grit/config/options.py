@@ -50,6 +50,16 @@ class MeshSizes(Checked):
 
 
 @dataclass(kw_only=True)
+class RewardEvaluation(BatchSize, ModelOptions):
+    """Which reward model, and the pairs."""
+
+    data: str = knob(path=True)
+    """JSONL of pairs: what build-preference reads, plain, .gz or .zst."""
+    output: str | None = knob(None, path=True)
+    """JSON file for the figures and their 95% intervals. null: they are printed only."""
+
+
+@dataclass(kw_only=True)
 class HarnessModel(MeshSizes, BatchSize, ModelOptions):
     """A model that lm-eval asks."""
 

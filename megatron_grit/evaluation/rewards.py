@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from megatron_grit.config.checkpoint_folder import resolve_checkpoint
+from megatron_grit.config.options import RewardEvaluation
 from megatron_grit.data.text.lines import filled_lines
 from megatron_grit.data.text.preferences import parse_preference
 from megatron_grit.data.text.records import Record
 from megatron_grit.errors import DataError
 from megatron_grit.evaluation.bootstrap import bootstrap_mean
-from megatron_grit.evaluation.reward_options import RewardEvaluation
 from megatron_grit.evaluation.tasks.task import Figures
 from megatron_grit.store.files import check_output, write_json
 from megatron_grit.store.logs import get_logger, say_loading

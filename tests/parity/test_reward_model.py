@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_grit.config.options import RewardEvaluation
 from megatron_grit.convert.hf_in.convert import convert_checkpoint
 from megatron_grit.convert.hf_out.convert import export_checkpoint
 from megatron_grit.data.text.records import Message
 from megatron_grit.errors import CheckpointError, ConfigError, DataError
-from megatron_grit.evaluation.reward_options import RewardEvaluation
 from megatron_grit.evaluation.rewards import evaluate_rewards
 from megatron_grit.inference.rollouts.reward_model import RewardModel
 from tests.corpus import _OBJECTS, _SUBJECTS, _VERBS, sentences, write_jsonl

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 from megatron_grit.cli.main import command
-from megatron_grit.evaluation.reward_options import RewardEvaluation
+from megatron_grit.config.options import RewardEvaluation
 
 
 def run(options: RewardEvaluation) -> None:
