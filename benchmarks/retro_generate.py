@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -108,9 +109,8 @@ def compare(retro: GritDecoder, gpt: GritDecoder, arguments: argparse.Namespace)
     noting = reader(arguments, Noting)
     limits: dict[str, Any] = {"stop_ids": (), "max_positions": arguments.length}
     seen: list[torch.Tensor] = []
-    hook = retro.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits[-1]))
-    (answer,) = generate_tokens(retro, [prompt], options, reader=noting, **limits)
-    hook.remove()
+    with mock.patch.object(retro, "logits_at", lambda *given: _note(seen, type(retro).logits_at(retro, *given))):
+        (answer,) = generate_tokens(retro, [prompt], options, reader=noting, **limits)
     tokens = [*prompt, *answer.tokens[:-1]]
     lengths = np.linspace(arguments.prompt, len(tokens), arguments.passes).round().astype(int).tolist()
     rows = {length: full_row(tokens[:length], noting) for length in lengths}
@@ -170,6 +170,11 @@ def full_row(tokens: list[int], noting: Noting) -> Any:
         tokens_1N=torch.cat([read.tokens_1N for _, read in noted], 1)[:, : lengths_U.sum()],
     )
     return row
+
+
+def _note(seen: list[torch.Tensor], logits_BV: torch.Tensor) -> torch.Tensor:
+    seen.append(logits_BV[-1])
+    return logits_BV
 
 
 def cpu_seconds(function: Callable[[], Any]) -> float:

@@ -36,13 +36,13 @@ def grit(folder: Path) -> None:
 
 
 def preferences(folder: Path) -> None:
-    """48 pairs of answers, the better one of which is about the topic, and 48 of these answers, rated: pairs.jsonl,
-    rated.jsonl; texts.jsonl has all of them."""
-    texts = [(name, " ".join(text.split())[:120]) for name, text in TOPICS][:49]
+    """48 pairs of answers, the worse one of which says nothing, and 48 of these answers, rated: pairs.jsonl and
+    rated.jsonl; texts.jsonl has the good ones."""
+    texts = [(name, " ".join(text.split())[:120]) for name, text in TOPICS][:48]
     pairs, rated = [], []
-    for number, ((name, text), (_, other)) in enumerate(zip(texts[:-1], texts[1:], strict=True)):
+    for number, (name, text) in enumerate(texts):
         question = {"role": "user", "content": f"What is {name}?"}
-        answers = [{"role": "assistant", "content": each} for each in (text, other)]
+        answers = [{"role": "assistant", "content": each} for each in (text, f"It is hard to say what {name} is.")]
         pairs.append({"prompt": [question], "chosen": answers[:1], "rejected": answers[1:]})
         rated.append({"messages": [question, answers[number % 2]], "label": number % 2 == 0})
     write_lines(folder / "pairs.jsonl", [json.dumps(pair) for pair in pairs])

@@ -82,6 +82,12 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
         return (yield)
 
 
+@pytest.fixture(autouse=True)
+def no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that tests run in this process are not remembered by the next test's results."""
+    monkeypatch.setattr("megatron_grit.config.commands._COMMAND", [])
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Root of the checkout."""

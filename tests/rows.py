@@ -12,6 +12,8 @@ from megatron_grit.data.kinds.generative import count_labels
 from megatron_grit.data.rows.batch import BatchPart, PackedRow, StepBatch
 
 VOCAB = 100
+TWO_PASSES = (RowKind.EMBEDDING, RowKind.GENERATIVE)
+"""Kinds of the bidirectional and of the causal pass."""
 
 
 def tiny_config(*, experts: int | None = None, **model: object) -> RunConfig:

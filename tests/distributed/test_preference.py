@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.test_rollout import _Tokenizer, _whole, gradient_error
+from tests.distributed.kind_step import accumulate, compare_gradients, fill, gradient_error, loader_at, whole
 from tests.harness.ranks import run_on_ranks
 from tests.rows import VOCAB, tiny_config
 
@@ -59,16 +59,12 @@ def run_case(folder: str, name: str, variant: str, change: dict[str, Any]) -> di
     ``change`` may hold values of parallel.*, and ``row_tokens``, ``adapter``, ``reference``, ``same`` (the model is its
     reference) and ``damaged`` (each context parallel rank takes the sums of its own tokens for those of all).
     """
-    import safetensors.torch
-
     from megatron_grit.config.kinds import option
-    from megatron_grit.data.rows.loader import GritDataLoader
     from megatron_grit.models.decoder import build_chunks
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.objectives.base import RunStart
     from megatron_grit.training.optimizer import build_optimizer, wrap_chunks
     from megatron_grit.training.step import TrainStep
-    from tests.distributed.grid_run import _compare_gradients, parts_of
 
     config = tiny_config(num_layers=2)
     config.training.objective, config.data.tokens_per_row = "preference", change.get("row_tokens", ROW_TOKENS)
@@ -88,43 +84,29 @@ def run_case(folder: str, name: str, variant: str, change: dict[str, Any]) -> di
     with parallel_job(config.parallel, seed=1) as context:
         chunks = build_chunks(config, VOCAB, context)
         start, later = _weights(Path(folder) / f"weights{change.get('adapter', '')}", chunks, context)
-        loader = GritDataLoader(
-            config,
-            _Tokenizer(),  # type: ignore[arg-type]
-            context.data_rank,
-            context.data_size,
-            context.row_multiple,
-            equal_rows=context.pipeline_size > 1,
-        )
+        loader = loader_at(config, context)
         wrapped = wrap_chunks(chunks, config.parallel.overlap)
         step = TrainStep(config, context, wrapped, build_optimizer(config, wrapped))
-        _fill(chunks, context, start)
+        fill(chunks, context, start)
         (objective,) = step.objectives
         kept = objective.start(RunStart(step=0, streams=loader.streams, chunks=chunks, pad_id=0))
         if not change.get("same"):
-            _fill(chunks, context, later)
+            fill(chunks, context, later)
         batch = loader.batch(0)
-        for chunk in step.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
         with mock.patch(
             "megatron_grit.training.reference.forward.sum_over_group", _own if change.get("damaged") else _all
         ):
-            metrics = step.accumulate_gradients(batch)
+            metrics = accumulate(step, batch)
         found: dict[str, Any] = {"name": name, "metrics": metrics, "rows": len(batch.rows), "kept": kept}
         if objective.reference is not None:
             found["reference"] = objective.reference._sources[0].values.tolist()
         if "adapter" in change:  # most weights have no gradient
             return found
-        if gradient.exists():
-            found["parts"] = _compare_gradients(chunks, wrapped, context, safetensors.torch.load_file(gradient))
-        else:
-            for parameter in chunks[0].parameters():
-                parameter.data.copy_(parameter.main_grad)
-            safetensors.torch.save_file(_whole("gradient", parts_of(chunks, context)), gradient)
-            _fill(chunks, context, later)
+        found["parts"] = compare_gradients(gradient, step, chunks, context)
+        if found["parts"] is None:
+            fill(chunks, context, later)
             found["log_probs"] = _log_probs(chunks[0], loader)
-            _fill(chunks, context, start)
+            fill(chunks, context, start)
             found["reference_log_probs"] = _log_probs(chunks[0], loader)
         return found
 
@@ -146,7 +128,7 @@ def _weights(path: Path, chunks: Any, context: Any) -> tuple[dict[str, torch.Ten
     from tests.distributed.grid_run import parts_of
 
     if not Path(f"{path}.start").exists():
-        start = _whole("weight", parts_of(chunks, context))
+        start = whole("weight", parts_of(chunks, context))
         generator = torch.Generator().manual_seed(5)
         later = {
             key: value + 0.05 * torch.randn(value.shape, generator=generator)
@@ -157,14 +139,6 @@ def _weights(path: Path, chunks: Any, context: Any) -> tuple[dict[str, torch.Ten
         safetensors.torch.save_file(start, f"{path}.start")
         safetensors.torch.save_file(later, f"{path}.later")
     return safetensors.torch.load_file(f"{path}.start"), safetensors.torch.load_file(f"{path}.later")
-
-
-def _fill(chunks: Any, context: Any, values: dict[str, torch.Tensor]) -> None:
-    from tests.distributed.grid_run import parts_of
-
-    with torch.no_grad():
-        for part in parts_of(chunks, context):
-            part.fill(values)
 
 
 def _log_probs(model: Any, loader: Any) -> list[list[list[float]]]:

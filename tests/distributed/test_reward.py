@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.distributed.test_rollout import _Tokenizer, _whole, gradient_error
+from tests.distributed.kind_step import accumulate, compare_gradients, fill, gradient_error, loader_at, start_from
 from tests.harness.ranks import run_on_ranks
 from tests.rows import VOCAB, tiny_config
 
@@ -49,16 +49,12 @@ def write_pairs(prefix: Path) -> None:
 def run_case(prefix: str, folder: str, name: str, layout: dict[str, Any], row_tokens: int = 96) -> dict[str, Any]:
     """Metrics of a step on all pairs, and each part of the gradient against that of one process, if there is one; else
     it is written."""
-    import safetensors.torch
-
     from megatron_grit.config.embedding_shape import SCALAR
     from megatron_grit.config.kinds import option
-    from megatron_grit.data.rows.loader import GritDataLoader
     from megatron_grit.models.decoder import build_chunks
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.optimizer import build_optimizer, wrap_chunks
     from megatron_grit.training.step import TrainStep
-    from tests.distributed.grid_run import _compare_gradients, parts_of
 
     config = tiny_config(num_layers=2)
     config.training.objective, config.data.tokens_per_row = "reward", row_tokens
@@ -72,38 +68,17 @@ def run_case(prefix: str, folder: str, name: str, layout: dict[str, Any], row_to
     reference = Path(folder) / "gradient.safetensors"
     with parallel_job(config.parallel, seed=1) as context:
         chunks = build_chunks(config, VOCAB, context)
-        weights = Path(folder) / "weights.safetensors"
-        if not weights.exists():
-            safetensors.torch.save_file(_whole("weight", parts_of(chunks, context)), weights)
-        start = safetensors.torch.load_file(weights)
-        with torch.no_grad():
-            for part in parts_of(chunks, context):
-                part.fill(start)
-        loader = GritDataLoader(
-            config,
-            _Tokenizer(),  # type: ignore[arg-type]
-            context.data_rank,
-            context.data_size,
-            context.row_multiple,
-            equal_rows=context.pipeline_size > 1,
-        )
+        start = start_from(Path(folder) / "weights.safetensors", chunks, context)
+        loader = loader_at(config, context)
         batch = loader.batch(0)
         wrapped = wrap_chunks(chunks, config.parallel.overlap)
         step = TrainStep(config, context, wrapped, build_optimizer(config, wrapped))
-        for chunk in step.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        metrics = step.accumulate_gradients(batch)
+        metrics = accumulate(step, batch)
         found: dict[str, Any] = {"name": name, "metrics": metrics, "rows": len(batch.rows)}
-        if reference.exists():
-            found["parts"] = _compare_gradients(chunks, wrapped, context, safetensors.torch.load_file(reference))
+        found["parts"] = compare_gradients(reference, step, chunks, context)
+        if found["parts"] is not None:
             return found
-        for parameter in chunks[0].parameters():
-            parameter.data.copy_(parameter.main_grad)
-        safetensors.torch.save_file(_whole("gradient", parts_of(chunks, context)), reference)
-        with torch.no_grad():
-            for part in parts_of(chunks, context):
-                part.fill(start)
+        fill(chunks, context, start)
         found["closed"] = _closed_form(chunks[0], loader)
         return found
 

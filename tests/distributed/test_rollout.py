@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.distributed.kind_step import accumulate, compare_gradients, fill, gradient_error, loader_at, start_from
 from tests.harness.ranks import run_on_ranks
 from tests.rows import VOCAB, tiny_config
 
@@ -52,10 +53,6 @@ def write_data(prefix: Path) -> None:
     write_rollouts(prefix, meta, np.array(groups), np.array(rewards), np.array(behavior), {})
 
 
-class _Tokenizer:
-    fingerprint, path, vocab_size, pad_id = "of the test", Path("tokenizer"), VOCAB, 0
-
-
 def run_case(
     prefix: str, folder: str, name: str, variant: str, layout: dict[str, Any], row_tokens: int = ROW_TOKENS
 ) -> dict[str, Any]:
@@ -64,15 +61,11 @@ def run_case(
     if name.endswith("damaged"):  # each context parallel rank takes its part of a completion for all of it
         with mock.patch("megatron_grit.training.objectives.rollout.sum_over_group", lambda values, group: values):
             return run_case(prefix, folder, name.removesuffix("damaged") + "control", variant, layout, row_tokens)
-    import safetensors.torch
-
     from megatron_grit.config.kinds import option
-    from megatron_grit.data.rows.loader import GritDataLoader
     from megatron_grit.models.decoder import build_chunks
     from megatron_grit.parallel.launch import parallel_job
     from megatron_grit.training.optimizer import build_optimizer, wrap_chunks
     from megatron_grit.training.step import TrainStep
-    from tests.distributed.grid_run import _compare_gradients, parts_of
 
     config = tiny_config(num_layers=2)
     config.training.objective, config.data.tokens_per_row = "rollout", row_tokens
@@ -87,21 +80,8 @@ def run_case(
     reference = Path(folder) / f"{variant}.safetensors"
     with parallel_job(config.parallel, seed=1) as context:
         chunks = build_chunks(config, VOCAB, context)
-        weights = Path(folder) / "weights.safetensors"
-        if not weights.exists():
-            safetensors.torch.save_file(_whole("weight", parts_of(chunks, context)), weights)
-        start = safetensors.torch.load_file(weights)
-        with torch.no_grad():
-            for part in parts_of(chunks, context):
-                part.fill(start)
-        loader = GritDataLoader(
-            config,
-            _Tokenizer(),  # type: ignore[arg-type]
-            context.data_rank,
-            context.data_size,
-            context.row_multiple,
-            equal_rows=context.pipeline_size > 1,
-        )
+        start = start_from(Path(folder) / "weights.safetensors", chunks, context)
+        loader = loader_at(config, context)
         batch = loader.batch(0)
         wrapped = wrap_chunks(chunks, config.parallel.overlap)
         optimizer = build_optimizer(config, wrapped)
@@ -109,21 +89,13 @@ def run_case(
         before = None if reference.exists() else _policy(chunks[0], loader)
         if variant == "start":
             _move_away(step, chunks, loader)
-        for chunk in step.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        metrics = step.accumulate_gradients(batch)
+        metrics = accumulate(step, batch)
         found: dict[str, Any] = {"name": name, "metrics": metrics, "rows": len(batch.rows)}
-        if reference.exists():
-            found["parts"] = _compare_gradients(chunks, wrapped, context, safetensors.torch.load_file(reference))
-        else:
-            for parameter in chunks[0].parameters():
-                parameter.data.copy_(parameter.main_grad)
-            safetensors.torch.save_file(_whole("gradient", parts_of(chunks, context)), reference)
-            with torch.no_grad():
-                for part in parts_of(chunks, context):
-                    part.fill(start)
-                if variant == "start":
+        found["parts"] = compare_gradients(reference, step, chunks, context)
+        if found["parts"] is None:
+            fill(chunks, context, start)
+            if variant == "start":
+                with torch.no_grad():
                     for parameter in chunks[0].parameters():
                         parameter.mul_(FACTOR)
             found["closed"] = _closed_form(before, _policy(chunks[0], loader), loader, knobs)
@@ -143,23 +115,6 @@ def _move_away(step: Any, chunks: list[Any], loader: Any) -> None:
                 parameter.mul_(FACTOR)
     # The second time nothing is computed: the weights are others now.
     objective.start(RunStart(step=1, streams=loader.streams, chunks=chunks, pad_id=0, saved=saved))
-
-
-def _whole(what: str, parts: Any) -> dict[str, torch.Tensor]:
-    """Each parameter as one process holds it, those of layers stacked, without what pads the vocabulary."""
-    whole: dict[str, torch.Tensor] = {}
-    for part in parts:
-        sizes = [number + 1 for number in part.place]
-        rows = [VOCAB if size > VOCAB and "embedding" in part.key else size for size in part.shape]
-        key = f"{what} {part.key}"
-        before = whole.get(key)
-        shape = [max(2 if sizes else 1, *sizes)] if sizes else []
-        held = torch.zeros(*shape, *rows) if before is None else before
-        place = tuple(slice(start, start + size) for start, size in zip(part.offset, part.tensor.shape, strict=True))
-        target = held[part.place][place]
-        target.copy_(part.tensor.detach()[tuple(slice(0, size) for size in target.shape)])
-        whole[key] = held
-    return whole
 
 
 def _policy(model: Any, loader: Any) -> list[torch.Tensor]:
@@ -222,19 +177,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
             for case in rank:
                 found.setdefault(case["name"], []).append(case)
     return found
-
-
-def gradient_error(ranks: list[dict[str, Any]]) -> float:
-    """Largest relative error of a parameter's gradient, over the parts that the ranks hold."""
-    errors: dict[str, dict[str, list[float]]] = {}
-    for rank in ranks:
-        for part in rank["parts"]:
-            errors.setdefault(part["name"], {})[str(part["offset"])] = [part["error"], part["norm"]]
-    found = {}
-    for name, parts in errors.items():
-        error, norm = np.sum(list(parts.values()), axis=0)
-        found[name] = (error / max(norm, 1e-20)) ** 0.5
-    return max(found.values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
@@ -310,6 +311,21 @@ def versions() -> dict[str, str]:
     names = ("torch", "megatron-core", "transformers", "sentencepiece", "faiss-cpu", "numpy")
     found = {"python": ".".join(map(str, sys.version_info[:2])), "processor": torch.backends.cpu.get_cpu_capability()}
     return found | {name: version(name) for name in names}
+
+
+def arithmetic() -> str:
+    """Digest of what this machine's processor makes of floating-point numbers. Processors with the same instructions
+    differ in the last bits, as libraries choose among their kernels by the model."""
+    import torch
+
+    draw = torch.Generator().manual_seed(3)
+    digest = hashlib.sha256()
+    for rows, width in ((1, 16), (7, 16), (31, 32), (128, 64), (300, 128)):
+        values, weight = (torch.randn(size, width, generator=draw) for size in (rows, 2 * width))
+        states = torch.nn.functional.gelu(torch.nn.functional.linear(values, weight))
+        scores = (states @ states.T / width).softmax(-1) @ torch.nn.functional.layer_norm(states, (2 * width,))
+        digest.update(torch.stack([scores.tanh(), scores.exp(), scores.cos()]).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def record(tree: Path, folder: Path, names: list[str], python: str = sys.executable) -> Iterator[tuple[str, Any]]:

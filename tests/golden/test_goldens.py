@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("faiss")
 pytest.importorskip("transformers")
 
+from tests.golden import record as record_module  # noqa: E402
 from tests.golden.parts import record  # noqa: E402
-from tests.golden.record import compare, differences  # noqa: E402
+from tests.golden.record import compare, differences, reason_to_skip, write  # noqa: E402
 from tests.harness.command import python  # noqa: E402
 
 CHEAP = ["indexed", "converted", "database", "imported", "exported", "weight_diff", "flags"]
@@ -25,6 +26,8 @@ def found(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["inputs", *CHEAP])
 def test_nothing_has_changed(part: str, found: dict[str, Any]) -> None:
+    if (reason := reason_to_skip(part)) is not None:
+        pytest.skip(reason)
     lines = compare({part: found[part]})
     assert not lines, "\n".join([*lines, "python -m tests.golden.record shows all of it; --write records it anew"])
 
@@ -41,3 +44,14 @@ def test_differences_are_told() -> None:
     ]
     assert list(differences(wanted, wanted)) == []
     assert list(differences(["a", "b"], ["a"], "config.yaml")) == ["config.yaml: is missing: b"]
+
+
+def test_numbers_of_another_processor_are_not_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "recorded.json"
+    monkeypatch.setattr(record_module, "recorded_path", lambda: path)
+    write({"database": {"a": "1"}, "indexed": {"a": "1"}})
+    changed = {"database": {"a": "2"}, "indexed": {"a": "2"}}
+    assert len(compare(changed)) == 2 and reason_to_skip("database") is None
+    monkeypatch.setattr(record_module, "arithmetic", lambda: "another")
+    assert compare(changed) == ["indexed: a: recorded '1', found '2'"]
+    assert "processor" in str(reason_to_skip("database"))

@@ -26,7 +26,7 @@ from megatron_grit.data.text.tokenizer import load_tokenizer, train_sentencepiec
 from megatron_grit.models import attention
 from megatron_grit.models.decoder import GritDecoder, Output, build_model
 from megatron_grit.parallel.launch import parallel_job
-from tests.rows import tiny_config
+from tests.rows import TWO_PASSES, tiny_config
 
 FILE = "alpagasus_3k_dolly.jsonl"
 NUM_RECORDS, NUM_COMPARED = 2996, 200
@@ -46,7 +46,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> RunCo
     config = tiny_config(max_position_embeddings=TOKENS_PER_ROW)
     config.data.tokenizer = str(model)
     encoded = zip(*(iter(tokenizer.encode_batch([text for pair in texts for text in pair])),) * 2, strict=True)
-    prefixes = {kind: folder / kind.value for kind in RowKind}
+    prefixes = {kind: folder / kind.value for kind in TWO_PASSES}
     with (
         IndexedWriter(prefixes[RowKind.GENERATIVE], RowKind.GENERATIVE, VOCAB) as chats,
         IndexedWriter(prefixes[RowKind.EMBEDDING], RowKind.EMBEDDING, VOCAB) as pairs,
@@ -151,7 +151,7 @@ def outputs(model: GritDecoder, row: PackedRow, lengths: list[int]) -> np.ndarra
     return (np.add.reduceat(losses[:used], starts) / np.add.reduceat(mask[:used], starts))[:, None]
 
 
-@pytest.mark.parametrize("kind", list(RowKind))
+@pytest.mark.parametrize("kind", TWO_PASSES)
 def test_packed_equals_alone(loader: GritDataLoader, model: GritDecoder, kind: RowKind) -> None:
     packed, alone = packed_and_alone(loader, model, kind)
     assert len(packed) >= NUM_COMPARED and packed.std() > 0.01
@@ -159,14 +159,14 @@ def test_packed_equals_alone(loader: GritDataLoader, model: GritDecoder, kind: R
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", list(RowKind))
+@pytest.mark.parametrize("kind", TWO_PASSES)
 def test_packed_equals_alone_for_a_window_of_records(loader: GritDataLoader, model: GritDecoder, kind: RowKind) -> None:
     packed, alone = packed_and_alone(loader, model, kind, WINDOW)
     assert len(packed) >= WINDOW
     np.testing.assert_allclose(packed, alone, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("kind", list(RowKind))
+@pytest.mark.parametrize("kind", TWO_PASSES)
 def test_a_leak_between_records_would_be_seen(
     loader: GritDataLoader, model: GritDecoder, kind: RowKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:

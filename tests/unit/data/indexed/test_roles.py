@@ -30,11 +30,13 @@ def test_values_on_disk_never_change() -> None:
         ("NEGATIVE", 8),
         ("SYSTEM", 9),
         ("USER", 10),
+        ("CHOSEN", 11),
+        ("REJECTED", 12),
     ]
 
 
 def test_what_roles_are_for() -> None:
-    assert [role for role in Role if supervised(role)] == [TEXT, ANSWER]
+    assert [role for role in Role if supervised(role)] == [TEXT, ANSWER, Role.CHOSEN, Role.REJECTED]
     assert [role for role in Role if pooled(role)] == list(TEXTS)
 
 
