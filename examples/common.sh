@@ -114,6 +114,15 @@ make_environment() {
     ) 9>"$directory.lock" || exit $?
 }
 
+# newest_python: print the interpreter of an environment on Python 3.12, which gets the newest engine, with what tests need.
+newest_python() {
+    local base directory
+    base="$(find_python 3.12)" || exit $?
+    directory="${XDG_CACHE_HOME:-$HOME/.cache}/megatron_grit/env-$(environment_key "$base" dev)"
+    make_environment "$directory" "$base" dev
+    printf '%s\n' "$directory/bin/python"
+}
+
 fill_environment() {
     local directory="$1" base="$2" extra="$3" constraints="$4" python="$1/bin/python" started=$SECONDS
     say "installing packages in $directory (the first time takes minutes; setup.log there has the details)"
@@ -123,13 +132,15 @@ fill_environment() {
     fi
     local log="$directory/setup.log"
     {
-        # torch first and by its exact version, so that whichever build of it pip is given stays.
-        "$python" -m pip install "$(grep '^torch==' "$constraints")" "$(grep '^setuptools==' "$constraints")" &&
+        # torch first and by its exact version, so that whichever build of it pip is given stays. Compiling all modules
+        # takes most of an installation; those that are used are compiled below, or when they are imported.
+        "$python" -m pip install --no-compile "$(grep '^torch==' "$constraints")" "$(grep '^setuptools==' "$constraints")" &&
             requirements "$python" "$extra" >"$directory/requirements.txt" &&
-            "$python" -m pip install --constraint "$constraints" --requirement "$directory/requirements.txt" &&
+            "$python" -m pip install --no-compile --constraint "$constraints" --requirement "$directory/requirements.txt" &&
             if [[ "$directory" == "$ROOT/.venv" ]]; then
-                "$python" -m pip install --no-deps --no-build-isolation --editable "$ROOT"
-            fi
+                "$python" -m pip install --no-compile --no-deps --no-build-isolation --editable "$ROOT"
+            fi &&
+            env -u PYTHONDONTWRITEBYTECODE "$python" -c 'import megatron_grit.training.trainer'
     } >"$log" 2>&1 || {
         tail -n 15 "$log" >&2
         die "could not install the packages; the whole output is in $log"

@@ -29,10 +29,7 @@ while (($#)); do
 done
 
 if [[ "$engine" == newest ]]; then
-    base="$(find_python 3.12)" || exit $?
-    PYTHON="${XDG_CACHE_HOME:-$HOME/.cache}/megatron_grit/env-$(environment_key "$base" dev)"
-    make_environment "$PYTHON" "$base" dev
-    PYTHON="$PYTHON/bin/python"
+    PYTHON="$(newest_python)" || exit $?
     export PYTHON
 else
     setup_python dev
