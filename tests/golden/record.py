@@ -54,15 +54,26 @@ def differences(wanted: Any, found: Any, where: str = "") -> Iterator[str]:
 
 
 def compare(found: dict[str, Any]) -> list[str]:
-    """Lines of :func:`differences` to what is recorded for this version of Python, of parts that :func:`reason_to_skip`
-    does not name."""
+    """Lines of :func:`differences` to what is recorded for this version of Python, of what can be compared here."""
     recorded = json.loads(recorded_path().read_text())["parts"]
-    parts = {name: part for name, part in found.items() if reason_to_skip(name) is None}
-    return list(differences({name: recorded[name] for name in parts}, parts))
+    names = [name for name in found if reason_to_skip(name) is None]
+    lines = list(differences({name: recorded[name] for name in names}, {name: found[name] for name in names}))
+    if "database" in found and "database" not in names:
+        lines += differences(*({"database": _chunks(part["database"])} for part in (recorded, found)))
+    return lines
+
+
+def _chunks(database: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """The files of a database that follow from its texts alone, without vectors."""
+    return {
+        state: {file: digest for file, digest in files.items() if "/db/" in file and "/versions/" not in file}
+        for state, files in database.items()
+    }
 
 
 def reason_to_skip(name: str) -> str | None:
-    """Why a part cannot be compared here: it holds floating-point numbers of other versions or of another processor."""
+    """Why a part cannot be compared as a whole: it holds floating-point numbers of other versions or of another
+    processor."""
     if name not in FLOATS:
         return None
     recorded = json.loads(recorded_path().read_text())
@@ -105,7 +116,7 @@ def main() -> int:
                 write({name: part})
                 continue
             if (reason := reason_to_skip(name)) is not None:
-                print(f"not compared: {reason}", flush=True)
+                print(f"not compared as a whole: {reason}", flush=True)
             for line in compare({name: part}):
                 print(line, flush=True)
                 lines += 1
