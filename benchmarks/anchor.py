@@ -1,8 +1,9 @@
 """What alignment costs a model's embedding, and what rows to embed in the same step (the anchor) save of it.
 
 A tiny decoder learns both halves first: Cranfield's titles find their abstracts, and Dolly's answers are predicted
-(base). It then learns a preference that it did not have, by DPO: answers in lower case over the same answers as they
-were written, which the base finds more probable. Two arms take the same pairs in the same order from the same base:
+(base). It then learns a preference that it did not have, by DPO: answers With Every Word Capitalised over the same
+answers as they were written, which the base finds more probable (how many of the pairs, the benchmark prints). Two
+arms take the same pairs in the same order from the same base:
 
     dpo             pairs alone
     dpo_anchored    pairs, and in the same step the base's titles and abstracts with the contrastive loss
@@ -27,10 +28,12 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from benchmarks import harness
@@ -78,6 +81,11 @@ def write(path: Path, records: list[Any]) -> Path:
     return path
 
 
+def capitalised(text: str) -> str:
+    """With a capital at the start of every word."""
+    return re.sub(r"(?<!\S)[a-z]", lambda first: first[0].upper(), text)
+
+
 def prepare(arguments: argparse.Namespace, folder: Path) -> None:
     """Tokenizer, indexed files, and the titles that are held out."""
     every = titles(arguments.data)
@@ -89,9 +97,9 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> None:
     pairs = []
     for record in conversations[:PAIRS]:
         *prompt, answer = record["messages"]
-        lower = answer | {"content": answer["content"].lower()}
-        if lower != answer:
-            pairs.append({"prompt": prompt, "chosen": [lower], "rejected": [answer]})
+        styled = answer | {"content": capitalised(answer["content"])}
+        if styled != answer:
+            pairs.append({"prompt": prompt, "chosen": [styled], "rejected": [answer]})
     preferred = write(folder / "preferred.jsonl", pairs)
     model = train_sentencepiece(read_texts([embedded, read]), folder / "tokenizer", 2048)
     limits = Limits(query=64, passage=128, generative=192)
@@ -153,7 +161,12 @@ def train(folder: Path, seed: int, name: str, arguments: argparse.Namespace) -> 
         last = records[-max(1, len(records) // 5) :]
         for key in ("rewards/accuracies", "logps/chosen", "logps/rejected"):
             found[key] = statistics.fmean(record[key] for record in last)
-        found["margin at first"] = records[0]["logps/chosen"] - records[0]["logps/rejected"]
+        parts = sorted(Path(config["output_dir"]).glob("cache/reference/*/part_*.npz"))
+        base = np.concatenate([np.load(part)["values"] for part in parts])  # [pairs, 2], preferred answers first
+        found["of the base"] = {
+            "prefers": float((base[:, 0] > base[:, 1]).mean()),
+            "margin": float((base[:, 0] - base[:, 1]).mean()),
+        }
     print(f"  seed {seed} {name}: {found}", flush=True)
     return found
 
@@ -194,7 +207,7 @@ def report(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> tuple[d
     return {"arms": arms, "options": {name: str(value) for name, value in vars(arguments).items()}}, met
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and measure. Returns the exit status: 1 where a target is missed."""
     parser = harness.parser(__doc__, data=f"{ABSTRACTS} and {CONVERSATIONS}")
     for name, kind, default, told in (
@@ -209,7 +222,7 @@ def main() -> int:
         ("processes", int, 2, "seeds at a time"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{told} (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"
     return harness.run("anchor", arguments, lambda folder: measure(arguments, folder))
 

@@ -26,6 +26,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dpo": {"loss": "dpo", "beta": 0.5, "label_smoothing": 0.1, "sft_weight": 0.2},
     "kto": {"loss": "kto", "beta": 0.5, "undesirable_weight": 0.7},
 }
+OTHERS: dict[str, dict[str, Any]] = {
+    "ipo": {"loss": "ipo", "beta": 0.5},
+    "simpo": {"loss": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.3},
+    "orpo": {"loss": "orpo", "beta": 0.5},
+}
+"""Losses whose arithmetic after the log-probabilities is their own: at the layouts in which ranks share a sum of it."""
+SHARED = ("DP2", "CP2")
 ROW_TOKENS = 128
 NUM_RECORDS = 8
 NAMES = ("loss_preference", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins")
@@ -72,7 +79,7 @@ def run_case(folder: str, name: str, variant: str, change: dict[str, Any]) -> di
     knobs = option(config, "preference")
     knobs.data, knobs.batch_size, knobs.weight = [f"{folder}/{variant}"], NUM_RECORDS, 0.5
     knobs.cache_dir, knobs.reference = f"{folder}/cache {name}", change.get("reference", "cache")
-    for key, value in VARIANTS[variant].items():
+    for key, value in (VARIANTS | OTHERS)[variant].items():
         setattr(knobs, key, value)
     if change.get("same"):  # smoothing does not move the loss of chance, and a next-token loss would
         knobs.sft_weight = 0.0
@@ -188,14 +195,15 @@ def compute(folder: str, cases: list[list[Any]]) -> list[dict[str, Any]]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What the ranks found, by case: one process first, the layouts on two."""
     folder = tmp_path_factory.mktemp("preference")
-    for variant in VARIANTS:
+    for variant in (*VARIANTS, *OTHERS):
         write_data(folder / variant, rated=variant == "kto")
-    single: list[list[Any]] = [[variant, variant, {}] for variant in VARIANTS]
+    single: list[list[Any]] = [[variant, variant, {}] for variant in (*VARIANTS, *OTHERS)]
     single += [[f"{variant} unpacked", variant, {"row_tokens": 48}] for variant in VARIANTS]
     single += [["same", "dpo", {"same": True}], ["same unpacked", "dpo", {"same": True, "row_tokens": 48}]]
     adapters = {"adapter": "lora"}
     single += [["cached", "dpo", adapters], ["live", "dpo", adapters | {"reference": "adapters_off"}]]
     double = [[f"{variant} {name}", variant, layout] for variant in VARIANTS for name, layout in LAYOUTS.items()]
+    double += [[f"{variant} {name}", variant, LAYOUTS[name]] for variant in OTHERS for name in SHARED]
     double.append(["damaged", "dpo", LAYOUTS["CP2"] | {"damaged": True}])
     found: dict[str, list[dict[str, Any]]] = {}
     for size, cases in ((1, single), (2, double)):
@@ -230,6 +238,44 @@ def test_pairs_have_the_closed_form(results: dict[str, list[dict[str, Any]]]) ->
     assert abs(metrics["rewards/margins"]) > 1e-3
     cached = [[conversation[1] for conversation in record] for record in one["reference_log_probs"]]
     assert np.array(one["reference"]) == pytest.approx(np.array(cached), abs=1e-4)
+
+
+def log_odds(log_prob: float) -> float:
+    return log_prob - math.log1p(-math.exp(log_prob))
+
+
+@pytest.mark.parametrize("loss", OTHERS)
+def test_other_pairs_have_the_closed_form(results: dict[str, list[dict[str, Any]]], loss: str) -> None:
+    """Of log-probabilities a token; orpo's with the next-token loss of the preferred answers."""
+    (one,) = results[loss]
+    losses, rewards, labels, sft = [], [], 0.0, 0.0
+    for policy, reference in zip(one["log_probs"], one["reference_log_probs"], strict=True):
+        (_, first, _, size), (_, second, _, other_size) = policy
+        means = first / size, second / other_size
+        if loss == "ipo":
+            means = means[0] - reference[0][1] / size, means[1] - reference[1][1] / other_size
+            losses.append((means[0] - means[1] - 1 / (2 * 0.5)) ** 2)
+        elif loss == "simpo":
+            losses.append(-log_sigmoid(2.0 * (means[0] - means[1] - 0.3)))
+        else:
+            losses.append(-0.5 * log_sigmoid(log_odds(means[0]) - log_odds(means[1])))
+            labels, sft = labels + size, sft - first
+        rewards.append(OTHERS[loss]["beta"] * np.array(means))
+    metrics, expected = one["metrics"], np.mean(losses) + (sft / labels if labels else 0.0)
+    assert metrics["loss_preference"] == pytest.approx(expected, abs=1e-5)
+    assert [metrics["rewards/chosen"], metrics["rewards/rejected"]] == pytest.approx(np.mean(rewards, 0), abs=1e-5)
+    assert metrics["rewards/accuracies"] == np.mean([first > second for first, second in rewards])
+    assert abs(metrics["rewards/margins"]) > 1e-4
+    assert ("reference" in one) == (loss == "ipo")
+
+
+@pytest.mark.parametrize("layout", SHARED)
+@pytest.mark.parametrize("loss", OTHERS)
+def test_other_losses_train_alike(results: dict[str, list[dict[str, Any]]], loss: str, layout: str) -> None:
+    (one,), ranks = results[loss], results[f"{loss} {layout}"]
+    for rank in ranks:
+        assert rank["metrics"] == pytest.approx(one["metrics"], abs=1e-6, rel=1e-6)
+    assert gradient_error(ranks) < 1e-5
 
 
 def test_rated_answers_have_the_closed_form(results: dict[str, list[dict[str, Any]]]) -> None:

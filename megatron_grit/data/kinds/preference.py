@@ -260,8 +260,8 @@ class PreferenceStream(generative.GenerativeStream):
 
 
 def is_chosen(segment: Segment) -> bool:
-    """Whether a conversation's answer is the preferred one, or desirable."""
-    return segment.roles[-1] == Role.CHOSEN
+    """Whether a conversation's answers are the preferred ones, or desirable. One that is cut may end between them."""
+    return Role.CHOSEN in segment.roles
 
 
 def place_of(segment: Segment) -> int:

@@ -85,6 +85,53 @@ def test_long_pairs(prefix: str, tmp_path: Path) -> None:
         none.segments(0)
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_what_is_cut_between_its_answers_keeps_its_side(loss: str, tmp_path: Path) -> None:
+    """Rows of 20: each side of the first record ends within its second question, of 7 tokens, behind a rated answer."""
+    with IndexedWriter(tmp_path / "turns", RowKind.PREFERENCE, VOCAB) as writer:
+        for rated in (Role.CHOSEN, Role.REJECTED), (Role.CHOSEN,), (Role.REJECTED,):
+            # Of a pair each answer is rated from where the two differ, of a single conversation the last one.
+            first = Role.ANSWER if len(rated) == 1 else None
+            spans = [
+                [(Role.USER, [1, 2]), (first or side, [3] * 4), (Role.USER, [4] * 7), (side, [5] * 9)] for side in rated
+            ]
+            if loss == "kto" or len(rated) == 2:
+                writer.add([span for side in spans for span in side])
+        writer.finalize(tokenizer_fingerprint="of the test", template="none", limits={})
+    changes = {"data.tokens_per_row": 20, "preference.over_long": "truncate", "preference.loss": loss}
+    made = stream(str(tmp_path / "turns"), tmp_path, **changes, **{"preference.batch_size": 3 if loss == "kto" else 1})
+    rows = made.rows(0)
+    found = {}
+    for row in rows:
+        packed = made.make_row(row, 20, 0)
+        assert packed.is_chosen_S is not None
+        for segment, is_chosen in zip(row.segments, packed.is_chosen_S.tolist(), strict=True):
+            found[segment.record, segment.start > 0] = (segment.length, segment.num_labels, is_chosen)
+    expected = {(0, False): (10, 4, True), (0, True): (10, 4, False)}
+    if loss == "kto":
+        expected |= {(1, False): (20, 7, True), (2, False): (20, 7, False)}
+    assert found == expected
+    counts = made.counts(rows, 1)
+    num_single = 2 if loss == "kto" else 0
+    assert (counts.num_records, counts.num_chosen, counts.num_rejected) == (
+        1 + num_single,
+        1 + num_single // 2,
+        1 + num_single // 2,
+    )
+    assert counts.num_chosen_labels == 4 + (7 if loss == "kto" else 0)
+
+
+def test_a_rated_answer_behind_the_end_of_a_row_leaves_its_record_out(tmp_path: Path) -> None:
+    """The earlier answer, which fits, is of the prompt."""
+    with IndexedWriter(tmp_path / "turns", RowKind.PREFERENCE, VOCAB) as writer:
+        for size in (30, 3):
+            writer.add([(Role.USER, [1]), (Role.ANSWER, [2] * 5), (Role.USER, [3] * size), (Role.CHOSEN, [4] * 5)])
+        writer.finalize(tokenizer_fingerprint="of the test", template="none", limits={})
+    changes = {"data.tokens_per_row": 20, "preference.over_long": "truncate", "preference.loss": "kto"}
+    made = stream(str(tmp_path / "turns"), tmp_path, **changes, **{"preference.batch_size": 2})
+    assert [(segment.record, segment.num_labels) for segment in made.segments(0)] == [(1, 5)]
+
+
 def test_sizes_that_fit() -> None:
     assert fit([5, 6], 10, 20) == [5, 6]
     assert fit([5, 30], 100, 20) == [5, 15]
