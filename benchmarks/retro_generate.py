@@ -37,7 +37,7 @@ from megatron_grit.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.data.rows.neighbors import Neighbors
 from megatron_grit.errors import DataError
-from megatron_grit.inference.generate import continuation_row, generate_tokens
+from megatron_grit.inference.generation.generate import continuation_row, generate_tokens
 from megatron_grit.inference.reading import Passage, Reader, Window
 from megatron_grit.models.decoder import GritDecoder, Output, build_model
 from megatron_grit.parallel.launch import parallel_job

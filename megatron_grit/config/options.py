@@ -150,8 +150,10 @@ class SamplingOptions(Checked):
     """Sample from the smallest set of tokens that holds this probability."""
     top_k: int | None = knob(None, at_least=1)
     """Sample from this many of the likeliest tokens, before top_p. null: from all."""
+    repetition_penalty: float = knob(1.0, above=0)
+    """Divides the scores of tokens that prompt or answer hold already, and multiplies negative ones. 1: none."""
     seed: int = knob(0, at_least=0)
-    """Seed of the sampling."""
+    """Seed of the sampling. Equal prompts that are answered together draw differently."""
     stop: list[str] = knob([], verbatim=True, text=True)
     """Texts, 4 at most, before the first of which an answer ends."""
 

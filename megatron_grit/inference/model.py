@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from megatron_grit.data.text.templates import encode_embedding, encode_prompt, e
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.encode import embedding_width, encode_tokens
-from megatron_grit.inference.generate import generate_tokens
+from megatron_grit.inference.generation.answers import AnswerPart, stream_answers
+from megatron_grit.inference.generation.generate import Generation, check_room
 from megatron_grit.inference.loading import check_value, load_decoder
 from megatron_grit.inference.messages import Conversation, read_conversations, read_texts
 from megatron_grit.inference.model_group import ModelGroup, join_model_group
@@ -256,6 +257,7 @@ class GritModel:
         temperature: float = SamplingOptions.temperature,
         top_p: float = SamplingOptions.top_p,
         top_k: int | None = SamplingOptions.top_k,
+        repetition_penalty: float = SamplingOptions.repetition_penalty,
         seed: int = SamplingOptions.seed,
         stop: str | Sequence[str] = (),
         neighbors: Sequence[str | Sequence[int] | Sequence[str | Sequence[int]]] | None = None,
@@ -272,7 +274,9 @@ class GritModel:
             temperature: 0 for the most likely token at each position, else it divides the logits.
             top_p: nucleus to sample from, above 0 and at most 1.
             top_k: sample from so many of the likeliest tokens. None: from all.
-            seed: of the sampling.
+            repetition_penalty: divides the scores of tokens that prompt or answer hold already. 1: none.
+            seed: of the sampling. What is drawn for a conversation does not depend on the others; equal ones draw
+                differently.
             stop: texts, at most 4; an answer ends before the first of them.
             neighbors: what is read in place of the database of :meth:`read_from`, by a model that reads: at most
                 model.retro.num_neighbors texts, or lists of token ids, which every chunk reads; for several
@@ -294,6 +298,7 @@ class GritModel:
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
+            repetition_penalty=repetition_penalty,
             seed=seed,
             stop=[stop] if isinstance(stop, str) else stop,  # type: ignore[arg-type]
         )
@@ -305,6 +310,38 @@ class GritModel:
             source = given_neighbors(self.config.model, self.tokenizer, several)
         answers = [answer.text for answer in self.answer(conversations, options, source=source, tools=tools)]
         return answers[0] if single else answers
+
+    def stream(
+        self,
+        messages: str | Messages,
+        options: SamplingOptions | None = None,
+        *,
+        tools: Sequence[Any] | None = None,
+        before_pass: Callable[[], object] | None = None,
+    ) -> Iterator[str]:
+        """Answer a prompt or a conversation, piece by piece: joined, what :meth:`generate` returns.
+
+        >>> for piece in model.stream("What does json.dumps do?"):
+        ...     print(piece, end="", flush=True)
+
+        A piece holds whole characters, and nothing that may be the beginning of a stop text.
+
+        Args:
+            messages: as there, one conversation.
+            options: how. None: as :meth:`generate` does by default.
+            tools: as there.
+            before_pass: called before each forward pass; what it raises ends the answer.
+
+        Raises:
+            DataError: at once, a conversation that cannot be answered.
+        """
+        conversations, single = read_conversations(messages)
+        if not single:
+            raise DataError("give one conversation to stream, not several")
+        prompt = self.prompt_tokens(conversations[0], tools)
+        check_room(len(prompt), self.config.model.max_position_embeddings)
+        parts = self.stream_prompts([prompt], options or SamplingOptions(), before_pass)
+        return (part.text for part in parts if part.text)
 
     def answer(
         self,
@@ -336,30 +373,35 @@ class GritModel:
         source: NeighborSource | None = None,
     ) -> list[Answer]:
         """As :meth:`answer`, for prompts that are tokens, in any form."""
+        parts = self.stream_prompts(prompts, options, before_pass, source=source)
+        answers = {part.prompt: part.answer for part in parts if part.answer is not None}
+        return [answers[number] for number in range(len(prompts))]
+
+    def stream_prompts(
+        self,
+        prompts: Sequence[list[int]],
+        options: SamplingOptions,
+        before_pass: Callable[[], object] | None = None,
+        *,
+        source: NeighborSource | None = None,
+    ) -> Iterator[AnswerPart]:
+        """As :meth:`continue_prompts`, with the text of each prompt's answer in parts as it comes."""
         if len(self.chunks) > 1:
             raise ConfigError("generation takes stages of one chunk each; leave parallel.virtual_pipeline out")
         reader = self._reader(prompts, source or self._database)
         if reader is not None:
             self._refuse_sharded("reading neighbors in generation")
-        outputs = generate_tokens(
+        generation = Generation(
             self.model,
-            prompts,
-            options,
             stop_ids=self.chat.end_ids,
             max_positions=self.config.model.max_position_embeddings,
-            ends=(lambda tokens: _stop_at(self.tokenizer.decode(tokens), options.stop) >= 0) if options.stop else None,
             before_pass=before_pass,
             reader=reader,
         )
-        answers = []
-        readings = [[] for _ in prompts] if reader is None else reader.readings
-        for prompt, output, read in zip(prompts, outputs, readings, strict=True):
-            text = self.tokenizer.decode(output.tokens)
-            end = _stop_at(text, options.stop)
-            text = text if end < 0 else text[:end]
-            ids = (prompt, [*output.tokens, *output.end], output.log_probs)
-            answers.append(Answer(text, output.finish_reason, len(prompt), len(output.tokens), read, *ids))
-        return answers
+        for part in stream_answers(generation, prompts, options, self.tokenizer):
+            if part.answer is not None and reader is not None:
+                part = part._replace(answer=part.answer._replace(readings=reader.readings[part.prompt]))
+            yield part
 
     def _reader(self, prompts: Sequence[list[int]], source: NeighborSource | None) -> Reader | None:
         """Reads for these prompts. None: the model reads nothing, which is said once where it could."""
@@ -418,8 +460,3 @@ class GritModel:
                 f"{self.model_group.size} processes; a checkpoint of any mesh loads whole, in one process: "
                 "GritModel.load(PATH) without parallel, or megatron-grit generate --checkpoint PATH"
             )
-
-
-def _stop_at(text: str, stops: Sequence[str]) -> int:
-    """Where the first of the stop texts begins; -1: there is none."""
-    return min((place for stop in stops if (place := text.find(stop)) >= 0), default=-1)

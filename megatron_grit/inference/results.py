@@ -30,4 +30,4 @@ class Answer(NamedTuple):
     token_ids: Sequence[int] = ()
     """Of the answer, the token that ended it included."""
     log_probs: Sequence[float] = ()
-    """Of ``token_ids`` under the model, before temperature, top_p and top_k."""
+    """Of ``token_ids`` under the model, before repetition_penalty, temperature, top_p and top_k."""

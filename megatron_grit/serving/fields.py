@@ -22,6 +22,7 @@ _SAMPLING = {
     "temperature",
     "top_p",
     "top_k",
+    "repetition_penalty",
     "seed",
     "stop",
     "n",
@@ -146,7 +147,8 @@ def read_sampling(body: Json, most_new_tokens: int) -> SamplingOptions:
             raise RequestError(message, field)
     if len(set(lengths.values())) > 1:
         raise RequestError("max_tokens and max_completion_tokens are two names of one limit; give one", "max_tokens")
-    values = {field: read_value(body, field, SamplingOptions) for field in ("temperature", "top_p", "top_k", "seed")}
+    drawn = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
+    values = {field: read_value(body, field, SamplingOptions) for field in drawn}
     stop = body.get("stop")
     stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if (problem := value_problem(SamplingOptions, "stop", stop)) is not None:

@@ -31,7 +31,7 @@ from megatron_grit.data.rows.loader import GritDataLoader
 from megatron_grit.data.text.records import Message, parse_record, read_messages
 from megatron_grit.data.text.tokenizer import load_tokenizer
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.inference.generate import generate_tokens
+from megatron_grit.inference.generation.generate import generate_tokens
 from megatron_grit.inference.messages import read_conversations
 from megatron_grit.inference.model import GritModel
 from megatron_grit.models.decoder import build_model

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_grit.config.options import SamplingOptions
 from megatron_grit.inference.continuations import Asked, score_continuations
-from megatron_grit.inference.generate import generate_tokens
+from megatron_grit.inference.generation.generate import generate_tokens
 from megatron_grit.inference.model import GritModel
 from megatron_grit.parallel.collectives import gather_json, json_from_rank_0
 from megatron_grit.store.progress import Progress

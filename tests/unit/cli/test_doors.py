@@ -179,6 +179,7 @@ FINE: dict[str, Any] = {
     "temperature": st.sampled_from([0, 0.0, -0.0, 1, 0.7, 1e-320, 1e-30, 1e308, 10**20, 10**300]),
     "top_p": st.sampled_from([1, 1.0, 0.5, 1e-300]),
     "top_k": st.sampled_from([1, 2, 10**6]),
+    "repetition_penalty": st.sampled_from([1, 1.0, 1.2, 1e-300, 1e308]),
     "seed": st.sampled_from([0, 3, 2**32, 2**63 - 1]),
     "stop": st.lists(PLAIN | st.sampled_from(["e", "a", "null", "~", "\0"]), max_size=4),
 }
@@ -187,6 +188,7 @@ BAD: dict[str, list[Any]] = {
     "temperature": NUMBERS,
     "top_p": [0, 0.0, 1.0000001, 2, *NUMBERS],
     "top_k": [value for value in INTEGERS if value != []],
+    "repetition_penalty": [0, 0.0, *NUMBERS],
     "seed": [value for value in INTEGERS if value != 0],
     "stop": [[""], ["a"] * 5, ["\ud800"], [5], [None], {}, 5, [["a"]]],
 }

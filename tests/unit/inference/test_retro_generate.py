@@ -18,9 +18,10 @@ from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.config.schema.retro import RetroConfig
 from megatron_grit.data.rows.neighbors import Neighbors
 from megatron_grit.errors import ConfigError
-from megatron_grit.inference import generate, kv_cache
-from megatron_grit.inference.generate import continuation_row, generate_tokens
-from megatron_grit.inference.kv_cache import SequenceCache
+from megatron_grit.inference.generation import kv_cache
+from megatron_grit.inference.generation.generate import continuation_row, generate_tokens
+from megatron_grit.inference.generation.kv_cache import SequenceCache
+from megatron_grit.inference.generation.sampling import TokenSampler
 from megatron_grit.inference.model import GritModel
 from megatron_grit.inference.reading import Passage, Reader, Window
 from megatron_grit.models.decoder import GritDecoder, Output, build_model
@@ -95,18 +96,18 @@ def generated(
 ) -> tuple[list[list[int]], list[Tensor]]:
     """What is generated, and the logits of each pass."""
     seen: list[Tensor] = []
-    choose = generate.choose_tokens
+    choose = TokenSampler.choose
 
-    def noting(logits: Tensor, *rest: Any) -> list[int]:
-        seen.append(logits)
-        return choose(logits, *rest)
+    def noting(sampler: TokenSampler, logits_V: Tensor) -> int:
+        seen.append(logits_V)
+        return choose(sampler, logits_V)
 
     reader = Reader(source, model.retro.chunk_length, every, [len(prompt) for prompt in prompts])
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "choose_tokens", noting)
+        patch.setattr(TokenSampler, "choose", noting)
         options = SamplingOptions(max_new_tokens=NEW, **how)
         outputs = generate_tokens(model, prompts, options, stop_ids=(), max_positions=512, reader=reader)
-    return [output.tokens for output in outputs], seen
+    return [output.tokens for output in outputs], list(torch.stack(seen).split(len(prompts)))
 
 
 def assert_equals_reading_again(

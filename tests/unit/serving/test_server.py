@@ -17,7 +17,7 @@ import torch
 from starlette.testclient import TestClient
 
 from megatron_grit.config.options import SamplingOptions
-from megatron_grit.inference.generate import generate_tokens
+from megatron_grit.inference.generation.generate import generate_tokens
 from megatron_grit.inference.model import GritModel
 from megatron_grit.inference.score import score_tokens
 from megatron_grit.serving import fields, server

@@ -11,6 +11,8 @@ from torch import Tensor
 
 _ENCODINGS = 256
 """Encodings of neighbors that are kept, where these follow from their tokens alone."""
+_AHEAD = 1024
+"""Tokens that room is made for at once."""
 _STATES = 0
 """In place of a layer's number, which count from 1: states that neighbors are conditioned on."""
 
@@ -21,11 +23,28 @@ class SequenceCache:
     A forward pass holds one segment for each active sequence; ``active[segment]`` says which sequence it continues.
     """
 
-    def __init__(self, num_sequences: int) -> None:
+    def __init__(self, num_sequences: int = 0) -> None:
         self.active = list(range(num_sequences))
+        self._limits: dict[int, int] = {}
+        self._num_added = num_sequences
         self._buffers: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._neighbors: dict[tuple[int, int], Tensor | None] = {}
         self._encodings: dict[bytes, Tensor] = {}
+
+    def add(self, limit: int) -> int:
+        """One more sequence, active from now on.
+
+        Args:
+            limit: tokens that it will hold at most; no room is made beyond it.
+
+        Returns:
+            Its number.
+        """
+        number = self._num_added
+        self._num_added += 1
+        self._limits[number] = limit
+        self.active = [*self.active, number]
+        return number
 
     def extend(self, layer_number: int, segment: int, key_LGH: Tensor, value_LGH: Tensor) -> tuple[Tensor, Tensor]:
         """Append a layer's keys and values of a segment.
@@ -49,13 +68,17 @@ class SequenceCache:
         buffer, length = self._buffers.get(place, (new[:, :0], 0))
         total = length + new.shape[1]
         if total > buffer.shape[1]:
-            # Twice the room each time: a sequence of n tokens is copied O(n) in all, not O(n^2).
-            grown = new.new_empty(len(new), max(total, 2 * buffer.shape[1], 64), *new.shape[2:])
+            grown = new.new_empty(len(new), self._room(total, place[1]), *new.shape[2:])
             grown[:, :length] = buffer[:, :length]
             buffer = grown
         buffer[:, length:total] = new
         self._buffers[place] = (buffer, total)
         return buffer[:, :total]
+
+    def _room(self, total: int, sequence: int) -> int:
+        """Tokens to make room for: all that the sequence may hold, so that nothing is copied, unless that is far more
+        than it holds; then twice as many each time, so that n tokens are copied O(n) in all, not O(n^2)."""
+        return max(total, min(self._limits.get(sequence, 2 * total), 2 * total + _AHEAD))
 
     def keep_neighbors(self, layer_number: int, segment: int, key_value_KJH: Tensor | None) -> None:
         """Keep keys and values, side by side in the last dimension, of what a segment reads from now on.

@@ -1,0 +1,1 @@
+"""Answers: decoding with a cache, how tokens are drawn, and text as it comes."""
