@@ -135,7 +135,7 @@ def _on_command_line(step: Callable[[], Result]) -> Result:
 
 def run_options() -> dict[str, Option]:
     """Every dotted key of a configuration."""
-    return _options_with(tuple(_sections()))
+    return _options_with(_sections())
 
 
 @functools.cache
@@ -254,8 +254,14 @@ def _check_keys(located: Located) -> None:
             raise ConfigError(f"{where}: {key} must be {describe_type(keys[key])}, not null")
 
 
-def _sections() -> list[str]:
-    return [name for name, hint in typing.get_type_hints(RunConfig).items() if dataclasses.is_dataclass(hint)]
+def _sections() -> tuple[str, ...]:
+    return _sections_among(tuple(RunConfig.__dataclass_fields__))  # kinds add theirs
+
+
+@functools.cache
+def _sections_among(fields: tuple[str, ...]) -> tuple[str, ...]:
+    hints = typing.get_type_hints(RunConfig)
+    return tuple(name for name in fields if dataclasses.is_dataclass(hints[name]))
 
 
 def _typed(located: Located) -> dict[str, Any]:
