@@ -217,7 +217,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     peer = SentenceTransformer(str(minilm_folder()), device="cpu")
     embedders = {
         name: Remembering(load_embedder(str(minilm_folder()), EmbedderOptions(precision=name)))
-        for name in ("fp32", "bf16")
+        for name in arguments.precisions
     }
     rows: list[dict[str, Any]] = []
 
@@ -230,7 +230,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for view, length in (("documents", WHOLE), ("chunks", SHORT)):
         exact: np.ndarray | None = None
         reference = 0.0
-        for precision, factory in [("fp32", factory) for factory in arguments.indexes] + [("bf16", "Flat")]:
+        others = [(precision, "Flat") for precision in arguments.precisions if precision != "fp32"]
+        for precision, factory in [("fp32", factory) for factory in arguments.indexes] + others:
             place = folder / f"{view}_{precision}_{factory.replace(',', '_')}"
             embedder = embedders[precision]
             project = build(place, prefixes, tokenizer, embedder, chunk_length=length, index=factory)
@@ -289,6 +290,9 @@ def main() -> int:
     parser = harness.parser(__doc__, data="the Cranfield files")
     parser.add_argument("--documents", type=int, help="keep only the first so many")
     parser.add_argument("--indexes", nargs="+", default=list(INDEXES), help="faiss factory strings, Flat first")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="of vectors, fp32 first"
+    )
     arguments = parser.parse_args()
 
     def measured(folder: Path) -> tuple[dict[str, Any], bool]:

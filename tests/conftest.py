@@ -69,6 +69,16 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Any:
+    """Nor at what a module's tests have imported and left, which took a third of the processor time of all tests."""
+    result = yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Any:
     """What is not marked touches no engine, nor do its fixtures."""
     with nullcontext() if item.get_closest_marker("engine") else engine.refused():

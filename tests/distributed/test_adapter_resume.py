@@ -41,13 +41,12 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     # The teacher is the folder that the run starts from.
     "taught": ({"adapter.kind": "none", "loss.teacher": TeacherConfig(kind="full", model="base")}, PP2, SP),
-    "last layer": ({"training.trainable": ["decoder.layers.3.*"]}, PP2, SP),
 }
 
 
 def base_of(directory: Path, name: str) -> RunConfig:
     experts = 4 if "mixture" in name else None
-    layers = 4 if name in ("dora", "some adapters", "last layer") else 2
+    layers = 4 if name in ("dora", "some adapters") else 2
     config = tiny_run(directory, experts=experts, layers=layers)
     config.output_dir = str(directory / f"base of {layers} layers and {experts} experts")
     config.training.steps, config.training.audit = 1, "off"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_KILLS = 16
+NUM_KILLS = 8
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

@@ -81,7 +81,7 @@ def test_peak_memory_is_within_a_tenth_of_the_estimate(tmp_path: Path, shape: Ca
         if name == "run":
             shape(config)
             config.model.num_layers, config.data.tokens_per_row = 4, 1024
-            config.training.embedding_batch_size, config.training.generative_batch_size = 32, 32
+            config.training.embedding_batch_size, config.training.generative_batch_size = 16, 16
         else:
             config.model.num_experts = 4 if shape is mixture else None
         paths.append(tmp_path / f"{name}.yaml")

@@ -84,15 +84,15 @@ def test_in_miniature(request: pytest.FixtureRequest, repository: Path, tmp_path
 @pytest.mark.timeout(3600)
 @pytest.mark.processes(2)
 def test_in_full(repository: Path, tmp_path: Path) -> None:
-    """What the README claims is more than this; half of its steps are enough to get here."""
-    steps = yaml.safe_load((repository / "examples/configs/quickstart.yaml").read_text())["training"]["steps"] // 2
+    """What the README claims is more than this; two fifths of its steps are enough to get here."""
+    steps = yaml.safe_load((repository / "examples/configs/quickstart.yaml").read_text())["training"]["steps"] * 2 // 5
     report = stop_and_start_again(repository, tmp_path / "out dir", steps, QUICKSTART_STEPS=str(steps))
     before, after = report["before"], report["after"]
     assert after["recall_at_10"] >= 0.30
     assert after["intervals"]["recall_at_10"][0] > before["intervals"]["recall_at_10"][1]
     assert report["recall_at_10_intervals_overlap"] is False
     assert before["recall_at_10"] > report["chance_recall_at_10"]
-    assert before["lm_loss"] - after["lm_loss"] >= 1.5
+    assert before["lm_loss"] - after["lm_loss"] >= 1.2
 
 
 def test_dry_run(repository: Path, tmp_path: Path) -> None:

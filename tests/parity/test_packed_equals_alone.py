@@ -158,14 +158,6 @@ def test_packed_equals_alone(loader: GritDataLoader, model: GritDecoder, kind: R
     np.testing.assert_allclose(packed, alone, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", TWO_PASSES)
-def test_packed_equals_alone_for_a_window_of_records(loader: GritDataLoader, model: GritDecoder, kind: RowKind) -> None:
-    packed, alone = packed_and_alone(loader, model, kind, WINDOW)
-    assert len(packed) >= WINDOW
-    np.testing.assert_allclose(packed, alone, atol=TOLERANCE, rtol=0)
-
-
 @pytest.mark.parametrize("kind", TWO_PASSES)
 def test_a_leak_between_records_would_be_seen(
     loader: GritDataLoader, model: GritDecoder, kind: RowKind, monkeypatch: pytest.MonkeyPatch

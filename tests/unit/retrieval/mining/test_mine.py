@@ -31,6 +31,7 @@ from megatron_grit.retrieval.mining.options import MineOptions
 from megatron_grit.retrieval.stages.tombstone import remove_documents
 from megatron_grit.retrieval.work import Worker
 from tests.corpus import sentences, write_jsonl
+from tests.harness.command import python
 from tests.unit.retrieval.databases import WordEmbedder, build, make_project, tokenizer_of, write_documents
 
 PAIRS = sentences(60, seed=9)
@@ -453,7 +454,7 @@ def test_mined_negatives_of_cranfield_are_seldom_relevant(
     records: list[dict[str, object]] = [{"query": queries[q], "pos": [bodies[relevant[q][0]]]} for q in chosen]
     pairs = write_jsonl(tmp_path / "pairs.jsonl", records)
     # Judged documents and some others, and of each its beginning, so that it takes seconds.
-    wanted = sorted({document for q in chosen for document in relevant[q]} | set(range(0, len(bodies), 4)))
+    wanted = sorted({document for q in chosen for document in relevant[q]} | set(range(0, len(bodies), 6)))
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": bodies[d]} for d in wanted if bodies[d]])
     counts = {}
     for name, options in {
@@ -462,7 +463,7 @@ def test_mined_negatives_of_cranfield_are_seldom_relevant(
         "window, at most 0.95 of the positive": ["--ranks", "10-100", "--max-fraction", "0.95"],
     }.items():
         output = tmp_path / "mined.jsonl"
-        command = [sys.executable, str(repository / "tools" / "preprocess" / "mine_negatives.py"), *options]
+        command = [python(), str(repository / "tools" / "preprocess" / "mine_negatives.py"), *options]
         command += ["--input", str(pairs), "--corpus", str(corpus), "--output", str(output), "--embedder", str(model)]
         command += ["--max-length", "64"]
         subprocess.run([*command, "--min-negatives", "0"], check=True, capture_output=True)
