@@ -33,6 +33,9 @@ class ServeOptions(RetroOptions, ServingLimits, ModelOptions):
     """What a template that asks for the date is told: YYYY-MM-DD, or data for the training data's. null: today's."""
     log_json: bool = False
     """Write a JSON object for each request, in place of a line of text."""
+    api_key_file: str | None = knob(None, path=True)
+    """File with keys, one a line, of which each request needs one: Authorization: Bearer KEY. null: that of the
+    environment variable MEGATRON_GRIT_API_KEY, if it is set."""
 
 
 def run(options: ServeOptions) -> None:

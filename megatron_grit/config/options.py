@@ -183,10 +183,18 @@ class RetroOptions(Checked):
 
 @dataclass(kw_only=True)
 class ServingLimits(TextLength):
-    """Lengths that a server allows."""
+    """What a server allows."""
 
     max_new_tokens: int = knob(512, at_least=1)
     """Longest answer in tokens, and the length where a request gives none."""
+    max_body_bytes: int = knob(4 << 20, at_least=1)
+    """Largest body of a request."""
+    max_request_tokens: int = knob(1 << 18, at_least=1)
+    """Tokens that one request may have the model read: of all its texts, or of its prompts, each for each answer."""
+    max_waiting: int = knob(512, at_least=0)
+    """Requests of a kind, to embed or to generate, that may wait for their turn."""
+    max_seconds: float = knob(300.0, above=0)
+    """Time for a request, waiting included."""
 
 
 @dataclass(kw_only=True)

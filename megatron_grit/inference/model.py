@@ -189,10 +189,22 @@ class GritModel:
             progress: as there.
             before_pass: called before each forward pass; what it raises ends the call.
         """
+        tokenised = self.embedding_tokens(texts, options.instruction, side=options.side, max_length=options.max_length)
+        vectors = self.embed_tokens(tokenised, options, progress=progress, before_pass=before_pass)
+        return Embeddings(vectors, sum(len(head) + len(tail) for head, tail in tokenised))
+
+    def embed_tokens(
+        self,
+        tokenised: Sequence[tuple[list[int], list[int]]],
+        options: EmbeddingOptions,
+        *,
+        progress: bool = True,
+        before_pass: Callable[[], object] | None = None,
+    ) -> np.ndarray:
+        """Vectors of texts that are tokens, as :meth:`embedding_tokens` makes them; see :meth:`embed`."""
         width = embedding_width(self.model)
         if options.dimensions is not None and options.dimensions > width:
             raise ConfigError(f"dimensions must be at most {width}, the model's, not {options.dimensions}")
-        tokenised = self.embedding_tokens(texts, options.instruction, side=options.side, max_length=options.max_length)
         if not all(tail for _, tail in tokenised):
             raise DataError(f"the instruction fills max_length {options.max_length}; shorten it or raise max_length")
         vectors = encode_tokens(
@@ -209,7 +221,7 @@ class GritModel:
             vectors = vectors[:, : options.dimensions]
             if self.config.embedding.normalize:
                 vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return Embeddings(vectors, sum(len(head) + len(tail) for head, tail in tokenised))
+        return vectors
 
     def embedding_tokens(
         self,

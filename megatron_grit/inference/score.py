@@ -84,7 +84,12 @@ def score_tokens(
 
 @torch.no_grad()
 def next_token_logits(
-    model: GritDecoder, prompts: Sequence[Sequence[int]], tokens: Sequence[int], *, batch_tokens: int
+    model: GritDecoder,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    tokens: Sequence[int],
+    *,
+    batch_tokens: int,
+    before_pass: Callable[[], object] | None = None,
 ) -> np.ndarray:
     """Logits of some tokens as the next one of each prompt.
 
@@ -93,6 +98,7 @@ def next_token_logits(
         prompts: token ids, at least one each.
         tokens: whose logits.
         batch_tokens: token budget of one forward pass; raised to the longest prompt.
+        before_pass: called before each forward pass; what it raises ends the call.
 
     Returns:
         float32 [len(prompts), len(tokens)].
@@ -101,6 +107,8 @@ def next_token_logits(
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     logits = np.empty((len(prompts), len(tokens)), dtype=np.float32)
     for members in pack(lengths, max(batch_tokens, int(lengths.max(initial=0)))):
+        if before_pass is not None:
+            before_pass()
         texts = [np.asarray(prompts[i]) for i in members]
         row = scoring_row([(text, np.zeros(len(text), dtype=bool)) for text in texts]).to(model.context.device)
         last = row.cu_seqlens[1:].long() - 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-
 from megatron_grit.data.text.tokenizer import Tokenizer
+from megatron_grit.inference.generation.answers import AnswerPart
 from megatron_grit.inference.results import Answer
 from megatron_grit.serving.fields import MAX_CHOICES, Json, RequestError, read_number, read_switch
 
@@ -21,8 +21,40 @@ class Choices:
     """Whether to give the log-probability of each token."""
     token_ids: bool
     """Whether to give the ids of prompt and answer, the token that ended it included, as vLLM does."""
+    chat: bool
+    """Whether they are messages, as of ``/v1/chat/completions``, or texts, as of ``/v1/completions``."""
 
-    def chat_choice(self, index: int, answer: Answer, tokenizer: Tokenizer) -> Json:
+    @property
+    def kind(self) -> str:
+        """What a response is."""
+        return "chat.completion" if self.chat else "text_completion"
+
+    @property
+    def kind_of_chunk(self) -> str:
+        """What a chunk of a response is."""
+        return "chat.completion.chunk" if self.chat else "text_completion"
+
+    def choice(self, index: int, answer: Answer, tokenizer: Tokenizer) -> Json:
+        """An answer as the endpoint gives it."""
+        return (self._chat_choice if self.chat else self._text_choice)(index, answer, tokenizer)
+
+    def delta(self, part: AnswerPart, is_first: bool, tokenizer: Tokenizer) -> Json:
+        """A part of an answer as the endpoint streams it.
+
+        Args:
+            part: the last one comes with what is known of tokens.
+            is_first: whether it is the first of this answer. Clients join what comes, the role too, which the first one
+                names.
+            tokenizer: the model's.
+        """
+        choice: Json = {"index": part.prompt, "logprobs": None, "finish_reason": None}
+        if part.answer is not None:
+            choice = self.choice(part.prompt, part.answer, tokenizer)
+            choice.pop("message", None)
+        delta = ({"role": "assistant"} if is_first else {}) | {"content": part.text}
+        return choice | ({"delta": delta} if self.chat else {"text": part.text})
+
+    def _chat_choice(self, index: int, answer: Answer, tokenizer: Tokenizer) -> Json:
         """An answer as ``/v1/chat/completions`` gives it."""
         choice: Json = {"index": index, "message": {"role": "assistant", "content": answer.text}, "logprobs": None}
         if self.log_probs:
@@ -34,7 +66,7 @@ class Choices:
         choice["finish_reason"] = answer.finish_reason
         return choice | ({"token_ids": list(answer.token_ids)} if self.token_ids else {})
 
-    def text_choice(self, index: int, answer: Answer, tokenizer: Tokenizer) -> Json:
+    def _text_choice(self, index: int, answer: Answer, tokenizer: Tokenizer) -> Json:
         """An answer as ``/v1/completions`` gives it; ``text_offset`` counts tokens as they are written here."""
         choice: Json = {"index": index, "text": answer.text, "logprobs": None, "finish_reason": answer.finish_reason}
         if self.log_probs:
@@ -60,6 +92,7 @@ def read_chat(body: Json) -> Choices:
         n=read_number(body, "n", 1, MAX_CHOICES, 1),
         log_probs=read_switch(body, "logprobs"),
         token_ids=read_switch(body, "return_token_ids"),
+        chat=True,
     )
 
 
@@ -77,7 +110,7 @@ def read_text(body: Json, num_prompts: int) -> Choices:
     if n * num_prompts > MAX_CHOICES:
         raise RequestError(f"prompt and n ask for {n * num_prompts} answers; ask for at most {MAX_CHOICES}", "n")
     log_probs = read_number(body, "logprobs", 0, 0, -1) == 0
-    return Choices(n=n, log_probs=log_probs, token_ids=read_switch(body, "return_token_ids"))
+    return Choices(n=n, log_probs=log_probs, token_ids=read_switch(body, "return_token_ids"), chat=False)
 
 
 def usage(answers: Sequence[Answer], num_prompts: int) -> Json:

@@ -16,6 +16,8 @@ Json = dict[str, Any]
 
 EMBEDDINGS = {"input", "model", "instruction", "side", "dimensions", "encoding_format"}
 """What ``/v1/embeddings`` does."""
+RERANK = {"query", "documents", "model", "top_n", "return_documents", "method", "instruction"}
+"""What ``/v1/rerank`` does."""
 _SAMPLING = {
     "model",
     "max_tokens",
@@ -28,6 +30,8 @@ _SAMPLING = {
     "n",
     "logprobs",
     "return_token_ids",
+    "stream",
+    "stream_options",
 }
 CHAT = _SAMPLING | {"messages", "max_completion_tokens"}
 """What ``/v1/chat/completions`` does."""
@@ -41,8 +45,6 @@ HARMLESS = {
 }
 """Fields that change no answer here, whatever they hold: parallel_tool_calls without tools, prediction (for speed)."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "stream_options": (),
     "store": (False,),
     "top_logprobs": (0,),
     "frequency_penalty": (0,),
@@ -171,6 +173,17 @@ def read_number(body: Json, field: str, least: int, most: int, default: int) -> 
     return value
 
 
+def check_tokens(num_tokens: int, most: int) -> None:
+    """Refuse a request with more tokens to read than one may have.
+
+    Raises:
+        RequestError: it has, with status 413.
+    """
+    if num_tokens > most:
+        message = f"the request has {num_tokens} tokens to read, and may have {most}; send less at a time"
+        raise RequestError(message, None, status=413, code="request_too_large")
+
+
 def read_switch(body: Json, field: str) -> bool:
     """Whether a request asks for something.
 
@@ -183,8 +196,28 @@ def read_switch(body: Json, field: str) -> bool:
     return bool(value)
 
 
+def read_stream(body: Json) -> tuple[bool, bool]:
+    """Whether a request wants its answer in chunks, and whether another one with the usage.
+
+    Raises:
+        RequestError: names the field.
+    """
+    streams, options = read_switch(body, "stream"), body.get("stream_options")
+    if options is None:
+        return streams, False
+    if not streams:
+        raise RequestError("stream_options is of stream, which is not true", "stream_options")
+    # Obfuscation pads chunks against those who watch their sizes; none is done, so false asks for nothing.
+    known = isinstance(options, dict) and options.keys() <= {"include_usage", "include_obfuscation"}
+    if not known or options.get("include_obfuscation"):
+        raise RequestError(
+            f'stream_options must be {{"include_usage": true or false}}, not {shortened(options)}', "stream_options"
+        )
+    return True, read_switch(options, "include_usage")
+
+
 def error_body(error: Exception, status: int) -> Mapping[str, Any]:
     """The response to what failed, in the form of OpenAI's API."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     field, code = getattr(error, "field", None), getattr(error, "code", None)
     return {"error": {"message": str(error), "type": kind, "param": field, "code": code}}

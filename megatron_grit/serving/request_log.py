@@ -1,4 +1,4 @@
-"""A line on standard error for each request."""
+"""A line on standard error for each request, and its place in the metrics."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import urllib.parse
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from megatron_grit.serving.metrics import Metrics
 from megatron_grit.store.logs import get_logger
 
 if TYPE_CHECKING:
@@ -22,12 +23,13 @@ class RequestLog:
     """An ASGI application around another one: method, path, status, milliseconds, and tokens read and written.
 
     Args:
-        app: the application. It may put ``num_tokens`` into a request's state.
+        app: the application. It may put ``usage`` into a request's state.
         as_json: JSON objects in place of text, without anything in front.
+        metrics: count each request.
     """
 
-    def __init__(self, app: ASGIApp, as_json: bool) -> None:
-        self._app, self._as_json = app, as_json
+    def __init__(self, app: ASGIApp, as_json: bool, metrics: Metrics) -> None:
+        self._app, self._as_json, self._metrics = app, as_json, metrics
         self._lines = logging.Logger("requests")
         if as_json:
             self._lines.addHandler(logging.StreamHandler(sys.stderr))
@@ -49,12 +51,14 @@ class RequestLog:
         try:
             await self._app(scope, receive, noting)
         finally:
+            seconds, usage = time.monotonic() - started, scope.get("state", {}).get("usage")
+            self._metrics.count(scope["path"], status, seconds, usage or {})
             facts = {
                 "method": scope["method"],
                 "path": urllib.parse.quote(scope["path"]),
                 "status": status,
-                "ms": round(1000 * (time.monotonic() - started), 1),
-                "tokens": scope.get("state", {}).get("num_tokens"),
+                "ms": round(1000 * seconds, 1),
+                "tokens": None if usage is None else usage["total_tokens"],
             }
             self._lines.info("%s", self._line(facts))
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from megatron_grit.inference.model import GritModel
 
 ANSWERS = ("yes", "no")
+Asked = tuple[np.ndarray, np.ndarray]
+"""Tokens (int [L]), and which of them are scored (bool [L])."""
 
 
 def score_passages(
@@ -36,22 +38,62 @@ def score_passages(
     Raises:
         DataError: the query and the prompt alone are too long, or the chat template keeps no answer apart.
     """
-    score = _by_answer if options.method == "yes_no" else _by_query
+    return score_asked(model, asked_tokens(model, query, passages, options, lengths), options, lengths.batch_tokens)
+
+
+def asked_tokens(
+    model: GritModel, query: str, passages: Sequence[str], options: RerankingOptions, lengths: Lengths
+) -> list[Asked]:
+    """Of each passage what the model is asked: see :func:`score_passages`."""
+    tokens_of = _asks_for_answer if options.method == "yes_no" else _asks_for_query
     cut = [passage[: options.passage_chars] for passage in passages]
-    return score(model, query, cut, options.asked, lengths)
+    return tokens_of(model, query, cut, options.asked, lengths)
 
 
-def _by_answer(model: GritModel, query: str, passages: Sequence[str], asked: str, lengths: Lengths) -> np.ndarray:
-    """The logit of yes less that of no: the logarithm of their odds."""
-    from megatron_grit.inference.score import next_token_logits
+def score_asked(
+    model: GritModel,
+    asked: Sequence[Asked],
+    options: RerankingOptions,
+    batch_tokens: int,
+    before_pass: Callable[[], object] | None = None,
+) -> np.ndarray:
+    """Scores of what the model is asked.
 
+    Args:
+        model: the model, whole in this process.
+        asked: of :func:`asked_tokens`.
+        options: of the same.
+        batch_tokens: token budget of one forward pass.
+        before_pass: called before each; what it raises ends the call.
+    """
+    from megatron_grit.inference.score import next_token_logits, score_tokens
+
+    if options.method == "yes_no":  # the logit of yes less that of no: the logarithm of their odds
+        prompts = [tokens for tokens, _ in asked]
+        logits = next_token_logits(
+            model.model, prompts, answer_ids(model), batch_tokens=batch_tokens, before_pass=before_pass
+        )
+        difference: np.ndarray = logits[:, 0].astype(np.float64) - logits[:, 1]
+        return difference
+    sums, _ = score_tokens(
+        model.chunks,
+        asked,
+        group=model.model_group,
+        batch_tokens=batch_tokens,
+        progress=False,
+        before_pass=before_pass,
+    )
+    return -sums
+
+
+def _asks_for_answer(
+    model: GritModel, query: str, passages: Sequence[str], asked: str, lengths: Lengths
+) -> list[Asked]:
     def prompt_of(passage: str) -> list[int]:
         return model.prompt_tokens([Message("user", _filled(asked, passage, query))])
 
-    prompts = [_fitted(model, prompt_of, passage, lengths.max_length) for passage in passages]
-    logits = next_token_logits(model.model, prompts, answer_ids(model), batch_tokens=lengths.batch_tokens)
-    difference: np.ndarray = logits[:, 0].astype(np.float64) - logits[:, 1]
-    return difference
+    prompts = [np.array(_fitted(model, prompt_of, passage, lengths.max_length)) for passage in passages]
+    return [(prompt, np.zeros(len(prompt), dtype=bool)) for prompt in prompts]
 
 
 def answer_ids(model: GritModel) -> list[int]:
@@ -71,10 +113,9 @@ def answer_ids(model: GritModel) -> list[int]:
     return ids
 
 
-def _by_query(model: GritModel, query: str, passages: Sequence[str], asked: str, lengths: Lengths) -> np.ndarray:
-    """Sum of the log-probabilities of the query's tokens (SGPT-CE, arXiv 2202.08904, section 4.1)."""
-    from megatron_grit.inference.score import score_tokens
-
+def _asks_for_query(model: GritModel, query: str, passages: Sequence[str], asked: str, lengths: Lengths) -> list[Asked]:
+    """Texts whose score is the sum of the log-probabilities of the query's tokens (SGPT-CE, arXiv 2202.08904, section
+    4.1)."""
     before, _, after = asked.partition("{query}")
     tokenizer = model.tokenizer
 
@@ -95,10 +136,7 @@ def _by_query(model: GritModel, query: str, passages: Sequence[str], asked: str,
         texts.append(
             (tokens, np.repeat([role == Role.ANSWER for role, _ in parts], [len(found) for _, found in parts]))
         )
-    sums, _ = score_tokens(
-        model.chunks, texts, group=model.model_group, batch_tokens=lengths.batch_tokens, progress=False
-    )
-    return -sums
+    return texts
 
 
 def _filled(text: str, passage: str, query: str) -> str:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from megatron_grit.config.options import SamplingOptions
+from megatron_grit.config.options import SamplingOptions, ServingLimits
 from megatron_grit.inference.generation.generate import generate_tokens
 from megatron_grit.inference.model import GritModel
 from megatron_grit.inference.score import score_tokens
@@ -42,7 +42,8 @@ def client(model: GritModel) -> Iterator[TestClient]:
 def error_of(response: Any, status: int = 400) -> str:
     assert response.status_code == status, response.text
     error = response.json()["error"]
-    assert error["type"] == ("invalid_request_error" if status < 500 else "server_error")
+    kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}
+    assert error["type"] == kinds.get(status, "invalid_request_error")
     return error["message"]
 
 
@@ -183,9 +184,7 @@ NOT_DONE: dict[str, Any] = {
     "reasoning_effort": "high",
     "response_format": {"type": "json_object"},
     "store": True,
-    "stream": True,
     "suffix": "and so on",
-    "stream_options": {"include_usage": True},
     "tool_choice": "required",
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "top_logprobs": 2,
@@ -312,7 +311,7 @@ def test_a_body_that_is_no_object(client: TestClient, content: bytes) -> None:
 
 
 def test_other_refusals(client: TestClient) -> None:
-    over = json.dumps({"input": "a", "filler": "x" * server.MAX_BODY_BYTES})
+    over = json.dumps({"input": "a", "filler": "x" * ServingLimits.max_body_bytes})
     assert "larger than" in error_of(client.post(EMBEDDINGS, content=over), 413)
     error_of(client.get("/v1/nothing"), 404)
     error_of(client.get(EMBEDDINGS), 405)
@@ -333,7 +332,7 @@ def test_room_for_the_answer(client: TestClient, model: GritModel) -> None:
 
 
 def test_an_error_of_ours_is_500(client: TestClient, model: GritModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "embed", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(model, "embed_tokens", lambda *args, **options: 1 / 0)
     assert "internal error" in error_of(client.post(EMBEDDINGS, json={"input": "a"}), 500)
     monkeypatch.undo()
     assert client.post(EMBEDDINGS, json={"input": "a"}).status_code == 200
@@ -342,7 +341,7 @@ def test_an_error_of_ours_is_500(client: TestClient, model: GritModel, monkeypat
 def test_requests_wait_in_turn_and_health_does_not(
     client: TestClient, model: GritModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embed, entered, go_on, inside, most = model.embed, threading.Semaphore(0), threading.Event(), [0], [0]
+    embed, entered, go_on, inside, most = model.embed_tokens, threading.Semaphore(0), threading.Event(), [0], [0]
 
     def slow(*args: Any, **options: Any) -> Any:
         inside[0] += 1
@@ -353,7 +352,7 @@ def test_requests_wait_in_turn_and_health_does_not(
         inside[0] -= 1
         return result
 
-    monkeypatch.setattr(model, "embed", slow)
+    monkeypatch.setattr(model, "embed_tokens", slow)
     with ThreadPoolExecutor() as pool:
         requests = [pool.submit(client.post, EMBEDDINGS, json={"input": text}) for text in ("a", "b")]
         assert entered.acquire(timeout=20)
@@ -374,7 +373,7 @@ def test_nothing_is_computed_for_a_client_that_left(
 ) -> None:
     """It leaves while it waits for its turn, or in the middle of its body."""
     computed: list[Any] = []
-    monkeypatch.setattr(model, "embed", lambda *args, **options: computed.append(args))
+    monkeypatch.setattr(model, "embed_tokens", lambda *args, **options: computed.append(args))
     body = {"type": "http.request", "body": b'{"input": "a"}', "more_body": not whole}
     received, sent = iter([body, {"type": "http.disconnect"}]), []
 

@@ -22,10 +22,11 @@ import pytest
 import uvicorn
 from starlette.testclient import TestClient
 
+from megatron_grit.config.options import ServingLimits
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
 from megatron_grit.inference.model import GritModel
-from megatron_grit.serving import server
+from megatron_grit.serving import bodies, server
 from tests.unit.serving.test_server import CHAT, EMBEDDINGS, QUESTION
 
 
@@ -57,7 +58,7 @@ def raw(port: int, head: str, body: bytes = b"") -> tuple[socket.socket, bytes]:
 def test_bodies_that_do_not_end(model: GritModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A declared length above the limit is refused before a byte of it has come, a body that does not come in time
     too, and a chunked one where it grows too large."""
-    monkeypatch.setattr(server, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.3)
     with running(model) as (_, port):
         for head, body, status in (
             ("Content-Length: 9999999999", b"", 413),
@@ -82,7 +83,7 @@ def test_a_client_that_sends_all_of_a_large_body_sees_the_refusal(model: GritMod
     with running(model) as (_, port):
         for _ in range(3):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            connection.request("POST", CHAT, b" " * (server.MAX_BODY_BYTES + 2**21))
+            connection.request("POST", CHAT, b" " * (ServingLimits.max_body_bytes + 2**21))
             answer = connection.getresponse()
             assert answer.status == 413 and b"the body is larger than" in answer.read()
             connection.close()
@@ -91,20 +92,20 @@ def test_a_client_that_sends_all_of_a_large_body_sees_the_refusal(model: GritMod
 @pytest.mark.parametrize("ends", ["client", "server"])
 def test_a_generation_ends_with_whoever_waits(ends: str, model: GritModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client hangs up, or the server is stopped and its time is over, while tokens are generated."""
-    answer, started, ended = model.answer, threading.Event(), threading.Event()
+    answer, started, ended = model.continue_prompts, threading.Event(), threading.Event()
 
-    def slow(conversations: Any, options: Any, before_pass: Any) -> Any:
+    def slow(prompts: Any, options: Any, before_pass: Any) -> Any:
         def noting() -> None:
             started.set()
             time.sleep(0.05)
             before_pass()
 
         try:
-            return answer(conversations, options, noting)
+            return answer(prompts, options, noting)
         finally:
             ended.set()
 
-    monkeypatch.setattr(model, "answer", slow)
+    monkeypatch.setattr(model, "continue_prompts", slow)
     body = json.dumps({"messages": [QUESTION], "max_tokens": 400}).encode()  # 20 s of it
     began = time.monotonic()
     with running(model) as (http, port):
@@ -164,7 +165,7 @@ def test_other_machines_are_warned_of(
     for level in ("info", "warning"):
         monkeypatch.setattr(server.LOGGER, level, lambda text, *values: messages.append(text % values))
     server.serve("runs/tiny", host=host, port=0)
-    assert ("no authentication" in messages[0]) == warned
+    assert ("everyone who can reach" in messages[0]) == warned
     assert messages[-2].startswith("serving tiny on http://") and messages[-1] == "run"
 
 
