@@ -20,7 +20,7 @@ from megatron_grit.inference.model import GritModel
 from megatron_grit.serving.embed import embed
 from megatron_grit.serving.fields import Json, RequestError, check_tokens, read_number, read_switch
 
-METHODS = ("embedding", "yes_no", "query_likelihood")
+METHODS = ("similarity", "yes_no", "query_likelihood")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def read_request(body: Json, most_documents: int) -> Request:
     if (problem := value_problem(EmbeddingOptions, "instruction", instruction)) is not None:
         raise RequestError(f"instruction {problem}", "instruction")
     if "instruction" in body and method != METHODS[0]:
-        raise RequestError(f"instruction is of the method embedding, not of {method}", "instruction")
+        raise RequestError(f"instruction is of the method similarity, not of {method}", "instruction")
     documents = _documents(body.get("documents"), most_documents)
     return Request(
         query=_text(query, "query"),
