@@ -10,9 +10,13 @@ import functools
 import importlib.util
 import inspect
 import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from megatron_grit.errors import ConfigError
 
 
 @functools.cache
@@ -25,6 +29,37 @@ def engine_version() -> tuple[int, int]:
 def installed_versions() -> dict[str, str]:
     """Versions that a checkpoint records."""
     return {name: metadata.version(name) for name in ("torch", "megatron-core")}
+
+
+def install_command(extra: str) -> str:
+    """What a user types to get the packages of an extra of pyproject.toml: of the installed package, or of a checkout
+    that runs without being installed."""
+    try:
+        metadata.distribution("megatron-grit")
+    except metadata.PackageNotFoundError:
+        return f"pip install -e '{Path(__file__).parents[1]}[{extra}]'"
+    return f"pip install 'megatron-grit[{extra}]'"
+
+
+@contextmanager
+def needed(what: str, package: str, extra: str) -> Iterator[None]:
+    """Around the late import of an optional package.
+
+    Args:
+        what: needs it, with its verb: "plots need".
+        package: as pip names it, but for faiss, whose packages have several names.
+        extra: that has it.
+
+    Raises:
+        ConfigError: it is not installed, or fails to import, with the reason; names the command that installs it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        module = (error.name or "").partition(".")[0]
+        is_missing = isinstance(error, ModuleNotFoundError) and module.replace("_", "-") == package
+        reason = "" if is_missing else f", which fails to import ({str(error).partition(chr(10))[0]})"
+        raise ConfigError(f"{what} {package}{reason}: {install_command(extra)}") from error
 
 
 @functools.cache

@@ -14,10 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_grit.compat import needed
 from megatron_grit.config.checkpoint_folder import resolve_checkpoint
 from megatron_grit.config.options import SamplingOptions
 from megatron_grit.data.text.records import BadLine, Record, read_records
-from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.errors import DataError
 from megatron_grit.evaluation.tasks.task import Figures, write_summary
 from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.files import check_output, json_text
@@ -45,10 +46,8 @@ def import_bleu() -> ModuleType:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
+    with needed("evaluate answers needs", "sacrebleu", "eval"):
         import sacrebleu
-    except ImportError as error:
-        raise ConfigError("evaluate answers needs sacrebleu: pip install 'megatron-grit[eval]'") from error
     return sacrebleu
 
 

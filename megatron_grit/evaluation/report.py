@@ -8,9 +8,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from megatron_grit.compat import needed
 from megatron_grit.config.kinds import kind_names, loss_name, loss_words
 from megatron_grit.data.text.lines import filled_lines, parse_json, read_lines
-from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.errors import DataError
 from megatron_grit.evaluation.bootstrap import Interval
 from megatron_grit.store.files import check_output, replacing, write_json
 
@@ -222,11 +223,9 @@ def plot(path: Path, xlabel: str, ylabel: str) -> Iterator[Any]:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
+    with needed("plots need", "matplotlib", "eval"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'megatron-grit[eval]'") from error
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display and without pyplot's global state
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_grit.compat import needed
 from megatron_grit.data.chunks.versions import VersionedDb
-from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.errors import DataError
 from megatron_grit.retrieval.index.search import Found
 from megatron_grit.store.content import content_digest
 from megatron_grit.store.digest import describe_file, digest_of_settings
@@ -37,10 +38,8 @@ class LexicalIndex:
     """
 
     def __init__(self, db: VersionedDb) -> None:
-        try:
+        with needed("a search by words needs", "bm25s", "retro"):
             import bm25s
-        except ImportError:
-            raise ConfigError("a search by words needs bm25s; install it with: pip install bm25s") from None
         self._bm25s, self._db = bm25s, db
         # Removed documents are left out when it is searched; a removal makes no other index.
         identity = {"chunks": db.version.chunks, "tokenizer": db.project.tokenizer.fingerprint, "bm25s": 1}

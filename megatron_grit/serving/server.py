@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_grit.compat import needed
 from megatron_grit.config.options import ServingLimits
 from megatron_grit.errors import ConfigError
 from megatron_grit.inference.model import GritModel
@@ -98,11 +99,10 @@ def serve(  # many: the options of a verb
             file, or the model cannot read the database.
         CheckpointError: there is no checkpoint, or it is damaged.
     """
-    try:
+    with needed("serving needs", "starlette", "serve"):
         import starlette  # noqa: F401
+    with needed("serving needs", "uvicorn", "serve"):
         import uvicorn
-    except ImportError as error:
-        raise ConfigError(f"serving needs {error.name}: pip install 'megatron-grit[serve]'") from error
     ServingLimits(**limits)  # before the model is loaded
     keys = read_keys(api_key_file)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_grit.compat import install_command
 from megatron_grit.data.indexed.reader import IndexedMeta
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.roles import POOLED, Role, RowKind
@@ -162,7 +163,7 @@ def draw_histogram(path: str | Path, lengths: Mapping[str, np.ndarray], unit: st
         from matplotlib.figure import Figure
     except ImportError:
         path.unlink(missing_ok=True)  # of an earlier build
-        _logger.warning("no %s: matplotlib is not installed (pip install 'megatron-grit[eval]')", path)
+        _logger.warning("no %s: matplotlib is not installed (%s)", path, install_command("eval"))
         return
     figure = Figure(figsize=(6.4, 2.4 * len(lengths)), layout="constrained")
     FigureCanvasAgg(figure)

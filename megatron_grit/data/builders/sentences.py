@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_grit.compat import needed
 from megatron_grit.errors import ConfigError, DataError
 
 PUNKT_FORMAT = "megatron_grit.punkt"
@@ -199,10 +200,6 @@ def _model_of(
 
 
 def _import_punkt() -> Any:
-    try:
+    with needed("splitting sentences needs", "nltk", "data"):
         from nltk.tokenize import punkt
-    except ImportError as error:
-        raise ConfigError(
-            "splitting sentences needs the nltk package; install it with: pip install 'megatron-grit[data]'"
-        ) from error
     return punkt

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.compat import needed
+from megatron_grit.errors import DataError
 
 BLOCK_BYTES = 1 << 20
 """Size of a block. The last line of a block is never cut, so a long line makes a longer block."""
@@ -324,12 +325,8 @@ def _gunzip(raw: IO[bytes], path: Path) -> Iterator[bytes]:
 
 
 def _unzstd(raw: IO[bytes], path: Path) -> Iterator[bytes]:
-    try:
+    with needed(f"{path}: .zst files need", "zstandard", "data"):
         import zstandard
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: .zst files need the zstandard package; install it with: pip install 'megatron-grit[data]'"
-        ) from error
     # One object a frame, because only that tells a file that ends within a frame from one that ends after it.
     frame: Any = None
     try:

@@ -22,7 +22,7 @@ from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.data.text.records import Message
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.evaluation.lm.answer_store import AnswerStore
-from megatron_grit.evaluation.lm.harness import MISSING
+from megatron_grit.evaluation.lm.harness import import_lm_eval
 from megatron_grit.evaluation.lm.prompt_tokens import PromptTokens, check_bos
 from megatron_grit.evaluation.lm.requests import Prompt, RequestRunner, Score
 from megatron_grit.inference.model import GritModel
@@ -59,8 +59,7 @@ class MegatronGritLM(TemplateLM):  # type: ignore[misc]
     def __init__(
         self, checkpoint: str, batch_size: int | str | None = None, max_batch_size: int | None = None, **options: Any
     ) -> None:
-        if TemplateLM is object:
-            raise ConfigError(MISSING)
+        import_lm_eval(allow_downloads=True)  # refuses where it is missing; what may be fetched is not decided here
         super().__init__()
         known = {field.name for field in fields(HarnessModel)}
         for name in options:
@@ -75,8 +74,7 @@ class MegatronGritLM(TemplateLM):  # type: ignore[misc]
     @classmethod
     def leading(cls, options: HarnessModel) -> MegatronGritLM:
         """For the command, in whose job the first process runs the harness and the others follow."""
-        if TemplateLM is object:
-            raise ConfigError(MISSING)
+        import_lm_eval(allow_downloads=True)
         made = cls.__new__(cls)
         super(cls, made).__init__()
         made.take(options, leads=True)
@@ -85,8 +83,7 @@ class MegatronGritLM(TemplateLM):  # type: ignore[misc]
     @classmethod
     def of_model(cls, model: GritModel, options: HarnessModel) -> MegatronGritLM:
         """For a model that is there, in whose job the first process runs the harness and the others follow."""
-        if TemplateLM is object:
-            raise ConfigError(MISSING)
+        import_lm_eval(allow_downloads=True)
         made = cls.__new__(cls)
         super(cls, made).__init__()
         made.use(model, options, leads=True)

@@ -6,9 +6,8 @@ import logging
 import os
 from types import ModuleType
 
-from megatron_grit.errors import ConfigError
+from megatron_grit.compat import needed
 
-MISSING = "lm-eval is not installed: pip install 'megatron-grit[eval]'"
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 
 
@@ -24,9 +23,7 @@ def import_lm_eval(allow_downloads: bool = False) -> ModuleType:
     if not allow_downloads:
         for name in _OFFLINE:
             os.environ.setdefault(name, "1")
-    try:
+    with needed("evaluate lm needs", "lm-eval", "eval"):
         import lm_eval
-    except ImportError as error:
-        raise ConfigError(MISSING) from error
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     return lm_eval

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_grit.compat import needed
 from megatron_grit.config.commands import suggestion
 from megatron_grit.config.locate import yaml_file
 from megatron_grit.errors import ConfigError, DataError, GritError
@@ -24,10 +25,8 @@ def import_mteb() -> ModuleType:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
+    with needed("evaluate mteb needs", "mteb", "eval"):
         import mteb
-    except ImportError as error:
-        raise ConfigError("evaluate mteb needs mteb: pip install 'megatron-grit[eval]'") from error
     return mteb
 
 

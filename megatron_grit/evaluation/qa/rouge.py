@@ -7,7 +7,7 @@ from types import ModuleType
 
 import numpy as np
 
-from megatron_grit.errors import ConfigError
+from megatron_grit.compat import needed
 
 _NAMES = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l"}
 """Names of the package, and ours."""
@@ -19,10 +19,8 @@ def import_rouge() -> ModuleType:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
+    with needed("--rouge needs", "rouge-score", "eval"):
         from rouge_score import rouge_scorer
-    except ImportError as error:
-        raise ConfigError("--rouge needs rouge-score: pip install 'megatron-grit[eval]'") from error
     return rouge_scorer
 
 

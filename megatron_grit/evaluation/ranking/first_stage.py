@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_grit.compat import needed
 from megatron_grit.data.text.lines import Line, filled_lines
-from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.errors import DataError
 from megatron_grit.evaluation.ranking.collection import Collection
 from megatron_grit.evaluation.ranking.search import Ranking, ranked
 
@@ -23,10 +24,8 @@ def rank_by_words(collection: Collection, depth: int) -> Ranking:
     Raises:
         ConfigError: bm25s is not installed.
     """
-    try:
+    with needed("a ranking by words needs", "bm25s", "retro"):
         import bm25s
-    except ImportError as error:
-        raise ConfigError("a ranking by words needs bm25s: pip install 'megatron-grit[retro]'") from error
     index = bm25s.BM25(backend="numpy")
     index.index(bm25s.tokenize(collection.documents, stopwords=None, show_progress=False), show_progress=False)
     words = bm25s.tokenize(collection.queries, stopwords=None, show_progress=False, return_ids=False)

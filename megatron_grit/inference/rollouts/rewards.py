@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_grit.compat import needed
 from megatron_grit.config.checkpoint_folder import resolve_checkpoint
 from megatron_grit.config.commands import suggestion
 from megatron_grit.config.values import shortened
@@ -150,10 +151,8 @@ def _format(argument: str) -> Judge:
 def _math_verify(argument: str) -> Judge:
     if argument:
         raise ConfigError("takes no argument; what is right stands in the file of prompts")
-    try:
+    with needed("needs", "math-verify", "rl"):
         from math_verify import parse, verify
-    except ImportError:
-        raise ConfigError("needs math-verify: pip install 'megatron-grit[rl]'") from None
 
     # Its time-outs are signals, which only a process's main thread can have.
     seconds = _MATH_SECONDS if threading.current_thread() is threading.main_thread() else None

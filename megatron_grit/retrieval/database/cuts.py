@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_grit.compat import needed
 from megatron_grit.data.chunks.chunking import ChunkRules, chunk_documents, visible_tokens
 from megatron_grit.data.chunks.project import DatasetInfo, Project
 from megatron_grit.data.indexed.reader import IndexedFile
-from megatron_grit.errors import ConfigError
 from megatron_grit.retrieval.dedup.buckets import mix64
 from megatron_grit.retrieval.dedup.duplicates import DuplicateSearch, KnownChunks
 from megatron_grit.retrieval.dedup.keys import ChunkBlock
@@ -134,10 +134,8 @@ def cut_documents(file: IndexedFile, first: int, last: int, rules: ChunkRules, v
         ConfigError: near duplicates are wanted and datasketch is not installed.
         DataError: as said there.
     """
-    try:
+    with needed("duplicates near needs", "datasketch", "retro"):
         return chunk_documents(file, first, last, rules, visible)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"duplicates near needs {error.name}: pip install 'megatron-grit[retro]'") from None
 
 
 def chunk_rules(project: Project) -> ChunkRules:

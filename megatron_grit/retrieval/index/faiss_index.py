@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_grit.compat import needed
 from megatron_grit.config.database.schema import MOST_ON_GPU
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.retrieval.index.factory import GRAPHS, check_kind, lists_of
@@ -48,10 +49,8 @@ They count as read, so the limit is never below them, however small the file."""
 
 
 def _faiss() -> Any:
-    try:
+    with needed("the index needs", "faiss", "retro"):
         import faiss
-    except ImportError:
-        raise ConfigError("the index needs faiss: pip install 'megatron-grit[retro]'") from None
     return faiss
 
 

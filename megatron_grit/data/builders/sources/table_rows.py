@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
+from megatron_grit.compat import needed
 from megatron_grit.data.text.lines import filled_lines, read_json
-from megatron_grit.errors import ConfigError, DataError
+from megatron_grit.errors import DataError
 
 _COMPRESSED = (".gz", ".zst")
 SUFFIXES = (".jsonl", ".json", ".parquet", ".xlsx")
@@ -77,13 +78,9 @@ def read_rows(path: Path) -> Iterator[TableRow]:
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    try:
+    with needed(f"{path}: Parquet needs", "pyarrow", "data"):
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: Parquet needs pyarrow; install it with: pip install 'megatron-grit[data]'"
-        ) from error
     try:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=4096):
@@ -94,12 +91,8 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 def _spreadsheet(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of the first sheet under the names in its first row; empty ones are left out."""
-    try:
+    with needed(f"{path}: a spreadsheet needs", "openpyxl", "data"):
         from openpyxl import load_workbook
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: a spreadsheet needs openpyxl; install it with: pip install 'megatron-grit[data]'"
-        ) from error
     try:
         book = load_workbook(path, read_only=True, data_only=True)
     except (OSError, KeyError, ValueError, BadZipFile) as error:
