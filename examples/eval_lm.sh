@@ -62,4 +62,4 @@ else
     required MODEL "a checkpoint, run or Hugging Face folder"
 fi
 run_job 1 "$PROCESSES" -m megatron_grit.cli.main evaluate lm --checkpoint "$MODEL" --tasks "$SUITE" \
-    --output "${OUTPUT_DIR:=runs/eval_$SUITE}" ${RECIPE[@]+"${RECIPE[@]}"} "$@"
+    --output-dir "${OUTPUT_DIR:=runs/eval_$SUITE}" ${RECIPE[@]+"${RECIPE[@]}"} "$@"

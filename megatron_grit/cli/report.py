@@ -2,7 +2,8 @@
 
 A RUN is the output directory of a run (its last metrics, its evaluations inside the run, its best checkpoint), a folder
 of results, or one file of them. Results are what the verbs "evaluate", "evaluate qa", "evaluate loss" and "evaluate
-answers" write, and files of lm-eval and mteb, in folders of any depth.
+answers" write, and files of lm-eval and mteb, in folders of any depth. A figure that is in two files is refused, but
+for lm-eval's: of the results_TIME.json of one folder the newest that has the task counts.
 
 Example:
     megatron-grit report runs/base runs/sft results/lm_eval --output-dir out

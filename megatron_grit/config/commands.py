@@ -359,7 +359,8 @@ def help_page(prog: str, description: str, options: Iterable[Option], *, section
     width = min(shutil.get_terminal_size().columns, 120) - 2
     options = list(options)
     texts = {group: documents(group) for group in {option.group for option in options}}
-    needed = [_usage(option) for option in options if option.required]
+    placed = [option for option in options if option.required or option.field.metadata.get("positional")]
+    needed = [_usage(option) if option.required else f"[{_usage(option)}]" for option in placed]
     usage = " ".join([f"usage: {prog}", *needed, "[OPTION ...]"])
     lines = [*textwrap.wrap(usage, width, subsequent_indent=" " * 8, break_on_hyphens=False), "", description.strip()]
     groups: dict[str, list[Option]] = {}

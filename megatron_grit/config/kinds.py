@@ -120,6 +120,13 @@ def compares_rows(kind: str) -> bool:
     return bool(options.EMBEDS and options.COMPARES_ROWS)
 
 
+def measured_passes(config: RunConfig, kind: str) -> int:
+    """Passes of as many rows as a step's that a kind's loss makes forward alone. Most kinds make none and do not say
+    so."""
+    passes = getattr(kind_options(kind), "measured_passes", None)
+    return 0 if passes is None else int(passes(config))
+
+
 def kind_batch_size(config: RunConfig, kind: str) -> int:
     """Samples of a kind in a global batch."""
     return option(config, kind_options(kind).BATCH)

@@ -86,7 +86,7 @@ class HarnessTasks(Checked):
 
     tasks: list[str]
     """Suites, tasks, groups, YAML files, with commas between them."""
-    output: str = knob(path=True)
+    output_dir: str = knob(path=True)
     """Folder for results and answers."""
     include_path: list[str] = knob([], path=True)
     """Folders with YAML files of tasks of your own, which count before lm-eval's."""

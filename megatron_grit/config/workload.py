@@ -51,6 +51,11 @@ class RowWorkload:
     """Tokens of the longest row."""
     row_labels: int = 0
     """Most labels of a row."""
+    measured: int = 0
+    """Passes of as many rows through the model forward alone, logits included, whose log-probabilities the loss
+    compares."""
+    rows_beside: int = 0
+    """Rows of the global batch that are measured and not trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,6 @@ from megatron_grit.evaluation.tasks.task import Figures, write_summary
 from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.files import check_output, json_text
 from megatron_grit.store.logs import say_loading
-from megatron_grit.store.progress import Progress
 from megatron_grit.store.rows import LineFile
 
 
@@ -96,13 +95,14 @@ def write_answers(
     asked = digest_of_settings([[each.line, each.messages, each.tools] for each in records])
     how = {each.name: getattr(options, each.name) for each in fields(SamplingOptions)}
     follows_from = [asked, how, at_once, model_identity(folder, model)]
-    with LineFile(Path(output)) as file, Progress(len(records), "answers", "answer") as progress:
-        file.resume(follows_from, len(records))
-        progress.skip(file.num_rows)
-        for some in _batches(records[file.num_rows :], at_once):  # those on disk were written whole, so these are alike
+
+    def answered(first: int) -> Iterator[list[str]]:
+        for some in _batches(records[first:], at_once):  # those on disk were written whole, so these are alike
             found = model.answer([each.messages[:-1] for each in some], options, tools=some[0].tools)
-            file.append([_line(record, answer.text) for record, answer in zip(some, found, strict=True)])
-            progress.update(len(some))
+            yield [_line(record, answer.text) for record, answer in zip(some, found, strict=True)]
+
+    with LineFile(Path(output)) as file:
+        file.fill(follows_from, len(records), answered, "answering", "conversation")
         given = [json.loads(line)["pred"].strip() for line in file.lines()]
         file.publish()
     expected = [record.messages[-1].content.strip() for record in records]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from megatron_grit.config.options import BatchSize, TextLength
 from megatron_grit.data.indexed.reader import file_paths
 from megatron_grit.errors import ConfigError
 from megatron_grit.evaluation.bootstrap import Interval
-from megatron_grit.evaluation.encoder import is_model_folder, load_encoder
+from megatron_grit.evaluation.encoder import is_model_folder, load_encoder, model_fingerprint
+from megatron_grit.evaluation.ranking.collection import Collection, UnfinishedRanking
 from megatron_grit.evaluation.tasks import generative as generative_task
 from megatron_grit.evaluation.tasks import reranking as reranking_task
 from megatron_grit.evaluation.tasks import retrieval as retrieval_task
@@ -85,7 +87,7 @@ def run_tasks(
     device: str = "auto",
     layer: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model on what tasks have read, and write the figures.
+    """Evaluate a model on what tasks have read, and write the figures. A killed ranking of a collection resumes.
 
     Args:
         checkpoint: as for :func:`evaluate_checkpoint`, and so are the others.
@@ -104,12 +106,17 @@ def run_tasks(
     if layer is not None:
         figures["layer"] = layer
     model = load_encoder(checkpoint, device, layer)
+    partial = Path(output).with_name(f".{Path(output).name}.partial")
     intervals: dict[str, Interval] = {}
     for name, data in tasks.items():
         log.info(f"measuring {name}")
+        if isinstance(data, Collection):
+            follows_from = [model_fingerprint(checkpoint, model), device, layer]
+            data = replace(data, unfinished=UnfinishedRanking(path=partial, model=follows_from))
         found = TASKS[name].run(model, data, lengths)
         intervals |= found.intervals
         figures |= found.others
     figures = Figures(intervals=intervals, others=figures).contents()
     write_json(output, figures)
+    partial.unlink(missing_ok=True)
     return figures

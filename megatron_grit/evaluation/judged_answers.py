@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from megatron_grit.evaluation.refusals import refuses
 from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.files import check_output, json_text
 from megatron_grit.store.logs import say_loading
-from megatron_grit.store.progress import Progress
 from megatron_grit.store.rows import LineFile
 
 
@@ -78,20 +77,22 @@ def write_judged_answers(  # many: whose answers, to what, how, and in which fil
     name = generator or Path(checkpoint).resolve().name
     how = {each.name: getattr(options, each.name) for each in fields(SamplingOptions)}
     asked = [[each.turns, each.facts] for each in questions]
-    with LineFile(Path(output)) as file, Progress(len(questions), "answers", "question") as progress:
-        file.resume([asked, how, at_once, name, form, model_identity(folder, model)], len(questions))
-        progress.skip(file.num_rows)
-        while some := questions[file.num_rows : file.num_rows + at_once]:
-            first = file.num_rows
+
+    def answered(start: int) -> Iterator[list[str]]:
+        for first in range(start, len(questions), at_once):
+            some = questions[first : first + at_once]
             answers = _answer(model, some, options)
             lines = [_entry(form, one, turns, name) for one, turns in zip(some, answers, strict=True)]
             if form == "alpaca_eval":  # one list, an entry a line
                 lines = [
-                    ("[" if first + place == 0 else " ") + line + ("]" if first + place + 1 == len(questions) else ",")
-                    for place, line in enumerate(lines)
+                    ("[" if number == 0 else " ") + line + ("]" if number + 1 == len(questions) else ",")
+                    for number, line in enumerate(lines, first)
                 ]
-            file.append(lines)
-            progress.update(len(some))
+            yield lines
+
+    follows_from = [asked, how, at_once, name, form, model_identity(folder, model)]
+    with LineFile(Path(output)) as file:
+        file.fill(follows_from, len(questions), answered, "answering", "question")
         file.publish()
     return len(questions)
 

@@ -20,6 +20,7 @@ from megatron_grit.evaluation.results import (
     Result,
     in_training_results,
     json_files,
+    newest_tasks,
     read_json,
     read_results,
     training_results,
@@ -74,12 +75,15 @@ def read_model(path: str | Path) -> ModelResults:
     for checkpoint in list_checkpoints(path)[-1:]:
         model.command = read_json(checkpoint / "state.json").get("command")
     commands: dict[Path, str] = {}
+    held: dict[Path, list[Result]] = {}
     for file in json_files(path):
         name = str(file.relative_to(path))
         if Path(name).parts[0] != FOLDER:
-            model.results += read_results(file, name)
+            held[file] = read_results(file, name)
         if file.name in SUMMARIES and (command := read_json(file).get("command")):
             commands[file.parent] = str(command)
+    counting = newest_tasks({file: [result.task for result in results] for file, results in held.items()})
+    model.results += [each for file, results in held.items() for each in results if each.task in counting[file]]
     model.results = [_with_command(path, result, commands) for result in model.results]
     if not model.results:
         raise DataError("holds no metrics.jsonl, and no results of evaluate, lm-eval or mteb", path=path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,20 @@ def tasks_of(path: Path, value: Mapping[str, Any]) -> dict[str, Mapping[str, Any
     if isinstance(results := value.get("results"), dict):
         return {task: figures for task, figures in results.items() if isinstance(figures, dict)}
     return {path.stem: value}
+
+
+def newest_tasks(tasks: Mapping[Path, Iterable[str]]) -> dict[Path, set[str]]:
+    """Of each file the tasks that count. lm-eval adds a ``results_TIME.json`` to a folder each time it is run there: of
+    those that have a task the newest counts, by the time in its name. In all other files every task counts."""
+    newest = {(path.parent, task): path for path in sorted(tasks) if _is_dated(path) for task in tasks[path]}
+    return {
+        path: {task for task in own if not _is_dated(path) or newest[path.parent, task] == path}
+        for path, own in tasks.items()
+    }
+
+
+def _is_dated(path: Path) -> bool:
+    return path.name.startswith("results_")
 
 
 def is_mteb(value: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_grit.config.locate import yaml_file
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.evaluation.results import read_json, tasks_of
+from megatron_grit.evaluation.results import newest_tasks, read_json, tasks_of
 from megatron_grit.store.files import write_json
 
 Groups = Mapping[str, Mapping[str, tuple[str, float]]]
@@ -71,7 +71,8 @@ def group_table(folders: Sequence[str | Path], groups_file: str | Path, output: 
 
     Raises:
         ConfigError: the file of groups is not of this form, or two folders have one name.
-        DataError: a folder, a task or a figure that is not there, twice there, or not a number.
+        DataError: a folder, a task or a figure that is not there, twice there but for lm-eval's files in one folder, or
+            not a number.
     """
     groups, paths = read_groups(groups_file), [Path(folder) for folder in folders]
     names = [path.resolve().name for path in paths]
@@ -120,6 +121,8 @@ def _figures(folder: Path, groups: Groups) -> dict[str, float]:
     if not folder.is_dir():
         raise DataError("is no folder of results", path=folder)
     held = {path: tasks_of(path, read_json(path)) for path in sorted(folder.rglob("*.json"))}
+    counting = newest_tasks(held)
+    held = {path: {task: tasks[task] for task in tasks if task in counting[path]} for path, tasks in held.items()}
     wanted = {task: how for tasks in groups.values() for task, how in tasks.items()}
     return {task: scale * _figure(folder, held, task, metric) for task, (metric, scale) in wanted.items()}
 
@@ -140,7 +143,8 @@ def _figure(folder: Path, held: Mapping[Path, Mapping[str, Any]], task: str, met
             f"has no {metric} of task {task}: no {task}.json, and no file of lm-eval's with {task}", path=folder
         )
     if len(found) > 1:
-        raise DataError(f"{metric} of task {task} is in {' and '.join(path.name for path in found)}", path=folder)
+        where = " and ".join(str(path.relative_to(folder)) for path in found)
+        raise DataError(f"{metric} of task {task} is in {where}; remove one", path=folder)
     ((path, value),) = found.items()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"{metric} of task {task} is {value!r} and no number", path=path)

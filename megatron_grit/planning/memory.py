@@ -8,12 +8,12 @@ from what was measured.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Literal
 
 from megatron_grit.config.checks.run import data_parallel_size
-from megatron_grit.config.kinds import compares_rows, kind_options, loss_words, trained_kinds
+from megatron_grit.config.kinds import compares_rows, kind_options, loss_words, measured_passes, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import (
     attention_widths,
@@ -50,8 +50,10 @@ class Workload:
             data_size: data parallel size.
             lengths: of the data.
         """
-        kinds = (kind_options(kind) for kind in trained_kinds(config))
-        return Workload(kinds=tuple(kind.plan_rows(config, data_size, lengths) for kind in kinds))
+        kinds = trained_kinds(config)
+        planned = {kind: kind_options(kind).plan_rows(config, data_size, lengths) for kind in kinds}
+        measured = {kind: measured_passes(config, kind) for kind in kinds}
+        return Workload(kinds=tuple(replace(rows, measured=measured[kind]) for kind, rows in planned.items()))
 
     @property
     def embedded(self) -> list[RowWorkload]:
@@ -198,7 +200,8 @@ class _StageMemory:
 
     def _row_bytes(self) -> int:
         """Tokens, positions, labels and masks of every row of the step on this rank."""
-        every = sum(rows.rows * rows.row_tokens * (8 + 8 + 1 + 8 + 4) for rows in self.workload.kinds)
+        numbers = sum((rows.rows + rows.rows_beside) * rows.row_tokens for rows in self.workload.kinds)
+        every = numbers * (8 + 8 + 1 + 8 + 4)
         neighbors = sum(rows.rows * rows.row_tokens * read_tokens(self.model) * 8 for rows in self.workload.predicted)
         return (every + int(neighbors)) // self.data_size
 

@@ -69,7 +69,8 @@ class Flops:
     """Operations of a step on all processes together."""
 
     passes: dict[str, float]
-    """By kind of row: forward and backward, the head included, and both passes of GradCache where there are two."""
+    """By kind of row: forward and backward, the head included, both passes of GradCache where there are two, and what a
+    loss measures forward alone."""
     first_passes: dict[str, float]
     """Of ``passes``: those without a graph, where gradients are cached."""
     head: float
@@ -130,13 +131,14 @@ def count_flops(config: RunConfig, world_size: int, vocab_size: int, workload: W
         labels = rows.tokens if config.parallel.sequence_parallel else rows.labels
         head = 0 if rows.embeds else 2 * labels * config.model.hidden_size * padded
         first = forward if caches_gradients(config, data_size, rows) else 0.0
-        passes[rows.kind], first_passes[rows.kind] = float(3 * (forward + head) + first), float(first)
+        first_passes[rows.kind] = float(first)
+        passes[rows.kind] = float((3 + rows.measured) * (forward + head) + first)
         operations = kind_options(rows.kind).loss_cost(config, rows, data_size).operations
         if operations:
             losses[loss_words(rows.kind)] = operations
         forward_all += forward
         core_attention += rows.tokens * _attention(config, rows.segment_tokens, rows.causal)
-        all_heads += 3 * head
+        all_heads += (3 + rows.measured) * head
     if (taught := teacher_run(config)) is not None:
         passes["teacher"] = float(
             sum(
@@ -230,7 +232,8 @@ def expected_step_time(
     # Bytes of hidden states that pass a point of a rank in one direction, in all forward passes of a step.
     once = [rows.tokens / data_size / parallel.context * model.hidden_size * size for rows in workload.kinds]
     cached = [caches_gradients(config, data_size, rows) for rows in workload.kinds]
-    forward = sum(count * (2 if twice else 1) for count, twice in zip(once, cached, strict=True))
+    measured = [rows.measured for rows in workload.kinds]
+    forward = sum(count * (1 + twice + more) for count, twice, more in zip(once, cached, measured, strict=True))
     if config.training.recompute == "full":
         forward += sum(once)
     both = forward + sum(once)

@@ -92,7 +92,7 @@ class Progress:
         self._num_also += also
         self._note = note
         if self._also:
-            self._note = f"{self._num_also:,} {_plural(self._also)}, {self._rate(self._num_also, self._also)}"
+            self._note = f"{self._num_also:,} {plural(self._also)}, {self._rate(self._num_also, self._also)}"
         self._bar.set_postfix_str(self._note, refresh=False)
         self._bar.update(count)
         if self._log_each is not None:
@@ -136,19 +136,20 @@ class Progress:
     def _amount(self, count: int, *, named: bool = True) -> str:
         if self._unit == "B":
             return f"{tqdm.format_sizeof(count)}B"
-        return f"{count:,} {_plural(self._unit)}" if named else f"{count:,}"
+        return f"{count:,} {plural(self._unit)}" if named else f"{count:,}"
 
     def _rate(self, count: int, unit: str) -> str:
         rate = count / self._seconds()
         if unit == "B":
             return f"{tqdm.format_sizeof(rate)}B/s"
-        return f"{rate:,.0f} {_plural(unit)}/s" if rate >= 10 else f"{rate:.2g} {_plural(unit)}/s"
+        return f"{rate:,.0f} {plural(unit)}/s" if rate >= 10 else f"{rate:.2g} {plural(unit)}/s"
 
     def _notes(self) -> str:
         return f"; {self._note}" if self._note else ""
 
 
-def _plural(unit: str) -> str:
+def plural(unit: str) -> str:
+    """Several of a unit."""
     return f"{unit[:-1]}ies" if unit.endswith("y") else f"{unit}s"
 
 

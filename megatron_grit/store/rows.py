@@ -10,7 +10,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from megatron_grit.store.digest import HashingFile, digest_of_settings
 from megatron_grit.store.files import replacing, sync_folder, write_json
 from megatron_grit.store.lock import locked
 from megatron_grit.store.logs import get_logger
+from megatron_grit.store.progress import Progress, plural
 
 log = get_logger(__name__)
 
@@ -212,6 +213,36 @@ class LineFile(_PartialFile):
             OutputError: they cannot be written.
         """
         self._append(("".join(f"{line}\n" for line in lines).encode(),), len(lines))
+
+    def fill(
+        self,
+        identity: object,
+        num_rows: int,
+        made: Callable[[int], Iterable[Sequence[str]]],
+        doing: str,
+        unit: str,
+    ) -> None:
+        """Write all lines that an earlier run of the same identity has not, some at a time, and show how far it is.
+
+        Args:
+            identity: as of :meth:`resume`.
+            num_rows: likewise.
+            made: from the number of the first line that is missing, gives them in their order, those that are to be on
+                disk together as one item.
+            doing: what takes the time.
+            unit: what a line is.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        self.resume(identity, num_rows)
+        if self.num_rows:
+            log.info(f"{self.target}: resumes after {self.num_rows:,} of {num_rows:,} {plural(unit)}")
+        with Progress(num_rows, doing, unit) as progress:
+            progress.skip(self.num_rows)
+            for lines in made(self.num_rows):
+                self.append(lines)
+                progress.update(len(lines))
 
     def lines(self) -> Iterator[str]:
         """Those on disk, without their ends."""

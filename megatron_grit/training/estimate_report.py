@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_grit.config.kinds import kind_options
+from megatron_grit.config.kinds import kind_options, measured_passes
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.workload import RowWorkload
 from megatron_grit.data.rows.batch import BatchPart, StepBatch
@@ -122,4 +122,6 @@ def _rows_of(config: RunConfig, kind: str, part: BatchPart, data_size: int) -> R
         samples=part.counts.num_samples,
         segments=part.counts.num_segments,
         labels=part.counts.num_labels,
+        measured=measured_passes(config, kind),
+        rows_beside=len(part.baseline) * data_size,
     )

@@ -14,6 +14,8 @@ from tests.unit.evaluation.lm.local_tasks import distance, responses, write_task
 pytest.importorskip("lm_eval")
 
 MESHES: dict[str, dict[str, int]] = {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "dp2": {}, "cp2": {"context": 2}}
+CONVERSING = ("tp2", "dp2")
+"""Those that are asked in the chat template too."""
 
 
 def evaluate(run: str, tasks: str) -> dict[str, Any]:
@@ -29,6 +31,8 @@ def evaluate(run: str, tasks: str) -> dict[str, Any]:
             lm.runner.follow()
             continue
         found[name] = responses(lm, Path(tasks))
+        if name in CONVERSING:
+            found[f"{name} chat"] = responses(lm, Path(tasks), chat=True)
         lm.runner.finish()
     return found
 
@@ -37,8 +41,10 @@ def test_answers_are_those_of_one_process(trained_run: RunConfig, tmp_path: Path
     from megatron_grit.evaluation.lm.adapter import MegatronGritLM
 
     tasks = write_tasks(tmp_path / "tasks", count=6)
-    expected = responses(MegatronGritLM(str(trained_run.output_dir), device="cpu"), tasks)
+    alone = MegatronGritLM(str(trained_run.output_dir), device="cpu")
+    plain, conversing = responses(alone, tasks), responses(alone, tasks, chat=True)
+    assert distance(plain, conversing) > 1e-3  # of generated texts, and of what is scored behind a prompt
     first, second = run_on_ranks(evaluate, 2, tmp_path, str(trained_run.output_dir), str(tasks))
-    assert not second and first.keys() == MESHES.keys()
+    assert not second and first.keys() == {*MESHES, *(f"{name} chat" for name in CONVERSING)}
     for name, found in first.items():
-        assert distance(found, expected) < 1e-5, name
+        assert distance(found, conversing if name.endswith("chat") else plain) < 1e-5, name

@@ -55,7 +55,9 @@ def test_figures_are_those_of_the_checkpoint_and_training_goes_on_as_without(tmp
         report = evaluate_lm(
             HarnessModel(checkpoint=str(checkpoint), device="cpu"),
             HarnessTasks(
-                tasks=["local_text", "local_choice"], output=str(tmp_path / checkpoint.name), include_path=[str(tasks)]
+                tasks=["local_text", "local_choice"],
+                output_dir=str(tmp_path / checkpoint.name),
+                include_path=[str(tasks)],
             ),
         )
         assert report is not None

@@ -131,16 +131,24 @@ NAMES_A_KIND = {
     "retrieval/mining/mine.py": "reads a file's kind of record",
     "serving/service.py": "a word of the protocol that it speaks",
     "config/checks/checkpoint.py": "the section of the configuration with the embedding's shape",
+    "convert/hf_out/scorer.py": "a label in the config.json of an export",
+    "inference/rollouts/run.py": "a key of the file of completions",
 }
 # Folders below, or of, the kinds.
 KIND_HOMES = ("config/schema/", "losses/", "parallel/", "training/objectives/")
+# The two kinds whose options stand in other sections; each other kind has a section of its name.
+_FIRST_KINDS = ("embedding", "generative")
+_KIND_FILES = Path(__file__).parents[2] / PACKAGE / "config" / "schema" / "kinds"
+KINDS = sorted(path.stem for path in _KIND_FILES.glob("*.py") if path.stem != "__init__")
+_ANY, _OTHERS = "|".join(KINDS), "|".join(kind for kind in KINDS if kind not in _FIRST_KINDS)
 _KIND_TEXT = re.compile(
     r"(?:data\.|training\.|loss\.)?(?:embedding|generative)(?:_batch_size|_rows)?|loss_(?:emb|gen)(?:_factor)?|accuracy_emb"
+    rf"|(?:{_OTHERS})(?:\.\w+)?|\w+_(?:{_OTHERS})|(?:logps|rewards)/\w+"
 )
 _KIND_NAME = re.compile(
-    r"(?:^|_)generative(?:_|$)|^embedding_(?:rows?|part|counts|stream|objective|batch)|^(?:EMBEDDING|GENERATIVE)$"
+    rf"(?:^|_)generative(?:_|$)|^(?:{_ANY})_(?:rows?|part|counts|stream|objective|batch)|^(?:{_ANY.upper()})$"
 )
-_KIND_MODULE = re.compile(r"\.(?:data\.kinds|training\.objectives|config\.schema\.kinds)\.(?:embedding|generative)")
+_KIND_MODULE = re.compile(rf"\.(?:data\.kinds|training\.objectives|config\.schema\.kinds)\.(?:{_ANY})\b")
 
 
 def kind_names(path: str, text: str) -> list[str]:
@@ -160,6 +168,12 @@ def kind_names(path: str, text: str) -> list[str]:
     for node in ast.walk(tree):
         words = [getattr(node, name, None) for name in ("id", "attr", "arg", "name")]
         found = [word for word in words if isinstance(word, str) and _KIND_NAME.search(word)]
+        if (
+            isinstance(node, ast.Attribute)
+            and re.fullmatch(_OTHERS, node.attr)
+            and _name(node.value).endswith("config")
+        ):
+            found.append(node.attr)  # the section
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
             found += [node.value] if _KIND_TEXT.fullmatch(node.value) else []
         bad += [f"{path}:{getattr(node, 'lineno', '?')}: names a kind of row: {word}" for word in found]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_grit.cli.preferences.build_preference import main
+from megatron_grit.cli.alignment.build_preference import main
 
 if __name__ == "__main__":
     sys.exit(main(prog="build_preference"))

@@ -4,12 +4,12 @@ TASKS are tasks and groups of lm-eval, YAML files of tasks, or suites of this pa
 modelling, gritlm. Data are read from this machine alone unless --allow-downloads is given.
 
 Example:
-    megatron-grit evaluate lm --checkpoint runs/sft --tasks arc_easy,gsm8k --output results/sft --allow-downloads
-    megatron-grit evaluate lm --checkpoint runs/sft --tasks my_task --include-path tasks/ --output results/sft
+    megatron-grit evaluate lm --checkpoint runs/sft --tasks arc_easy,gsm8k --output-dir results/sft --allow-downloads
+    megatron-grit evaluate lm --checkpoint runs/sft --tasks my_task --include-path tasks/ --output-dir results/sft
     torchrun --nproc-per-node 4 -m megatron_grit.cli.main evaluate lm --tensor 2 --checkpoint runs/sft --tasks \
-instruction-modelling --output results/sft
+instruction-modelling --output-dir results/sft
 
-OUTPUT is a folder: results_TIME.json as lm-eval writes it, summary.json, and the answers to all requests, from which
+OUTPUT_DIR gets results_TIME.json as lm-eval writes it, summary.json, and the answers to all requests, from which
 the same command resumes, and which other tasks with the same prompts take over.
 """
 

@@ -6,6 +6,8 @@ one of USEB's tasks. CHECKPOINT may be a directory of Hugging Face or sentence-t
 Example:
     megatron-grit evaluate retrieval --checkpoint runs/grit --data scifact --output results/scifact.json \\
         --query-instruction "Given a scientific claim, retrieve documents that support or refute the claim"
+
+The same command resumes a killed run on a folder of BEIR's after the last 8,192 documents.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def run(options: EvaluateRetrievalOptions) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, evaluate and print. Returns the exit status."""
-    return command(EvaluateRetrievalOptions, run, argv, prog="megatron-grit evaluate retrieval", about=__doc__)
+    return command(
+        EvaluateRetrievalOptions, run, argv, prog="megatron-grit evaluate retrieval", about=__doc__, resumes=True
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ lm-eval's. GROUPS says what counts, in YAML:
     Closed book: {nq: em}
     Translation: {wmt14: {metric: ter, scale: 0.01}}
 
-In a group every task weighs the same, in the mean every group.
+In a group every task weighs the same, in the mean every group. A task that is in two files is refused, but for
+lm-eval's: of the results_TIME.json of one folder the newest that has the task counts.
 
 Example:
     megatron-grit evaluate qa answers.txt test.json --output results/sft/squad2.json

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_grit.config.checks.indexed import TEXTS_MADE_BY, missing_file
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.commands import suggestion
 from megatron_grit.config.schema import RunConfig
@@ -86,10 +87,8 @@ def evaluation_file_problems(config: RunConfig) -> Iterator[Problem]:
     """Data that are not there."""
     for spec in evaluation_tasks(config):
         if spec.task == "perplexity" and not is_text_file(spec.data):
-            missing = [suffix for suffix in (".idx", ".bin", ".json") if not Path(spec.data + suffix).is_file()]
-            if missing:
-                remedy = "make it with tools/preprocess/build_grit.py"
-                yield Problem(f"{_KEY}.tasks", f"{_KEY}.tasks: there is no file {spec.data}{missing[0]}; {remedy}")
+            if (problem := missing_file(spec.data, TEXTS_MADE_BY, config.data.tokenizer)) is not None:
+                yield Problem(f"{_KEY}.tasks", f"{_KEY}.tasks: {problem}")
         elif FIGURES[spec.task] is not None and not Path(spec.data).exists():
             yield Problem(f"{_KEY}.tasks", f"{_KEY}.tasks: there is no file {spec.data}, the data of {spec.name}")
 

@@ -15,6 +15,7 @@ from megatron_grit.config.checkpoint_folder import holds_checkpoint
 from megatron_grit.config.checks.adapter import adapter_problems, trains_output_layer
 from megatron_grit.config.checks.embedding import embedding_problems
 from megatron_grit.config.checks.evaluation import evaluation_file_problems, evaluation_problems
+from megatron_grit.config.checks.indexed import TEXTS_MADE_BY, missing_file
 from megatron_grit.config.checks.model import model_problems
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.checks.ranges import range_problems
@@ -26,7 +27,6 @@ from megatron_grit.config.shape import expert_width, num_query_groups
 from megatron_grit.errors import ConfigError, MeshError
 from megatron_grit.store.hub import is_hub_name
 
-INDEXED_SUFFIXES = (".idx", ".bin", ".json")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
@@ -291,7 +291,7 @@ def _data(config: RunConfig) -> Iterator[Problem]:
             yield Problem(
                 key,
                 f"training.objective {objective} needs {key}: the prefix of a file made by "
-                f"tools/preprocess/build_grit.py; give {key} or set training.objective to {' or '.join(others)}",
+                f"{kind_options(kind).MADE_BY}; give {key} or set training.objective to {' or '.join(others)}",
             )
         try:
             # A blend file is read here, so that the run fails before it asks for devices.
@@ -323,18 +323,12 @@ def _held_out(config: RunConfig) -> Iterator[Problem]:
 
 def _files(config: RunConfig) -> Iterator[Problem]:
     data = config.data
-    sources = {kind_options(kind).DATA: kind_sources(config, kind) for kind in trained_kinds(config)}
-    for key, prefixes in (sources | {"data.valid": data.valid}).items():
+    kinds = trained_kinds(config)
+    sources = [(kind_options(kind).DATA, kind_sources(config, kind), kind_options(kind).MADE_BY) for kind in kinds]
+    for key, prefixes, made_by in [*sources, ("data.valid", data.valid, TEXTS_MADE_BY)]:
         for entry in read_blend(prefixes, key):
-            missing = [suffix for suffix in INDEXED_SUFFIXES if not Path(entry.path + suffix).is_file()]
-            remedy = "make it with tools/preprocess/build_grit.py"
-            if missing == [".json"]:
-                remedy = (
-                    "if another program wrote .bin and .idx, write it with megatron-grit adopt-indexed --prefix "
-                    f"{entry.path} --tokenizer {data.tokenizer or 'TOKENIZER'}"
-                )
-            if missing:
-                yield Problem(key, f"{key}: there is no file {entry.path}{missing[0]}; {remedy}")
+            if (problem := missing_file(entry.path, made_by, data.tokenizer)) is not None:
+                yield Problem(key, f"{key}: {problem}")
     if data.tokenizer is not None:
         tokenizer = Path(data.tokenizer)
         if not tokenizer.exists() and not is_hub_name(data.tokenizer):

@@ -145,7 +145,11 @@ def read_meta(prefix: str | Path) -> IndexedMeta:
                 "build from the texts with megatron-grit preprocess-data",
                 path=path,
             )
-        raise DataError("no such file; give the prefix of an indexed file, without extension", path=path)
+        raise DataError(
+            "no such file; give the prefix of an indexed file, without extension, as megatron-grit build-sft, "
+            "build-grit, build-preference, build-rollouts and preprocess-data write them",
+            path=path,
+        )
     try:
         values: Any = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

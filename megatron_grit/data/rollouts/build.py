@@ -16,6 +16,7 @@ from megatron_grit.data.chat.chat import Chat, named_chat
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.rollouts import equal_groups, write_rollouts
 from megatron_grit.data.indexed.writer import IndexedWriter, refuse_existing
+from megatron_grit.data.rollouts.counts import CompletionCounts
 from megatron_grit.data.rollouts.options import RolloutBuild
 from megatron_grit.data.rollouts.records import PromptGroup, SampledCompletion, read_groups
 from megatron_grit.data.text.records import Message
@@ -30,22 +31,35 @@ _COMPARED = 16
 
 
 @dataclass(kw_only=True)
-class RolloutReport:
+class RolloutReport(CompletionCounts):
     """What was built."""
 
-    num_prompts: int
-    num_completions: int
     num_tokens: int
     """Of completions."""
-    reward_mean: float
-    reward_std: float
-    num_equal_prompts: int
-    """Prompts whose completions all have one reward."""
     num_too_long: int
     num_empty: int
     """Completions without a token."""
     has_log_probs: bool
     """Of the sampling policy."""
+
+    def size(self) -> str:
+        """As in the base class."""
+        return f"{super().size()}, {self.num_tokens:,} tokens"
+
+    def remarks(self) -> list[tuple[int, str]]:
+        """As in the base class."""
+        return [
+            *super().remarks(),
+            (self.num_too_long, "completions are longer than max_length and left out"),
+            (self.num_empty, "completions without a token are left out"),
+        ]
+
+    def lines(self, name: str) -> list[str]:
+        """As in the base class."""
+        remark = (
+            "  without log-probabilities of the sampling policy: a run takes those of the model that it starts from"
+        )
+        return super().lines(name) + ([] if self.has_log_probs else [remark])
 
 
 @dataclass(kw_only=True)

@@ -54,7 +54,7 @@ class AnswerStore:
         other = [name for name, value in self._identity.items() if held.get(name) != value]
         if other:
             what = ", ".join(f"{name} {str(held.get(name))[:60]}" for name in other)
-            raise DataError(f"the answers here are of another model ({what}); give another --output", path=path)
+            raise DataError(f"the answers here are of another model ({what}); give another --output-dir", path=path)
 
     def complete(self, kind: str, requests: Sequence[Request], ask: Callable[[list[int]], Answers]) -> list[Any]:
         """Answers of all requests: those on disk, and of the others what the model says, written as it comes.

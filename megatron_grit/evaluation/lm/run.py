@@ -60,8 +60,8 @@ class LmReport:
 def evaluate_lm(model: HarnessModel, asked: HarnessTasks) -> LmReport | None:
     """Evaluate. All processes of the job call this; the first one runs the harness, and the others compute with it.
 
-    ``output`` holds ``results_TIME.json`` (and ``samples_TASK_TIME.jsonl``) of the harness, for each part of a suite in
-    a folder of the part's name; ``summary.json``; and ``answers/``, from which a killed evaluation resumes.
+    ``output_dir`` holds ``results_TIME.json`` (and ``samples_TASK_TIME.jsonl``) of the harness, for each part of a
+    suite in a folder of the part's name; ``summary.json``; and ``answers/``, from which a killed evaluation resumes.
 
     Args:
         model: what is evaluated, and how it runs.
@@ -71,9 +71,10 @@ def evaluate_lm(model: HarnessModel, asked: HarnessTasks) -> LmReport | None:
         The figures, on the first process; None on others.
 
     Raises:
-        GritError: lm-eval is missing, a task or a model that cannot be used, results of another model in ``output``.
+        GritError: lm-eval is missing, a task or a model that cannot be used, or results of another model in
+            ``output_dir``.
     """
-    check_output(Path(asked.output) / SUMMARY)
+    check_output(Path(asked.output_dir) / SUMMARY)
     import_lm_eval(asked.allow_downloads)
     if asked.confirm_run_unsafe_code:
         os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")  # the metric's own switch
@@ -97,7 +98,7 @@ def evaluate_lm(model: HarnessModel, asked: HarnessTasks) -> LmReport | None:
     try:
         names = ("content", "device", "versions")
         identity = dict(zip(names, model_identity(folder, lm.model), strict=True))
-        lm.keep_answers(Path(asked.output) / ANSWERS, identity)
+        lm.keep_answers(Path(asked.output_dir) / ANSWERS, identity)
         figures = {}
         for part in parts:
             figures[part.name] = _evaluate(lm, part, loaded[part.name], loader, model, asked)
@@ -105,7 +106,7 @@ def evaluate_lm(model: HarnessModel, asked: HarnessTasks) -> LmReport | None:
         lm.runner.finish()
     report = _summed_up(figures, parts)
     write_json(
-        Path(asked.output) / SUMMARY,
+        Path(asked.output_dir) / SUMMARY,
         {"checkpoint": model.checkpoint, "figures": report.figures, "parts": report.parts, "groups": report.groups}
         | ({"mean": fmean(report.groups.values())} if report.groups else {})
         | {"command": command_line()},
@@ -121,7 +122,7 @@ def _evaluate(
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.utils import simple_parse_args_string
 
-    folder = Path(asked.output) / part.name
+    folder = Path(asked.output_dir) / part.name
     tracker = EvaluationTracker(output_path=str(folder / "results.json"))
     given = {field.name: getattr(model, field.name) for field in fields(HarnessModel)}
     try:

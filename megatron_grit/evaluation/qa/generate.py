@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,8 @@ from megatron_grit.errors import DataError
 from megatron_grit.evaluation.qa.options import QaGeneration
 from megatron_grit.store.digest import sha256_of_file
 from megatron_grit.store.files import check_output, json_text
-from megatron_grit.store.logs import get_logger, say_loading
-from megatron_grit.store.progress import Progress
+from megatron_grit.store.logs import say_loading
 from megatron_grit.store.rows import LineFile
-
-log = get_logger(__name__)
 
 END = "<|endoftext|>"
 """Where an answer ends that a model writes as text."""
@@ -49,19 +46,17 @@ def generate_answers(options: QaGeneration) -> int:
     room = model.config.model.max_position_embeddings - options.max_new_tokens
     version = None if retriever is None else retriever.version
     follows_from = [sha256_of_file(options.input), _settings(options), model_identity(path, model), version]
+
+    def answered(first: int) -> Iterator[list[str]]:
+        for place in range(first, len(records), options.batch_size):
+            batch = records[place : place + options.batch_size]
+            prompts = [encode_question(model.tokenizer, record, options, room) for record in batch]
+            source = None if retriever is not None else _given(model, batch, options)
+            answers = model.continue_prompts(prompts, options, source=source)
+            yield [answer_line(answer.text, jsonl=options.output.endswith(".jsonl")) for answer in answers]
+
     with LineFile(Path(options.output)) as file:
-        file.resume(follows_from, len(records))
-        if file.num_rows:
-            log.info(f"{options.output}: resumes after {file.num_rows:,} of {len(records):,} answers")
-        with Progress(len(records), "answering", "question") as bar:
-            bar.skip(file.num_rows)
-            for place in range(file.num_rows, len(records), options.batch_size):
-                batch = records[place : place + options.batch_size]
-                prompts = [encode_question(model.tokenizer, record, options, room) for record in batch]
-                source = None if retriever is not None else _given(model, batch, options)
-                answers = model.continue_prompts(prompts, options, source=source)
-                file.append([answer_line(answer.text, jsonl=options.output.endswith(".jsonl")) for answer in answers])
-                bar.update(len(batch))
+        file.fill(follows_from, len(records), answered, "answering", "question")
         file.publish()
     return len(records)
 

@@ -20,6 +20,15 @@ _PACKED = ("", ".gz", ".zst")
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnfinishedRanking:
+    """Where a killed run finds what it has ranked."""
+
+    path: Path
+    model: list[Any]
+    """What vectors follow from besides texts and lengths."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Collection:
     """Documents, and queries with judgements."""
 
@@ -33,6 +42,8 @@ class Collection:
     query_instruction: str | None = ""
     """What queries are embedded for. "": the template without instruction. None: no template."""
     document_instruction: str | None = ""
+    unfinished: UnfinishedRanking | None = None
+    """None: a killed run begins again."""
 
     def id_places(self) -> np.ndarray:
         """Place of each document's id among all ids in lexical order: int64 [documents]."""

@@ -5,18 +5,25 @@ Shape suffix legend: Q = queries, W = documents of a window, D = embedding size,
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
 
-from megatron_grit.errors import NumericsError
+from megatron_grit import compat
+from megatron_grit.errors import NumericsError, OutputError
 from megatron_grit.evaluation.encoder import TextEncoder, encode_filled
 from megatron_grit.evaluation.ranking.collection import Collection
 from megatron_grit.evaluation.ranking.measures import trec_order
 from megatron_grit.evaluation.tasks.task import Lengths
+from megatron_grit.store import cache
+from megatron_grit.store.logs import get_logger
 
-_WINDOW = 1 << 16
-"""Documents that are embedded and compared at a time, so that memory does not grow with the collection."""
+log = get_logger(__name__)
+
+_WINDOW = 1 << 13
+"""Documents that are embedded and compared at a time, so that memory does not grow with the collection; a kill loses no
+more."""
 _CELLS = 1 << 26
 
 
@@ -56,12 +63,13 @@ def rank_by_embeddings(encoder: TextEncoder, collection: Collection, lengths: Le
 
     Raises:
         NumericsError: an embedding is not finite.
+        OutputError: what is ranked so far cannot be written.
     """
     how = vars(lengths)
     queries_QD = encode_filled(encoder, collection.queries, collection.query_instruction, side="query", **how)
-    scores_QK = np.empty((len(queries_QD), 0), dtype=np.float32)
-    found_QK = np.empty((len(queries_QD), 0), dtype=np.int64)
-    for start in range(0, len(collection.documents), _WINDOW):
+    kept = None if collection.unfinished is None else _Kept(collection, lengths, depth)
+    first, found_QK, scores_QK = _Kept.nothing(len(queries_QD)) if kept is None else kept.load()
+    for start in range(first, len(collection.documents), _WINDOW):
         texts = collection.documents[start : start + _WINDOW]
         if not any(text.strip() for text in texts):
             continue
@@ -69,7 +77,53 @@ def rank_by_embeddings(encoder: TextEncoder, collection: Collection, lengths: Le
         if not (np.isfinite(queries_QD).all() and np.isfinite(vectors_WD).all()):
             raise NumericsError("an embedding is not finite; was the training run stable?")
         found_QK, scores_QK = _nearest(queries_QD, vectors_WD, start, depth + 1, found_QK, scores_QK)
+        if kept is not None:
+            kept.store(start + len(texts), found_QK, scores_QK)
     return ranked(collection, list(found_QK), list(scores_QK), depth)
+
+
+class _Kept:
+    """The best documents of those that were compared so far, in one file that is replaced after each window."""
+
+    def __init__(self, collection: Collection, lengths: Lengths, depth: int) -> None:
+        assert collection.unfinished is not None
+        self._path, self._collection = collection.unfinished.path, collection
+        texts = hashlib.sha256()
+        for text in (*collection.queries, "", *collection.documents):
+            texts.update(text.encode(errors="surrogatepass") + b"\0")
+        self._key = {
+            "model": collection.unfinished.model,
+            "versions": compat.installed_versions(),
+            "texts": texts.hexdigest(),
+            "instructions": [collection.query_instruction, collection.document_instruction],
+            "lengths": vars(lengths),
+            "depth": depth,
+            "window": _WINDOW,
+        }
+
+    @staticmethod
+    def nothing(num_queries: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """As :meth:`load`, before the first document."""
+        return 0, np.empty((num_queries, 0), dtype=np.int64), np.empty((num_queries, 0), dtype=np.float32)
+
+    def load(self) -> tuple[int, np.ndarray, np.ndarray]:
+        """How many documents were compared, and the best of them with their scores."""
+        arrays = cache.load(self._path, self._key)
+        if arrays is None:
+            return self.nothing(len(self._collection.queries))
+        first, count = int(arrays["compared"][0]), len(self._collection.documents)
+        log.info(f"{self._path}: resumes after {first:,} of {count:,} documents")
+        return first, arrays["found"], arrays["scores"]
+
+    def store(self, compared: int, found_QK: np.ndarray, scores_QK: np.ndarray) -> None:
+        """Keep them."""
+        try:
+            arrays = {"compared": np.array([compared]), "found": found_QK, "scores": scores_QK}
+            cache.store(self._path, self._key, arrays)
+        except OSError as error:
+            raise OutputError(
+                f"cannot be written ({error.strerror or error}); the same command resumes", path=self._path
+            ) from error
 
 
 def _nearest(

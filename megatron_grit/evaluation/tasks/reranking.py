@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,17 +95,18 @@ def _scores(model: GritModel, task: Candidates, ranking: Ranking, lengths: Lengt
     """Of each query those of its documents, computed or of an earlier run that was killed."""
     ids, count = task.collection.document_ids, len(ranking.documents)
     computed = _computed(model, task, ranking, lengths)
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress(count, "reranking", "query"))
-        if task.output is None:
+    if task.output is None:
+        with Progress(count, "reranking", "query") as progress:
             return [each for each in _counted(computed(0), progress)]
-        file = stack.enter_context(LineFile(task.output))
-        file.resume(_identity(task, ranking, lengths), count)
-        progress.skip(file.num_rows)
-        for query, values in enumerate(_counted(computed(file.num_rows), progress), file.num_rows):
+
+    def lines(first: int) -> Iterator[list[str]]:
+        for query, values in enumerate(computed(first), first):
             names = [ids[place] for place in ranking.documents[query].tolist()]
             line = {"query": task.collection.query_ids[query], "scores": dict(zip(names, values, strict=True))}
-            file.append([json_text(line)])
+            yield [json_text(line)]
+
+    with LineFile(task.output) as file:
+        file.fill(_identity(task, ranking, lengths), count, lines, "reranking", "query")
         found = [list(json.loads(line)["scores"].values()) for line in file.lines()]
         file.publish()
     return found

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_grit.data.indexed.rollouts import equal_groups
+from megatron_grit.data.rollouts.counts import CompletionCounts
 from megatron_grit.data.rollouts.records import PromptGroup, read_groups
 from megatron_grit.data.text.lines import parse_json
 from megatron_grit.inference.rollouts.endpoint import Endpoint
@@ -18,27 +19,25 @@ from megatron_grit.inference.rollouts.options import RewardOptions, RolloutOptio
 from megatron_grit.inference.rollouts.rewards import Rewards
 from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.files import check_output, json_text
-from megatron_grit.store.logs import get_logger
-from megatron_grit.store.progress import Progress
 from megatron_grit.store.rows import LineFile
-
-log = get_logger(__name__)
 
 
 @dataclass(kw_only=True)
-class RolloutSummary:
+class RolloutSummary(CompletionCounts):
     """What was written."""
 
-    num_prompts: int
-    num_completions: int
-    reward_mean: float
-    reward_std: float
-    num_equal_prompts: int
-    """Prompts whose completions all have one reward."""
     num_cut: int
     """Completions that ended at the limit of tokens."""
     num_without_ids: int
     """Completions without ids of tokens or their log-probabilities."""
+
+    def remarks(self) -> list[tuple[int, str]]:
+        """As in the base class."""
+        return [
+            *super().remarks(),
+            (self.num_cut, "completions were cut off at max_tokens"),
+            (self.num_without_ids, "completions have no log-probabilities of tokens"),
+        ]
 
 
 def write_rollouts_file(options: RolloutOptions) -> RolloutSummary:
@@ -53,16 +52,15 @@ def write_rollouts_file(options: RolloutOptions) -> RolloutSummary:
     rewards = Rewards(options)  # before anything is read: a wrong name is found at once
     groups = list(read_groups(source, answered=options.completions is not None))
     endpoint = None if options.endpoint is None else Endpoint(options)
+
+    def rewarded(first: int) -> Iterator[list[str]]:
+        for group in _answered(groups[first:], options, endpoint, first):
+            rewards.add(group)
+            yield [json_text(group.to_json())]
+
     with LineFile(Path(options.output)) as file:
-        file.resume(_identity(options, groups, endpoint), len(groups))
-        if file.num_rows:
-            log.info(f"{options.output}: resumes after {file.num_rows:,} of {len(groups):,} prompts")
-        with Progress(len(groups), "sampling" if endpoint else "rewarding", "prompt") as bar:
-            bar.skip(file.num_rows)
-            for group in _answered(groups[file.num_rows :], options, endpoint, file.num_rows):
-                rewards.add(group)
-                file.append([json_text(group.to_json())])
-                bar.update(1)
+        identity, doing = _identity(options, groups, endpoint), "sampling" if endpoint else "rewarding"
+        file.fill(identity, len(groups), rewarded, doing, "prompt")
         summary = _summary(file.lines())
         file.publish()
     return summary

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 from megatron_grit.cli import main as cli
 from megatron_grit.cli import train
+from megatron_grit.config.checks.run import find_problems
+from megatron_grit.config.kinds import kind_names, kind_options
 from megatron_grit.config.parse import parse_run_config, save_config
+from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import DataError
 from megatron_grit.parallel import failures
 
@@ -46,9 +51,24 @@ def test_dry_run_looks_for_files(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == (
         "megatron-grit: error: command line: data.embedding: there is no file e.idx; "
-        "make it with tools/preprocess/build_grit.py"
+        "make it with megatron-grit build-grit"
     )
     assert len(lines) == 3
+
+
+@pytest.mark.parametrize("kind", kind_names())
+def test_a_file_that_is_not_there_is_made_by_the_tool_of_its_kind(kind: str) -> None:
+    key, made_by = kind_options(kind).DATA, kind_options(kind).MADE_BY
+    config = RunConfig()
+    config.training.objective = kind  # type: ignore[assignment]
+    missing = next(problem.message for problem in find_problems(config, 1) if problem.key == key)
+    assert missing.startswith(f"training.objective {kind} needs {key}: the prefix of a file made by {made_by}; ")
+    attrgetter(key)(config).append("nowhere")
+    config.data.tokenizer = "t"
+    missing = next(problem.message for problem in find_problems(config, 1) if problem.key == key)
+    assert missing == f"{key}: there is no file nowhere.idx; make it with {made_by}"
+    named = set(re.findall(r"(?:build|preprocess)-\w+", made_by))
+    assert named and named <= set(cli.verbs())
 
 
 def test_dry_run_tells_everything_that_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -116,6 +116,13 @@ def test_a_tool_is_a_verb(
     assert texts[0] == texts[1]
 
 
+def test_a_place_that_may_stay_empty_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["report", "--help"])
+    usage = " ".join(capsys.readouterr().out.partition("\n\n")[0].split())
+    assert usage == "usage: megatron-grit report [RUN ...] --output-dir OUTPUT_DIR [OPTION ...]"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

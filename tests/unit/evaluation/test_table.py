@@ -50,6 +50,21 @@ def test_a_task_weighs_the_same_in_its_group_and_a_group_in_the_mean(capsys: pyt
     assert table["tasks"]["sft_1"]["wmt14"] == pytest.approx(0.6)
 
 
+def test_of_files_of_the_harness_in_one_folder_the_newest_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    write("base/lm_eval/results_2.json", {"results": {"nq": {"em,none": 0.7}}})
+    write("base/lm_eval/results_0.json", {"results": {"nq": {"em,none": 0.9}, "wmt14": {"ter,none": 1.0}}})
+    assert cli.main([*COMMAND, "--output", "table.json"]) == 0
+    tasks = json.loads(Path("table.json").read_text())["tasks"]["base"]
+    assert (tasks["nq"], tasks["wmt14"]) == (0.7, pytest.approx(0.8))
+    capsys.readouterr()
+    write("base/lm_eval/part/results_3.json", {"results": {"nq": {"em,none": 0.7}}})
+    assert cli.main(COMMAND) == 2
+    assert (
+        "em of task nq is in lm_eval/part/results_3.json and lm_eval/results_2.json; remove one"
+        in capsys.readouterr().err
+    )
+
+
 def test_latex(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*COMMAND, "--latex"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -69,7 +84,11 @@ def test_latex(capsys: pytest.CaptureFixture[str]) -> None:
         ("groups.yaml", "Reading: {squad2: f1", "groups.yaml:"),
         ("base/squad2.json", "{", "base/squad2.json: cannot be read as JSON"),
         ("base/squad2.json", {"f1": None}, "base/squad2.json: f1 of task squad2 is None and no number"),
-        ("base/more/squad2.json", {"f1": 1.0}, "base: f1 of task squad2 is in squad2.json and squad2.json"),
+        (
+            "base/more/squad2.json",
+            {"f1": 1.0},
+            "base: f1 of task squad2 is in more/squad2.json and squad2.json; remove one",
+        ),
         (
             "base/lm_eval/results_1.json",
             {"results": {"nq": {"em,none": 1, "em,strict": 0}, "wmt14": {"ter,none": 1}}},

@@ -14,6 +14,8 @@ SECTION = None
 """Dataclass of the section of RunConfig that has the kind's name; None: there is none."""
 DATA, WEIGHT, BATCH = "data.embedding", "loss.loss_emb_factor", "training.embedding_batch_size"
 """Keys of its sources, of the weight of its loss, and of how many of its samples a step takes."""
+MADE_BY = "megatron-grit build-grit"
+"""Command that makes its sources."""
 LOSS = "contrastive"
 """Name of its loss."""
 METRICS = ("loss_emb", "accuracy_emb")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_grit.config.checks.indexed import TEXTS_MADE_BY
 from megatron_grit.config.checks.packing import packing_problems
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.schema import RunConfig
@@ -11,6 +12,7 @@ from megatron_grit.config.workload import LossCost, RowWorkload, TextLengths, pr
 
 SECTION = None
 DATA, WEIGHT, BATCH = "data.generative", "loss.loss_gen_factor", "training.generative_batch_size"
+MADE_BY = TEXTS_MADE_BY
 LOSS = "next_token"
 METRICS = ("loss_gen",)
 EMBEDS = False

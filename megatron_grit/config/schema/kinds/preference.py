@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_grit.config.blend import expand_item
@@ -63,6 +63,7 @@ class PreferenceConfig:
 
 SECTION = PreferenceConfig
 DATA, WEIGHT, BATCH = "preference.data", "preference.weight", "preference.batch_size"
+MADE_BY = "megatron-grit build-preference"
 LOSS = "preference"
 METRICS = (
     "loss_preference",
@@ -105,10 +106,20 @@ def problems(config: RunConfig, multiple: int) -> Iterator[Problem]:
 
 def plan_rows(config: RunConfig, data_size: int, lengths: TextLengths) -> RowWorkload:
     """The rows of a step as a configuration leads to them; arguments as for other kinds. A record is taken for a pair
-    of two sequences."""
+    of two sequences; kto has rows beside them of as many other answers."""
     own: PreferenceConfig = config.preference  # type: ignore[attr-defined]
     full_rows = own.rows if config.data.packing == "window" else None
-    return predicted_rows(config, "preference", data_size, lengths, batch_size=2 * own.batch_size, full_rows=full_rows)
+    rows = predicted_rows(config, "preference", data_size, lengths, batch_size=2 * own.batch_size, full_rows=full_rows)
+    return replace(rows, rows_beside=rows.rows if own.loss == "kto" else 0)
+
+
+def measured_passes(config: RunConfig) -> int:
+    """Passes of the step's rows, or of as many, forward alone: kto's of other answers, and those of a reference that is
+    asked in every step, about both."""
+    own: PreferenceConfig = config.preference  # type: ignore[attr-defined]
+    others = int(own.loss == "kto")
+    asks = needs_reference(own) and own.reference == "adapters_off"
+    return others + (1 + others if asks else 0)
 
 
 def loss_cost(config: RunConfig, rows: RowWorkload, data_size: int) -> LossCost:

@@ -42,6 +42,7 @@ class RewardConfig:
 
 SECTION = RewardConfig
 DATA, WEIGHT, BATCH = "reward.data", "reward.weight", "reward.batch_size"
+MADE_BY = "megatron-grit build-preference"
 LOSS = "reward"
 METRICS = ("loss_reward", "accuracy_reward", "margin_reward", "chosen_reward", "rejected_reward")
 EMBEDS = True

@@ -58,6 +58,7 @@ class RolloutConfig:
 
 SECTION = RolloutConfig
 DATA, WEIGHT, BATCH = "rollout.data", "rollout.weight", "rollout.batch_size"
+MADE_BY = "megatron-grit build-rollouts"
 LOSS = "policy_gradient"
 METRICS = (
     "loss_rollout",

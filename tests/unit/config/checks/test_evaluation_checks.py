@@ -64,7 +64,8 @@ def test_missing_files_and_what_is_told(tmp_path: Path) -> None:
     messages = [problem.message for problem in find_problems(config, 1) if problem.key == "evaluation.tasks"]
     assert messages == [
         f"evaluation.tasks: there is no file {tmp_path}/dev.jsonl, the data of dev",
-        f"evaluation.tasks: there is no file {tmp_path}/texts.idx; make it with tools/preprocess/build_grit.py",
+        f"evaluation.tasks: there is no file {tmp_path}/texts.idx; make it with megatron-grit build-sft "
+        "(conversations), preprocess-data (texts) or build-grit (GRIT's records)",
     ]
     first, second, third = evaluation_lines(config)
     assert first.startswith("evaluation every 100 steps and at the end: dev (retrieval of")

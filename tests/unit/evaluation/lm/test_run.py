@@ -26,7 +26,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluate(run: RunConfig, folder: Path, output: Path, **changes: Any) -> LmReport:
     asked: dict[str, Any] = {"tasks": list(NAMES), "include_path": [str(folder)], "bootstrap_iters": 0}
     options = HarnessModel(checkpoint=run.output_dir, device="cpu")
-    report = evaluate_lm(options, HarnessTasks(output=str(output), **asked | changes))
+    report = evaluate_lm(options, HarnessTasks(output_dir=str(output), **asked | changes))
     assert report is not None
     return report
 
@@ -54,7 +54,7 @@ def test_a_killed_evaluation_resumes(
     monkeypatch.setattr(requests, "_ROUNDS", 1)
     options = HarnessModel(checkpoint=trained_run.output_dir, device="cpu", batch_tokens=256, at_once=2)
     told = HarnessTasks(
-        tasks=list(NAMES), output=str(tmp_path / "killed"), include_path=[str(tasks)], bootstrap_iters=0
+        tasks=list(NAMES), output_dir=str(tmp_path / "killed"), include_path=[str(tasks)], bootstrap_iters=0
     )
     for _ in range(9):  # killed again and again, after five passes each time
         asked.clear()
@@ -81,7 +81,7 @@ def test_answers_of_another_model_are_refused(trained_run: RunConfig, tasks: Pat
     described = tmp_path / "answers" / "model.json"
     facts = json.loads(described.read_bytes())
     described.write_text(json.dumps(facts | {"content": "another"}))
-    with pytest.raises(DataError, match=r"of another model \(content another\); give another --output"):
+    with pytest.raises(DataError, match=r"of another model \(content another\); give another --output-dir"):
         evaluate(trained_run, tasks, tmp_path, tasks=["local_answers"])
 
 

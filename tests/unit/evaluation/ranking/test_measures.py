@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_grit.errors import DataError
-from megatron_grit.evaluation.ranking.collection import Collection, read_beir
+from megatron_grit.evaluation.ranking.collection import Collection, UnfinishedRanking, read_beir
 from megatron_grit.evaluation.ranking.measures import measure
 from megatron_grit.evaluation.ranking.search import rank_by_embeddings, ranked
 from megatron_grit.evaluation.tasks import retrieval
@@ -85,6 +86,45 @@ def test_search_by_windows_finds_the_nearest(monkeypatch: pytest.MonkeyPatch) ->
     parts = rank_by_embeddings(Known(), collection, Lengths(), 9)
     for query, (one, other) in enumerate(zip(whole.documents, parts.documents, strict=True)):
         assert one.tolist() == other.tolist() and one[0] == query and len(one) == 9
+
+
+def test_a_killed_search_resumes_after_the_last_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_grit.evaluation.ranking.search._WINDOW", 7)
+    collection, _ = drawn()
+    path = tmp_path / ".scores.json.partial"
+
+    def ranking(killed_at: int | None = None, model: str = "one") -> tuple[Any, list[int]]:
+        sizes: list[int] = []
+
+        class Counting(Known):
+            def encode(self, texts: list[str], instruction: str | None, **how: object) -> np.ndarray:
+                sizes.append(len(texts) if how["side"] == "passage" else 0)
+                if len(sizes) == killed_at:
+                    raise KeyboardInterrupt
+                return super().encode(texts, instruction, **how)
+
+        told = {**vars(collection), "query_instruction": "find"}
+        unfinished = UnfinishedRanking(path=path, model=[model])
+        try:
+            return rank_by_embeddings(Counting(), Collection(**told | {"unfinished": unfinished}), Lengths(), 9), sizes
+        except KeyboardInterrupt:
+            return None, sizes
+
+    whole, _ = ranking()
+    path.unlink()
+    _, before = ranking(killed_at=5)
+    found, after = ranking()
+    assert before == [0, 7, 7, 7, 7] and after == [0, 7, 7, 7, 7, 7, 4]  # the one that was killed, and those after it
+    for one, other in zip(found.documents + found.scores, whole.documents + whole.scores, strict=True):
+        assert one.tolist() == other.tolist()
+    path.unlink()
+    ranking(killed_at=5)
+    path.write_bytes(path.read_bytes()[:-1])  # damaged
+    assert sum(ranking()[1]) == 60
+    path.unlink()
+    ranking(killed_at=5)
+    found, after = ranking(model="another")
+    assert sum(after) == 60
 
 
 def write_folder(folder: Path, judgements: str = "query-id\tcorpus-id\tscore\nq1\td2\t2\nq2\td1\t1\n") -> Path:

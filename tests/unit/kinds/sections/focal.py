@@ -28,6 +28,7 @@ class FocalConfig:
 
 SECTION = FocalConfig
 DATA, WEIGHT, BATCH = "focal.data", "focal.weight", "focal.batch_size"
+MADE_BY = "megatron-grit build-sft"
 LOSS = "focal"
 METRICS = ("loss_focal", "easy_focal")
 EMBEDS = False

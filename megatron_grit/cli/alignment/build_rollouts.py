@@ -38,19 +38,7 @@ def run(options: BuildRolloutsOptions) -> None:
     from megatron_grit.data.rollouts.build import build_rollouts
 
     report = build_rollouts(options.input, options.output_prefix, options)
-    print(
-        f"{options.output_prefix}: {report.num_completions:,} completions of {report.num_prompts:,} prompts, "
-        f"{report.num_tokens:,} tokens; reward {report.reward_mean:.4f} +- {report.reward_std:.4f}"
-    )
-    for count, what in (
-        (report.num_equal_prompts, "prompts have one reward for all completions, which teaches nothing"),
-        (report.num_too_long, "completions are longer than max_length and left out"),
-        (report.num_empty, "completions without a token are left out"),
-    ):
-        if count:
-            print(f"  {count:,} {what}")
-    if not report.has_log_probs:
-        print("  without log-probabilities of the sampling policy: a run takes those of the model that it starts from")
+    print("\n".join(report.lines(options.output_prefix)))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,18 +33,7 @@ def run(options: RolloutOptions) -> None:
     """Sample and reward, and say what there is."""
     from megatron_grit.inference.rollouts.run import write_rollouts_file
 
-    found = write_rollouts_file(options)
-    print(
-        f"{options.output}: {found.num_completions:,} completions of {found.num_prompts:,} prompts; reward "
-        f"{found.reward_mean:.4f} +- {found.reward_std:.4f}"
-    )
-    for count, what in (
-        (found.num_equal_prompts, "prompts have one reward for all completions, which teaches nothing"),
-        (found.num_cut, "completions were cut off at max_tokens"),
-        (found.num_without_ids, "completions have no log-probabilities of tokens"),
-    ):
-        if count:
-            print(f"  {count:,} {what}")
+    print("\n".join(write_rollouts_file(options).lines(options.output)))
 
 
 def main(argv: list[str] | None = None) -> int:
