@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
+from megatron_grit.config.checks.indexed import TEXTS_MADE_BY
 from megatron_grit.config.schema import RunConfig
 
 SECTIONS = "megatron_grit.config.schema.kinds"
@@ -91,6 +92,12 @@ def option(config: RunConfig, key: str) -> Any:
 def kind_sources(config: RunConfig, kind: str) -> list[str]:
     """What a run says of a kind's sources: see :mod:`~megatron_grit.config.blend`."""
     return option(config, kind_options(kind).DATA)
+
+
+def made_by(key: str) -> str:
+    """The command that makes the indexed files which a key names, those of a kind or ``data.valid``."""
+    every = {kind_options(kind).DATA: kind_options(kind).MADE_BY for kind in kind_names()}
+    return str(every.get(key, TEXTS_MADE_BY))
 
 
 def kind_weight(config: RunConfig, kind: str) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_grit.config.checkpoint_folder import holds_checkpoint, resolve_checkpoint
 from megatron_grit.config.options import BatchSize, TextLength
 from megatron_grit.data.indexed.reader import file_paths
+from megatron_grit.data.indexed.records import check_texts
 from megatron_grit.errors import ConfigError
 from megatron_grit.evaluation.bootstrap import Interval
 from megatron_grit.evaluation.encoder import is_model_folder, load_encoder, model_fingerprint
@@ -74,6 +75,8 @@ def evaluate_checkpoint(  # many: the data of each task
     check_output(output, [*reads, *(file_paths(generative) if generative is not None else ())])
     if generative is not None and not holds_checkpoint(checkpoint) and is_model_folder(checkpoint):
         raise ConfigError(f"{checkpoint}: --generative takes a checkpoint; import it with megatron-grit convert")
+    if generative is not None:
+        check_texts(generative)  # before the model
     read = {name: TASKS[name].read(path) for name, path in paths.items() if path is not None}
     return run_tasks(checkpoint, output, read, lengths, device=device)
 

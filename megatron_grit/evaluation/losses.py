@@ -6,7 +6,8 @@ from pathlib import Path
 
 from megatron_grit.config.checkpoint_folder import resolve_checkpoint
 from megatron_grit.config.options import BatchSize
-from megatron_grit.data.indexed.reader import file_paths, read_meta
+from megatron_grit.data.indexed.reader import file_paths
+from megatron_grit.data.indexed.records import check_texts
 from megatron_grit.evaluation.tasks.generative import LossReport, loss_figures, report_losses
 from megatron_grit.evaluation.tasks.task import write_summary
 from megatron_grit.store.files import check_output, json_text, replacing
@@ -40,7 +41,7 @@ def write_losses(
             output that is input or cannot be written.
     """
     check_output(output, file_paths(prefix))
-    read_meta(prefix)  # before the model: a file that is not there is found at once
+    check_texts(prefix)  # before the model: a file that is not there is found at once
     path = resolve_checkpoint(checkpoint)
     say_loading()
     from megatron_grit.inference.model import GritModel

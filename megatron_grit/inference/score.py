@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_grit.data.indexed.records import IndexedRecords
-from megatron_grit.data.indexed.roles import RowKind, supervised
+from megatron_grit.data.indexed.records import IndexedRecords, check_texts
+from megatron_grit.data.indexed.roles import supervised
 from megatron_grit.data.rows.batch import PackedRow
 from megatron_grit.data.rows.packing import pack
 from megatron_grit.data.text.tokenizer import Tokenizer
@@ -130,9 +130,8 @@ def read_supervised(
     Raises:
         DataError: the file is damaged, of another kind or of another tokenizer, or a record is too long.
     """
+    check_texts(prefix)
     records = IndexedRecords(prefix)
-    if records.kind is not RowKind.GENERATIVE:
-        raise DataError(f"holds {records.meta.kind} records; next-token loss needs generative ones", path=prefix)
     problem = records.meta.other_tokenizer(tokenizer.path, tokenizer.fingerprint)
     if problem is not None:
         raise DataError(f"{problem}; build it again with this model's", path=prefix)

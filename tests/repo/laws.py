@@ -127,7 +127,6 @@ NAMES_A_KIND = {
     "evaluation/checkpoint.py": "takes the flag",
     "evaluation/in_training.py": "limits the texts that it has tokenised",
     "inference/encode.py": "makes rows by hand",
-    "inference/score.py": "reads a file's kind of record",
     "retrieval/mining/mine.py": "reads a file's kind of record",
     "serving/service.py": "a word of the protocol that it speaks",
     "config/checks/checkpoint.py": "the section of the configuration with the embedding's shape",

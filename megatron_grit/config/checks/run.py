@@ -15,13 +15,13 @@ from megatron_grit.config.checkpoint_folder import holds_checkpoint
 from megatron_grit.config.checks.adapter import adapter_problems, trains_output_layer
 from megatron_grit.config.checks.embedding import embedding_problems
 from megatron_grit.config.checks.evaluation import evaluation_file_problems, evaluation_problems
-from megatron_grit.config.checks.indexed import TEXTS_MADE_BY, missing_file
+from megatron_grit.config.checks.indexed import missing_file
 from megatron_grit.config.checks.model import model_problems
 from megatron_grit.config.checks.problem import Problem
 from megatron_grit.config.checks.ranges import range_problems
 from megatron_grit.config.checks.teacher import teacher_file_problems, teacher_problems
 from megatron_grit.config.embedding_shape import num_head_parameters
-from megatron_grit.config.kinds import kind_names, kind_options, kind_sources, trained_kinds
+from megatron_grit.config.kinds import kind_names, kind_options, kind_sources, made_by, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import expert_width, num_query_groups
 from megatron_grit.errors import ConfigError, MeshError
@@ -92,7 +92,8 @@ def find_problems(config: RunConfig, world_size: int, *, files: bool = True) -> 
 
 def names_data(problem: Problem) -> bool:
     """Whether a problem may keep the data from being looked at."""
-    return problem.key.startswith(("data.", "training.", "embedding.", "model.max_position"))
+    sources = {kind_options(kind).DATA for kind in kind_names()}
+    return problem.key in sources or problem.key.startswith(("data.", "training.", "embedding.", "model.max_position"))
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
@@ -290,8 +291,8 @@ def _data(config: RunConfig) -> Iterator[Problem]:
             others = [other for other in kinds if other != kind] or [other for other in kind_names() if other != kind]
             yield Problem(
                 key,
-                f"training.objective {objective} needs {key}: the prefix of a file made by "
-                f"{kind_options(kind).MADE_BY}; give {key} or set training.objective to {' or '.join(others)}",
+                f"training.objective {objective} needs {key}: the prefix of a file made by {made_by(key)}; give "
+                f"{key} or set training.objective to {' or '.join(others)}",
             )
         try:
             # A blend file is read here, so that the run fails before it asks for devices.
@@ -323,11 +324,10 @@ def _held_out(config: RunConfig) -> Iterator[Problem]:
 
 def _files(config: RunConfig) -> Iterator[Problem]:
     data = config.data
-    kinds = trained_kinds(config)
-    sources = [(kind_options(kind).DATA, kind_sources(config, kind), kind_options(kind).MADE_BY) for kind in kinds]
-    for key, prefixes, made_by in [*sources, ("data.valid", data.valid, TEXTS_MADE_BY)]:
+    sources = {kind_options(kind).DATA: kind_sources(config, kind) for kind in trained_kinds(config)}
+    for key, prefixes in (sources | {"data.valid": data.valid}).items():
         for entry in read_blend(prefixes, key):
-            if (problem := missing_file(entry.path, made_by, data.tokenizer)) is not None:
+            if (problem := missing_file(entry.path, made_by(key), data.tokenizer)) is not None:
                 yield Problem(key, f"{key}: {problem}")
     if data.tokenizer is not None:
         tokenizer = Path(data.tokenizer)

@@ -9,11 +9,26 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_grit.config.checks.indexed import TEXTS_MADE_BY
 from megatron_grit.data.indexed.reader import CHECKED_BLOCK_BYTES, DOCUMENTS, IndexedFile, file_paths, read_meta
 from megatron_grit.data.indexed.roles import Role, RowKind, check_grammar, split_segments
 from megatron_grit.errors import DataError
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def check_texts(prefix: str | Path) -> None:
+    """See whether an indexed file is there and holds what a next-token loss is measured of.
+
+    Raises:
+        DataError: it is not, or does not.
+    """
+    kind = read_meta(prefix).kind
+    if kind not in (RowKind.GENERATIVE, DOCUMENTS):
+        raise DataError(
+            f"holds {kind} records; next-token loss needs generative ones, of {TEXTS_MADE_BY}",
+            path=file_paths(prefix)[2],
+        )
 
 
 class IndexedRecords:

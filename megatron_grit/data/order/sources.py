@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_grit.config.blend import BlendEntry, read_blend
+from megatron_grit.config.kinds import made_by
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.indexed.reader import IndexedMeta, describe_skipped, file_paths
 from megatron_grit.data.indexed.records import IndexedRecords
@@ -205,7 +206,10 @@ def find_errors(config: RunConfig, tokenizer: Tokenizer, rules: SourceRules) -> 
 def _read_entries(config: RunConfig, rules: SourceRules) -> list[BlendEntry]:
     entries = read_blend(rules.prefixes, rules.key)
     if not entries:
-        raise ConfigError(f"{rules.key} is empty, but training.objective {config.training.objective} needs it")
+        raise ConfigError(
+            f"{rules.key} is empty, but training.objective {config.training.objective} needs it; give files of "
+            f"{made_by(rules.key)}"
+        )
     return entries
 
 
@@ -215,7 +219,10 @@ def _meta_errors(
     """What a source's metadata tells against it."""
     meta, path = source.meta, file_paths(source.prefix)[2]
     if source.kind is not rules.records:
-        yield DataError(f"holds {meta.kind} records and stands under {rules.key}", path=path)
+        yield DataError(
+            f"holds {meta.kind} records and stands under {rules.key}, which takes files of {made_by(rules.key)}",
+            path=path,
+        )
         return
     if (problem := meta.other_tokenizer(tokenizer.path, tokenizer.fingerprint)) is not None:
         yield DataError(f"{problem}; build it again or set data.tokenizer", path=path)

@@ -42,8 +42,8 @@ class Endpoint:
     """
 
     def __init__(self, options: EndpointOptions) -> None:
-        url = urllib.parse.urlsplit(options.endpoint or "")
-        if url.scheme not in ("http", "https") or not url.hostname:
+        url = _parts(options.endpoint or "")
+        if url is None or url.scheme not in ("http", "https") or not url.hostname:
             raise ConfigError(
                 f"--endpoint {options.endpoint} is no address; give the base of the API, such as "
                 "http://127.0.0.1:8000/v1"
@@ -129,7 +129,7 @@ class Endpoint:
             content = response.read()
         try:
             return json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise self._other(path, content[:200].decode(errors="replace")) from None
 
     def _other(self, path: str, answer: Any) -> EndpointError:
@@ -158,6 +158,16 @@ def _message(content: bytes) -> str:
         return str(value.get("error", value).get("message", text))[:300]
     except (ValueError, AttributeError):
         return shortened(text)
+
+
+def _parts(address: str) -> urllib.parse.SplitResult | None:
+    """None: it cannot be asked for, whatever is there."""
+    try:
+        url = urllib.parse.urlsplit(address)
+        url.port  # noqa: B018 - which raises where it is no number, or none of a port
+    except ValueError:
+        return None
+    return url if address.isascii() and address.isprintable() and " " not in address else None
 
 
 def _is_loopback(host: str) -> bool:

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_grit.data.indexed.roles import RowKind
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.evaluation.checkpoint import evaluate_checkpoint
 from megatron_grit.evaluation.tasks.task import format_figures
 from megatron_grit.inference.model import GritModel
 from megatron_grit.store.files import write_json
+from tests.unit.data import indexed_files
 
 
 class KnownModel:
@@ -38,6 +40,8 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.mkdir(parents=True)
     (path / "state.json").write_text(json.dumps({"format_version": 1, "step": 7, "world_size": 2}))
     monkeypatch.setattr(GritModel, "load", lambda path, device: KnownModel())
+    indexed_files.write_chats(tmp_path / "held_out", [(3, 4)])
+    monkeypatch.chdir(tmp_path)
     return tmp_path / "run"
 
 
@@ -71,6 +75,17 @@ def test_one_of_the_two(checkpoint: Path, task: Path, tmp_path: Path) -> None:
     assert set(figures["intervals"]) == {"lm_loss"} and "num_queries" not in figures
     figures = evaluate_checkpoint(checkpoint, tmp_path / "b.json", retrieval=task)
     assert set(figures["intervals"]) == {"recall_at_1", "recall_at_10", "ndcg_at_10"}
+
+
+def test_texts_are_looked_at_before_the_model(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GritModel, "load", lambda path, device: pytest.fail("the model was loaded"))
+    with pytest.raises(DataError, match=r"none.json: no such file; .* as megatron-grit build-sft, "):
+        evaluate_checkpoint(checkpoint, tmp_path / "a.json", generative="none")
+    indexed_files.write(tmp_path / "pairs", [indexed_files.pair(3, 4)], RowKind.EMBEDDING)
+    with pytest.raises(DataError, match=r"pairs.json: holds embedding records; .* of megatron-grit build-sft"):
+        evaluate_checkpoint(checkpoint, tmp_path / "a.json", generative="pairs")
 
 
 def test_nothing_to_evaluate(checkpoint: Path, tmp_path: Path) -> None:

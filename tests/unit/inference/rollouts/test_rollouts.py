@@ -221,8 +221,15 @@ def test_an_endpoint_that_is_not_there(tmp_path: Path) -> None:
         url = f"http://127.0.0.1:{one.getsockname()[1]}/v1"
     with pytest.raises(DataError, match=r"does not answer /models \(.*refused.*\); start it, or correct --endpoint"):
         write_rollouts_file(options(tmp_path, url))
-    with pytest.raises(ConfigError, match="is no address"):
-        write_rollouts_file(options(tmp_path, "localhost:8000"))
+    for address in (
+        "localhost:8000",
+        "http://localhost:99999/v1",
+        "http://localhost:x/v1",
+        "http://lo cal/v1",
+        "http://a/ä",
+    ):
+        with pytest.raises(ConfigError, match="is no address"):
+            write_rollouts_file(options(tmp_path, address))
 
 
 def group_of(text: str, **line: Any) -> PromptGroup:
