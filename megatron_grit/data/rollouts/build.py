@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_grit.config.checkpoint_folder import holds_checkpoint, resolve_checkpoint
 from megatron_grit.data.chat.chat import Chat, named_chat
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.rollouts import equal_groups, write_rollouts
@@ -90,7 +91,9 @@ def build_rollouts(inputs: Sequence[str | Path], output_prefix: str | Path, opti
     """
     check_prefix(output_prefix)
     refuse_existing(output_prefix, options.overwrite)
-    tokenizer = load_tokenizer(local_folder(options.tokenizer, weights=False))
+    source = options.tokenizer
+    folder = resolve_checkpoint(source) if holds_checkpoint(source) else local_folder(source, weights=False)
+    tokenizer = load_tokenizer(folder)
     encoder = _Encoder(tokenizer, options)
     kept = _Kept()
     groups = chain.from_iterable(read_groups(path, answered=True) for path in inputs)

@@ -12,7 +12,8 @@ class RolloutBuild(Checked):
     """How completions become an indexed file."""
 
     tokenizer: str = knob(path=True)
-    """Of the model that sampled: SentencePiece .model, tokenizer.json, their folder, or a name on the hub."""
+    """Of the model that sampled: a run or checkpoint, SentencePiece .model, tokenizer.json, their folder, or a name on
+    the hub."""
     template: str = knob("tokenizer", path=True)
     """Chat template of messages where a line has no prompt_token_ids: chatml, gritlm, llama2, tulu, zephyr, tokenizer
     for the tokenizer's own, or a .yaml file. Ids that were sampled are better: text may be cut into other tokens."""

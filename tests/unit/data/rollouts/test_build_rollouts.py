@@ -63,6 +63,19 @@ def test_tokens_are_taken_as_they_were_sampled(folder: Path, tokenizer: Tokenize
     assert known.behavior(1, 3, 4).tolist() == [-2.0]
 
 
+def test_the_tokenizer_of_a_run(folder: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
+    (checkpoint / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    lines = [{"prompt": "two", "completions": [{"text": "four", "reward": 1}, {"text": "six", "reward": 0}]}]
+    _, prefix = built(folder, tmp_path, lines)
+    expected = prefix.with_suffix(".bin").read_bytes()
+    for path in (tmp_path / "run", checkpoint):
+        _, prefix = built(path, tmp_path, lines)
+        assert prefix.with_suffix(".bin").read_bytes() == expected
+
+
 def test_text_is_tokenised_as_it_is_for_tuning(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     from megatron_grit.data.text.records import Message
     from megatron_grit.data.text.templates import encode_chat, encode_prompt
