@@ -92,10 +92,8 @@ class Endpoint:
         except (KeyError, TypeError, AttributeError, IndexError, DataError):
             raise group.line.error(str(self._other(path, answer))) from None
         if len(found) != sampling.n:
-            raise group.line.error(
-                f"{self.url} gave {len(found)} completions in place of --n {sampling.n}; give --n {len(found)}, or another "
-                "endpoint"
-            )
+            remedy = f"give --n {len(found)}, or another endpoint"
+            raise group.line.error(f"{self.url} gave {len(found)} completions in place of --n {sampling.n}; {remedy}")
         group.prompt_token_ids, group.completions = ids, found
         return group
 
