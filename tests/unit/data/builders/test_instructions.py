@@ -229,5 +229,5 @@ def test_a_library_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
     for source, name in (("open_orca", "1M-GPT4-Augmented.parquet"), ("hard_coded", "hard_coded_examples.xlsx")):
         folder = write_raw(tmp_path, source)
         (folder / name).write_bytes(b"")
-        with pytest.raises(ConfigError, match=rf"{name}: .* needs (pyarrow|openpyxl); install it with"):
+        with pytest.raises(ConfigError, match=rf"{name}: .* needs (pyarrow|openpyxl): pip install .*\[data\]"):
             convert(source, folder)
