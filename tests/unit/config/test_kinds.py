@@ -14,7 +14,7 @@ from megatron_grit.config.schema import RunConfig
 
 MEMBERS = {
     "config/schema/kinds": {
-        *("SECTION", "DATA", "WEIGHT", "BATCH", "LOSS", "METRICS", "EMBEDS"),
+        *("SECTION", "DATA", "WEIGHT", "BATCH", "MADE_BY", "LOSS", "METRICS", "EMBEDS"),
         *("problems", "plan_rows", "loss_cost"),
     },
     "data/kinds": {"STREAM", "LEAD_AND_TEXT", "make_row"},
