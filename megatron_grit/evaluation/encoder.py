@@ -36,8 +36,9 @@ class TextEncoder(Protocol):
         side: Side | None,
         max_length: int,
         batch_tokens: int,
+        progress: bool = True,
     ) -> np.ndarray:
-        """Vectors of texts, none of them blank: float32 [len(texts), D]."""
+        """Vectors of texts, none of them blank: float32 [len(texts), D]. ``progress``: may show how far it is."""
 
 
 class FolderEncoder:
@@ -68,8 +69,9 @@ class FolderEncoder:
         side: Side | None,
         max_length: int,
         batch_tokens: int,
+        progress: bool = True,
     ) -> np.ndarray:
-        """As :class:`TextEncoder` says."""
+        """As :class:`TextEncoder` says; nothing is shown."""
         embedder, side = self._embedder, side or "passage"
         embedder.prompts[side] = self.prompt_of(instruction, side)
         embedder.max_length, embedder.batch_tokens = min(max_length, self._limit), batch_tokens

@@ -17,7 +17,9 @@ from megatron_grit.evaluation.ranking.collection import Collection
 from megatron_grit.evaluation.ranking.measures import trec_order
 from megatron_grit.evaluation.tasks.task import Lengths
 from megatron_grit.store import cache
+from megatron_grit.store.environment import job_rank
 from megatron_grit.store.logs import get_logger
+from megatron_grit.store.progress import Progress
 
 log = get_logger(__name__)
 
@@ -25,6 +27,7 @@ _WINDOW = 1 << 13
 """Documents that are embedded and compared at a time, so that memory does not grow with the collection; a kill loses no
 more."""
 _CELLS = 1 << 26
+_PROGRESS_FROM = 256
 
 
 class Ranking(NamedTuple):
@@ -65,20 +68,23 @@ def rank_by_embeddings(encoder: TextEncoder, collection: Collection, lengths: Le
         NumericsError: an embedding is not finite.
         OutputError: what is ranked so far cannot be written.
     """
-    how = vars(lengths)
+    how = dict(vars(lengths))
     queries_QD = encode_filled(encoder, collection.queries, collection.query_instruction, side="query", **how)
     kept = None if collection.unfinished is None else _Kept(collection, lengths, depth)
     first, found_QK, scores_QK = _Kept.nothing(len(queries_QD)) if kept is None else kept.load()
-    for start in range(first, len(collection.documents), _WINDOW):
-        texts = collection.documents[start : start + _WINDOW]
-        if not any(text.strip() for text in texts):
-            continue
-        vectors_WD = encode_filled(encoder, texts, collection.document_instruction, side="passage", **how)
-        if not (np.isfinite(queries_QD).all() and np.isfinite(vectors_WD).all()):
-            raise NumericsError("an embedding is not finite; was the training run stable?")
-        found_QK, scores_QK = _nearest(queries_QD, vectors_WD, start, depth + 1, found_QK, scores_QK)
-        if kept is not None:
-            kept.store(start + len(texts), found_QK, scores_QK)
+    count, how["progress"] = len(collection.documents), False
+    with Progress(count, "embedding", "document", enabled=job_rank() == 0 and count >= _PROGRESS_FROM) as bar:
+        bar.skip(first)
+        for start in range(first, count, _WINDOW):
+            texts = collection.documents[start : start + _WINDOW]
+            if any(text.strip() for text in texts):
+                vectors_WD = encode_filled(encoder, texts, collection.document_instruction, side="passage", **how)
+                if not (np.isfinite(queries_QD).all() and np.isfinite(vectors_WD).all()):
+                    raise NumericsError("an embedding is not finite; was the training run stable?")
+                found_QK, scores_QK = _nearest(queries_QD, vectors_WD, start, depth + 1, found_QK, scores_QK)
+                if kept is not None:
+                    kept.store(start + len(texts), found_QK, scores_QK)
+            bar.update(len(texts))
     return ranked(collection, list(found_QK), list(scores_QK), depth)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,9 @@ def test_prompts_that_cannot_be_used() -> None:
         RerankingOptions(prompt="{query}")
     with pytest.raises(ConfigError, match="must hold {query} behind {passage}"):
         RerankingOptions(prompt="{query} {passage}", method="query_likelihood")
+
+
+def test_without_bm25s_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(ConfigError, match=r"^a ranking by words needs bm25s: pip install 'megatron-grit\[retro\]'$"):
+        reranking.read(folder)
