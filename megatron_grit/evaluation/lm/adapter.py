@@ -72,6 +72,22 @@ class MegatronGritLM(TemplateLM):  # type: ignore[misc]
         self.take(HarnessModel(checkpoint=checkpoint, **options))
 
     @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> MegatronGritLM:
+        """As of lm-eval's models, but that the arguments of the model count before what the command says beside them,
+        which names a device in any case."""
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**given | arg_dict)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> MegatronGritLM:
+        """As :meth:`create_from_arg_obj`, of ``name=value,name=value``."""
+        from lm_eval.utils import simple_parse_args_string
+
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
     def leading(cls, options: HarnessModel) -> MegatronGritLM:
         """For the command, in whose job the first process runs the harness and the others follow."""
         import_lm_eval(allow_downloads=True)

@@ -117,3 +117,15 @@ def test_arguments(trained_run: RunConfig) -> None:
         MegatronGritLM(str(trained_run.output_dir), batch_token=3)
     with pytest.raises(ConfigError, match="tensor"):
         MegatronGritLM(str(trained_run.output_dir), tensor=0)
+
+
+def test_arguments_of_the_model_count_before_the_commands(trained_run: RunConfig) -> None:
+    from megatron_grit.evaluation.lm.adapter import MegatronGritLM
+
+    command = {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}  # which lm-eval's says in any case
+    told = {"checkpoint": str(trained_run.output_dir), "device": "cpu", "at_once": 3}
+    for made in (
+        MegatronGritLM.create_from_arg_obj(told, command),
+        MegatronGritLM.create_from_arg_string(",".join(f"{name}={value}" for name, value in told.items()), command),
+    ):
+        assert made.model.model.context.device.type == "cpu"
