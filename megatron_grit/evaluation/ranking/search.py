@@ -73,7 +73,7 @@ def rank_by_embeddings(encoder: TextEncoder, collection: Collection, lengths: Le
     kept = None if collection.unfinished is None else _Kept(collection, lengths, depth)
     first, found_QK, scores_QK = _Kept.nothing(len(queries_QD)) if kept is None else kept.load()
     count, how["progress"] = len(collection.documents), False
-    with Progress(count, "embedding", "document", enabled=job_rank() == 0 and count >= _PROGRESS_FROM) as bar:
+    with Progress(count, "ranking", "document", enabled=job_rank() == 0 and count >= _PROGRESS_FROM) as bar:
         bar.skip(first)
         for start in range(first, count, _WINDOW):
             texts = collection.documents[start : start + _WINDOW]
