@@ -163,6 +163,27 @@ class SamplingOptions(Checked):
             raise ConfigError(f"stop must be at most {MAX_STOPS} texts, not {len(self.stop)}")
 
 
+CACHE_FORMATS = ("doc", "query", "query-doc", "doc-query")
+"""Forms of a prompt that begins with caches."""
+
+
+@dataclass(kw_only=True)
+class CacheUse(Checked):
+    """How caches of documents are read."""
+
+    format: Literal["doc", "query", "query-doc", "doc-query"] = "doc"
+    """What the caches are of. doc: documents, and the request is a query. query: a query, and the request is a
+    document. query-doc, doc-query: both in this order, and the request is empty."""
+    repair: Literal["auto", "none", "first", "deviating", "all"] = "auto"
+    """Tokens of the caches that are computed anew, because caches know nothing of each other. first: the first ones of
+    each cache but the first. deviating: those that differ most. auto: first where there are several caches, else
+    none."""
+    repair_tokens: int = knob(16, at_least=1)
+    """How many of each cache, for first."""
+    repair_share: float = knob(0.15, above=0, at_most=1)
+    """Which share of all, for deviating."""
+
+
 @dataclass(kw_only=True)
 class RetroOptions(Checked):
     """What a model that reads neighbors reads."""

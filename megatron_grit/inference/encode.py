@@ -97,7 +97,7 @@ def _row_of(
 ) -> PackedRow:
     if before_pass is not None:
         before_pass()
-    return embedding_row([texts[member] for member in members.tolist()], is_query, row_length)
+    return pooled_row([texts[member] for member in members.tolist()], is_query, row_length)
 
 
 def _encode_batches(
@@ -129,7 +129,7 @@ def embedding_width(model: GritDecoder) -> int:
     return model.embedding_config.projection_dim or model.config.hidden_size
 
 
-def embedding_row(
+def pooled_row(
     texts: Sequence[tuple[list[int], list[int]]], is_query: bool | None = None, row_length: int | None = None
 ) -> PackedRow:
     """A row of texts, each a segment: instruction tokens, then pooled tokens.

@@ -10,21 +10,23 @@ from typing import Any
 import numpy as np
 
 from megatron_grit.config.checkpoint_folder import holds_checkpoint
-from megatron_grit.config.embedding_shape import tells_sides_apart
-from megatron_grit.config.options import BatchSize, EmbeddingOptions, SamplingOptions
+from megatron_grit.config.options import BatchSize, CacheUse, SamplingOptions
 from megatron_grit.config.schema import ParallelConfig, RunConfig
 from megatron_grit.data.chat.chat import Chat, chat_beside, default_chat, named_chat
 from megatron_grit.data.chat.run_chat import checkpoint_chat
-from megatron_grit.data.text.markers import Side, load_markers
+from megatron_grit.data.text.markers import load_markers
 from megatron_grit.data.text.records import Message
-from megatron_grit.data.text.templates import encode_embedding, encode_prompt, encode_text_prompt
+from megatron_grit.data.text.templates import encode_prompt, encode_text_prompt
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.inference.encode import embedding_width, encode_tokens
+from megatron_grit.inference.document_cache.document_cache import DocumentCache
+from megatron_grit.inference.document_cache.formats import check_one_attention, prompt_behind
+from megatron_grit.inference.document_cache.join import JoinedCaches
+from megatron_grit.inference.embedder import TextEmbedder
 from megatron_grit.inference.generation.answers import AnswerPart, stream_answers
-from megatron_grit.inference.generation.generate import Generation, check_room
-from megatron_grit.inference.loading import check_value, load_decoder
-from megatron_grit.inference.messages import Conversation, read_conversations, read_texts
+from megatron_grit.inference.generation.generate import Generation, Past, check_room
+from megatron_grit.inference.loading import load_decoder
+from megatron_grit.inference.messages import Conversation, check_texts, read_conversations
 from megatron_grit.inference.model_group import ModelGroup, join_model_group
 from megatron_grit.inference.reading import (
     NeighborSource,
@@ -34,7 +36,7 @@ from megatron_grit.inference.reading import (
     check_every,
     given_neighbors,
 )
-from megatron_grit.inference.results import Answer, Embeddings
+from megatron_grit.inference.results import Answer
 from megatron_grit.inference.score import read_supervised, score_tokens
 from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.store.logs import get_logger
@@ -44,7 +46,7 @@ log = get_logger(__name__)
 Messages = Sequence[Mapping[str, Any]]
 
 
-class GritModel:
+class GritModel(TextEmbedder):
     """Encode and generate with a checkpoint.
 
     >>> model = GritModel.load("runs/quickstart")
@@ -126,128 +128,6 @@ class GritModel:
         made.chat_date = date
         return made
 
-    def encode(
-        self,
-        texts: str | Sequence[int] | Sequence[str | Sequence[int]],
-        instruction: str | None = EmbeddingOptions.instruction,
-        *,
-        side: Side | None = EmbeddingOptions.side,
-        dimensions: int | None = EmbeddingOptions.dimensions,
-        max_length: int = EmbeddingOptions.max_length,
-        batch_tokens: int = EmbeddingOptions.batch_tokens,
-        progress: bool = True,
-    ) -> np.ndarray:
-        """Embed texts with the pooling that the model was trained with.
-
-        All processes of a model-parallel group call this with the same texts, and each gets all vectors.
-
-        Args:
-            texts: one text or several; none empty. A text may be given as the ids of its tokens, without template.
-            instruction: what the embedding is for; attended and not pooled. "": the template without instruction.
-                None: the bare text, for models that were trained on plain records.
-            side: query or passage, for a model that was trained to tell them apart (brackets, side tokens, separate
-                linear layers); other models ignore it.
-            dimensions: keep this many of a vector's first numbers, and normalise them where the model normalises
-                (Matryoshka). Good for the sizes that the model was trained for, loss.matryoshka_dims. None: all.
-            max_length: tokens of a text with its instruction; the rest is cut off, as is what is beyond the model's
-                positions.
-            batch_tokens: token budget of one forward pass, on each replica of a group (see :class:`ModelGroup`).
-            progress: show a bar from 256 texts on.
-
-        Returns:
-            float32 [len(texts), dimensions], or [dimensions] for one text.
-
-        Raises:
-            DataError: a text is empty or no text, the instruction alone fills ``max_length``, or the model needs a side
-                and none is given.
-            ConfigError: an option that is out of its range.
-        """
-        options = EmbeddingOptions(
-            instruction=instruction,
-            side=side,
-            dimensions=dimensions,
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-        )
-        several, single = read_texts(texts, self.tokenizer.vocab_size)
-        embeddings = self.embed(several, options, progress=progress).vectors
-        return embeddings[0] if single else embeddings
-
-    def embed(
-        self,
-        texts: Sequence[str | list[int]],
-        options: EmbeddingOptions,
-        *,
-        progress: bool = True,
-        before_pass: Callable[[], object] | None = None,
-    ) -> Embeddings:
-        """As :meth:`encode`, for texts that were checked.
-
-        Args:
-            texts: of :func:`~megatron_grit.inference.messages.read_texts`.
-            options: how.
-            progress: as there.
-            before_pass: called before each forward pass; what it raises ends the call.
-        """
-        tokenised = self.embedding_tokens(texts, options.instruction, side=options.side, max_length=options.max_length)
-        vectors = self.embed_tokens(tokenised, options, progress=progress, before_pass=before_pass)
-        return Embeddings(vectors, sum(len(head) + len(tail) for head, tail in tokenised))
-
-    def embed_tokens(
-        self,
-        tokenised: Sequence[tuple[list[int], list[int]]],
-        options: EmbeddingOptions,
-        *,
-        progress: bool = True,
-        before_pass: Callable[[], object] | None = None,
-    ) -> np.ndarray:
-        """Vectors of texts that are tokens, as :meth:`embedding_tokens` makes them; see :meth:`embed`."""
-        width = embedding_width(self.model)
-        if options.dimensions is not None and options.dimensions > width:
-            raise ConfigError(f"dimensions must be at most {width}, the model's, not {options.dimensions}")
-        if not all(tail for _, tail in tokenised):
-            raise DataError(f"the instruction fills max_length {options.max_length}; shorten it or raise max_length")
-        vectors = encode_tokens(
-            self.chunks,
-            tokenised,
-            group=self.model_group,
-            batch_tokens=options.batch_tokens,
-            progress=progress,
-            is_query=self._is_query(options.side),
-            before_pass=before_pass,
-            layer=self.layer,
-        )
-        if options.dimensions is not None:
-            vectors = vectors[:, : options.dimensions]
-            if self.config.embedding.normalize:
-                vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return vectors
-
-    def embedding_tokens(
-        self,
-        texts: Sequence[str | list[int]],
-        instruction: str | None = "",
-        *,
-        side: Side | None = None,
-        max_length: int = EmbeddingOptions.max_length,
-    ) -> list[tuple[list[int], list[int]]]:
-        """Ids of each text's instruction and of the text with its markers, as :meth:`encode` embeds them.
-
-        Raises:
-            DataError: the model has to know the side and is not told.
-        """
-        markers = self.markers.passage if self._is_query(side) is False else self.markers.query
-        longest = min(max_length, self.config.model.max_position_embeddings)
-        return [encode_embedding(self.tokenizer, text, instruction, longest, markers) for text in texts]
-
-    def _is_query(self, side: str | None) -> bool | None:
-        check_value("side", EmbeddingOptions, side)
-        if side is None and tells_sides_apart(self.config.embedding):
-            raise DataError(
-                'this model embeds queries and passages in different ways; give side="query" or side="passage"'
-            )
-        return None if side is None else side == "query"
-
     def read_from(self, retriever: Searches, every: int | None = None) -> None:
         """Read neighbors from a database, in every answer from now on.
 
@@ -263,7 +143,7 @@ class GritModel:
 
     def generate(  # many: how an answer is drawn, and what is read for it
         self,
-        messages: str | Messages | Sequence[str | Messages],
+        messages: str | Messages | Sequence[str | Messages] | None,
         *,
         max_new_tokens: int = SamplingOptions.max_new_tokens,
         temperature: float = SamplingOptions.temperature,
@@ -274,6 +154,8 @@ class GritModel:
         stop: str | Sequence[str] = (),
         neighbors: Sequence[str | Sequence[int] | Sequence[str | Sequence[int]]] | None = None,
         tools: Sequence[Any] | None = None,
+        caches: Sequence[DocumentCache] | None = None,
+        cache_use: CacheUse | None = None,
     ) -> str | list[str]:
         """Answer a prompt, a conversation, or several conversations at once.
 
@@ -294,6 +176,9 @@ class GritModel:
                 model.retro.num_neighbors texts, or lists of token ids, which every chunk reads; for several
                 conversations a list of them for each.
             tools: what the assistant may call, for a template that reads it.
+            caches: of :meth:`cache`, which begin the prompt; ``messages`` is then the text that follows them in one of
+                GritLM's forms (:class:`CacheUse`), or None where both sides are cached.
+            cache_use: in which form, and which tokens of the caches are computed anew.
 
         Returns:
             The answer; a list of them for several conversations.
@@ -304,7 +189,6 @@ class GritModel:
             ConfigError: an option that is out of its range, or neighbors are given to a model that reads none, or that
                 is sharded over several processes.
         """
-        conversations, single = read_conversations(messages)
         options = SamplingOptions(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -314,6 +198,13 @@ class GritModel:
             seed=seed,
             stop=[stop] if isinstance(stop, str) else stop,  # type: ignore[arg-type]
         )
+        if caches is not None:
+            if tools is not None or neighbors is not None:
+                raise ConfigError("caches go without tools and neighbors; leave these out")
+            prompt, past = self.prompt_behind(caches, messages, cache_use)
+            parts = self.stream_prompts([prompt], options, pasts=[past])
+            return next(part.answer.text for part in parts if part.answer is not None)
+        conversations, single = read_conversations(messages)
         source = None
         if neighbors is not None:
             several: Any = [neighbors] if single else neighbors
@@ -325,11 +216,13 @@ class GritModel:
 
     def stream(
         self,
-        messages: str | Messages,
+        messages: str | Messages | None,
         options: SamplingOptions | None = None,
         *,
         tools: Sequence[Any] | None = None,
         before_pass: Callable[[], object] | None = None,
+        caches: Sequence[DocumentCache] | None = None,
+        cache_use: CacheUse | None = None,
     ) -> Iterator[str]:
         """Answer a prompt or a conversation, piece by piece: joined, what :meth:`generate` returns.
 
@@ -343,16 +236,22 @@ class GritModel:
             options: how. None: as :meth:`generate` does by default.
             tools: as there.
             before_pass: called before each forward pass; what it raises ends the answer.
+            caches: as there.
+            cache_use: as there.
 
         Raises:
             DataError: at once, a conversation that cannot be answered.
         """
-        conversations, single = read_conversations(messages)
-        if not single:
-            raise DataError("give one conversation to stream, not several")
-        prompt = self.prompt_tokens(conversations[0], tools)
+        past: JoinedCaches | None = None
+        if caches is not None:
+            prompt, past = self.prompt_behind(caches, messages, cache_use)
+        else:
+            conversations, single = read_conversations(messages)
+            if not single:
+                raise DataError("give one conversation to stream, not several")
+            prompt = self.prompt_tokens(conversations[0], tools)
         check_room(len(prompt), self.config.model.max_position_embeddings)
-        parts = self.stream_prompts([prompt], options or SamplingOptions(), before_pass)
+        parts = self.stream_prompts([prompt], options or SamplingOptions(), before_pass, pasts=[past])
         return (part.text for part in parts if part.text)
 
     def answer(
@@ -396,13 +295,22 @@ class GritModel:
         before_pass: Callable[[], object] | None = None,
         *,
         source: NeighborSource | None = None,
+        pasts: Sequence[Past | None] | None = None,
     ) -> Iterator[AnswerPart]:
-        """As :meth:`continue_prompts`, with the text of each prompt's answer in parts as it comes."""
+        """As :meth:`continue_prompts`, with the text of each prompt's answer in parts as it comes.
+
+        Args:
+            prompts: as there.
+            options: as there.
+            before_pass: as there.
+            source: as there.
+            pasts: of each prompt what :meth:`prompt_behind` gives, or None. None: nothing is known of any.
+        """
         if len(self.chunks) > 1:
             raise ConfigError("generation takes stages of one chunk each; leave parallel.virtual_pipeline out")
         reader = self._reader(prompts, source or self._database)
         if reader is not None:
-            self._refuse_sharded("reading neighbors in generation")
+            self.refuse_sharded("reading neighbors in generation")
         generation = Generation(
             self.model,
             stop_ids=self.chat.end_ids,
@@ -410,10 +318,39 @@ class GritModel:
             before_pass=before_pass,
             reader=reader,
         )
-        for part in stream_answers(generation, prompts, options, self.tokenizer):
+        for part in stream_answers(generation, prompts, options, self.tokenizer, pasts):
             if part.answer is not None and reader is not None:
                 part = part._replace(answer=part.answer._replace(readings=reader.readings[part.prompt]))
             yield part
+
+    def prompt_behind(
+        self, caches: Sequence[DocumentCache], text: Any, use: CacheUse | None = None
+    ) -> tuple[list[int], JoinedCaches]:
+        """A prompt that begins with caches, and what is known of them: an element of ``prompts`` and of ``pasts`` of
+        :meth:`stream_prompts`.
+
+        Args:
+            caches: in their order.
+            text: what follows them, or None.
+            use: as of :meth:`generate`.
+
+        Raises:
+            DataError: a cache of another model, caches of both kinds of attention, too many or too few of them, or a
+                text too much or too little.
+            ConfigError: the model is sharded over several processes, or reads neighbors.
+        """
+        self.refuse_sharded("reading caches")
+        if self._database is not None:
+            raise ConfigError("caches are read without neighbors; use a model that reads no database")
+        use = use or CacheUse()
+        if text is not None:
+            (text,) = check_texts([text], "text behind caches")
+        behind = prompt_behind(self.tokenizer, use.format, len(caches), text)
+        check_one_attention([cache.identity.attention for cache in caches])
+        for cache in caches:
+            cache.identity.check(self.cache_identity("causal"))
+        past = JoinedCaches(self.model, caches, use)
+        return [*past.tokens, *behind], past
 
     def _reader(self, prompts: Sequence[list[int]], source: NeighborSource | None) -> Reader | None:
         """Reads for these prompts. None: the model reads nothing, which is said once where it could."""
@@ -464,11 +401,3 @@ class GritModel:
         BatchSize(batch_tokens=batch_tokens)
         texts = read_supervised(prefix, self.tokenizer, self.config.model.max_position_embeddings)
         return score_tokens(self.chunks, texts, group=self.model_group, batch_tokens=batch_tokens)
-
-    def _refuse_sharded(self, what: str) -> None:
-        if self.model_group.size > 1:
-            raise ConfigError(
-                f"{what} takes a model that each process holds whole, and this one is sharded over "
-                f"{self.model_group.size} processes; a checkpoint of any mesh loads whole, in one process: "
-                "GritModel.load(PATH) without parallel, or megatron-grit generate --checkpoint PATH"
-            )

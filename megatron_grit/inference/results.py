@@ -15,6 +15,8 @@ class Embeddings(NamedTuple):
 
     vectors: np.ndarray
     num_tokens: int
+    num_cut: int = 0
+    """Texts that were longer than ``max_length`` or the model's positions, and were cut."""
 
 
 class Answer(NamedTuple):

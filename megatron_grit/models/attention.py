@@ -44,6 +44,10 @@ class KeyValueCache(Protocol):
         """Append a layer's new keys and values of a segment; return all of them."""
         ...
 
+    def places(self, segment: int) -> Tensor | None:
+        """Where the segment's tokens stand among its keys: int64 [L]. None: they are the last ones."""
+        ...
+
 
 @dataclass
 class PackedSegments(PackedSeqParams):
@@ -187,9 +191,12 @@ class PackedAttention(MegatronModule):
         split_keys = (tensor.split(key_lengths) for tensor in (key, value))
         parts = zip(query.split(segments.lengths), *split_keys, strict=True)
         for segment, (query_LNH, key_LGH, value_LGH) in enumerate(parts):
+            places_L = None
             if segments.cache is not None:
                 key_LGH, value_LGH = segments.cache.extend(self.layer_number, segment, key_LGH, value_LGH)
-            outputs.append(attend(query_LNH, key_LGH, value_LGH, causal, window, dropout, self.softmax_scale))
+                places_L = segments.cache.places(segment)
+            scale = self.softmax_scale
+            outputs.append(attend(query_LNH, key_LGH, value_LGH, causal, window, dropout, scale, places_L))
         return torch.cat(outputs)
 
     def _varlen(
@@ -243,7 +250,7 @@ def gather_keys(key_LGH: Tensor, value_LGH: Tensor, segments: PackedSegments) ->
     return gathered[:, :num_groups], gathered[:, num_groups:]
 
 
-def attend(
+def attend(  # many: what attention consists of
     query_LNH: Tensor,
     key_KGH: Tensor,
     value_KGH: Tensor,
@@ -251,17 +258,19 @@ def attend(
     window: int | None = None,
     dropout: float = 0.0,
     scale: float | None = None,
+    places_L: Tensor | None = None,
 ) -> Tensor:
     """Attention of one segment.
 
     Args:
-        query_LNH: the last L of the segment's K positions.
+        query_LNH: of L of the segment's K positions.
         key_KGH: keys of all K positions.
         value_KGH: values of all K positions.
         causal: a position sees itself and what precedes it; otherwise all.
         window: with ``causal``, a position sees this many positions, its own included.
         dropout: probability of dropping an attention weight.
         scale: multiplies the scores. None: H ** -0.5.
+        places_L: int64, which positions the queries are of. None: the last L.
 
     Returns:
         [L, N, H].
@@ -271,8 +280,11 @@ def attend(
     mask, is_causal = None, causal and num_queries > 1
     if not causal or window is None or num_keys <= window:
         window = None
-    if window is not None or (is_causal and num_queries != num_keys):
+    scattered = causal and places_L is not None
+    if window is not None or scattered or (is_causal and num_queries != num_keys):
         last = torch.arange(num_keys - num_queries, num_keys, device=query.device)[:, None]
+        if places_L is not None:
+            last = places_L[:, None]
         seen = torch.arange(num_keys, device=query.device)[None, :]
         mask, is_causal = seen <= last, False
         if window is not None:

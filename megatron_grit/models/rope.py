@@ -28,12 +28,12 @@ class RotaryAngles:
         num_channels = int(head_channels(model) * model.rotary_percent)
         exponents = torch.arange(0, num_channels, 2, dtype=torch.float32, device=device) / num_channels
         self._frequencies = stretched_frequencies(model, 1.0 / model.rotary_base**exponents)
-        self._is_interleaved = model.rotary_interleaved
+        self.is_interleaved = model.rotary_interleaved
 
     def __call__(self, positions_T: Tensor) -> Tensor:
         """fp32 [T, 1, 1, C] for C rotated channels of a head, the layout that the engine's attention expects."""
         angles = torch.outer(positions_T.to(self._frequencies), self._frequencies)
-        if self._is_interleaved:
+        if self.is_interleaved:
             return angles.repeat_interleave(2, 1)[:, None, None]
         return torch.cat([angles, angles], 1)[:, None, None]
 

@@ -110,16 +110,24 @@ def encode_embedding(
         Ids of the instruction (BOS and template; empty where ``instruction`` is None) and ids of the text with its
         markers (empty where the instruction alone, or with the markers, fills ``max_length``).
     """
-    head, tail = _instruction_and_text(tokenizer, text, instruction)
+    head, tail = instruction_and_text(tokenizer, text, instruction)
+    return cut_embedding(head, tail, max_length, markers)
+
+
+def cut_embedding(
+    head: list[int], tail: list[int], max_length: int | None, markers: TextMarkers
+) -> tuple[list[int], list[int]]:
+    """What :func:`encode_embedding` makes of ids of an instruction and of a text."""
     if max_length is not None:
         head = head[:max_length]
         tail = tail[: max(0, max_length - len(head) - markers.num_tokens)]
     return head, [*markers.opening, *tail, *markers.closing] if tail else []
 
 
-def _instruction_and_text(
+def instruction_and_text(
     tokenizer: Tokenizer, text: str | Sequence[int], instruction: str | None
 ) -> tuple[list[int], list[int]]:
+    """Ids of an instruction and of a text, whole and without markers; arguments as of :func:`encode_embedding`."""
     if not isinstance(text, str):
         head = [] if instruction is None else [tokenizer.bos_id, *tokenizer.encode(embedding_prefix(instruction))]
         return head, list(text)

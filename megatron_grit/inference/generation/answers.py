@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from megatron_grit.config.options import SamplingOptions
 from megatron_grit.data.text.tokenizer import Tokenizer
-from megatron_grit.inference.generation.generate import Generation, NewToken, numbers_of_equals
+from megatron_grit.inference.generation.generate import Generation, NewToken, Past, numbers_of_equals
 from megatron_grit.inference.generation.text_stream import TextStream
 from megatron_grit.inference.results import Answer
 
@@ -23,7 +23,11 @@ class AnswerPart(NamedTuple):
 
 
 def stream_answers(
-    generation: Generation, prompts: Sequence[Sequence[int]], options: SamplingOptions, tokenizer: Tokenizer
+    generation: Generation,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    tokenizer: Tokenizer,
+    pasts: Sequence[Past | None] | None = None,
 ) -> Iterator[AnswerPart]:
     """Continue prompts to their ends. The texts of a prompt's parts, joined, are its answer's.
 
@@ -33,13 +37,15 @@ def stream_answers(
             number.
         options: how.
         tokenizer: the model's.
+        pasts: what is known of the first tokens of each prompt. None: nothing.
 
     Raises:
         DataError: a prompt leaves no room for an answer.
     """
     streams, found = [TextStream(tokenizer, options.stop) for _ in prompts], list[list[NewToken]]()
-    for prompt, number in zip(prompts, numbers_of_equals(prompts), strict=True):
-        generation.add(prompt, options, number)
+    numbers, pasts = numbers_of_equals(prompts), pasts or [None] * len(prompts)
+    for prompt, number, past in zip(prompts, numbers, pasts, strict=True):
+        generation.add(prompt, options, number, past)
         found.append([])
     while generation.active:
         for new in generation.step():

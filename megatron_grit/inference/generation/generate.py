@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,14 +49,33 @@ class Continuation(NamedTuple):
     """Of ``tokens`` and ``end``, before repetition_penalty, temperature, top_p and top_k."""
 
 
+class Past(Protocol):
+    """Keys and values of the first tokens of a prompt, of an earlier computation."""
+
+    num_tokens: int
+    """As many tokens begin the prompt; it is longer."""
+    recomputed: Sequence[int]
+    """Which of them are computed anew, in ascending order."""
+
+    def layer(self, layer_number: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Keys, rotated to their places in the prompt, and values of a layer, which counts from 1: [num_tokens, G, H]
+        each."""
+        ...
+
+
 class _Sequence:
     """A prompt and its answer so far."""
 
-    def __init__(self, prompt: Sequence[int], sampler: TokenSampler, limit: int) -> None:
+    def __init__(self, prompt: Sequence[int], sampler: TokenSampler, limit: int, past: Past | None) -> None:
         self.prompt, self.sampler, self.limit = list(prompt), sampler, limit
         self.answer: list[int] = []
         self.pending, self.num_cached = self.prompt, 0
         """Tokens of the next pass, and how many come before them."""
+        self.places: list[int] | None = None
+        """Of the pending tokens in the prompt. None: they follow what is cached."""
+        if past is not None:
+            self.places = [*past.recomputed, *range(past.num_tokens, len(prompt))]
+            self.pending = [self.prompt[place] for place in self.places]
 
 
 class Generation:
@@ -95,13 +114,14 @@ class Generation:
         """Numbers of the sequences that the next step continues."""
         return self._cache.active
 
-    def add(self, prompt: Sequence[int], options: SamplingOptions, number: int = 0) -> int:
+    def add(self, prompt: Sequence[int], options: SamplingOptions, number: int = 0, past: Past | None = None) -> int:
         """Continue a prompt from the next step on.
 
         Args:
             prompt: token ids, not empty.
             options: how tokens are drawn, and how many at most. Stop texts are for the caller, by :meth:`stop`.
             number: of the sequence among those of the same prompt; see :class:`TokenSampler`.
+            past: what is known of its first tokens, for a model that this process holds whole.
 
         Returns:
             The number of the sequence: 0 for the first one, then counting.
@@ -113,7 +133,12 @@ class Generation:
         limit = min(options.max_new_tokens, self._max_positions - len(prompt))
         # The last token is not read.
         added = self._cache.add(len(prompt) + limit - 1)
-        self._sequences[added] = _Sequence(prompt, TokenSampler(options, prompt, number), limit)
+        sequence = self._sequences[added] = _Sequence(prompt, TokenSampler(options, prompt, number), limit, past)
+        if past is not None:
+            device = self._model.context.device
+            for layer_number in range(1, self._model.config.num_layers + 1):
+                self._cache.preload(added, layer_number, *past.layer(layer_number, device))
+            self._cache.put(added, torch.tensor(sequence.places, device=device))
         return added
 
     def stop(self, sequence: int) -> None:
@@ -148,11 +173,17 @@ class Generation:
         if not self._is_cached:
             texts = [[*one.prompt, *one.answer] for one in sequences]
             return text_row(texts, common_length(self._model.context, [sum(map(len, texts))]))
-        return continuation_row([one.pending for one in sequences], [one.num_cached for one in sequences])
+        return _row_at(
+            [one.pending for one in sequences],
+            [one.places or range(one.num_cached, one.num_cached + len(one.pending)) for one in sequences],
+        )
 
     def _taken(self, number: int, sequence: _Sequence, token: int, log_prob: float) -> NewToken:
-        sequence.num_cached += len(sequence.pending)
+        sequence.num_cached = len(sequence.prompt) + len(sequence.answer)
         sequence.pending = [token]
+        if sequence.places is not None:
+            sequence.places = None
+            self._cache.put(number, None)
         if token in self._stop_ids:
             return NewToken(number, token, log_prob, "stop", ends=True)
         sequence.answer.append(token)
@@ -268,7 +299,11 @@ def continuation_row(tokens: Sequence[Sequence[int]], lengths: Sequence[int]) ->
         tokens: new tokens of each sequence.
         lengths: tokens of each that the cache holds already.
     """
-    positions = [range(start, start + len(new)) for new, start in zip(tokens, lengths, strict=True)]
+    return _row_at(tokens, [range(start, start + len(new)) for new, start in zip(tokens, lengths, strict=True)])
+
+
+def _row_at(tokens: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> PackedRow:
+    """A row with tokens of several sequences at given positions, which ascend."""
     flat = torch.tensor([token for new in tokens for token in new])
     sizes = torch.tensor([0, *(len(new) for new in tokens)])
     return PackedRow(
@@ -276,6 +311,6 @@ def continuation_row(tokens: Sequence[Sequence[int]], lengths: Sequence[int]) ->
         tokens_1T=flat[None],
         positions_1T=torch.tensor([position for span in positions for position in span])[None],
         cu_seqlens=sizes.cumsum(0).to(torch.int32),
-        max_seqlen=max(span.stop for span in positions),
+        max_seqlen=max(span[-1] + 1 for span in positions),
         padding_mask_1T=torch.zeros(1, len(flat), dtype=torch.bool),
     )

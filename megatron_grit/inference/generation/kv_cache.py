@@ -26,6 +26,7 @@ class SequenceCache:
     def __init__(self, num_sequences: int = 0) -> None:
         self.active = list(range(num_sequences))
         self._limits: dict[int, int] = {}
+        self._places: dict[int, Tensor] = {}
         self._num_added = num_sequences
         self._buffers: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._neighbors: dict[tuple[int, int], Tensor | None] = {}
@@ -46,6 +47,26 @@ class SequenceCache:
         self.active = [*self.active, number]
         return number
 
+    def preload(self, sequence: int, layer_number: int, key_KGH: Tensor, value_KGH: Tensor) -> None:
+        """Give a sequence that holds nothing yet keys and values of a layer, for its first K tokens."""
+        self._append((layer_number, sequence), torch.stack((key_KGH, value_KGH)))
+
+    def layer(self, sequence: int, layer_number: int) -> Tensor:
+        """Keys and values of all tokens of a sequence so far, [2, K, G, H]; a view that the next pass may overwrite."""
+        buffer, length = self._buffers[layer_number, sequence]
+        return buffer[:, :length]
+
+    def put(self, sequence: int, places_L: Tensor | None) -> None:
+        """Where the tokens of the next passes stand in a sequence; at a place that is held already they take the place
+        of what is there. None: behind what is held."""
+        self._places.pop(sequence, None)
+        if places_L is not None:
+            self._places[sequence] = places_L
+
+    def places(self, segment: int) -> Tensor | None:
+        """Where the tokens of a segment stand, of :meth:`put`: int64 [L]. None: they are the last ones."""
+        return self._places.get(self.active[segment])
+
     def extend(self, layer_number: int, segment: int, key_LGH: Tensor, value_LGH: Tensor) -> tuple[Tensor, Tensor]:
         """Append a layer's keys and values of a segment.
 
@@ -64,14 +85,20 @@ class SequenceCache:
         return self._extend(_STATES, segment, states_LD[None])[0]
 
     def _extend(self, layer_number: int, segment: int, new: Tensor) -> Tensor:
-        place = (layer_number, self.active[segment])
+        sequence = self.active[segment]
+        return self._append((layer_number, sequence), new, self._places.get(sequence))
+
+    def _append(self, place: tuple[int, int], new: Tensor, places_L: Tensor | None = None) -> Tensor:
         buffer, length = self._buffers.get(place, (new[:, :0], 0))
-        total = length + new.shape[1]
+        total = length + new.shape[1] if places_L is None else max(length, int(places_L.max()) + 1)
         if total > buffer.shape[1]:
             grown = new.new_empty(len(new), self._room(total, place[1]), *new.shape[2:])
             grown[:, :length] = buffer[:, :length]
             buffer = grown
-        buffer[:, length:total] = new
+        if places_L is None:
+            buffer[:, length:total] = new
+        else:
+            buffer[:, places_L] = new
         self._buffers[place] = (buffer, total)
         return buffer[:, :total]
 
@@ -121,3 +148,5 @@ class SequenceCache:
         self.active = sequences
         self._buffers = {place: entry for place, entry in self._buffers.items() if place[1] in sequences}
         self._neighbors = {place: entry for place, entry in self._neighbors.items() if place[1] in sequences}
+        self._places = {sequence: places for sequence, places in self._places.items() if sequence in sequences}
+        self._limits = {sequence: limit for sequence, limit in self._limits.items() if sequence in sequences}

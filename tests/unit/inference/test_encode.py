@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_grit.config.schema import ParallelConfig
 from megatron_grit.errors import MeshError
-from megatron_grit.inference.encode import embedding_row
+from megatron_grit.inference.encode import pooled_row
 from megatron_grit.inference.loading import fit_mesh
 from megatron_grit.inference.mesh_rows import share_out
 from tests.rows import tiny_config
@@ -32,7 +32,7 @@ def test_replicas_have_equal_shares_where_texts_are_enough(lengths: list[int], b
 
 @pytest.mark.parametrize("row_length", [None, 9, 16])
 def test_padding_is_a_segment_that_is_not_pooled(row_length: int | None) -> None:
-    row = embedding_row(TEXTS, is_query=True, row_length=row_length)
+    row = pooled_row(TEXTS, is_query=True, row_length=row_length)
     padding = 0 if row_length is None else row_length - 9
     assert row.tokens_1T.tolist() == [[5, 6, 7, 8, 9, 1, 2, 3, 4] + [0] * padding]
     assert row.positions_1T.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2] + [0] * padding]
