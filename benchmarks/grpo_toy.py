@@ -3,9 +3,10 @@
 A prompt asks for a number in a form, "roman of seven"; right is "VII". A tiny decoder first learns from answers in a
 form that is drawn whatever the prompt asks for, so that a third of what it samples is right. Then each round samples
 --n completions of every prompt with the model's own generation, rewards those that are right, builds them as
-megatron-grit build-rollouts does, and takes --updates steps on them. The reward is the mean over sampled completions;
-target: from the first round to the last it rises by at least 0.3. The control trains the same steps on the same
-completions with rewards that are drawn.
+megatron-grit build-rollouts does, and takes --updates steps on them, each on a part of them, so that ratios leave 1 and
+clipping has something to do. The reward is the mean over sampled completions; target: from the first round to the last
+three it rises by at least 0.3, with every variant and seed. The control takes the same steps with rewards that are
+drawn, and must not reach it.
 
 Example:
     python -m benchmarks.grpo_toy --json grpo_toy.json
@@ -18,7 +19,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
+from benchmarks.harness import t_interval
 from megatron_grit.config.kinds import option
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.schema.model import ModelConfig
@@ -48,7 +50,7 @@ class Toy:
 
     n: int = 8
     rounds: int = 20
-    updates: int = 1
+    updates: int = 2
     base_steps: int = 150
     lr: float = 1e-3
     seed: int = 1
@@ -199,7 +201,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any]
             numbers[f"{name}/{seed}"] = {"first": first, "last": last, "rounds": found}
             print(f"{name}, seed {seed}: reward {first:.3f} at first, {last:.3f} in the last three rounds", flush=True)
         met = met and (max(gains) < TARGET if name == "control" else min(gains) >= TARGET)
-        print(f"{name}: {min(gains):+.3f} to {max(gains):+.3f}, {time.perf_counter() - began:.0f} s")
+        gain = t_interval(gains)
+        numbers[name] = gain
+        print(
+            f"{name}: {gain['mean']:+.3f} +- {gain['half_interval']:.3f}, {min(gains):+.3f} to {max(gains):+.3f}, "
+            f"{time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
     return numbers, met
 
 
@@ -212,15 +220,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and measure. Returns the exit status."""
     parser = harness.parser(__doc__)
     parser.add_argument("--n", type=int, default=8, help="completions of a prompt (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=1, help="steps of a round (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=2, help="steps of a round (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"
     return harness.run("grpo_toy", arguments, lambda folder: measure(arguments, folder))
 
