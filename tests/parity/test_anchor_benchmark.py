@@ -14,7 +14,7 @@ from megatron_grit.data.text.tokenizer import train_sentencepiece
 from tests.corpus import sentences
 from tests.harness.command import python
 
-SMALL = ["--base-steps=2", "--steps=2", "--pairs=4", "--embedding-batch=4", "--seeds=1", "--processes=1"]
+SMALL = ["--base-steps=2", "--steps=2", "--pairs=4", "--base-batch=4", "--anchor-batch=4", "--seeds=1", "--processes=1"]
 
 
 def write_corpus(folder: Path) -> None:

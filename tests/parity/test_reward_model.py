@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from megatron_grit.cli import train
 from megatron_grit.config.options import RewardEvaluation
 from megatron_grit.convert.hf_in.convert import convert_checkpoint
 from megatron_grit.convert.hf_out.convert import export_checkpoint
@@ -74,6 +77,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check(config, context.world_size)
         Trainer(config, context).run()
     return folder
+
+
+@pytest.fixture(scope="module")
+def source(folder: Path) -> Path:
+    """A model of transformers that generates, with the tokenizer of the pairs."""
+    torch.manual_seed(5)
+    make_model("llama", 400, 2).save_pretrained(folder / "hf")
+    shutil.copy(folder / "tokenizer.model", folder / "hf")
+    return folder / "hf"
+
+
+def train_from(folder: Path, source: Path, name: str, steps: int, *options: str) -> Path:
+    """Train a reward model from a directory of Hugging Face files, by the command."""
+    settings = yaml.safe_load((folder / "run" / "config.yaml").read_text())
+    settings["model"] = {"pretrained": str(source)}
+    settings["training"]["steps"], settings["output_dir"] = steps, str(folder / name)
+    settings["data"]["tokenizer"] = None
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    assert train.main(["--config", str(folder / f"{name}.yaml"), *options]) == 0
+    return folder / name
 
 
 def evaluate(folder: Path, **options: Any) -> dict[str, Any]:
@@ -160,6 +183,39 @@ def test_models_of_transformers_come_in_and_out(name: str, tmp_path: Path) -> No
     source, out = read_weights(tmp_path / "hf"), read_weights(tmp_path / "out")
     assert source.keys() == out.keys() and all(torch.equal(out[key], source[key]) for key in source)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [type(theirs).__name__]
+
+
+def of_base(source: dict[str, torch.Tensor], out: dict[str, torch.Tensor]) -> set[str]:
+    """Of the weights that an export shares with the model that its run began with: those that are others now."""
+    assert source.keys() - out.keys() == {"lm_head.weight"} and out.keys() - source.keys() == {"score.weight"}
+    return {key for key in out.keys() - {"score.weight"} if not torch.equal(out[key], source[key])}
+
+
+def test_a_reward_model_begins_with_a_model_of_transformers(folder: Path, source: Path, tmp_path: Path) -> None:
+    """Bit for bit, and with a head of its own."""
+    export_checkpoint(train_from(folder, source, "begun", 0), tmp_path / "out")
+    assert of_base(read_weights(source), read_weights(tmp_path / "out")) == set()
+
+
+def test_adapters_and_a_head_are_a_reward_model(folder: Path, source: Path, tmp_path: Path) -> None:
+    """It learns, beside weights that stay; merged into them it gives the same rewards in transformers."""
+    lora = ["--adapter.kind", "lora", "--adapter.targets", "[q_proj, v_proj, up_proj, down_proj]"]
+    run = train_from(folder, source, "adapted", 40, *lora, "--optimizer.lr", "1e-2")
+    assert evaluate(folder, checkpoint=str(run))["accuracy"] > 0.9
+    export_checkpoint(run, tmp_path / "out", adapters="trained")
+    changed = of_base(read_weights(source), read_weights(tmp_path / "out"))
+    assert {key.split(".")[-2] for key in changed} == {"q_proj", "v_proj", "up_proj", "down_proj"}
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    ours = RewardModel.load(run, "cpu")
+    chats = [
+        [Message("user", "what does the parser do?"), Message("assistant", f"The parser {verb} a file.")]
+        for verb in (_VERBS[0], _VERBS[-1])
+    ]
+    found = ours.score(chats)
+    with torch.no_grad():
+        expected = [float(theirs(input_ids=torch.tensor([ours.tokens(chat)])).logits) for chat in chats]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    assert found[0] > found[1] + 0.1
 
 
 BAD_PAIRS: dict[str, tuple[object, str]] = {
