@@ -32,8 +32,8 @@ def test_another_answer_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     layer = DocumentCache.layer
 
     def turned(cache: DocumentCache, number: int, target: int, *given):  # type: ignore[no-untyped-def]
-        return layer(cache, number, target + 1, *given)
+        return layer(cache, number, target + 5, *given)
 
     monkeypatch.setattr(DocumentCache, "layer", turned)
     assert rag_cache.main(SMALL) == 2
-    assert "another answer of side memory" in capsys.readouterr().err
+    assert "the answer of side memory is another one" in capsys.readouterr().err
