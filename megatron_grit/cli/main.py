@@ -18,15 +18,16 @@ _HERE = Path(__file__).parent
 
 
 def verbs() -> dict[str, Path]:
-    """File of each verb, in groups. A file beside that of a verb whose name begins with the verb's is a part of it, and
-    of two words: evaluate_qa.py is ``evaluate qa``."""
+    """File of each verb, in groups. One is of two words, ``evaluate qa``, where its name begins with that of a file
+    beside it, evaluate.py, or where those of all files in a folder begin with the folder's, as rag/rag_ask.py."""
     paths = [*sorted(_HERE.glob("*.py")), *sorted(_HERE.glob("*/*.py"))]
     return {_verb(path): path for path in paths if path.stem not in ("__init__", "main")}
 
 
 def _verb(path: Path) -> str:
     first, _, rest = path.stem.partition("_")
-    space = " " if rest and path.with_name(f"{first}.py").exists() else "-"
+    beside, folder = {each.stem for each in path.parent.glob("[!_]*.py")}, f"{path.parent.name}_"
+    space = " " if rest and (first in beside or all(stem.startswith(folder) for stem in beside)) else "-"
     return space.join(filter(None, [first, rest.replace("_", "-")]))
 
 
@@ -45,8 +46,7 @@ def _print_verbs() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    known = verbs()
+    argv, known = sys.argv[1:] if argv is None else argv, verbs()
     if not argv or argv[0] in ("-h", "--help"):
         status = guarded(_print_verbs, joins_job=True)
         return status if argv else EXIT_STATUS

@@ -35,11 +35,14 @@ class _Events:
         first: chunk, which is computed: what fails before it has a status of its own.
         run: where the others come from.
         gone: done when the client has left.
+        end: called at the end, however it comes.
         request: which is told of the tokens.
     """
 
-    def __init__(self, first: Json, run: Run, gone: asyncio.Future[None], request: Request) -> None:
-        self._first, self._run, self._gone, self._request = first, run, gone, request
+    def __init__(
+        self, first: Json, run: Run, gone: asyncio.Future[None], end: Callable[[], None], request: Request
+    ) -> None:
+        self._first, self._run, self._gone, self._end, self._request = first, run, gone, end, request
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -63,8 +66,7 @@ class _Events:
             await send(_event(json.dumps(told)))
             await send(_event("[DONE]") | {"more_body": False})
         finally:
-            self._run.abandon()
-            self._gone.cancel()
+            self._end()
 
     async def _next(self) -> tuple[bool, Any]:
         return await self._run.next(self._gone)
@@ -100,7 +102,14 @@ async def _answer(request: Request, scheduler: Scheduler, kind: Kind, job: Job |
     from starlette.responses import Response
 
     gone = asyncio.ensure_future(_left(request))
-    run, streams = None, False
+    run: Run | None = None
+    streams = False
+
+    def end() -> None:
+        gone.cancel()
+        if run is not None:
+            scheduler.abandon(kind, run)
+
     try:
         await asyncio.sleep(0)
         if gone.done():  # nothing is computed for a client that left already
@@ -109,14 +118,12 @@ async def _answer(request: Request, scheduler: Scheduler, kind: Kind, job: Job |
         _, value = await run.next(gone)
         if isinstance(job, Stream):
             streams = True
-            return _Events(value, run, gone, request)
+            return _Events(value, run, gone, end, request)
         request.state.usage, content = value
         return Response(content, media_type="application/json")
     finally:
         if not streams:
-            gone.cancel()
-            if run is not None:
-                run.abandon()
+            end()
 
 
 def _as_one(job: Job) -> Any:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from typing import Any, Literal
 
 from megatron_grit.config.options import ServingLimits
@@ -39,8 +42,6 @@ class Run:
         self._items: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._abandoned = threading.Event()
-        self.started = False
-        self.task: asyncio.Task[None] | None = None
 
     async def next(self, gone: asyncio.Future[None]) -> tuple[bool, Any]:
         """The next thing to send and that it is one, or what the work returned at its end.
@@ -69,10 +70,8 @@ class Run:
         return what == "item", value
 
     def abandon(self) -> None:
-        """End the work before its next forward pass; it does not begin where it still waits."""
+        """End the work before its next forward pass."""
         self._abandoned.set()
-        if not self.started and self.task is not None:
-            self.task.cancel()
 
     def check(self) -> None:
         """Raise :class:`Abandoned` if nobody waits for the answer."""
@@ -81,7 +80,8 @@ class Run:
 
     def tell(self, what: str, value: Any) -> None:
         """Hand something over, from any thread."""
-        self._loop.call_soon_threadsafe(self._items.put_nowait, (what, value))
+        with suppress(RuntimeError):  # the server has ended, and its loop is closed
+            self._loop.call_soon_threadsafe(self._items.put_nowait, (what, value))
 
 
 class Scheduler:
@@ -96,18 +96,19 @@ class Scheduler:
         self.turns = Turns(KINDS)
         self.stopping = False
         """Whether new requests are refused."""
-        self._locks = {kind: asyncio.Lock() for kind in KINDS}
-        self._runs: dict[str, set[Run]] = {kind: set() for kind in KINDS}
+        self._workers = {kind: ThreadPoolExecutor(1, kind) for kind in KINDS}
+        self._changing = threading.Lock()
+        self._waiting: dict[Kind, deque[Run]] = {kind: deque() for kind in KINDS}
+        self._running: dict[Kind, Run | None] = dict.fromkeys(KINDS)
 
     @property
     def busy(self) -> bool:
         """Whether any request waits or is computed."""
-        return any(self._runs.values())
+        return any(sum(self.count(kind)) for kind in KINDS)
 
     def count(self, kind: Kind) -> tuple[int, int]:
         """How many requests of a kind wait for their turn, and how many are computed: at most one."""
-        num_running = sum(run.started for run in self._runs[kind])
-        return len(self._runs[kind]) - num_running, num_running
+        return len(self._waiting[kind]), int(self._running[kind] is not None)
 
     def start(self, kind: Kind, work: Work) -> Run:
         """Queue a request's work.
@@ -117,20 +118,32 @@ class Scheduler:
         """
         if self.stopping:
             raise RequestError("the server is being stopped", None, status=503, code="stopping")
-        num_waiting, _ = self.count(kind)
-        if num_waiting >= self._limits.max_waiting:
-            message = f"{num_waiting} requests wait already; try again later"
-            raise RequestError(message, None, status=429, code="rate_limit_exceeded")
         run = Run(work, self._limits.max_seconds)
-        self._runs[kind].add(run)
-        run.task = asyncio.create_task(self._compute(kind, run))
-        run.task.add_done_callback(lambda task: self._runs[kind].discard(run))
+        with self._changing:
+            if self._running[kind] is None:
+                self._running[kind] = run
+                self._workers[kind].submit(self._compute, kind, run)
+            elif (num_waiting := len(self._waiting[kind])) < self._limits.max_waiting:
+                self._waiting[kind].append(run)
+            else:
+                message = f"{num_waiting} requests wait already; try again later"
+                raise RequestError(message, None, status=429, code="rate_limit_exceeded")
         return run
 
-    async def _compute(self, kind: Kind, run: Run) -> None:
-        async with self._locks[kind]:
-            run.started = True
-            await asyncio.to_thread(self._work, kind, run)
+    def abandon(self, kind: Kind, run: Run) -> None:
+        """Nobody waits for a request any more: it leaves the queue, or ends before its next forward pass."""
+        run.abandon()
+        with self._changing, suppress(ValueError):
+            self._waiting[kind].remove(run)
+
+    def _compute(self, kind: Kind, run: Run | None) -> None:
+        """A request, and then those that wait: the next one begins at once, whatever the event loop does."""
+        with self.turns.at_work(kind):
+            while run is not None:
+                self._work(kind, run)
+                self.turns.give_back(kind)
+                with self._changing:
+                    run = self._running[kind] = self._waiting[kind].popleft() if self._waiting[kind] else None
 
     def _work(self, kind: Kind, run: Run) -> None:
         def before_pass() -> None:
@@ -138,8 +151,8 @@ class Scheduler:
             self.turns.next_pass(kind)
 
         try:
-            with self.turns.at_work(kind):
-                pieces = run.work(before_pass)
+            # Closed whatever happens: an answer that nobody waits for gives its cache back.
+            with closing(run.work(before_pass)) as pieces:
                 while True:
                     run.check()
                     try:
@@ -147,5 +160,7 @@ class Scheduler:
                     except StopIteration as end:
                         run.tell("end", end.value)
                         return
+        except Abandoned:
+            pass
         except Exception as error:
             run.tell("error", error)

@@ -31,7 +31,8 @@ class Turns:
 
     @contextmanager
     def at_work(self, kind: str) -> Iterator[None]:
-        """Work of a kind begins, and ends with the block. It has the device from its first :meth:`next_pass` on."""
+        """Work of a kind begins, and ends with the block. It has the device from a :meth:`next_pass` to the next one, a
+        :meth:`give_back` or its end."""
         with self._changed:
             others = [self._level[other] for other in self._at_work]
             self._level[kind] = max([self._level[kind], *([min(others)] if others else [])])
@@ -40,22 +41,25 @@ class Turns:
             yield
         finally:
             with self._changed:
-                self._give_back(kind)
+                self.give_back(kind)
                 self._at_work.remove(kind)
 
     def next_pass(self, kind: str) -> None:
         """Wait for the device, which another kind may have before. Called before each forward pass."""
         with self._changed:
-            self._give_back(kind)
+            self.give_back(kind)
             self._waiting.add(kind)
             self._changed.wait_for(lambda: self._holder is None and kind == min(self._waiting, key=self._level.get))  # type: ignore[arg-type]
             self._waiting.remove(kind)
             self._holder, self._since = kind, self._clock()
 
-    def _give_back(self, kind: str) -> None:
-        if self._holder == kind:
-            used = self._clock() - self._since
-            self.seconds[kind] += used
-            self._level[kind] += used
-            self._holder = None
-            self._changed.notify_all()
+    def give_back(self, kind: str) -> None:
+        """Let others have the device, if this kind has it. What it has had less of than they, it gets back as long as
+        it stays at work."""
+        with self._changed:
+            if self._holder == kind:
+                used = self._clock() - self._since
+                self.seconds[kind] += used
+                self._level[kind] += used
+                self._holder = None
+                self._changed.notify_all()

@@ -8,6 +8,7 @@ from typing import Literal
 from megatron_grit.config.knob import knob
 from megatron_grit.config.options import ModelOptions, RetroOptions, SamplingOptions
 from megatron_grit.data.qa.options import EncoderContexts, PromptOptions
+from megatron_grit.retrieval.rag.options import AnswerLength, ContextOptions
 
 
 @dataclass(kw_only=True)
@@ -29,3 +30,15 @@ class QaGeneration(EncoderContexts, PromptOptions, RetroOptions, SamplingOptions
     """Texts, 4 at most, before the first of which an answer ends."""
     precision: Literal["fp32", "bf16"] | None = None
     """null: that of the training run, but fp32 on a CPU."""
+
+
+@dataclass(kw_only=True)
+class RagEvaluation(AnswerLength, ContextOptions, ModelOptions):
+    """Which questions, and where answers and scores go."""
+
+    input: str = knob(path=True)
+    """Questions with answers: JSON list, JSONL with question and answers, or SQuAD's files."""
+    output: str = knob(path=True)
+    """JSONL with a line for each question; OUTPUT.summary.json has the figures."""
+    limit: int | None = knob(None, at_least=1)
+    """Only so many questions, the first. null: all."""

@@ -50,6 +50,14 @@ def normalize_squad(text: str) -> str:
     return _normalized(text, _DELETED)
 
 
+def matches(prediction: str, references: Sequence[str]) -> float:
+    """1 where the words of a reference stand in those of an answer, one after another, else 0; both as
+    :func:`normalize_squad` makes them. A reference without a word matches nothing."""
+    words = f" {normalize_squad(prediction)} "
+    wanted = (normalize_squad(reference) for reference in references)
+    return float(any(f" {reference} " in words for reference in wanted if reference))
+
+
 def normalize_retro_f1(text: str) -> str:
     """As :func:`normalize_squad`, where punctuation parts words."""
     return _normalized(text, _SPACED)

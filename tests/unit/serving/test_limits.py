@@ -155,6 +155,8 @@ def test_only_so_many_requests_of_a_kind_wait(model: GritModel, held: Any) -> No
         assert not any(request.done() for request in requests)
         go_on.set()
         assert [request.result(timeout=20).status_code for request in requests] == [200] * 3
+    with client_of(model, max_waiting=0) as client:  # none waits, and one is computed
+        assert [client.post(EMBEDDINGS, json=TEXT).status_code for _ in range(2)] == [200] * 2
 
 
 def test_a_request_that_takes_too_long_or_waits_for_too_long(model: GritModel, held: Any) -> None:
@@ -184,12 +186,12 @@ def test_who_gives_up_waits_no_more() -> None:
         scheduler, nobody = Scheduler(ServingLimits(max_waiting=3)), asyncio.get_running_loop().create_future()
         runs = [scheduler.start("embed", work(number)) for number in range(2)]
         await asyncio.sleep(0.05)
-        runs += [scheduler.start("embed", work(number)) for number in (2, 3)]  # one of them has not even begun to wait
+        runs += [scheduler.start("embed", work(number)) for number in (2, 3)]
         assert scheduler.count("embed") == (3, 1)
         with pytest.raises(RequestError, match="3 requests wait already"):
             scheduler.start("embed", work(9))
         for run in runs[1:3]:
-            run.abandon()
+            scheduler.abandon("embed", run)
         gone = asyncio.get_running_loop().create_future()
         gone.set_result(None)
         with pytest.raises(Abandoned):

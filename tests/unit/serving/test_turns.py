@@ -58,6 +58,31 @@ def test_a_kind_that_wanted_nothing_saves_up_no_time() -> None:
     assert set(timed.order[:4]) == set(KINDS), timed.order
 
 
+def test_who_pauses_at_work_makes_up_for_it() -> None:
+    """Texts of the next request are tokenised without the device, which is given back for that time."""
+    timed, paused, go_on = Timed(), threading.Event(), threading.Event()
+
+    def embed() -> None:
+        with timed.turns.at_work("embed"):
+            timed.turns.next_pass("embed")
+            timed.turns.give_back("embed")
+            paused.set()
+            assert go_on.wait(20)
+            for _ in range(30):
+                timed.turns.next_pass("embed")
+                timed.order.append("embed")
+                timed.now += 1.0
+
+    thread = threading.Thread(target=embed)
+    thread.start()
+    assert paused.wait(20)
+    timed.work("generate", 1.0, 10)
+    go_on.set()
+    timed.work("generate", 1.0, 10)
+    thread.join(20)
+    assert timed.order[:10] == ["generate"] * 10 and timed.order[11:20] == ["embed"] * 9, timed.order
+
+
 def test_work_that_fails_gives_the_device_back() -> None:
     timed = Timed()
     with pytest.raises(ZeroDivisionError), timed.turns.at_work("embed"):
