@@ -104,6 +104,8 @@ def encode_file(
             while block := list(islice(texts, BLOCK)):
                 output.append(model.encode(block, progress=False, **options))
                 bar.update(len(block))
+        if model.num_cut:
+            log.info(f"{model.num_cut:,} texts are longer than max_length, or than the model's positions: cut")
         if source.survey() != (count, digest):
             raise DataError("changed while it was being read; start again when it is complete", path=source.shown)
         output.publish()

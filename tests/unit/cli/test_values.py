@@ -16,6 +16,7 @@ from megatron_grit.config.database.schema import RetroDbConfig
 from megatron_grit.config.knob import may_be_empty, range_text
 from megatron_grit.config.options import (
     AllNliChoice,
+    CacheUse,
     EmbeddingOptions,
     MsMarcoNegatives,
     RetroOptions,
@@ -146,7 +147,7 @@ NEEDED: dict[type, dict[str, typing.Any]] = {
     TokenizerTraining: {"vocab_size": 300},
 }
 CHECKED = [EmbeddingOptions, SamplingOptions, ServingLimits, EmbedderOptions, RetroOptions, Limits, BuildRun, *NEEDED]
-CHECKED += [AllNliChoice, MsMarcoNegatives, ShownRecords]
+CHECKED += [AllNliChoice, CacheUse, MsMarcoNegatives, ShownRecords]
 
 
 @pytest.mark.parametrize("cls", CHECKED)

@@ -73,6 +73,8 @@ def test_texts_that_are_cut_are_counted(model: GritModel, caplog: pytest.LogCapt
         assert model.num_cut == 0 and "cut" not in caplog.text
         model.encode(TEXTS, max_length=max(sizes) - 1)
     assert model.num_cut == 1
+    cut = [len(head) + len(tail) for head, tail in model.embedding_tokens(TEXTS, max_length=max(sizes) - 1)]
+    assert cut == [min(size, max(sizes) - 1) for size in sizes]
     assert f"1 of 3 texts are longer than {max(sizes) - 1} tokens: cut" in caplog.text
     model.encode(TEXTS, max_length=min(sizes), progress=False)
     assert model.num_cut == 3

@@ -42,7 +42,7 @@ def blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[lis
         context=SimpleNamespace(device=SimpleNamespace(type="cpu")),
     )
     config = SimpleNamespace(training=SimpleNamespace(precision="fp32"))
-    model = SimpleNamespace(encode=encode, model=decoder, config=config)
+    model = SimpleNamespace(encode=encode, model=decoder, config=config, num_cut=3)
     monkeypatch.setattr(GritModel, "load", lambda path, device: model)
     monkeypatch.setattr(text_files, "resolve_checkpoint", Path)
     monkeypatch.setattr(text_files, "BLOCK", 3)
@@ -83,9 +83,13 @@ def killed_after(num_blocks: int, run: Callable[[], object], monkeypatch: pytest
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
 
 
-def test_the_file_is_what_numpy_writes(tmp_path: Path, blocks: list[list[str]]) -> None:
+def test_the_file_is_what_numpy_writes(
+    tmp_path: Path, blocks: list[list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
     arguments = write(tmp_path, 7)
-    found = encode_file(*arguments, max_length=9)
+    with caplog.at_level("INFO"):
+        found = encode_file(*arguments, max_length=9)
+    assert "3 texts are longer than max_length, or than the model's positions: cut" in caplog.text
     assert arguments[2].read_bytes() == saved(vectors([f"text {number}" for number in range(7)]) + 9)
     assert [len(texts) for texts in blocks] == [3, 3, 1] and found.shape == (7, SIZE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "model", "out.npy"]
