@@ -246,6 +246,7 @@ def test_an_end_that_waits_for_requests(model: GritModel, held: Any) -> None:
         status, body = post(port)
         assert status == 503 and b"the server is being stopped" in body and b'"server_error"' in body
         time.sleep(0.3)
+        assert post(port)[0] == 503  # it listens as long as there is something to wait for
         assert thread.is_alive() and not any(each.done() for each in accepted)
         go_on.set()
         assert [each.result(timeout=20)[0] for each in accepted] == [200, 200]
