@@ -144,7 +144,7 @@ class Clients:
         """Send something over a connection of its own, and read the status of the answer, if it has to have one."""
         host, port = re.fullmatch(r"http://(.+):(\d+)", self.url).groups()  # type: ignore[union-attr]
         reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n{head}\r\n\r\n".encode() + body)
+        writer.write(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n".encode() + body)
         await writer.drain()
         if status is None:
             await asyncio.sleep(1)

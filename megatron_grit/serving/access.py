@@ -1,11 +1,13 @@
-"""Who may use the server: keys of an API, compared in constant time."""
+"""Who may use the server: keys of an API, compared in constant time; without keys, no pages of other sites."""
 
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from megatron_grit.errors import ConfigError
 from megatron_grit.serving.bodies import before_the_rest, failure
@@ -21,6 +23,10 @@ VARIABLE = "MEGATRON_GRIT_API_KEY"
 OPEN = {"/", "/health"}
 """Paths that need no key: the page, which asks for one, and what a load balancer looks at."""
 _LEAST = 8
+_ELSEWHERE = (
+    "a server without API keys answers no page of another site, and at a loopback address only where Host is localhost "
+    "or an address; give it keys, or let the proxy in front set Host"
+)
 
 
 def read_keys(path: str | Path | None) -> list[bytes]:
@@ -50,6 +56,10 @@ def read_keys(path: str | Path | None) -> list[bytes]:
 class Access:
     """An ASGI application in front of another one, for which a request needs a key: ``Authorization: Bearer KEY``.
 
+    Where no key is needed, a page that somebody visits could use a server on that machine through the browser. Requests
+    of such pages are refused: those that browsers say come from another origin, and at a loopback address those for a
+    name that is not this machine's, which a page can have led here (DNS rebinding).
+
     Args:
         app: the application.
         keys: each of them is good. None: no key is needed.
@@ -60,9 +70,14 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it before its body is read."""
+        response: Any = None
         if scope["type"] == "http" and self._keys and scope["path"] not in OPEN and not self._knows(scope["headers"]):
             error = RequestError("the API key is missing or wrong", None, status=401, code="invalid_api_key")
-            response: Any = failure(error, 401, {"WWW-Authenticate": "Bearer", "Connection": "close"})
+            response = failure(error, 401, {"WWW-Authenticate": "Bearer", "Connection": "close"})
+        elif scope["type"] == "http" and not self._keys and _of_another_site(scope):
+            error = RequestError(_ELSEWHERE, None, status=403)
+            response = failure(error, 403, {"Connection": "close"})
+        if response is not None:
             return await before_the_rest(response)(scope, receive, send)
         await self._app(scope, receive, send)
 
@@ -72,3 +87,26 @@ class Access:
         # All are compared, so that the time tells nothing of which one was close.
         matches = [hmac.compare_digest(key.strip(), each) for each in self._keys]
         return scheme.lower() == b"bearer" and any(matches)
+
+
+def _of_another_site(scope: Scope) -> bool:
+    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    host = headers.get(b"host", "")
+    if b"origin" in headers and urlsplit(headers[b"origin"]).netloc != host:
+        return True
+    name = urlsplit(f"//{host}").hostname or ""
+    return _is_loopback((scope.get("server") or [""])[0]) and not (
+        name == "localhost" or name.endswith(".localhost") or _is_address(name)
+    )
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(name: str) -> bool:
+    return _is_address(name) and ipaddress.ip_address(name).is_loopback

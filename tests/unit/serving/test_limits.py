@@ -216,8 +216,8 @@ def test_an_end_that_waits_for_requests(model: GritModel, held: Any) -> None:
     def post(port: int) -> tuple[int, bytes]:
         body = json.dumps(TEXT).encode()
         with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-            head = f"POST {EMBEDDINGS} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
+            head = f"POST {EMBEDDINGS} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             with connection.makefile("rb") as answer:
                 return int(answer.readline().split()[1]), answer.read()
 
@@ -234,7 +234,7 @@ def test_an_end_that_waits_for_requests(model: GritModel, held: Any) -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
         port = listener.getsockname()[1]
-        thread = threading.Thread(target=run, args=(listener,))
+        thread = threading.Thread(target=run, args=(listener,), daemon=True)
         thread.start()
         assert started.wait(20)
         accepted = [pool.submit(post, port)]
@@ -269,3 +269,18 @@ def test_a_run_says_what_failed() -> None:
             await run.next(nobody)
 
     asyncio.run(scene())
+
+
+def test_pages_of_other_sites_are_refused_without_keys(model: GritModel) -> None:
+    """Browsers send such a request without asking first, and let a page's own name lead to this machine."""
+    app = create_app(Service(model, "tiny"))
+    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+        same = {"Origin": "http://127.0.0.1:8000"}
+        assert client.post(EMBEDDINGS, json=TEXT, headers=same).status_code == 200
+        assert client.post(EMBEDDINGS, json=TEXT, headers={"Host": "localhost:8000"}).status_code == 200
+        for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "evil.example:8000"}):
+            response = client.post(EMBEDDINGS, json=TEXT, headers=headers)
+            assert response.status_code == 403 and "another site" in response.json()["error"]["message"]
+    with client_of(model, KEYS) as client:
+        headers = {"Origin": "http://app.example", "Authorization": f"Bearer {KEYS[0].decode()}"}
+        assert client.post(EMBEDDINGS, json=TEXT, headers=headers).status_code == 200

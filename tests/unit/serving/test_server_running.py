@@ -50,7 +50,7 @@ def running(model: GritModel, **options: Any) -> Iterator[tuple[uvicorn.Server, 
 def raw(port: int, head: str, body: bytes = b"") -> tuple[socket.socket, bytes]:
     """An open connection after a request's beginning."""
     connection = socket.create_connection(("127.0.0.1", port), timeout=60)
-    content = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\n{head}\r\n\r\n".encode() + body
+    content = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n".encode() + body
     connection.sendall(content)
     return connection, content
 
