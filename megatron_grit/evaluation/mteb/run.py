@@ -15,7 +15,7 @@ from megatron_grit.evaluation.encoder import TextEncoder, load_encoder, model_fi
 from megatron_grit.evaluation.mteb.instructions import load_instructions
 from megatron_grit.evaluation.mteb.model import MtebModel
 from megatron_grit.evaluation.mteb.options import MtebOptions
-from megatron_grit.evaluation.mteb.tasks import import_mteb, load_tasks, parts_of, use_folder
+from megatron_grit.evaluation.mteb.tasks import data_digests, import_mteb, load_tasks, parts_of, use_folder
 from megatron_grit.evaluation.tasks.task import Lengths
 from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.files import write_json
@@ -42,7 +42,7 @@ def evaluate_mteb(
     Args:
         checkpoint: a checkpoint or run, or a directory of Hugging Face or sentence-transformers.
         output_dir: gets ``results/MODEL/REVISION/TASK.json`` in mteb's format, and ``scores.json``. It belongs to one
-            model and one set of options.
+            model, one set of options and one content of the data folder of each task.
         options: which tasks, and how.
         lengths: how texts are given to the model.
         device: auto, cpu or cuda.
@@ -53,7 +53,7 @@ def evaluate_mteb(
 
     Raises:
         ConfigError: an unknown task, instructions that cannot be used, mteb is not installed, or the folder holds
-            results of another model or other options.
+            results of another model, other options or other data.
         DataError: data of a task that are missing or cannot be read.
         OutputError: another process is writing into the folder, or it cannot be written.
     """
@@ -85,6 +85,10 @@ def evaluate_mteb(
             }
         )
         cache = mteb.ResultCache(cache_path=folder)
+        parts = [part.metadata.name for task in found for part in parts_of(task)]
+        evaluated = {part for part in parts if cache.get_task_result_path(part, meta).exists()}
+        digests = {part: digest for task in found for part, digest in data_digests(task, options.data_folder).items()}
+        _take_data(folder, digests, evaluated)
         model, scores = MtebModel(encoder, instructions, lengths, meta), dict[str, dict[str, Any]]()
         for number, task in enumerate(found, 1):
             scores[task.metadata.name] = _run(mteb, model, task, cache)
@@ -161,6 +165,27 @@ def _take(folder: Path, identity: dict[str, Any]) -> str:
     if changed:
         raise ConfigError(f"{folder}: holds results with other {', '.join(changed)}; give another --output-dir")
     return str(other)
+
+
+def _take_data(folder: Path, digests: dict[str, str | None], evaluated: set[str]) -> None:
+    """Note what data tasks are evaluated on, or find that results are of these data.
+
+    Args:
+        folder: that of the model, see :func:`_take`.
+        digests: of the data of each task.
+        evaluated: tasks that have a result.
+
+    Raises:
+        ConfigError: a result is of other data.
+    """
+    path = folder / _IDENTITY
+    identity = json.loads(path.read_bytes())
+    held = identity.get("data", {})
+    other = sorted(name for name in evaluated if held.get(name) != digests[name])
+    if other:
+        raise ConfigError(f"{folder}: holds results of {', '.join(other)} on other data; give another --output-dir")
+    if held != (data := held | digests):
+        write_json(path, identity | {"data": data})
 
 
 def _summary(model: str, scores: dict[str, dict[str, Any]]) -> dict[str, Any]:

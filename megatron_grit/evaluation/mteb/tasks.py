@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron_grit.config.commands import suggestion
 from megatron_grit.config.locate import yaml_file
 from megatron_grit.errors import ConfigError, DataError, GritError
 from megatron_grit.evaluation.ranking.collection import read_beir
+from megatron_grit.store.digest import digest_of_files
 
 _SUITES = Path(__file__).parent / "suites.yaml"
 _SPLITS = {"MSMARCO": "dev"}
@@ -114,6 +116,21 @@ def use_folder(task: Any, data_folder: str | Path) -> None:
             part.metadata = part.metadata.model_copy(update={"dataset": own})
             load = part.load_data
         part.load_data = partial(_located, folder, load)
+
+
+def data_digests(task: Any, data_folder: str | Path | None) -> dict[str, str | None]:
+    """Digest of the data of each part of a task, by the part's name: of names, sizes and contents of the files in its
+    folder, without hidden ones. None: the data are mteb's own, of the revision that its definition of the task names."""
+    names = [part.metadata.name for part in parts_of(task)]
+    return {name: None if data_folder is None else _digest_of_folder(Path(data_folder) / name) for name in names}
+
+
+def _digest_of_folder(folder: Path) -> str:
+    files: list[Path] = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(parent) / name for name in names if not name.startswith(".")]
+    return digest_of_files(folder, files, None)
 
 
 def _located(folder: Path, load: Callable[..., None], *arguments: Any, **keywords: Any) -> None:

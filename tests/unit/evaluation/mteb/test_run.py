@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,38 @@ def test_what_is_there_is_kept_and_a_damaged_result_is_made_again(
     with pytest.raises(ConfigError, match=r"holds results of another model, another_run; give another --output-dir$"):
         evaluate_mteb(trained_run.output_dir, folder, options, lengths, device="cpu")
     (folder / "evaluation.json").write_text(json.dumps(identity))
+
+
+def test_results_of_other_data_are_refused(
+    trained_run: Any, data: Path, evaluated: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, contents = evaluated
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    path = other / "STSBenchmark" / "test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def run(data_folder: Path | None) -> dict[str, Any]:
+        options = replace(OPTIONS, data_folder=None if data_folder is None else str(data_folder))
+        return evaluate_mteb(trained_run.output_dir, folder, options, Lengths(max_length=64), device="cpu")
+
+    (other / "STSBenchmark" / ".hidden").write_text("not data")
+    assert run(other)["results"] == contents["results"]  # the same content elsewhere
+    write_jsonl(path, [row | {"score": 5 - row["score"]} for row in rows])
+    refusal = r"holds results of STSBenchmark on other data; give another --output-dir$"
+    with pytest.raises(ConfigError, match=refusal):
+        run(other)
+    with pytest.raises(ConfigError, match=r"holds results of STSBenchmark, SciFact on other data"):  # sorted
+        run(None)
+    (result,) = folder.glob("results/*/*/STSBenchmark.json")
+    result.rename(tmp_path / "away.json")  # without a result the task's data are free
+    kept = (folder / "evaluation.json").read_bytes()
+    score = contents["results"]["STSBenchmark"]["main_score"]
+    assert run(other)["results"]["STSBenchmark"]["main_score"] == pytest.approx(-score, abs=1e-6)
+    with pytest.raises(ConfigError, match=refusal):
+        run(data)
+    (tmp_path / "away.json").rename(result)
+    (folder / "evaluation.json").write_bytes(kept)
 
 
 def test_wrong_input_is_one_line(trained_run: Any, data: Path, tmp_path: Path) -> None:
