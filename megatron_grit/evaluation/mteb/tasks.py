@@ -120,7 +120,7 @@ def use_folder(task: Any, data_folder: str | Path) -> None:
 
 def data_digests(task: Any, data_folder: str | Path | None) -> dict[str, str | None]:
     """Digest of the data of each part of a task, by the part's name: of names, sizes and contents of the files in its
-    folder, without hidden ones. None: the data are mteb's own, of the revision that its definition of the task names."""
+    folder, without hidden ones. None: the data are mteb's own, of the revision that the task's definition names."""
     names = [part.metadata.name for part in parts_of(task)]
     return {name: None if data_folder is None else _digest_of_folder(Path(data_folder) / name) for name in names}
 

@@ -6,7 +6,7 @@ A folder of BEIR's holds ``corpus.jsonl`` (``_id``, ``title``, ``text``), ``quer
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ import numpy as np
 
 from megatron_grit.data.text.lines import Line, filled_lines
 from megatron_grit.errors import DataError
+from megatron_grit.store.logs import get_logger
+
+log = get_logger(__name__)
 
 _PACKED = ("", ".gz", ".zst")
 
@@ -38,7 +41,7 @@ class Collection:
     documents: list[str]
     """Title and text."""
     judgements: list[dict[int, int]]
-    """Of each query the grades of its judged documents, by their place."""
+    """Of each query the grades of its judged documents, by their place; those that are not there by numbers below 0."""
     query_instruction: str | None = ""
     """What queries are embedded for. "": the template without instruction. None: no template."""
     document_instruction: str | None = ""
@@ -68,31 +71,39 @@ def read_beir(
         document_instruction: likewise.
 
     Raises:
-        DataError: a file that is missing, a line that cannot be read, or a judgement of what is not there; with the
-            line.
+        DataError: a file that is missing, a line that cannot be read, a judgement of a query that is not there, or two
+            judgements that contradict each other; with the line.
     """
     folder = Path(folder)
     documents = dict(_texts(_file(folder, "corpus.jsonl")))
     queries = dict(_texts(_file(folder, "queries.jsonl")))
     path = _qrels(folder, split)
     places = {name: place for place, name in enumerate(documents)}
-    judged: dict[str, dict[int, int]] = {}
-    for line, query, document, grade in _judgements(path):
+    judged: dict[str, dict[str, int]] = {}
+    for line, query, document, grade in _judgements(path, queries, places):
         if query not in queries:
             raise line.error(f"query {query} is not in queries.jsonl")
-        # A collection may be smaller than what was judged; trec_eval counts what it lacks as not found.
-        judged.setdefault(query, {})[places.get(document, -1 - len(judged.get(query, {})))] = grade
+        before = judged.setdefault(query, {}).setdefault(document, grade)
+        if before != grade:
+            raise line.error(f"document {document} is judged {grade} for query {query}, and {before} in a line before")
     if not judged:
         raise DataError("holds no judgement", path=path)
-    missing = sum(place < 0 for grades in judged.values() for place in grades)
-    if missing == sum(map(len, judged.values())):
+    total = sum(map(len, judged.values()))
+    missing = sum(name not in places for grades in judged.values() for name in grades)
+    if missing == total:
         raise DataError(f"none of its {missing} documents is in corpus.jsonl", path=path)
+    # A collection may be smaller than what was judged; trec_eval counts what it lacks as not found.
+    if missing:
+        log.info(f"{path}: of {total:,} judged documents {missing:,} are not in corpus.jsonl; they count as not found")
     return Collection(
         query_ids=list(judged),
         queries=[queries[query] for query in judged],
         document_ids=list(documents),
         documents=list(documents.values()),
-        judgements=list(judged.values()),
+        judgements=[
+            {places.get(name, -1 - number): grade for number, (name, grade) in enumerate(grades.items())}
+            for grades in judged.values()
+        ],
         query_instruction=query_instruction,
         document_instruction=document_instruction,
     )
@@ -137,17 +148,33 @@ def _fields(line: Line, record: Any) -> tuple[str, str, str]:
     return str(record["_id"]), record["text"], title
 
 
-def _judgements(path: Path) -> Iterable[tuple[Line, str, str, int]]:
-    """Query, document and grade of each line, in BEIR's three columns or TREC's four."""
+def _judgements(path: Path, queries: Container[str], documents: Container[str]) -> Iterable[tuple[Line, str, str, int]]:
+    """Query, document and grade of each line, in BEIR's three columns or TREC's four. Spaces around an id count only
+    where the id that is known has them."""
     for line in filled_lines(path):
         fields = line.text().rstrip("\r\n").split("\t")
         fields = fields if len(fields) > 1 else fields[0].split()
         if len(fields) == 4:
             del fields[1]
         try:
-            query, document, grade = fields[0], fields[1], int(fields[2])
+            query, document, grade = _known(fields[0], queries), _known(fields[1], documents), int(fields[2])
         except (IndexError, ValueError):
-            if line.number == 1:
-                continue  # headings
+            if line.number == 1 and _are_headings(fields, queries):
+                continue
             raise line.error("must be a query, a document and a whole number, with tabs between them") from None
         yield line, query, document, grade
+
+
+def _known(name: str, names: Container[str]) -> str:
+    return name if name in names else name.strip()
+
+
+def _are_headings(fields: list[str], queries: Container[str]) -> bool:
+    """Whether a line that is no judgement names columns: it has no known query, and no number as its grade."""
+    if len(fields) < 3 or _known(fields[0], queries) in queries:
+        return False
+    try:
+        float(fields[2])
+    except ValueError:
+        return True
+    return False

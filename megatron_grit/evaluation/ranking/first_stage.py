@@ -49,7 +49,8 @@ def read_ranking(path: str | Path, collection: Collection, depth: int) -> Rankin
         depth: documents of each query.
 
     Raises:
-        DataError: a line that cannot be read, a document that the collection lacks, or no line of any of its queries.
+        DataError: a line that cannot be read, a document that the collection lacks or that is ranked twice for a query,
+            or no line of any of its queries.
     """
     path = Path(path)
     places = {name: place for place, name in enumerate(collection.document_ids)}
@@ -58,6 +59,8 @@ def read_ranking(path: str | Path, collection: Collection, depth: int) -> Rankin
         if query in found:  # others are of another split
             if document not in places:
                 raise line.error(f"document {document} is not in the collection")
+            if places[document] in found[query]:
+                raise line.error(f"document {document} is ranked twice for query {query}")
             found[query][places[document]] = score
     if not any(found.values()):
         raise DataError("ranks nothing for any query of the collection", path=path)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_grit.errors import DataError
+from megatron_grit.evaluation.ranking import collection
 from megatron_grit.evaluation.ranking.collection import Collection, UnfinishedRanking, read_beir
 from megatron_grit.evaluation.ranking.measures import measure
 from megatron_grit.evaluation.ranking.search import rank_by_embeddings, ranked
@@ -153,6 +154,20 @@ def test_a_folder_of_beir(tmp_path: Path) -> None:
     assert read_beir(tmp_path, "dev").judgements == [{0: 1, -2: 1}]
 
 
+def test_judgements_that_are_repeated_or_of_no_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(collection.log, "info", told.append)
+    lines = ["q1\td2 \t2", " q1\tgone\t1", "q1\td1\t1", "q1\tgone\t1", "q1\tlost\t1", "q2\td1\t1", "q1\td1\t1"]
+    found = read_beir(write_folder(tmp_path, "\n".join(lines) + "\n"))
+    assert found.judgements == [{1: 2, -2: 1, 0: 1, -4: 1}, {0: 1}]
+    (line,) = told
+    assert line.endswith("of 5 judged documents 2 are not in corpus.jsonl; they count as not found")
+    recall = measure([np.array([1, 0])], found.judgements[:1])["recall_at_10"]
+    assert recall.tolist() == [0.5]  # of four documents, however often each was judged
+    read_beir(write_folder(tmp_path))
+    assert len(told) == 1
+
+
 def test_wrong_folders_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no corpus.jsonl; a folder of BEIR's holds"):
         read_beir(tmp_path)
@@ -164,6 +179,12 @@ def test_wrong_folders_are_one_line(tmp_path: Path) -> None:
         ("a\tb\tc\nq9\td2\t1\n", r"test.tsv:2: query q9 is not in queries.jsonl"),
         ("a\tb\tc\nq1\tgone\t1\n", "none of its 1 documents"),
         ("a\tb\tc\n", "holds no judgement"),
+        ("q1\td2\t1\nq1\td1\t1\nq1\td2\t0\n", r"tsv:3: document d2 is judged 0 for query q1, and 1 in a line before"),
+        ("q1\tgone\t1\nq1\tgone\t0\n", r"tsv:2: document gone is judged 0"),
+        ("q1\td2\t1.0\nq2\td1\t1\n", r"test.tsv:1: must be a query, a document and a whole number"),
+        ("q1\td2\thigh\nq2\td1\t1\n", r"test.tsv:1: must be a query, a document and a whole number"),
+        ("q8\td2\t1.0\nq2\td1\t1\n", r"test.tsv:1: must be a query, a document and a whole number"),
+        ("q1\td2\nq2\td1\t1\n", r"test.tsv:1: must be a query, a document and a whole number"),
     ]:
         with pytest.raises(DataError, match=message):
             read_beir(write_folder(tmp_path, judgements))
