@@ -1,10 +1,25 @@
-"""Sizes that follow from a model's shape."""
+"""What follows from a model's shape."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import asdict
+from typing import Any
 
+from megatron_grit.config.knob import names_with
 from megatron_grit.config.schema import ModelConfig, RunConfig
+
+
+def computing_settings(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the model, and of its adapters, that its outputs follow from beside its weights: what is computed with
+    a model and kept is of no use under others."""
+    return _without(config.model, "in_weights", False), _without(config.adapter, "may_change", True)
+
+
+def _without(section: Any, fact: str, value: bool) -> dict[str, Any]:
+    """The options of a section, those marked by the fact left out."""
+    left_out = names_with(type(section), fact, value)
+    return {name: held for name, held in asdict(section).items() if name not in left_out}
 
 
 def head_channels(model: ModelConfig) -> int:

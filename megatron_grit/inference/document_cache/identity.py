@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from megatron_grit.config.knob import names_with
-from megatron_grit.config.schema import ModelConfig, RunConfig
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.shape import computing_settings
 from megatron_grit.data.chat.chat import Chat
 from megatron_grit.data.text.markers import SideMarkers
 from megatron_grit.data.text.templates import EMBEDDING_TEMPLATE, embedding_prefix
@@ -29,7 +29,7 @@ class CacheIdentity:
     adapters: str
     """Of adapters; empty where the model has none."""
     settings: str
-    """Of the model's shape, positions and precision."""
+    """Of the model's shape, positions and precision, and of how adapters are scaled."""
     tokenizer: str
     template: str
     """Of the templates of texts to embed and of conversations."""
@@ -61,14 +61,13 @@ def identity_of(  # many: all that keys and values follow from
     attention: Attention,
 ) -> CacheIdentity:
     """The identity of caches of a model that this process holds whole. Reads all weights."""
-    dropped = names_with(ModelConfig, "in_weights", False)
-    settings = {name: value for name, value in asdict(config.model).items() if name not in dropped}
+    settings, of_adapters = computing_settings(config)
     exact, has_adapters = exact_fingerprint(model, model.context), config.adapter.kind != "none"
     written = [EMBEDDING_TEMPLATE, embedding_prefix("{instruction}"), asdict(markers), chat.template, chat.source]
     return CacheIdentity(
         weights=base_fingerprint(model, model.context) if has_adapters else exact,
         adapters=exact if has_adapters else "",
-        settings=digest_of_settings([settings, config.training.precision]),
+        settings=digest_of_settings([settings, config.training.precision] + [of_adapters] * has_adapters),
         tokenizer=tokenizer.fingerprint,
         template=digest_of_settings(written),
         attention=attention,

@@ -15,9 +15,25 @@ from typing import Any
 
 import numpy as np
 
+from megatron_grit.config.schema import RunConfig
+from megatron_grit.config.shape import computing_settings
 from megatron_grit.errors import DataError
 from megatron_grit.store.digest import digest_of_arrays, digest_of_settings
 from megatron_grit.store.files import replacing, write_json
+
+
+def identity_of_model(config: RunConfig, weights: str) -> dict[str, object]:
+    """Of a cache of log-probabilities: all that they follow from but the data and how it is cut.
+
+    Args:
+        config: the run.
+        weights: fingerprint of the weights.
+    """
+    return {
+        "weights": weights,
+        "model": digest_of_settings(list(computing_settings(config))),
+        "precision": config.training.precision,
+    }
 
 
 class RecordNumbers:

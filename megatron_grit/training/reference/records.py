@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_grit.config.knob import names_with
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.data.order.sources import Sources
 from megatron_grit.data.rows.batch import PackedRow
@@ -27,10 +25,9 @@ from megatron_grit.errors import ConfigError
 from megatron_grit.models.decoder import GritDecoder
 from megatron_grit.parallel.collectives import from_last_stage, gather_in_order
 from megatron_grit.parallel.context import ParallelContext
-from megatron_grit.store.digest import digest_of_settings
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import Progress
-from megatron_grit.training.reference.cache import RecordNumbers
+from megatron_grit.training.reference.cache import RecordNumbers, identity_of_model
 from megatron_grit.training.reference.forward import frozen_log_probs
 
 log = get_logger(__name__)
@@ -92,12 +89,8 @@ class ReferenceLogProbs:
         sources = self._stream.sources
         identity: dict[str, object] = {
             "what": "log-probabilities of answers 1",
-            "weights": weights,
-            "model": digest_of_settings(
-                [_without(self._config.model, "in_weights", False), _without(self._config.adapter, "may_change", True)]
-            ),
             "data": sources.identity([source])[0],
-            "precision": self._config.training.precision,
+            **identity_of_model(self._config, weights),
             "numbers": self._stream.width,
         }
         limits = [sources.longest_segment, sources.longest_unit]
@@ -203,12 +196,6 @@ class ReferenceLogProbs:
                 records = wanted[wanted[:, 0] == number, 1]
                 if len(records):
                     source.write(records)
-
-
-def _without(section: Any, fact: str, value: bool) -> dict[str, Any]:
-    """The options of a section that numbers follow from, those marked by the fact left out."""
-    left_out = names_with(type(section), fact, value)
-    return {name: held for name, held in asdict(section).items() if name not in left_out}
 
 
 def refuse_missing(missing: np.ndarray, names: Sequence[str], folder: str, key: str) -> None:

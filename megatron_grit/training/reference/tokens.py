@@ -29,6 +29,7 @@ from megatron_grit.store.files import replacing, write_json
 from megatron_grit.store.logs import get_logger
 from megatron_grit.store.progress import Progress
 from megatron_grit.store.rows import read_rows
+from megatron_grit.training.reference.cache import identity_of_model
 from megatron_grit.training.teacher.model import forward_rows, frozen
 
 log = get_logger(__name__)
@@ -60,9 +61,8 @@ class TokenLogProbs:
         identities = [
             {
                 "what": "log-probabilities of labels 1",
-                "weights": weights,
                 "data": sources.identity([number])[0],
-                "precision": config.training.precision,
+                **identity_of_model(config, weights),
                 "longest": [sources.longest_segment, sources.rules.policy],
             }
             for number in range(len(sources))
