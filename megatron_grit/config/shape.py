@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -40,6 +40,24 @@ def attention_widths(model: ModelConfig) -> tuple[int, int]:
 def expert_width(model: ModelConfig) -> int:
     """Feed-forward width of an expert."""
     return model.moe_ffn_hidden_size or model.ffn_hidden_size
+
+
+def query_scale(model: ModelConfig) -> float:
+    """What multiplies the products of queries and keys, where RoPE does not."""
+    return head_channels(model) ** -0.5 if model.attention_scale is None else model.attention_scale
+
+
+_DERIVED: dict[str, Callable[[ModelConfig], float]] = {
+    "kv_channels": head_channels,
+    "num_query_groups": num_query_groups,
+    "moe_ffn_hidden_size": expert_width,
+    "attention_scale": query_scale,
+}
+
+
+def effective(model: ModelConfig, name: str) -> Any:
+    """Value of an option, its default filled in."""
+    return _DERIVED[name](model) if name in _DERIVED else getattr(model, name)
 
 
 def padded_vocabulary(vocab_size: int, multiple: int, tensor_size: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_grit.config.schema import ModelConfig
-from megatron_grit.config.shape import head_channels
+from megatron_grit.config.shape import head_channels, query_scale
 
 
 class RotaryAngles:
@@ -74,7 +74,7 @@ def attention_scale(model: ModelConfig) -> float | None:
     factor = attention_factor(model)
     if factor == 1.0:
         return model.attention_scale
-    return factor**2 * (head_channels(model) ** -0.5 if model.attention_scale is None else model.attention_scale)
+    return factor**2 * query_scale(model)
 
 
 def _between(frequencies: Tensor, factor: float, share: Tensor) -> Tensor:

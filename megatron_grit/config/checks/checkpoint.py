@@ -17,7 +17,7 @@ from megatron_grit.config.checkpoint_folder import (
 )
 from megatron_grit.config.parse import load_config
 from megatron_grit.config.schema import RunConfig
-from megatron_grit.config.shape import reading_layers
+from megatron_grit.config.shape import computing_settings, effective, reading_layers
 from megatron_grit.errors import CheckpointError, GritError
 
 _MAKES: dict[str, Callable[[Any], bool]] = {"num_neighbors": bool, "gate": lambda gate: gate is None}
@@ -102,6 +102,28 @@ def unlike_reader(config: RunConfig) -> Iterator[str]:
                 f"warning: {path} was trained with model.retro.chunk_length {saved.chunk_length}, and this run has "
                 f"{present.chunk_length}, that of its database"
             )
+
+
+def unlike_model(config: RunConfig) -> Iterator[str]:
+    """A warning of a run whose model computes otherwise with the weights of ``checkpoint.load`` than the model that was
+    trained, by options that make no other parameters.
+
+    Raises:
+        ConfigError, CheckpointError: its config.yaml cannot be read.
+    """
+    for path in started_from(config)[:1]:
+        if not (path / "config.yaml").is_file():
+            continue
+        saved, present = load_config(path / "config.yaml").model, config.model
+        told = []
+        for name in computing_settings(config)[0]:
+            before, now = effective(saved, name), effective(present, name)
+            if before == now or name in (*_SIZES, "vocab_size", "retro"):  # refused, or told of, by themselves
+                continue
+            if name != "max_position_embeddings" or now > before or present.position_embedding != "rope":
+                told.append(f"model.{name} {_told(before)}, here {_told(now)}")
+        if told:
+            yield f"warning: {path} was trained with other options than this run has: {'; '.join(told)}"
 
 
 def checkpoint_errors(config: RunConfig) -> Iterator[GritError]:

@@ -14,7 +14,7 @@ import torch
 
 from megatron_grit.config.checkpoint_folder import holds_checkpoint
 from megatron_grit.config.schema import ModelConfig, RunConfig
-from megatron_grit.config.shape import expert_width, head_channels, num_query_groups
+from megatron_grit.config.shape import effective
 from megatron_grit.convert.families.registry import load_hf_config, same_value
 from megatron_grit.convert.hf_in.convert import check_tokenizer, grown_vocabulary
 from megatron_grit.convert.hf_in.embedder import decoder_folder, embedder_defaults
@@ -37,12 +37,6 @@ from megatron_grit.training.teacher.source import TeacherSource
 from megatron_grit.training.trainer import InitialWeights
 
 log = get_logger(__name__)
-
-_DERIVED = {
-    "kv_channels": head_channels,
-    "num_query_groups": num_query_groups,
-    "moe_ffn_hidden_size": expert_width,
-}
 
 
 def resolve_pretrained(config: RunConfig, origins: Mapping[str, str], *, files: bool = True) -> RunConfig:
@@ -209,17 +203,12 @@ def _merge(shape: ModelConfig, given: ModelConfig, origins: Mapping[str, str], s
             changes[name] = grown_vocabulary(shape, ours, source)
         elif name == "max_position_embeddings" and ours < theirs and shape.position_embedding == "rope":
             changes[name] = ours
-        elif not same_value(_effective(replace(shape, **{name: ours}), name), _effective(shape, name)):
+        elif not same_value(effective(replace(shape, **{name: ours}), name), effective(shape, name)):
             raise ConfigError(
                 f"{where}: model.{name} is {ours}, but {source} has {theirs}; leave it out, or start without "
                 "model.pretrained"
             )
     return replace(shape, **changes)
-
-
-def _effective(model: ModelConfig, name: str) -> Any:
-    """A key's value, its default filled in."""
-    return _DERIVED[name](model) if name in _DERIVED else getattr(model, name)
 
 
 def _keep_tokenizer(checkpoint: Path, output_dir: str) -> Path | None:

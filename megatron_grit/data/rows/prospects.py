@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_grit.config.blend import BlendEntry, read_blend
 from megatron_grit.config.checkpoint_folder import started_from
-from megatron_grit.config.checks.checkpoint import checkpoint_errors, finished_lines, unlike_reader
+from megatron_grit.config.checks.checkpoint import checkpoint_errors, finished_lines, unlike_model, unlike_reader
 from megatron_grit.config.kinds import compares_rows, kind_batch_size, kind_options, load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import reads_neighbors
@@ -106,6 +106,7 @@ def prospects(config: RunConfig, tokenizer: Tokenizer, chat: Chat) -> Iterator[s
             yield _epochs(config, kind, entries, sources)
         yield from _too_long(config, rules, sources)
     yield from unlike_base(config, tokenizer, chat)
+    yield from unlike_model(config)
     yield from unlike_reader(config)
 
 

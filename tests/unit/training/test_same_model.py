@@ -15,6 +15,7 @@ from megatron_grit.config.checks.checkpoint import (
     check_same_model,
     check_same_parameters,
     checkpoint_errors,
+    unlike_model,
     unlike_reader,
 )
 from megatron_grit.config.parse import save_config
@@ -106,6 +107,23 @@ def test_chunks_of_another_length_are_told(checkpoint: Path, tmp_path: Path) -> 
     for retro in (RETRO, RetroConfig()):
         config.model.retro = retro
         assert list(unlike_reader(config)) == []
+
+
+def test_a_model_that_computes_otherwise_is_told(tmp_path: Path) -> None:
+    """Options that change what the weights compute, and no parameters; not those that say the same, or are refused."""
+    save_config(tiny_config(), tmp_path / "config.yaml")
+    config = tiny_config(rotary_base=5e5, norm_epsilon=0.5, attention_scale=30.0, max_position_embeddings=1024)
+    config.output_dir, config.checkpoint.load = str(tmp_path / "run"), str(tmp_path)
+    check_same_parameters(tmp_path, config)
+    assert list(unlike_model(config)) == [
+        f"warning: {tmp_path} was trained with other options than this run has: model.max_position_embeddings 512, "
+        "here 1024; model.norm_epsilon 1e-05, here 0.5; model.rotary_base 10000.0, here 500000.0; "
+        "model.attention_scale 0.25, here 30.0"
+    ]
+    same: dict[str, Any] = {"kv_channels": 16, "attention_scale": 0.25, "max_position_embeddings": 256}
+    for other in (same, {"hidden_dropout": 0.1, "num_layers": 8, "retro": RETRO}):
+        config.model = tiny_config(**other).model
+        assert list(unlike_model(config)) == []
 
 
 def test_a_decoder_that_reads_none_can_be_fitted(checkpoint: Path) -> None:
