@@ -5,7 +5,7 @@ Writes report.md, report.json, figures.png and, where a run is among the models,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
@@ -17,6 +17,7 @@ from megatron_grit.evaluation.bootstrap import Interval
 from megatron_grit.evaluation.in_training import FOLDER
 from megatron_grit.evaluation.report import draw_curves, plot, read_metrics, write_report
 from megatron_grit.evaluation.results import (
+    Key,
     Result,
     in_training_results,
     json_files,
@@ -87,7 +88,7 @@ def read_model(path: str | Path) -> ModelResults:
     model.results = [_with_command(path, result, commands) for result in model.results]
     if not model.results:
         raise DataError("holds no metrics.jsonl, and no results of evaluate, lm-eval or mteb", path=path)
-    seen: dict[tuple[str, str, str], str] = {}
+    seen: dict[Key, str] = {}
     for result in model.results:
         if result.key in seen:
             raise DataError(
@@ -168,17 +169,33 @@ def format_models(models: Mapping[str, ModelResults]) -> list[str]:
     tables = []
     by_key = {name: {result.key: result for result in model.results} for name, model in models.items()}
     for source, title in SOURCES.items():
-        keys = list(dict.fromkeys(key for found in by_key.values() for key in found if key[0] == source))
+        keys = _rows(key for found in by_key.values() for key in found if key[0] == source)
         if not keys:
             continue
         rows = [["task", "metric", *models], ["---"] * (2 + len(models))]
         steps = [next((r.step for r in model.results if r.source == source), None) for model in models.values()]
         if any(step is not None for step in steps):
             rows.append(["", "step", *("" if step is None else f"{step:,}" for step in steps)])
-        for key in keys:
-            rows.append([*key[1:], *(_cell(found.get(key)) for found in by_key.values())])
+        for key, task in keys.items():
+            rows.append([task, key[2], *(_cell(found.get(key)) for found in by_key.values())])
         tables.append("\n".join([f"## {title}", "", *(f"| {' | '.join(row)} |" for row in rows)]))
     return tables
+
+
+def _rows(keys: Iterable[Key]) -> dict[Key, str]:
+    """Rows of a table and the name of the task in each. Figures of one name that were measured in several ways have a
+    row each, one below the other, which says in what they differ."""
+    ways: dict[tuple[str, str, str], dict[Key, dict[str, Any]]] = {}
+    for key in keys:
+        ways.setdefault(key[:3], {})[key] = dict(key[3])
+    rows: dict[Key, str] = {}
+    for (_, task, _), same in ways.items():
+        names = dict.fromkeys(name for each in same.values() for name in each)
+        differing = [name for name in names if len({each.get(name) for each in same.values()}) > 1]
+        for key, each in same.items():
+            told = ", ".join(f"{name} {each[name]}" for name in differing if name in each)
+            rows[key] = f"{task} ({told})" if told else task
+    return rows
 
 
 def _cell(result: Result | None) -> str:
@@ -227,7 +244,7 @@ def _plot(models: Mapping[str, ModelResults], output_dir: Path) -> list[str]:
             draw_curves(axes, runs)
         pictures.append("loss.png")
     results = [each for model in models.values() for each in model.results if each.source != "training"]
-    keys = list(dict.fromkeys(each.key for each in results if 0 <= each.value <= 1))[:_SHOWN]
+    keys = dict(list(_rows(each.key for each in results if 0 <= each.value <= 1).items())[:_SHOWN])
     if keys:
         with plot(output_dir / "figures.png", xlabel="figure", ylabel="") as axes:
             _draw_figures(axes, models, keys)
@@ -235,7 +252,7 @@ def _plot(models: Mapping[str, ModelResults], output_dir: Path) -> list[str]:
     return pictures
 
 
-def _draw_figures(axes: Any, models: Mapping[str, ModelResults], keys: Sequence[tuple[str, str, str]]) -> None:
+def _draw_figures(axes: Any, models: Mapping[str, ModelResults], keys: Mapping[Key, str]) -> None:
     from matplotlib.colors import TABLEAU_COLORS
 
     axes.figure.set_size_inches(8, max(4.5, 0.3 * len(keys)))
@@ -256,7 +273,7 @@ def _draw_figures(axes: Any, models: Mapping[str, ModelResults], keys: Sequence[
             color=color,
             label=name,
         )
-    axes.set_yticks(list(places.values()), [f"{task} {metric} ({source})" for source, task, metric in keys], fontsize=7)
+    axes.set_yticks(list(places.values()), [f"{task} {key[2]} ({key[0]})" for key, task in keys.items()], fontsize=7)
 
 
 def report(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,23 @@ _OTHERS = ("perplexity", "bleu", "rouge_geometric_mean")
 """Figures of ours that have no interval."""
 _NORMAL_95 = 1.959964
 """Standard errors from a mean to the end of its 95 % interval, as lm-eval's own tables take it."""
+_CONDITIONS = ("layer", "scorer", "num_contexts")
+"""What files of ours say of how they were measured, besides on how much."""
+_COUNTS = {
+    "ranking": ("num_queries", "num_passages"),
+    "similarity": ("num_pairs",),
+    "loss": ("num_records",),
+    "": ("num_pairs", "num_items", "num_questions", "num_records"),
+}
+"""What they say of how much, by the sort of figure: a file of ``evaluate`` may hold figures of several tasks."""
 _LEFT_OUT = ("checkpoints", "cache")
 """Folders of a run that hold no results."""
 _NO_FIGURES = ("step", "seconds", "lr", "tokens", "tokens_per_second", "padding_fraction", "grad_norm", "skipped_steps")
 """Metrics of a step that say nothing of a model."""
+
+
+Key = tuple[str, str, str, tuple[tuple[str, Any], ...]]
+"""Source, task, metric, and how it was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +58,13 @@ class Result:
     """Trained steps, where the file tells."""
     command: str | None = None
     """What made it, where the file tells."""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """How and on how much, where the file tells: figures that differ here are not of one row."""
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> Key:
         """What models have in common."""
-        return self.source, self.task, self.metric
+        return self.source, self.task, self.metric, tuple(self.measured.items())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -151,9 +166,22 @@ def _of_ours(value: Mapping[str, Any], source: str, task: str, name: str) -> lis
                 file=name,
                 step=step if isinstance(step, int) else None,
                 command=value.get("command"),
+                measured={
+                    name: value[name]
+                    for name in (*_CONDITIONS, *_COUNTS[_sort_of(metric)])
+                    if isinstance(value.get(name), str | int)
+                },
             )
         )
     return found
+
+
+def _sort_of(metric: str) -> str:
+    if "_at_" in metric:
+        return "ranking"
+    if metric in ("spearman", "pearson"):
+        return "similarity"
+    return "loss" if metric in ("lm_loss", "perplexity") else ""
 
 
 def _of_lm_eval(value: Mapping[str, Any], name: str) -> Iterator[Result]:
@@ -168,7 +196,16 @@ def _of_lm_eval(value: Mapping[str, Any], name: str) -> Iterator[Result]:
             high=None if margin is None else figure + margin,
             file=name,
             command=command,
+            measured=_harness_conditions(value, task),
         )
+
+
+def _harness_conditions(value: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Version, examples in a prompt and number of documents of a task of lm-eval's, where its file tells."""
+    found = {name: (value.get(name) or {}).get(task) for name in ("versions", "n-shot", "n-samples")}
+    documents = found["n-samples"].get("effective") if isinstance(found["n-samples"], dict) else None
+    told = {"version": found["versions"], "shots": found["n-shot"], "num_documents": documents}
+    return {name: each for name, each in told.items() if isinstance(each, str | int | float)}
 
 
 def harness_figures(results: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float | None]]:

@@ -111,6 +111,37 @@ def test_files_and_folders_of_results_are_models_too(capsys: pytest.CaptureFixtu
     assert "| squad | em | 0.250 [0.200, 0.400] | 0.250 [0.200, 0.400] | 0.350 [0.200, 0.400] |" in printed
 
 
+def test_what_was_measured_in_another_way_has_a_row_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of our verbs another layer or other data, of lm-eval's other examples or documents."""
+
+    def ours(value: float, **told: Any) -> dict[str, Any]:
+        return {"spearman": value, "pearson": value, "intervals": {"spearman": [0, 1], "pearson": [0, 1]}, **told}
+
+    def harness(value: float, shots: int, documents: int) -> dict[str, Any]:
+        told = {"n-shot": {"nq": shots}, "n-samples": {"nq": {"original": 90, "effective": documents}}}
+        return {"results": {"nq": {"acc,none": value}}, **told}
+
+    write("one/sts.json", ours(0.5, num_pairs=9))
+    write("two/sts.json", ours(0.25, num_pairs=9, layer=0))
+    write("three/sts.json", ours(0.75, num_pairs=9, num_queries=5))  # with retrieval, in the same file
+    for name, shots, documents in (("one", 0, 90), ("two", 5, 90), ("three", 0, 8)):
+        write(f"{name}/results_1.json", harness(0.5, shots, documents))
+    assert cli.main(["report", "one", "two", "three", "--output-dir", "out"]) == 0
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith(("| sts", "| nq"))]
+    assert rows == [
+        "| sts | spearman | 0.500 [0.000, 1.000] |  | 0.750 [0.000, 1.000] |",
+        "| sts (layer 0) | spearman |  | 0.250 [0.000, 1.000] |  |",
+        "| sts | pearson | 0.500 [0.000, 1.000] |  | 0.750 [0.000, 1.000] |",
+        "| sts (layer 0) | pearson |  | 0.250 [0.000, 1.000] |  |",
+        "| nq (shots 0, num_documents 90) | acc | 0.500 |  |  |",
+        "| nq (shots 5, num_documents 90) | acc |  | 0.500 |  |",
+        "| nq (shots 0, num_documents 8) | acc |  |  | 0.500 |",
+    ]
+    told = json.loads(Path("out/report.json").read_text())["two"]["results"]
+    assert [each["measured"] for each in told if each["task"] == "sts"] == [{"layer": 0, "num_pairs": 9}] * 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
