@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,10 +74,13 @@ def _columns(path: Path) -> Iterator[tuple[Line, str, str, float]]:
     for line in filled_lines(path):
         fields = line.text().split()
         try:
-            query, _, document, _, score, *_ = fields
-            yield line, query, document, float(score)
+            query, _, document, _, text, *_ = fields
+            score = float(text)
         except ValueError:
             raise line.error("must be query, Q0, document, rank, score and name") from None
+        if not math.isfinite(score):
+            raise line.error(f"the score {text} of {document} is no finite number")
+        yield line, query, document, score
 
 
 def _objects(path: Path) -> Iterator[tuple[Line, str, str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +44,8 @@ def read(path: str | Path, instruction: str | None = "") -> SentencePairs:
         instruction: see :class:`SentencePairs`.
 
     Raises:
-        DataError: a missing file, a line that is no pair with a score, an empty sentence, fewer than two pairs, or
-            scores that are all the same; with the line.
+        DataError: a missing file, a line that is no pair with a finite score, an empty sentence, fewer than two pairs,
+            or scores that are all the same; with the line.
     """
     path = Path(path)
     suffix = next((each for each in reversed(path.suffixes) if each not in (".gz", ".zst")), "")
@@ -54,16 +55,28 @@ def read(path: str | Path, instruction: str | None = "") -> SentencePairs:
         first, second, score = values
         if not (isinstance(first, str) and first.strip() and isinstance(second, str) and second.strip()):
             raise line.error("an empty sentence has no embedding; remove the pair")
-        try:
-            pairs.append((first, second, float(score)))
-        except (TypeError, ValueError):
-            raise line.error(f"{_FORM}; {score!r} is no number") from None
+        pairs.append((first, second, _number(score, line)))
     scores = np.array([score for _, _, score in pairs])
-    if len(pairs) < 2 or not np.isfinite(scores).all() or (scores == scores[0]).all():
+    if len(pairs) < 2 or (scores == scores[0]).all():
         raise DataError(f"holds {len(pairs)} pairs, and no two of different scores to rank", path=path)
     return SentencePairs(
         first=[each[0] for each in pairs], second=[each[1] for each in pairs], scores=scores, instruction=instruction
     )
+
+
+def _number(score: Any, line: Line) -> float:
+    """A score of a table or of an object.
+
+    Raises:
+        DataError: it is no finite number; names the line.
+    """
+    try:
+        value = math.nan if isinstance(score, bool) else float(score)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise line.error(f"{_FORM}; {score!r} is no finite number")
+    return value
 
 
 def _objects(path: Path) -> Iterator[tuple[Line, list[Any]]]:

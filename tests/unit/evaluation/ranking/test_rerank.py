@@ -164,6 +164,7 @@ def test_rankings_of_files(folder: Path) -> None:
     for content, message in [
         ("q1 Q0 d99 1 2 name\n", ":1: document d99"),
         ("q1 d3\n", ":1: must be query, Q0"),
+        ("q1 Q0 d3 1 nan name\n", ":1: the score nan of d3 is no finite number"),
         ("q1 Q0 d3 1 9.5 name\nq1 Q0 d3 2 3 name\n", ":2: document d3 is ranked twice for query q1"),
         ("", "ranks nothing"),
     ]:

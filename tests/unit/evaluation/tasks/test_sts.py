@@ -52,7 +52,9 @@ def test_forms_of_files(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("a,b,1\nc,d\n", r"pairs.csv:2: must have two sentences and a score; it has 2 fields"),
-        ("a,b,1\nc,d,high\n", r"pairs.csv:2: must have .*'high' is no number"),
+        ("a,b,1\nc,d,high\n", r"pairs.csv:2: must have .*'high' is no finite number"),
+        ("a,b,1\nc,d,2\ne,f,nan\n", r"pairs.csv:3: must have two sentences and a score; 'nan' is no finite number"),
+        ("a,b,-inf\nc,d,2\n", r"pairs.csv:1: must have .*'-inf' is no finite number"),
         ("a,b,1\nc, ,2\n", r"pairs.csv:2: an empty sentence"),
         ("a,b,1\nc,d,1\n", "no two of different scores"),
         ("", "no two of different scores"),
@@ -62,4 +64,13 @@ def test_wrong_files(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text(content)
     with pytest.raises(DataError, match=message):
+        sts.read(path)
+
+
+@pytest.mark.parametrize("score", ["true", "null", "[1]", '"high"', '"nan"'])
+def test_scores_of_objects_are_numbers(tmp_path: Path, score: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    lines = [f'{{"sentence1": "a", "sentence2": "b", "score": {each}}}\n' for each in ("2", '"3"', score)]
+    path.write_text("".join(lines))
+    with pytest.raises(DataError, match=r"pairs.jsonl:3: must have two sentences and a score; .* is no finite number"):
         sts.read(path)
