@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_grit.config.checkpoint_folder import holds_checkpoint, resolve_checkpoint
-from megatron_grit.data.chat.chat import Chat, named_chat
+from megatron_grit.config.values import shortened
+from megatron_grit.data.chat.chat import Chat, chat_beside, named_chat
+from megatron_grit.data.chat.chat_format import TOKENIZER
 from megatron_grit.data.indexed.roles import Role, RowKind
 from megatron_grit.data.indexed.rollouts import equal_groups, write_rollouts
 from megatron_grit.data.indexed.writer import IndexedWriter, refuse_existing
@@ -27,8 +29,7 @@ from megatron_grit.errors import DataError
 from megatron_grit.store.files import check_prefix
 from megatron_grit.store.hub import local_folder
 
-_COMPARED = 16
-"""Completions whose ids are decoded and compared with their text."""
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(kw_only=True)
@@ -154,7 +155,6 @@ class _Encoder:
     def __init__(self, tokenizer: Tokenizer, options: RolloutBuild) -> None:
         self.tokenizer, self.options = tokenizer, options
         self._chat: Chat | None = None
-        self._num_compared = self._num_alike = 0
 
     def add(self, kept: _Kept, group: PromptGroup, completion: SampledCompletion, number: int) -> None:
         """Take one completion of a line, or count why not."""
@@ -181,28 +181,33 @@ class _Encoder:
         kept.log_probs.append(log_probs)
 
     def _compare(self, group: PromptGroup, completion: SampledCompletion, ids: list[int]) -> None:
-        """Refuse ids of another tokenizer."""
+        """Refuse ids of another tokenizer: those beyond its vocabulary, and those that say another text."""
         largest = max((*ids, *(group.prompt_token_ids or ())), default=0)
         vocab_size = self.tokenizer.vocab_size
-        alike = largest < vocab_size
-        if alike and self._num_compared < _COMPARED and completion.text.strip():
-            self._num_compared += 1
-            self._num_alike += completion.text.strip() in self.tokenizer.decode(ids)
-            alike = self._num_alike > 0 or self._num_compared < _COMPARED
-        if not alike:
-            raise group.line.error(
-                f"token_ids are of another tokenizer than {self.tokenizer.path}: "
-                + (
-                    f"it has {vocab_size} tokens, here is {largest}"
-                    if largest >= vocab_size
-                    else "they say other texts"
-                )
-            )
+        if largest >= vocab_size:
+            told = f"it has {vocab_size} tokens, here is {largest}"
+        elif not self._says(ids, completion.text):
+            decoded, text = shortened(self.tokenizer.decode(ids)), shortened(completion.text)
+            told = f"they say {decoded}, and the text is {text}"
+        else:
+            return
+        raise group.line.error(f"token_ids are of another tokenizer than {self.tokenizer.path}: {told}")
+
+    def _says(self, ids: list[int], text: str) -> bool:
+        """Whether a text stands in what ids decode to. They may say more: a sampler leaves out of the text what it
+        stopped at, or what it takes for reasoning or a call."""
+        decoded = self.tokenizer.decode(ids)
+        if _stands_in(text, decoded):
+            return True
+        for name in [name for name, index in self.tokenizer.special_tokens.items() if index in ids]:
+            text = text.replace(name, "")  # some samplers write the names of special tokens
+        return _stands_in(text, decoded)
 
     def _encode(self, group: PromptGroup, completion: SampledCompletion) -> tuple[list[int], list[int]]:
         """Tokens of a text."""
         if self._chat is None:
-            self._chat = named_chat(self.options.template, self.tokenizer, "template")
+            own = chat_beside(self.tokenizer) if self.options.template == TOKENIZER else None
+            self._chat = own or named_chat(self.options.template, self.tokenizer, "template")
         chat_format = self._chat.bind(self.tokenizer)
         try:
             if group.prompt is not None:
@@ -225,3 +230,13 @@ class _Encoder:
             while sampled and sampled[-1] in self._chat.end_ids:
                 sampled.pop()
         return [index for _, ids in spans[:-1] for index in ids], sampled
+
+
+def _stands_in(text: str, decoded: str) -> bool:
+    """Whether one text is part of another, but for what programs decode differently: white space, and characters of
+    which some bytes are missing, with those beside them."""
+    both = [text, decoded]
+    if any(_INCOMPLETE in each for each in both):
+        both = [each.encode("ascii", "ignore").decode() for each in both]
+    text, decoded = ("".join(each.split()) for each in both)
+    return text in decoded

@@ -16,7 +16,8 @@ class RolloutBuild(Checked):
     the hub."""
     template: str = knob("tokenizer", path=True)
     """Chat template of messages where a line has no prompt_token_ids: chatml, gritlm, llama2, tulu, zephyr, tokenizer
-    for the tokenizer's own, or a .yaml file. Ids that were sampled are better: text may be cut into other tokens."""
+    for that of the checkpoint, or else the tokenizer's own, or a .yaml file. Ids that were sampled are better: text may
+    be cut into other tokens."""
     max_length: int | None = knob(None, at_least=2)
     """Leave out completions that with their prompt are longer, in tokens. null: none."""
     drop_equal: bool = False

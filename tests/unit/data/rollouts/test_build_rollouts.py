@@ -63,6 +63,46 @@ def test_tokens_are_taken_as_they_were_sampled(folder: Path, tokenizer: Tokenize
     assert known.behavior(1, 3, 4).tolist() == [-2.0]
 
 
+def test_ids_of_another_tokenizer_are_found_behind_right_ones(
+    folder: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    train_sentencepiece(["it is five or six", "nor is it four"] * 20, tmp_path / "other", 290)
+    other = load_tokenizer(tmp_path / "other.model")
+
+    def line(by: Tokenizer, text: str) -> dict[str, Any]:
+        said = {"text": text, "token_ids": [*by.encode(text), by.eos_id], "reward": 1}
+        return ASKED | {"prompt_token_ids": [1, 7], "completions": [said]}
+
+    with pytest.raises(DataError, match="in.jsonl:18: token_ids are of another tokenizer than .*: they say "):
+        built(folder, tmp_path, [line(tokenizer, "it is four")] * 17 + [line(other, "it is four")])
+
+
+def test_samplers_may_write_less_than_they_sampled(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ids = [*tokenizer.encode("it is\nfour or ö"), tokenizer.eos_id]
+    whole = {"token_ids": ids, "reward": 1}
+    cut = {"token_ids": ids[:-2], "reward": 0}
+    texts = ("", "it is", " four or ö", "it is\n\nfour or ö</s>")
+    said = [whole | {"text": text} for text in texts]
+    said += [cut | {"text": text} for text in ("it is four or", "it is four or \ufffd", "it is four or \ufffd\ufffd")]
+    report, _ = built(folder, tmp_path, [ASKED | {"prompt_token_ids": [1], "completions": said}])
+    assert report.num_completions == len(said)
+
+
+def test_the_template_of_a_checkpoint(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from megatron_grit.data.chat.chat import named_chat, write_chat
+
+    lines = [ASKED | {"completions": [{"text": "four", "reward": 1}, {"text": "six", "reward": 0}]}]
+    _, prefix = built(folder, tmp_path, lines, template="zephyr")
+    expected = prefix.with_suffix(".bin").read_bytes()
+    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    write_chat(named_chat("zephyr", tokenizer, "data.chat_template"), tmp_path)
+    _, prefix = built(tmp_path, tmp_path, lines, template="tokenizer")
+    assert prefix.with_suffix(".bin").read_bytes() == expected
+    with pytest.raises(DataError, match="no chat_template"):
+        built(folder, tmp_path, lines, template="tokenizer")
+
+
 def test_the_tokenizer_of_a_run(folder: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002"
     checkpoint.mkdir(parents=True)
@@ -121,8 +161,8 @@ def test_text_is_tokenised_as_it_is_for_tuning(folder: Path, tokenizer: Tokenize
             "token_ids are of another tokenizer than .*: it has 290 tokens, here is 400",
         ),
         (
-            ASKED | {"prompt_token_ids": [1], "completions": [{"text": "four", "token_ids": [9, 8], "reward": 1}] * 16},
-            "token_ids are of another tokenizer than .*: they say other texts",
+            ASKED | {"prompt_token_ids": [1], "completions": [{"text": "four", "token_ids": [70, 71], "reward": 1}]},
+            r"in.jsonl:1: token_ids are of another tokenizer than .*: they say 'BC', and the text is 'four'",
         ),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
