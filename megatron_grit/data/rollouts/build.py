@@ -73,6 +73,7 @@ class _Kept:
     groups: list[int] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     log_probs: list[list[float] | None] = field(default_factory=list)
+    tempered: list[bool] = field(default_factory=list)
     num_too_long: int = 0
     num_empty: int = 0
 
@@ -117,6 +118,7 @@ def build_rollouts(inputs: Sequence[str | Path], output_prefix: str | Path, opti
         reward_mean=float(rewards_R[chosen].mean()),
         reward_std=float(rewards_R[chosen].std()),
         num_equal_prompts=len(np.unique(groups_R[equal_R])),
+        num_tempered=int(np.array(kept.tempered)[chosen].sum()),
         num_too_long=kept.num_too_long,
         num_empty=kept.num_empty,
         has_log_probs=all(kept.log_probs[place] is not None for place in chosen),
@@ -178,6 +180,7 @@ class _Encoder:
         kept.records.append((prompt, sampled))
         kept.groups.append(number)
         kept.rewards.append(completion.reward)
+        kept.tempered.append(group.is_tempered)
         kept.log_probs.append(log_probs)
 
     def _compare(self, group: PromptGroup, completion: SampledCompletion, ids: list[int]) -> None:

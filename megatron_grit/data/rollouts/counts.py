@@ -15,6 +15,8 @@ class CompletionCounts:
     reward_std: float
     num_equal_prompts: int
     """Prompts whose completions all have one reward."""
+    num_tempered: int
+    """Completions that were sampled at a temperature or top_p other than 1."""
 
     def size(self) -> str:
         """How much there is."""
@@ -22,7 +24,14 @@ class CompletionCounts:
 
     def remarks(self) -> list[tuple[int, str]]:
         """What else is worth a line, each with how many there are of it."""
-        return [(self.num_equal_prompts, "prompts have one reward for all completions, which teaches nothing")]
+        return [
+            (self.num_equal_prompts, "prompts have one reward for all completions, which teaches nothing"),
+            (
+                self.num_tempered,
+                "completions were sampled at a temperature or top_p other than 1, which training does not know of: no "
+                "ratio shows it",
+            ),
+        ]
 
     def lines(self, name: str) -> list[str]:
         """For a terminal.

@@ -6,6 +6,7 @@
 
 ``prompt``, a text without a template, may stand in place of ``messages``. What else a line holds, such as ``answer``,
 is for rewards. Of a completion only ``text`` has to be there, and ``reward`` to train on it; it may be a text itself.
+``temperature`` and ``top_p`` of the line are those that were sampled with; training takes them to be 1.
 ``token_ids`` are those that were sampled, the end of the turn included, and ``logprobs`` their log-probabilities under
 the model that sampled them, at temperature 1.
 """
@@ -24,7 +25,12 @@ from megatron_grit.data.text.lines import Line, filled_lines
 from megatron_grit.data.text.records import Message, check_text, read_messages
 from megatron_grit.errors import DataError
 
-_OWN = ("prompt", "messages", "prompt_token_ids", "completions")
+SAMPLING = ("temperature", "top_p")
+"""Keys of a line that say how its completions were sampled."""
+_OWN = ("prompt", "messages", "prompt_token_ids", "completions", *SAMPLING)
+_LEAST_LOG_PROB = -80.0
+"""Nothing is sampled at less; a ratio to it may be more than fp32 holds, which is e^88. Samplers that cannot write
+-infinity write a number such as -9999."""
 
 
 @dataclass(kw_only=True)
@@ -64,14 +70,27 @@ class PromptGroup:
     asked: dict[str, Any] = field(default_factory=dict)
     """``prompt`` or ``messages`` as they were given."""
     prompt_token_ids: list[int] | None = None
+    sampling: dict[str, float] = field(default_factory=dict)
+    """``temperature`` and ``top_p`` of the completions, as far as they are known."""
     completions: list[SampledCompletion] = field(default_factory=list)
     other: dict[str, Any] = field(default_factory=dict)
     """What else the line holds."""
 
+    @property
+    def is_tempered(self) -> bool:
+        """Whether the completions are known to be no samples of the model's own distribution, that of temperature 1."""
+        return any(value != 1 for value in self.sampling.values())
+
     def to_json(self) -> dict[str, Any]:
         """As a line of JSON holds it."""
         ids = {} if self.prompt_token_ids is None else {"prompt_token_ids": self.prompt_token_ids}
-        return self.asked | self.other | ids | {"completions": [each.to_json() for each in self.completions]}
+        return (
+            self.asked
+            | self.other
+            | ids
+            | self.sampling
+            | {"completions": [each.to_json() for each in self.completions]}
+        )
 
 
 def read_groups(path: str | Path, *, answered: bool) -> Iterator[PromptGroup]:
@@ -119,6 +138,7 @@ def _group(line: Line, value: Any, answered: bool) -> PromptGroup:
     if not isinstance(completions, list) or not completions:
         raise DataError('needs "completions", a list of what a model said to the prompt')
     group.prompt_token_ids = read_ids(value.get("prompt_token_ids"), "prompt_token_ids")
+    group.sampling = {name: _positive(value[name], name) for name in SAMPLING if value.get(name) is not None}
     group.completions = [_completion(each, f"completion {number}") for number, each in enumerate(completions, 1)]
     return group
 
@@ -142,6 +162,12 @@ def _completion(value: Any, name: str) -> SampledCompletion:
         log_probs=log_probs,
         reward=None if reward is None else read_reward(reward, f"{name}: reward"),
     )
+
+
+def _positive(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+        raise DataError(f"{name} must be that of the completions, a number, not {shortened(value)}")
+    return float(value)
 
 
 def read_reward(value: Any, name: str) -> float:
@@ -180,5 +206,13 @@ def read_log_probs(value: Any, name: str) -> list[float] | None:
         raise DataError(f"{name} must be a list of numbers, not {shortened(value)}")
     for place, each in enumerate(value):
         if isinstance(each, bool) or not isinstance(each, numbers.Real) or not each <= 1e-3:
-            raise DataError(f"{name}: number {place} is {shortened(each)}; a log-probability is at most 0")
+            raise DataError(
+                f"{name}: number {place} is {shortened(each)}; a log-probability is a number and at most 0. Where some "
+                "are not known, leave logprobs out"
+            )
+        if each < _LEAST_LOG_PROB:
+            raise DataError(
+                f"{name}: number {place} is {shortened(each)}; no token is sampled at less than {_LEAST_LOG_PROB:g}, "
+                "so it stands for one that is not known. Leave logprobs out"
+            )
     return [min(float(each), 0.0) for each in value]

@@ -13,7 +13,7 @@ import urllib.request
 from typing import Any
 
 from megatron_grit.config.values import shortened
-from megatron_grit.data.rollouts.records import PromptGroup, SampledCompletion, read_ids, read_log_probs
+from megatron_grit.data.rollouts.records import SAMPLING, PromptGroup, SampledCompletion, read_ids, read_log_probs
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.rollouts.options import EndpointOptions, RolloutSampling
 from megatron_grit.store.logs import get_logger
@@ -89,12 +89,17 @@ class Endpoint:
             choices = answer["choices"]
             ids = read_ids(answer.get("prompt_token_ids", choices[0].get("prompt_token_ids")), "prompt_token_ids")
             found = [_completion(choice, is_chat) for choice in choices]
-        except (KeyError, TypeError, AttributeError, IndexError, DataError):
+        except DataError as error:
+            raise group.line.error(
+                f"{self.url} answers {path} with something else than OpenAI's API: {error}"
+            ) from None
+        except (KeyError, TypeError, AttributeError, IndexError):
             raise group.line.error(str(self._other(path, answer))) from None
         if len(found) != sampling.n:
             remedy = f"give --n {len(found)}, or another endpoint"
             raise group.line.error(f"{self.url} gave {len(found)} completions in place of --n {sampling.n}; {remedy}")
         group.prompt_token_ids, group.completions = ids, found
+        group.sampling = {name: getattr(sampling, name) for name in SAMPLING}
         return group
 
     def _ask(self, path: str, body: dict[str, Any] | None, seconds: float, retries: int) -> Any:

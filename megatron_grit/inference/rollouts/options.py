@@ -34,7 +34,8 @@ class RolloutSampling(Checked):
     max_tokens: int = knob(512, at_least=1)
     """Longest completion in tokens."""
     temperature: float = knob(1.0, above=0)
-    """Divides the logits. The model is trained at 1, and log-probabilities are of 1, so leave it there."""
+    """Divides the logits. The model is trained at 1, and log-probabilities are of 1, so leave it there: no figure of
+    training shows another one. Lines keep it, and build-rollouts says so."""
     top_p: float = knob(1.0, above=0, at_most=1)
     """Sample from the smallest set of tokens that holds this probability; leave it at 1 for the same reason."""
     seed: int = knob(0, at_least=0)

@@ -6,6 +6,7 @@ A reward is ``[WEIGHT*]NAME[:ARGUMENT]``; that of a completion is the sum of all
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import threading
 from collections.abc import Callable
@@ -64,7 +65,11 @@ class Rewards:
         right = self._right(group) if any(reward.compares for reward in self.every) else []
         for completion in group.completions:
             completion.rewards = {reward.spec: self._of(reward, completion, right, group) for reward in self.every}
-            completion.reward = sum(reward.weight * completion.rewards[reward.spec] for reward in self.every)
+            total = sum(reward.weight * completion.rewards[reward.spec] for reward in self.every)
+            try:
+                completion.reward = read_reward(total, "the weighted sum of its rewards")
+            except DataError as error:
+                raise group.line.error(str(error)) from None
 
     def _of(self, reward: Reward, completion: SampledCompletion, right: list[str], group: PromptGroup) -> float:
         text = completion.text
@@ -82,12 +87,17 @@ class Rewards:
     def _right(self, group: PromptGroup) -> list[str]:
         value = group.other.get(self.options.answer_key)
         several = value if isinstance(value, list) else [value]
-        if not several or not all(isinstance(each, str | int | float) for each in several):
+        if not several or not all(map(_is_text_or_number, several)):
             raise group.line.error(
                 f'says not what is right: "{self.options.answer_key}" is {shortened(value)}; give a text, or set '
                 "--answer-key"
             )
         return [str(each) for each in several]
+
+
+def _is_text_or_number(value: object) -> bool:
+    """An empty text is none: every completion begins with it."""
+    return not isinstance(value, bool) and isinstance(value, str | int | float) and bool(str(value).strip())
 
 
 def _parse(spec: str) -> Reward:
@@ -96,6 +106,8 @@ def _parse(spec: str) -> Reward:
         factor = float(weight) if star else 1.0
     except ValueError:
         factor, rest = 1.0, spec
+    if not math.isfinite(factor):
+        raise ConfigError(f"--reward {spec}: the weight {weight} is no finite number")
     name, _, argument = (rest if star else spec).partition(":")
     make = _MAKERS.get(name)
     if make is None:

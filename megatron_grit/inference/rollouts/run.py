@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_grit.data.indexed.rollouts import equal_groups
 from megatron_grit.data.rollouts.counts import CompletionCounts
-from megatron_grit.data.rollouts.records import PromptGroup, read_groups
+from megatron_grit.data.rollouts.records import SAMPLING, PromptGroup, read_groups
 from megatron_grit.data.text.lines import parse_json
 from megatron_grit.inference.rollouts.endpoint import Endpoint
 from megatron_grit.inference.rollouts.in_order import in_order
@@ -90,11 +90,14 @@ def _identity(options: RolloutOptions, groups: list[PromptGroup], endpoint: Endp
 
 
 def _summary(lines: Iterator[str]) -> RolloutSummary:
-    numbers, rewards, num_cut, num_without = [], [], 0, 0
+    numbers, rewards, num_cut, num_without, num_tempered = [], [], 0, 0, 0
     for number, line in enumerate(lines):
-        for completion in parse_json(line.encode())["completions"]:
+        value = parse_json(line.encode())
+        is_tempered = any(value.get(name, 1) != 1 for name in SAMPLING)
+        for completion in value["completions"]:
             numbers.append(number)
             rewards.append(completion["reward"])
+            num_tempered += is_tempered
             num_cut += completion.get("finish_reason") == "length"
             num_without += "logprobs" not in completion
     groups, values = np.array(numbers), np.array(rewards)
@@ -104,6 +107,7 @@ def _summary(lines: Iterator[str]) -> RolloutSummary:
         reward_mean=float(values.mean()),
         reward_std=float(values.std()),
         num_equal_prompts=len(np.unique(groups[equal_groups(groups, values)])),
+        num_tempered=num_tempered,
         num_cut=num_cut,
         num_without_ids=num_without,
     )

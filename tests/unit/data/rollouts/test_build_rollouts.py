@@ -155,6 +155,15 @@ def test_text_is_tokenised_as_it_is_for_tuning(folder: Path, tokenizer: Tokenize
         (ASKED | {"completions": [{"reward": 1}]}, "completion 1: text"),
         (ASKED | {"completions": [{"text": "a", "token_ids": [-1]}]}, "token_ids must be a list of ids"),
         (ASKED | {"completions": [{"text": "a", "token_ids": [1], "logprobs": [0.5]}]}, "number 0 is 0.5; a log-prob"),
+        (
+            ASKED | {"completions": [{"text": "a", "token_ids": [1], "logprobs": [None]}]},
+            "is null; .*leave logprobs out",
+        ),
+        (
+            ASKED | {"completions": [{"text": "a", "token_ids": [1, 2], "logprobs": [-1, -9999.0]}]},
+            "in.jsonl:1: completion 1: logprobs: number 1 is -9999.0; no token is sampled at less than -80",
+        ),
+        (ASKED | {"completions": ["a"], "temperature": "1"}, "temperature must be that of the completions, a number"),
         (ASKED | {"completions": [{"text": "a", "token_ids": [1], "logprobs": []}]}, "0 logprobs for 1 token_ids"),
         (
             ASKED | {"prompt_token_ids": [1], "completions": [{"text": "a", "token_ids": [400], "reward": 1}]},

@@ -21,6 +21,7 @@ from megatron_grit.data.rollouts.build import build_rollouts
 from megatron_grit.data.rollouts.options import RolloutBuild
 from megatron_grit.data.rollouts.records import PromptGroup, SampledCompletion
 from megatron_grit.data.text.lines import Line
+from megatron_grit.data.text.tokenizer import train_sentencepiece
 from megatron_grit.errors import ConfigError, DataError, GritError
 from megatron_grit.inference.rollouts.options import RewardOptions, RolloutOptions
 from megatron_grit.inference.rollouts.rewards import Rewards
@@ -127,6 +128,7 @@ def test_prompts_are_sampled_and_rewarded(tmp_path: Path, api: Callable[[Answer]
     assert [line["id"] for line in written] == [0, 1, 2]
     for number, line in enumerate(written):
         assert line["prompt_token_ids"] == [1, 2] and line["answer"] == str(number)
+        assert (line["temperature"], line["top_p"]) == (1.0, 1.0)
         assert [one["reward"] for one in line["completions"]] == [
             float(place == number) + 0.5 * (place >= 2) for place in range(4)
         ]
@@ -188,6 +190,24 @@ def fixed(content: Any, status: int = 200) -> Answer:
     return answer
 
 
+@pytest.mark.parametrize("changes", [{"temperature": 0.7}, {"top_p": 0.5}])
+def test_another_temperature_is_kept_and_told(
+    changes: dict[str, float], tmp_path: Path, api: Callable[[Answer], Api]
+) -> None:
+    """No figure of training shows it, since log-probabilities are those of temperature 1."""
+    prompts_file(tmp_path / "prompts.jsonl")
+    output, rewarded = tmp_path / "out.jsonl", tmp_path / "again.jsonl"
+    summary = write_rollouts_file(options(tmp_path, api(fixed({"choices": [{"text": "1"}] * 4})).url, **changes))
+    again = write_rollouts_file(RolloutOptions(completions=str(output), output=str(rewarded), reward=["contains"]))
+    for line in lines(rewarded):
+        assert {name: line[name] for name in changes} == changes
+    model = train_sentencepiece(["one two three four five"] * 20, tmp_path / "tokenizer", 280)
+    how = RolloutBuild(tokenizer=str(model), template="gritlm")
+    for found in (summary, again, build_rollouts([rewarded], tmp_path / "rollouts", how)):
+        assert found.num_tempered == found.num_completions == 12
+        assert "12 completions were sampled at a temperature or top_p other than 1" in "\n".join(found.lines("x"))
+
+
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
@@ -201,6 +221,10 @@ def fixed(content: Any, status: int = 200) -> Answer:
         (fixed({"choices": []}), "something else than OpenAI's API"),
         (fixed({"choices": [{"text": "a"}]}), "gave 1 completions in place of --n 4"),
         (fixed({"choices": [{"text": "a", "token_ids": ["x"]}] * 4}), "something else than OpenAI's API"),
+        (
+            fixed({"choices": [{"text": "a", "token_ids": [1], "logprobs": {"token_logprobs": [-9999.0]}}] * 4}),
+            "something else than OpenAI's API: logprobs: number 0 is -9999.0; no token is sampled at less than -80",
+        ),
         (
             fixed({"error": {"message": "unknown field return_token_ids"}}, 400),
             "status 400: unknown field return_token",
@@ -298,11 +322,26 @@ def test_functions_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ),
         ("exat", r"there is no reward 'exat' \(did you mean exact\?\)"),
         ("exact:4", "takes no argument"),
+        ("nan*exact", r"--reward nan\*exact: the weight nan is no finite number"),
+        ("1e400*exact", "the weight 1e400 is no finite number"),
+        ("-inf*exact", "the weight -inf is no finite number"),
         ("regex:[", "is no pattern of Python's re"),
         ("format", "needs tags"),
     ):
         with pytest.raises(ConfigError, match=says):
             Rewards(RewardOptions(reward=[spec]))
+
+
+@pytest.mark.parametrize("right", ["", " \n", ["4", ""], True, ["4", False], []])
+def test_what_every_completion_would_be_is_not_right(right: Any) -> None:
+    for reward in ("exact", "contains", "starts_with"):
+        with pytest.raises(DataError, match='prompts.jsonl:7: says not what is right: "answer" is '):
+            Rewards(RewardOptions(reward=[reward])).add(group_of("True", answer=right))
+
+
+def test_rewards_that_add_up_to_no_number() -> None:
+    with pytest.raises(DataError, match="prompts.jsonl:7: the weighted sum of its rewards must be a number"):
+        Rewards(RewardOptions(reward=["1e308*regex:T", "1e308*exact"])).add(group_of("T", answer="T"))
 
 
 def test_what_is_right_must_be_said() -> None:
