@@ -165,7 +165,7 @@ def _completion(value: Any, name: str) -> SampledCompletion:
 
 
 def _positive(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
         raise DataError(f"{name} must be that of the completions, a number, not {shortened(value)}")
     return float(value)
 
