@@ -232,4 +232,4 @@ def test_a_closed_gate_and_missing_neighbors_are_the_decoder_alone(
 def test_a_model_that_is_sharded_does_not_generate() -> None:
     sharded: Any = SimpleNamespace(model_group=SimpleNamespace(size=4))
     with pytest.raises(ConfigError, match=r"sharded over 4 processes; .* megatron-grit generate --checkpoint PATH$"):
-        GritModel._refuse_sharded(sharded, "generate")
+        GritModel.refuse_sharded(sharded, "generate")
