@@ -303,12 +303,18 @@ class TextEmbedder:
         return "bf16" if self.config.training.precision == "bf16" else "fp32"
 
     def cache_identity(self, attention: Attention) -> CacheIdentity:
-        """What this model's caches follow from; the first call reads all weights.
+        """What this model's caches follow from; the first call reads all weights, those after it none: see
+        :meth:`weights_changed`.
 
         Args:
             attention: of the pass.
         """
         return replace(self._cache_identity, attention=attention)
+
+    def weights_changed(self) -> None:
+        """To be called after weights were changed in memory: caches made before are not those of this model any more,
+        and are refused."""
+        self.__dict__.pop("_cache_identity", None)
 
     @cached_property
     def _cache_identity(self) -> CacheIdentity:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_grit.data.rows.batch import PackedRow
+from megatron_grit.errors import ConfigError
 from megatron_grit.inference.mesh_rows import WINDOW, common_length, forward_batches, share_out
 from megatron_grit.inference.model_group import ModelGroup
 from megatron_grit.models.decoder import GritDecoder, Output
@@ -48,6 +49,9 @@ def encode_tokens(
 
     Returns:
         float32 [len(texts), D], on every process.
+
+    Raises:
+        ConfigError: there is no such layer.
     """
     for chunk in chunks:
         chunk.eval()
@@ -74,12 +78,17 @@ def first_layers(model: GritDecoder, layer: int | None) -> Iterator[None]:
     Args:
         model: the layers of all stages, whole or its tensor parallel part.
         layer: 0 to the number of layers. None: all of them.
+
+    Raises:
+        ConfigError: there is no such layer.
     """
     if layer is None:
         yield
         return
     block = model.decoder
     layers, norm = block.layers, block.final_layernorm
+    if not 0 <= layer <= len(layers):
+        raise ConfigError(f"layer must be 0 to {len(layers)}, the model's last, or None, not {layer}")
     try:
         block.layers = layers[:layer]
         block.final_layernorm = norm if layer == len(layers) else None

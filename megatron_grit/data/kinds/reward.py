@@ -30,6 +30,7 @@ class RewardStream(PreferenceStream):
     kind = "reward"
     record_draws = stream_of("reward")
     rows_key = "reward.rows"
+    reads_ends = True
 
     def open_beside(self, config: RunConfig, tokenizer: Tokenizer) -> None:
         """Nothing is read beside the records."""

@@ -6,7 +6,7 @@ opened, and, where records are too long, the lengths of a bounded number of reco
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -16,9 +16,10 @@ from megatron_grit.config.checks.checkpoint import checkpoint_errors, finished_l
 from megatron_grit.config.kinds import compares_rows, kind_batch_size, kind_options, load_kind, trained_kinds
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.config.shape import reads_neighbors
-from megatron_grit.data.chat.chat import Chat
+from megatron_grit.data.chat.chat import Chat, chat_of_file, is_known
 from megatron_grit.data.chat.run_chat import run_chat, unlike_base
 from megatron_grit.data.indexed.records import IndexedRecords
+from megatron_grit.data.indexed.roles import split_texts
 from megatron_grit.data.order.blend import blend_weights
 from megatron_grit.data.order.sources import OpenFiles, SourceRules, Sources, find_errors, longest_unit, row_knob
 from megatron_grit.data.rows.held_out import HeldOutStream
@@ -105,6 +106,8 @@ def prospects(config: RunConfig, tokenizer: Tokenizer, chat: Chat) -> Iterator[s
         if config.training.steps:
             yield _epochs(config, kind, entries, sources)
         yield from _too_long(config, rules, sources)
+        if stream.reads_ends:
+            yield from _without_end(tokenizer, rules, sources)
     yield from unlike_base(config, tokenizer, chat)
     yield from unlike_model(config)
     yield from unlike_reader(config)
@@ -163,6 +166,49 @@ def _too_long(config: RunConfig, rules: SourceRules, sources: Sequence[IndexedRe
         yield line
     if len(found) > _SOURCES_NAMED:
         yield f"{rules.key}: {len(found) - _SOURCES_NAMED} further sources have {what} that are longer than {knob}"
+
+
+def _without_end(tokenizer: Tokenizer, rules: SourceRules, sources: Sequence[IndexedRecords]) -> Iterator[str]:
+    """A warning of conversations that their build has cut, of all sources together."""
+    cut = looked_at = 0
+    first = None
+    for source in sources:
+        limit = source.meta.limits.get("generative")
+        if limit is None or source.meta.longest_segment_tokens < limit:
+            continue
+        found, count = _cut_off(source, limit, _ends(source, tokenizer), max(1, _BLOCKS // len(sources)))
+        cut, looked_at, first = cut + found, looked_at + count, first or (source.prefix if found else None)
+    if cut:
+        yield (
+            f"warning: {rules.key}: {cut:,} of {looked_at:,} answers that were looked at were cut at "
+            f"--generative-max-len when they were built, as in {first}: they have no end, at which they would be read; "
+            "build them with a larger one, or with --over-long drop or terminate"
+        )
+
+
+def _ends(source: IndexedRecords, tokenizer: Tokenizer) -> Collection[int]:
+    """Tokens that end an answer of a source."""
+    meta = source.meta
+    if is_known(meta.template, meta.template_source, tokenizer):
+        return chat_of_file(meta.template, meta.template_source, tokenizer).end_ids
+    return (tokenizer.eos_id,)
+
+
+def _cut_off(source: IndexedRecords, limit: int, ends: Collection[int], blocks: int) -> tuple[int, int]:
+    """How many conversations of evenly spread records were cut at a number of tokens, and how many were looked at."""
+    cut = count = 0
+    try:
+        for record in _some(len(source), blocks).tolist():
+            roles, lengths = source.spans(record)
+            begin = 0
+            for first, last in split_texts(roles):
+                size = sum(lengths[first:last])
+                begin, count = begin + size, count + 1
+                if size >= limit:
+                    cut += int(source.tokens(record, begin - 1, 1)[0]) not in ends
+    finally:
+        source.close()
+    return cut, count
 
 
 def _some(count: int, blocks: int) -> np.ndarray:

@@ -53,6 +53,8 @@ class RowStream(ABC):
     """Name of the kind."""
     reads_texts: ClassVar[bool] = True
     """Whether its records are texts and conversations, of which held-out ones may become rows too."""
+    reads_ends: ClassVar[bool] = False
+    """Whether what is trained is read at the last token of a conversation, so that an answer has to have its end."""
     sources: Sources
     fixed_length: int | None = None
     """Tokens that every row is padded to; None: as many as the row's segments have, or those of the longest row."""

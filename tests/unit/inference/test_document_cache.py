@@ -242,6 +242,13 @@ def test_what_other_models_made_is_refused(plain: GritModel, trained_run: RunCon
         assert other.cache_identity("causal").settings != cache.identity.settings
     for other in made(trained_run, {}, seed=4):
         assert other.cache_identity("causal").weights != cache.identity.weights
+    for model in made(trained_run, {}):
+        (own,) = model.cache(DOCUMENTS[0])
+        with torch.no_grad():
+            next(model.model.parameters()).add_(0.1)
+        model.weights_changed()
+        with pytest.raises(DataError, match="^the cache was made with other weights than this model's"):
+            model.generate(QUERY, caches=[own])
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_grit.config.schema import ParallelConfig
-from megatron_grit.errors import MeshError
-from megatron_grit.inference.encode import pooled_row
+from megatron_grit.errors import ConfigError, MeshError
+from megatron_grit.inference.encode import first_layers, pooled_row
 from megatron_grit.inference.loading import fit_mesh
 from megatron_grit.inference.mesh_rows import share_out
 from tests.rows import tiny_config
@@ -65,3 +68,16 @@ def test_settings_that_a_mesh_needs_are_set(monkeypatch: pytest.MonkeyPatch) -> 
         mixture.parallel = parallel
         with pytest.raises(MeshError, match=message):
             fit_mesh(mixture)
+
+
+def test_a_layer_that_a_model_does_not_have_is_refused() -> None:
+    block = SimpleNamespace(layers=["first", "second", "third"], final_layernorm="norm")
+    model: Any = SimpleNamespace(decoder=block)
+    for layer, norm in ((0, None), (2, None), (3, "norm"), (None, "norm")):
+        with first_layers(model, layer):
+            assert (len(block.layers), block.final_layernorm) == (3 if layer is None else layer, norm)
+    for layer in (-1, 4, 99):
+        refused = pytest.raises(ConfigError, match=f"^layer must be 0 to 3, the model's last, or None, not {layer}$")
+        with refused, first_layers(model, layer):
+            pass
+    assert len(block.layers) == 3

@@ -17,6 +17,13 @@ DEFAULT_BETA = {"dpo": 0.1, "dpo_norm": 5.0, "ipo": 0.1, "kto": 0.1, "simpo": 2.
 """Of each loss: DPO's, IPO's, KTO's and ORPO's published ones; 5 for length-normalised DPO (Tulu 3, arXiv 2411.15124);
 2 for SimPO (arXiv 2405.14734)."""
 WITHOUT_REFERENCE = ("simpo", "orpo")
+_ONLY_IN: dict[str, tuple[str, ...]] = {
+    "label_smoothing": ("dpo", "dpo_norm", "simpo"),
+    "gamma_beta_ratio": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+"""Options that only some losses look at."""
 
 
 @dataclass(kw_only=True)
@@ -90,12 +97,16 @@ def needs_reference(config: PreferenceConfig) -> bool:
 def problems(config: RunConfig, multiple: int) -> Iterator[Problem]:
     """What contradicts itself in the options of a run that trains it; arguments as for other kinds."""
     own: PreferenceConfig = config.preference  # type: ignore[attr-defined]
-    if own.label_smoothing and own.loss not in ("dpo", "dpo_norm", "simpo"):
-        yield Problem("preference.label_smoothing", f"preference.label_smoothing has no effect on {own.loss}")
+    for name, losses in _ONLY_IN.items():
+        if own.loss not in losses and getattr(own, name) != getattr(PreferenceConfig, name):
+            yield Problem(f"preference.{name}", f"preference.{name} has no effect on {own.loss}")
     if own.reference_free and own.loss not in ("dpo", "dpo_norm", "ipo"):
         why = "measures from its reference" if own.loss == "kto" else "has no reference"
         yield Problem("preference.reference_free", f"preference.reference_free: {own.loss} {why}; set it to false")
-    if own.reference == "adapters_off" and config.adapter.kind == "none":
+    if own.reference == "adapters_off" and not needs_reference(own):
+        why = "preference.reference_free leaves it out" if own.reference_free else f"{own.loss} has no reference"
+        yield Problem("preference.reference", f"preference.reference adapters_off has no effect: {why}; set cache")
+    elif own.reference == "adapters_off" and config.adapter.kind == "none":
         yield Problem(
             "preference.reference", "preference.reference adapters_off needs adapters; set adapter.kind, or cache"
         )

@@ -77,6 +77,13 @@ def problems(config: RunConfig, multiple: int) -> Iterator[Problem]:
     own, size = section(config), section(config).batch_size
     if size < multiple:
         yield Problem(BATCH, f"{BATCH} {size} is below the {multiple} rows of a step", MeshError)
+    if own.aggregation != "constant" and own.completion_tokens != RolloutConfig.completion_tokens:
+        yield Problem(
+            "rollout.completion_tokens",
+            "rollout.completion_tokens has an effect only with rollout.aggregation constant",
+        )
+    if own.reference != "start" and not own.kl_weight:
+        yield Problem("rollout.reference", f"rollout.reference {own.reference} has no effect without rollout.kl_weight")
     if own.kl_weight and own.reference == "adapters_off" and config.adapter.kind == "none":
         yield Problem("rollout.reference", "rollout.reference adapters_off needs adapters; set adapter.kind, or start")
     if config.data.over_long == "split":

@@ -82,6 +82,8 @@ def test_impossible_meshes(world_size: int, options: list[str], model: str, mess
 
 
 READS = ["model.retro.num_neighbors=2", "model.retro.layers=[1]"]
+PREFERS = ["training.objective=preference", "preference.data=[p]"]
+SAMPLES = ["training.objective=rollout", "rollout.data=[r]"]
 CONTRADICTIONS = [
     (["parallel.context=2", "model.attention_backend=te"], "does not go with parallel.context above 1"),
     (["parallel.overlap=true", "training.objective=embedding"], "none for the language-model head"),
@@ -108,6 +110,14 @@ CONTRADICTIONS = [
     (["data.packing=window", "training.generative_rows=3"], "generative_rows 3 is no multiple of 2"),
     (["training.generative_rows=4"], "has an effect only with data.packing window"),
     (["loss.microbatch_sequences=8"], "has an effect only with loss.loss_gen_type microbatch_mean or sum"),
+    ([*PREFERS, "preference.loss=ipo", "preference.label_smoothing=0.1"], "label_smoothing has no effect on ipo"),
+    ([*PREFERS, "preference.gamma_beta_ratio=2"], "gamma_beta_ratio has no effect on dpo"),
+    ([*PREFERS, "preference.loss=ipo", "preference.desirable_weight=3"], ".desirable_weight has no effect on ipo"),
+    ([*PREFERS, "preference.loss=orpo", "preference.undesirable_weight=0"], "undesirable_weight has no effect on orpo"),
+    ([*PREFERS, "preference.loss=simpo", "preference.reference=adapters_off"], "no effect: simpo has no reference"),
+    ([*PREFERS, "preference.reference_free=true", "preference.reference=adapters_off"], "reference_free leaves it out"),
+    ([*SAMPLES, "rollout.completion_tokens=64"], "has an effect only with rollout.aggregation constant"),
+    ([*SAMPLES, "rollout.reference=adapters_off"], "adapters_off has no effect without rollout.kl_weight"),
     (["data.tokenizer=null"], "data.tokenizer is not set"),
     (["training.valid_interval=5"], "training.valid_interval measures the loss on data.valid; give the texts"),
     (["training.skip_train=true"], "training.skip_train measures the loss on data.valid; give the texts"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from megatron_grit.cli import train
+from megatron_grit.config.kinds import option
 from megatron_grit.config.schema import RunConfig
+from megatron_grit.data.builders.grit_builder import Limits, build_grit
 from megatron_grit.data.chat import run_chat
 from megatron_grit.data.chat.chat import Chat, named_chat, write_chat
 from megatron_grit.data.chat.run_chat import unlike_base
@@ -215,6 +217,30 @@ def test_a_base_of_another_tokenizer_or_template(
     assert list(unlike_base(config, own, chat)) == [line]
     config.model.pretrained = "some/gone"
     assert list(unlike_base(config, own, chat)) == []
+
+
+def test_a_reward_model_is_told_of_answers_that_were_cut(
+    write_jsonl: Callable[..., Path], tokenizer_path: Path, tmp_path: Path
+) -> None:
+    """Not of those that end at the limit, or are ended there."""
+    pairs = [{"prompt": "a", "chosen": "one two " * 40, "rejected": f"two {number}"} for number in range(3)]
+    path = write_jsonl([*pairs, {"prompt": "a", "chosen": "yes", "rejected": "no"}])
+    said = {}
+    for over_long, limit in (("truncate", 24), ("terminate", 24), ("truncate", 2048)):
+        prefix = str(tmp_path / f"{over_long} {limit}")
+        limits = Limits(generative=limit)
+        build_grit([path], prefix, tokenizer_path, kind=RowKind.PREFERENCE, limits=limits, over_long=over_long)
+        config = run_config(tmp_path, objective="reward", tokens_per_row=4096)
+        option(config, "reward").data = [prefix]
+        tokenizer = load_tokenizer(tokenizer_path)
+        told = prospects.prospects(config, tokenizer, CHAT)
+        said[over_long, limit] = [line for line in told if line.startswith("warning")]
+    assert said.pop(("truncate", 24)) == [
+        "warning: reward.data: 3 of 8 answers that were looked at were cut at --generative-max-len when they were "
+        f"built, as in {tmp_path / 'truncate 24'}: they have no end, at which they would be read; build them with a "
+        "larger one, or with --over-long drop or terminate"
+    ]
+    assert not any(said.values())
 
 
 def test_records_that_are_all_longer_than_rows(files: dict[str, str], tmp_path: Path) -> None:
