@@ -98,6 +98,11 @@ class IndexedMeta:
     format: str = FORMAT_NAME
     version: int = FORMAT_VERSION
 
+    @property
+    def conversation_limit(self) -> int | None:
+        """Tokens beyond which conversations were cut. None: they were not."""
+        return self.limits.get("generative")
+
     def to_json(self) -> str:
         """Text of the ``.json``: the fields, and the SHA-256 of what they say."""
         values = asdict(self)

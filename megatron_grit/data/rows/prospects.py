@@ -173,7 +173,7 @@ def _without_end(tokenizer: Tokenizer, rules: SourceRules, sources: Sequence[Ind
     cut = looked_at = 0
     first = None
     for source in sources:
-        limit = source.meta.limits.get("generative")
+        limit = source.meta.conversation_limit
         if limit is None or source.meta.longest_segment_tokens < limit:
             continue
         found, count = _cut_off(source, limit, _ends(source, tokenizer), max(1, _BLOCKS // len(sources)))
