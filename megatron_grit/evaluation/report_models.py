@@ -24,6 +24,7 @@ from megatron_grit.evaluation.results import (
     newest_tasks,
     read_json,
     read_results,
+    told_apart,
     training_results,
 )
 from megatron_grit.store.files import check_output, replacing, write_json
@@ -190,10 +191,7 @@ def _rows(keys: Iterable[Key]) -> dict[Key, str]:
         ways.setdefault(key[:3], {})[key] = dict(key[3])
     rows: dict[Key, str] = {}
     for (_, task, _), same in ways.items():
-        names = dict.fromkeys(name for each in same.values() for name in each)
-        differing = [name for name in names if len({each.get(name) for each in same.values()}) > 1]
-        for key, each in same.items():
-            told = ", ".join(f"{name} {each[name]}" for name in differing if name in each)
+        for key, told in zip(same, told_apart(list(same.values())), strict=True):
             rows[key] = f"{task} ({told})" if told else task
     return rows
 

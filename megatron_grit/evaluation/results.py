@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,14 +166,25 @@ def _of_ours(value: Mapping[str, Any], source: str, task: str, name: str) -> lis
                 file=name,
                 step=step if isinstance(step, int) else None,
                 command=value.get("command"),
-                measured={
-                    name: value[name]
-                    for name in (*_CONDITIONS, *_COUNTS[_sort_of(metric)])
-                    if isinstance(value.get(name), str | int)
-                },
+                measured=conditions_of(value, task, metric),
             )
         )
     return found
+
+
+def conditions_of(value: Mapping[str, Any], task: str, metric: str) -> dict[str, Any]:
+    """How, and on how much, a figure of a file of ours or of lm-eval's was measured, as far as the file tells."""
+    if isinstance(value.get("results"), dict):
+        return _harness_conditions(value, task)
+    names = (*_CONDITIONS, *_COUNTS[_sort_of(metric)])
+    return {name: value[name] for name in names if isinstance(value.get(name), str | int)}
+
+
+def told_apart(ways: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of ways in which a figure was measured, each one's conditions that are not those of all: ``layer 0, ...``."""
+    names = dict.fromkeys(name for each in ways for name in each)
+    differing = [name for name in names if len({each.get(name) for each in ways}) > 1]
+    return [", ".join(f"{name} {each[name]}" for name in differing if name in each) for each in ways]
 
 
 def _sort_of(metric: str) -> str:
@@ -196,7 +207,7 @@ def _of_lm_eval(value: Mapping[str, Any], name: str) -> Iterator[Result]:
             high=None if margin is None else figure + margin,
             file=name,
             command=command,
-            measured=_harness_conditions(value, task),
+            measured=conditions_of(value, task, metric),
         )
 
 

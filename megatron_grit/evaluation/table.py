@@ -14,8 +14,11 @@ from typing import Any
 
 from megatron_grit.config.locate import yaml_file
 from megatron_grit.errors import ConfigError, DataError
-from megatron_grit.evaluation.results import newest_tasks, read_json, tasks_of
+from megatron_grit.evaluation.results import conditions_of, newest_tasks, read_json, tasks_of, told_apart
 from megatron_grit.store.files import write_json
+from megatron_grit.store.logs import get_logger
+
+log = get_logger(__name__)
 
 Groups = Mapping[str, Mapping[str, tuple[str, float]]]
 """Of each group its tasks; of each task its metric, and what multiplies it."""
@@ -62,7 +65,7 @@ def _latex(text: str) -> str:
 
 
 def group_table(folders: Sequence[str | Path], groups_file: str | Path, output: str | Path | None = None) -> GroupTable:
-    """Read the figures of models and take their means.
+    """Read the figures of models and take their means. Tasks that were not measured alike are warned of.
 
     Args:
         folders: of each model; the last part of the path is its name.
@@ -78,7 +81,14 @@ def group_table(folders: Sequence[str | Path], groups_file: str | Path, output: 
     names = [path.resolve().name for path in paths]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"two folders are named {twice}, and a model has its name of its folder; rename one")
-    tasks = {name: _figures(path, groups) for name, path in zip(names, paths, strict=True)}
+    tasks, measured = dict[str, dict[str, float]](), dict[str, dict[str, dict[str, Any]]]()
+    for name, path in zip(names, paths, strict=True):
+        tasks[name], measured[name] = _figures(path, groups)
+    for task in next(iter(measured.values()), {}):
+        told = told_apart([found[task] for found in measured.values()])
+        if any(told):
+            ways = "; ".join(f"{name}: {way or 'not told'}" for name, way in zip(names, told, strict=True))
+            log.warning(f"{task} was not measured alike ({ways})")
     means = {
         model: {group: fmean(found[task] for task in of_group) for group, of_group in groups.items()}
         for model, found in tasks.items()
@@ -116,19 +126,24 @@ def read_groups(path: str | Path) -> Groups:
     return groups
 
 
-def _figures(folder: Path, groups: Groups) -> dict[str, float]:
-    """Of each task of the groups."""
+def _figures(folder: Path, groups: Groups) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """Of each task of the groups the figure, and how it was measured."""
     if not folder.is_dir():
         raise DataError("is no folder of results", path=folder)
-    held = {path: tasks_of(path, read_json(path)) for path in sorted(folder.rglob("*.json"))}
+    files = {path: read_json(path) for path in sorted(folder.rglob("*.json"))}
+    held = {path: tasks_of(path, value) for path, value in files.items()}
     counting = newest_tasks(held)
     held = {path: {task: tasks[task] for task in tasks if task in counting[path]} for path, tasks in held.items()}
     wanted = {task: how for tasks in groups.values() for task, how in tasks.items()}
-    return {task: scale * _figure(folder, held, task, metric) for task, (metric, scale) in wanted.items()}
+    figures, measured = dict[str, float](), dict[str, dict[str, Any]]()
+    for task, (metric, scale) in wanted.items():
+        path, figure = _figure(folder, held, task, metric)
+        figures[task], measured[task] = scale * figure, conditions_of(files[path], task, metric.partition(",")[0])
+    return figures, measured
 
 
-def _figure(folder: Path, held: Mapping[Path, Mapping[str, Any]], task: str, metric: str) -> float:
-    """A task's figure, from its own file or from one of lm-eval's."""
+def _figure(folder: Path, held: Mapping[Path, Mapping[str, Any]], task: str, metric: str) -> tuple[Path, float]:
+    """A task's file and figure, from its own file or from one of lm-eval's."""
     found: dict[Path, Any] = {}
     for path, tasks in held.items():
         if (figures := tasks.get(task)) is not None:
@@ -148,4 +163,4 @@ def _figure(folder: Path, held: Mapping[Path, Mapping[str, Any]], task: str, met
     ((path, value),) = found.items()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"{metric} of task {task} is {value!r} and no number", path=path)
-    return float(value)
+    return path, float(value)

@@ -50,6 +50,21 @@ def test_a_task_weighs_the_same_in_its_group_and_a_group_in_the_mean(capsys: pyt
     assert table["tasks"]["sft_1"]["wmt14"] == pytest.approx(0.6)
 
 
+def test_tasks_that_were_not_measured_alike_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    for model, (_, _, nq, ter) in FIGURES.items():
+        held = {"nq": {"em,none": nq}, "wmt14": {"ter,none": ter}}
+        shots = {"nq": 5 if model == "base" else 0, "wmt14": 2}
+        write(f"{model}/lm_eval/results_1.json", {"results": held, "n-shot": shots})
+    write("base/squad2.json", {"f1": 0.2, "scorer": "squad2", "num_questions": 9})
+    write("sft_1/squad2.json", {"f1": 0.6, "scorer": "squad2", "num_questions": 8})
+    assert cli.main(COMMAND) == 0
+    told = [line.partition(" ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert told == [
+        "squad2 was not measured alike (base: num_questions 9; sft_1: num_questions 8)",
+        "nq was not measured alike (base: shots 5; sft_1: shots 0)",
+    ]
+
+
 def test_of_files_of_the_harness_in_one_folder_the_newest_counts(capsys: pytest.CaptureFixture[str]) -> None:
     write("base/lm_eval/results_2.json", {"results": {"nq": {"em,none": 0.7}}})
     write("base/lm_eval/results_0.json", {"results": {"nq": {"em,none": 0.9}, "wmt14": {"ter,none": 1.0}}})

@@ -13,6 +13,7 @@ from megatron_grit.config.options import HarnessModel, HarnessTasks
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.evaluation.lm.run import LmReport, evaluate_lm
+from tests.corpus import write_jsonl
 from tests.unit.evaluation.lm.local_tasks import NAMES, write_tasks
 
 pytest.importorskip("lm_eval")
@@ -83,6 +84,25 @@ def test_answers_of_another_model_are_refused(trained_run: RunConfig, tasks: Pat
     described.write_text(json.dumps(facts | {"content": "another"}))
     with pytest.raises(DataError, match=r"of another model \(content another\); give another --output-dir"):
         evaluate(trained_run, tasks, tmp_path, tasks=["local_answers"])
+
+
+def test_data_that_change_change_the_figures(trained_run: RunConfig, tmp_path: Path) -> None:
+    """Answers are kept by request, and figures are of the data that are there now."""
+    folder, output = write_tasks(tmp_path / "tasks", count=2), tmp_path / "out"
+    records = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    told = {"tasks": ["local_answers"], "log_samples": True}
+    report = evaluate(trained_run, folder, output, **told)
+    assert report.figures[""]["local_answers"]["exact_match,none"] == 0
+    (samples,) = output.glob("samples_*.jsonl")
+    said = [json.loads(line)["filtered_resps"][0] for line in samples.read_text().splitlines()]
+    write_jsonl(folder / "answers.jsonl", [r | {"choices": [a]} for r, a in zip(records, said, strict=True)])
+    report = evaluate(trained_run, folder, output, **told)
+    assert report.figures[""]["local_answers"]["exact_match,none"] == 1
+    kept = list((output / "answers").glob("*.jsonl"))
+    write_jsonl(folder / "answers.jsonl", [r | {"question": "what else?", "choices": ["x"]} for r in records])
+    report = evaluate(trained_run, folder, output, **told)
+    assert report.figures[""]["local_answers"]["exact_match,none"] == 0
+    assert len(list((output / "answers").glob("*.jsonl"))) == len(kept) + 1  # asked
 
 
 def test_a_suite_has_a_folder_for_each_part(
