@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from megatron_grit.evaluation.bootstrap import bootstrap_mean
 from megatron_grit.evaluation.tasks.task import Figures
 from megatron_grit.store.files import check_output, write_json
 from megatron_grit.store.logs import get_logger, say_loading
+
+if TYPE_CHECKING:
+    from megatron_grit.inference.rollouts.reward_model import RewardModel
 
 log = get_logger(__name__)
 
@@ -52,13 +55,21 @@ def read_pairs(path: str | Path) -> list[Pair]:
     return pairs
 
 
+def _tokens(model: RewardModel, pair: Pair, side: Literal["chosen", "rejected"]) -> list[int]:
+    try:
+        return model.tokens(getattr(pair, side))
+    except DataError as error:
+        raise DataError(f'{pair.name}: "{side}" {error}') from None
+
+
 def evaluate_rewards(options: RewardEvaluation) -> dict[str, Any]:
     """Evaluate, and write the figures where they are asked for.
 
     Returns:
         ``accuracy``, the share of the pairs whose preferred answer has the higher reward (a tie is none),
-        ``margin``, the mean difference of the two, the mean rewards ``chosen`` and ``rejected``, and ``num_pairs``;
-        under ``intervals`` 95 % bootstrap intervals over pairs.
+        ``margin``, the mean difference of the two, the mean rewards ``chosen`` and ``rejected``, ``num_pairs``, and
+        ``num_equal``, how many of them are two times the same tokens, which are ties and are warned of; under
+        ``intervals`` 95 % bootstrap intervals over pairs.
 
     Raises:
         GritError: pairs that cannot be read or do not fit the model, or a checkpoint of no reward model.
@@ -73,14 +84,15 @@ def evaluate_rewards(options: RewardEvaluation) -> dict[str, Any]:
 
     model = RewardModel.load(path, device=options.device)
     log.info(f"rewards of the answers of {len(pairs):,} pairs")
-    for pair in pairs:
-        for side in ("chosen", "rejected"):
-            try:
-                model.tokens(getattr(pair, side))
-            except DataError as error:
-                raise DataError(f'{pair.name}: "{side}" {error}') from None
+    equal = np.array([_tokens(model, pair, "chosen") == _tokens(model, pair, "rejected") for pair in pairs])
+    if num_equal := int(equal.sum()):
+        log.warning(
+            f"{options.data}: the answers of {num_equal:,} of {len(pairs):,} pairs are the same tokens; each is a tie, "
+            "which accuracy counts as wrong. Leave them out"
+        )
     both = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
     rewards = model.score(both, batch_tokens=options.batch_tokens).astype(np.float64).reshape(-1, 2)
+    rewards[equal, 1] = rewards[equal, 0]  # two places of a batch may give other last bits
     margins = rewards[:, 0] - rewards[:, 1]
     intervals = {
         "accuracy": bootstrap_mean(margins > 0),
@@ -93,6 +105,7 @@ def evaluate_rewards(options: RewardEvaluation) -> dict[str, Any]:
         "step": read_state(path)["step"],
         "data": options.data,
         "num_pairs": len(pairs),
+        "num_equal": num_equal,
         "chance_accuracy": 0.5,
     }
     figures = Figures(intervals=intervals, others=others).contents()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,9 @@ def evaluate(folder: Path, **options: Any) -> dict[str, Any]:
     return evaluate_rewards(RewardEvaluation(**(given | options)))
 
 
-def test_it_learns_what_was_preferred(folder: Path) -> None:
+def test_it_learns_what_was_preferred(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On other pairs; swapped ones are the control."""
     steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps[0]["loss_reward"] == pytest.approx(np.log(2), abs=0.1) and steps[-1]["loss_reward"] < 0.3
@@ -113,6 +116,13 @@ def test_it_learns_what_was_preferred(folder: Path) -> None:
     assert json.loads((folder / "figures.json").read_text()) == figures
     assert figures["margin"] == pytest.approx(figures["chosen"] - figures["rejected"], abs=1e-5)
     assert abs(figures["chosen"] + figures["rejected"]) < figures["margin"]  # centered
+    both = pairs(3, seed=1)
+    both[1]["rejected"], both[2]["rejected"] = f"{both[1]['chosen']} ", f"{both[2]['chosen']} "
+    monkeypatch.setattr(logging.getLogger("megatron_grit"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        ties = evaluate(folder, data=str(write_jsonl(folder / "ties.jsonl", both)))
+    assert figures["num_equal"] == 0 and ties["num_equal"] == 2 and ties["accuracy"] <= 1 / 3
+    assert "the answers of 2 of 3 pairs are the same tokens; each is a tie" in caplog.text
     swapped = [each | {"chosen": each["rejected"], "rejected": each["chosen"]} for each in pairs(100, seed=1)]
     write_jsonl(folder / "swapped.jsonl", swapped)
     assert evaluate(folder, data=str(folder / "swapped.jsonl"))["accuracy"] == pytest.approx(1 - figures["accuracy"])

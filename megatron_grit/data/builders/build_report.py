@@ -42,6 +42,8 @@ class BuildReport:
     """Records that were split."""
     num_split_pieces: int = 0
     """Records that they were split into."""
+    num_unanswered: int = 0
+    """Records that were read without the turns behind their last answer."""
     token_quantiles: dict[str, dict[str, float]] = field(default_factory=dict)
     """Tokens, template included: count, mean and quantiles by kind of text."""
     num_tokens: int = 0
@@ -55,6 +57,8 @@ class BuildReport:
         lines += [f"  truncated, {name:20s} {count:10d}" for name, count in sorted(self.truncated.items())]
         if self.num_split:
             lines.append(f"  split, {'records':24s} {self.num_split:10d}, into {self.num_split_pieces}")
+        if self.num_unanswered:
+            lines.append(f"  cut, turns without an answer {self.num_unanswered:5d}")
         supervised = f", supervised {self.num_supervised_tokens}" if self.kind != RowKind.EMBEDDING.value else ""
         lines.append(f"  tokens {self.num_tokens}{supervised}")
         header = "".join(f"{name:>9s}" for name in ("texts", "mean", "min", "median", "90 %", "99 %", "max"))
@@ -95,6 +99,7 @@ def make_report(
         },
         num_split=counters.get("split.records", 0),
         num_split_pieces=counters.get("split.pieces", 0),
+        num_unanswered=counters.get("unanswered", 0),
         token_quantiles={name: _quantiles(values) for name, values in lengths.items()},
         num_tokens=meta.num_tokens,
         num_supervised_tokens=meta.num_supervised_tokens if meta.kind != RowKind.EMBEDDING.value else 0,

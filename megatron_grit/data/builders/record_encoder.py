@@ -31,7 +31,10 @@ from megatron_grit.errors import ConfigError, DataError
 OUTPUT = "records"
 """Name of the one output."""
 BAD_LINE = "bad_line"
-UNFIT = ("empty_text", "instruction_too_long", "nothing_to_predict", "merged_answer", "template_refused")
+UNFIT = (
+    *("empty_text", "instruction_too_long", "nothing_to_predict", "merged_answer", "template_refused"),
+    "equal_answers",
+)
 """Reasons for which a record is dropped without an option asking for it; often a mistake in the data."""
 
 _CHARS_PER_TOKEN = 10
@@ -111,6 +114,8 @@ class _Batch:
     """Dropped records: reason and message."""
     num_cut_pieces: int = 0
     """Pieces of split conversations that were truncated."""
+    num_unanswered: int = 0
+    """Records that lost turns behind their last answer."""
 
     def reject(self, unit: int, reason: str, message: str) -> None:
         """Drop the record of a text. If it was dropped before, the first reason is kept."""
@@ -176,6 +181,7 @@ class RecordEncoder:
             made = [(record, self._texts(record) if kind is RowKind.EMBEDDING else self._rated(record))]
         if self._held_out is not None and (shared := self._held_out.overlap(contents(record))) is not None:
             raise _RejectedError("contaminated", f"shares these words with a held-out file: {shared}")
+        batch.num_unanswered += any(each.is_unanswered for each in (record, *(side for _, side in record.rated)))
         for record, texts in made:
             for name, pieces in texts:
                 batch.names.append(name)
@@ -251,6 +257,8 @@ class RecordEncoder:
             table = table.terminated(full)
         if self.options.kind is not RowKind.EMBEDDING:
             self._check_generative(batch, full, table, sizes)
+        if self.options.kind is RowKind.PREFERENCE:
+            self._check_pairs(batch, table, sizes > limits)
         pieces = self._split_over_long(batch, full, sizes) if self.options.over_long == "split" else {}
         owners = np.array(batch.owners, dtype=np.int64)
         kept = np.ones(len(batch.records), dtype=bool)
@@ -279,6 +287,8 @@ class RecordEncoder:
             order = np.argsort(np.concatenate([documents, parents]), kind="stable")
             documents = np.concatenate([documents, parents])[order]
             tokens = _reorder(tokens, parts, order)
+        if batch.num_unanswered:
+            counters["unanswered"] = batch.num_unanswered
         return tokens, documents, counters
 
     def _check_sizes(self, batch: _Batch, full: SpanTable, sizes: np.ndarray, limits: np.ndarray) -> None:
@@ -327,6 +337,19 @@ class RecordEncoder:
             room = "one" if self.options.over_long == "terminate" and head == limit - 1 else "none"
             message = f"the {what} takes {head} of {limit} tokens and leaves {room} for the answer"
             batch.reject(unit, "instruction_too_long", message)
+
+    def _check_pairs(self, batch: _Batch, table: SpanTable, is_cut: np.ndarray) -> None:
+        """Drop pairs whose conversations are the same tokens, which no loss tells apart."""
+        ends = np.cumsum(table.unit_tokens())
+        for unit in range(1, len(batch.units)):
+            if batch.owners[unit - 1] != batch.owners[unit]:
+                continue
+            begin, middle, end = (int(ends[place]) if place >= 0 else 0 for place in (unit - 2, unit - 1, unit))
+            if np.array_equal(table.tokens[begin:middle], table.tokens[middle:end]):
+                when = (
+                    f"cut to {self.options.limits.generative} tokens" if is_cut[unit - 1 : unit + 1].any() else "read"
+                )
+                batch.reject(unit, "equal_answers", f"chosen and rejected are the same tokens once they are {when}")
 
     def _split_over_long(self, batch: _Batch, full: SpanTable, sizes: np.ndarray) -> dict[int, list[list[Span]]]:
         """Pieces of the texts and conversations that are longer than the limit, by record."""

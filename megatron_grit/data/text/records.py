@@ -86,6 +86,8 @@ class Record:
     messages: list[Message] = field(default_factory=list)
     """User and assistant in turn, beginning with the user and ending with the assistant; before a user's message any
     number of system messages, after an assistant's messages of tools and the assistant again."""
+    is_unanswered: bool = False
+    """Whether turns stood behind the last answer, which nothing is learned from; they are left out."""
     tools: list[Any] | None = None
     """What the assistant may call, for a template that reads it."""
     chosen: Record | None = None
@@ -154,8 +156,10 @@ def parse_record(value: object) -> Record:
 
 
 def _conversation(value: dict[str, Any], messages: object) -> Record:
-    tools = read_tools(value.get("tools"))
-    return Record(kind=RowKind.GENERATIVE, messages=_messages(messages), tools=tools)
+    tools, turns = read_tools(value.get("tools")), read_messages(messages)
+    answered = _answered(turns)
+    is_unanswered = len(answered) < len(turns)
+    return Record(kind=RowKind.GENERATIVE, messages=answered, tools=tools, is_unanswered=is_unanswered)
 
 
 def alternate(turns: list[str]) -> list[Message]:
@@ -250,8 +254,8 @@ def check_text(value: object, name: str) -> str:
     return value
 
 
-def _messages(value: object) -> list[Message]:
-    messages = read_messages(value)
+def _answered(messages: list[Message]) -> list[Message]:
+    """A conversation up to its last answer."""
     answered = max((place for place, message in enumerate(messages, 1) if message.role == "assistant"), default=0)
     if not answered:
         raise DataError("no user turn with an answer in this conversation")

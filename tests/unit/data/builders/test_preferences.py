@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,6 +154,31 @@ def test_long_answers_are_cut_and_keep_a_label(
     assert spans[last - 1][1][-1] == spans[stop - 1][1][-1] == tokenizer.eos_id
     assert sum(len(tokens) for _, tokens in spans[start:stop]) < 60
     assert "instruction_too_long" in path.with_suffix(".rejected.jsonl").read_text()
+
+
+def test_answers_that_become_equal_are_dropped(
+    write_jsonl: Callable[..., Path], tokenizer_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    same = "word " * 60
+    path = write_jsonl(
+        [
+            {"prompt": [user("a")], "chosen": [answer("fine")], "rejected": [answer("fine ")]},
+            {"prompt": [user("a")], "chosen": [answer("fine")], "rejected": [answer("finer")]},
+            {"prompt": [user("a")], "chosen": [answer(same + "A")], "rejected": [answer(same + "B")]},
+            {"prompt": "a", "chosen": same + "A", "rejected": same},
+            {"messages": [user("a"), answer("one"), user("b")], "label": True},
+            {"messages": [user("a"), answer("one")], "label": True},
+        ]
+    )
+    records = build(path, tokenizer_path, limits=Limits(generative=40))
+    rejected = [json.loads(line) for line in path.with_suffix(".rejected.jsonl").read_text().splitlines()]
+    assert len(records) == 3 and [line["reason"] for line in rejected] == ["equal_answers"] * 3
+    assert [line["line"] for line in rejected] == [1, 3, 4]
+    assert ["cut to 40 tokens" in line["message"] for line in rejected] == [False, True, True]
+    report = json.loads(path.with_suffix(".report.json").read_text())
+    assert (report["dropped"], report["num_unanswered"]) == ({"equal_answers": 3}, 1)
+    with pytest.raises(DataError, match="the same tokens once they are read"):
+        build(path, tokenizer_path, on_filtered="stop", overwrite=True)
 
 
 def test_equal_pairs_are_found_and_held_out_ones(write_jsonl: Callable[..., Path], tokenizer_path: Path) -> None:
