@@ -86,7 +86,7 @@ class Record:
     messages: list[Message] = field(default_factory=list)
     """User and assistant in turn, beginning with the user and ending with the assistant; before a user's message any
     number of system messages, after an assistant's messages of tools and the assistant again."""
-    is_unanswered: bool = False
+    is_unanswered: bool = field(default=False, compare=False)
     """Whether turns stood behind the last answer, which nothing is learned from; they are left out."""
     tools: list[Any] | None = None
     """What the assistant may call, for a template that reads it."""
