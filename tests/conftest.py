@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from megatron_grit.config.commands import note_command
 from tests.harness import cost, engine, engine_calls, shards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,10 +93,13 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
         return (yield)
 
 
-@pytest.fixture(autouse=True)
-def no_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that tests run in this process are not remembered by the next test's results."""
-    monkeypatch.setattr("megatron_grit.config.commands._COMMAND", [])
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup() -> Any:
+    """Commands that run in this process are not remembered by what is written after them."""
+    note_command("", ())
+    result = yield
+    note_command("", ())
+    return result
 
 
 @pytest.fixture(scope="session")

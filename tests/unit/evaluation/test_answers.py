@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_grit.cli import main as cli
+from megatron_grit.compat import install_command
 from megatron_grit.inference.model import GritModel
 
 COMMAND = "evaluate answers --checkpoint run --input chats.jsonl --output answers.jsonl".split()
@@ -133,4 +134,4 @@ def test_without_the_package(
     monkeypatch.setitem(__import__("sys").modules, "sacrebleu", None)
     write(chat("x"))
     assert cli.main(COMMAND) == 2
-    assert "pip install 'megatron-grit[eval]'" in capsys.readouterr().err
+    assert install_command("eval") in capsys.readouterr().err

@@ -22,6 +22,7 @@ import pytest
 import uvicorn
 from starlette.testclient import TestClient
 
+from megatron_grit.compat import install_command
 from megatron_grit.config.options import ServingLimits
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError
@@ -142,7 +143,7 @@ def test_a_line_for_each_request(model: GritModel, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("package", ["starlette", "uvicorn"])
 def test_a_missing_package_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=rf"needs {package}: pip install 'megatron-grit\[serve\]'"):
+    with pytest.raises(ConfigError, match=rf"needs {package}: {re.escape(install_command('serve'))}"):
         server.serve("nowhere")
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_grit.compat import install_command
 from megatron_grit.config.options import HarnessModel, HarnessTasks
 from megatron_grit.config.schema import RunConfig
 from megatron_grit.errors import ConfigError, DataError
@@ -165,7 +167,7 @@ def test_without_the_harness(trained_run: RunConfig, tasks: Path, tmp_path: Path
         return plain(name, *rest, **others)
 
     monkeypatch.setattr(builtins, "__import__", refusing)
-    with pytest.raises(ConfigError, match=r"evaluate lm needs lm-eval.*: pip install 'megatron-grit\[eval\]'$"):
+    with pytest.raises(ConfigError, match=rf"evaluate lm needs lm-eval.*: {re.escape(install_command('eval'))}$"):
         evaluate(trained_run, tasks, tmp_path)
 
 

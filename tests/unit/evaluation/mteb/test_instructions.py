@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_grit.compat import install_command
 from megatron_grit.errors import ConfigError
 from megatron_grit.evaluation.mteb.instructions import known_sets, load_instructions
 from megatron_grit.evaluation.mteb.tasks import load_tasks, suites
@@ -66,5 +68,5 @@ def test_a_file_of_the_user(tmp_path: Path) -> None:
 
 def test_without_mteb_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mteb", None)
-    with pytest.raises(ConfigError, match=r"evaluate mteb needs mteb: pip install 'megatron-grit\[eval\]'$"):
+    with pytest.raises(ConfigError, match=rf"evaluate mteb needs mteb: {re.escape(install_command('eval'))}$"):
         load_tasks(["quick"], ["eng"])

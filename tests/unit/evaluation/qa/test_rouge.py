@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_grit.cli import main as cli
+from megatron_grit.compat import install_command
 from megatron_grit.errors import ConfigError
 from megatron_grit.evaluation.qa.rouge import rouge_scores
 from megatron_grit.evaluation.qa.run import evaluate_answers, format_scores
@@ -109,7 +110,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     """Said before a file is read."""
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     assert cli.main(["evaluate", "qa", "nothing.txt", "nothing.json", "--rouge"]) == 2
-    message = "--rouge needs rouge-score: pip install 'megatron-grit[eval]'"
+    message = f"--rouge needs rouge-score: {install_command('eval')}"
     assert capsys.readouterr().err == f"megatron-grit evaluate qa: error: {message}\n"
     with pytest.raises(ConfigError):
         rouge_scores(["a"], [["a"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_grit.compat import install_command
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.evaluation.encoder import load_encoder
 from megatron_grit.evaluation.ranking.first_stage import rank_by_words, read_ranking
@@ -184,5 +186,5 @@ def test_prompts_that_cannot_be_used() -> None:
 
 def test_without_bm25s_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(ConfigError, match=r"^a ranking by words needs bm25s: pip install 'megatron-grit\[retro\]'$"):
+    with pytest.raises(ConfigError, match=rf"^a ranking by words needs bm25s: {re.escape(install_command('retro'))}$"):
         reranking.read(folder)

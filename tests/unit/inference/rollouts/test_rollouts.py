@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_grit.compat import install_command
 from megatron_grit.data.indexed.records import IndexedRecords
 from megatron_grit.data.indexed.rollouts import Rollouts
 from megatron_grit.data.rollouts.build import build_rollouts
@@ -351,7 +353,7 @@ def test_what_is_right_must_be_said() -> None:
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ConfigError, match=r"needs math-verify: pip install 'megatron-grit\[rl\]'"):
+    with pytest.raises(ConfigError, match=rf"needs math-verify: {re.escape(install_command('rl'))}"):
         Rewards(RewardOptions(reward=["math-verify"]))
 
 

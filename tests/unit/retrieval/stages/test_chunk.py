@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
+from megatron_grit.compat import install_command
 from megatron_grit.data.chunks.chunk_db import ChunkDb
 from megatron_grit.data.chunks.project import Project
 from megatron_grit.errors import ConfigError, DataError
@@ -116,7 +118,7 @@ def test_a_merge_that_was_killed_finds_nothing_twice(tmp_path: Path, monkeypatch
 
 def test_near_duplicates_need_datasketch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasketch", None)
-    with pytest.raises(ConfigError, match=r"duplicates near needs datasketch: pip install 'megatron-grit\[retro\]'"):
+    with pytest.raises(ConfigError, match=rf"duplicates near needs datasketch: {re.escape(install_command('retro'))}"):
         build_chunks(project_of(tmp_path, make_texts(3), duplicates="near"), Worker())
 
 
