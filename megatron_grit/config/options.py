@@ -163,7 +163,7 @@ class SamplingOptions(Checked):
             raise ConfigError(f"stop must be at most {MAX_STOPS} texts, not {len(self.stop)}")
 
 
-CACHE_FORMATS = ("doc", "query", "query-doc", "doc-query")
+CacheForm = Literal["doc", "query", "query-doc", "doc-query"]
 """Forms of a prompt that begins with caches."""
 
 
@@ -171,7 +171,7 @@ CACHE_FORMATS = ("doc", "query", "query-doc", "doc-query")
 class CacheUse(Checked):
     """How caches of documents are read."""
 
-    format: Literal["doc", "query", "query-doc", "doc-query"] = "doc"
+    format: CacheForm = "doc"
     """What the caches are of. doc: documents, and the request is a query. query: a query, and the request is a
     document. query-doc, doc-query: both in this order, and the request is empty."""
     repair: Literal["auto", "none", "first", "deviating", "all"] = "auto"

@@ -110,11 +110,7 @@ class TextEmbedder:
             found, caches = self._embed_and_cache(several, options)
         else:
             found = self.embed(several, options, progress=progress)
-        self.num_cut += found.num_cut
-        if found.num_cut and progress:
-            log.info(
-                f"{found.num_cut:,} of {len(several):,} texts are longer than {self._longest(max_length)} tokens: cut"
-            )
+        self._count_cut(found.num_cut, len(several), max_length, say=progress)
         vectors: Any = quantize_vectors(found.vectors, precision, ranges)
         if convert_to_tensor:
             import torch
@@ -151,7 +147,7 @@ class TextEmbedder:
             progress: as there.
             before_pass: called before each forward pass; what it raises ends the call.
         """
-        tokenised, num_cut = self._embedding_tokens(texts, options)
+        tokenised, num_cut = self._cut_tokens(texts, options.instruction, options.side, options.max_length)
         vectors = self.embed_tokens(tokenised, options, progress=progress, before_pass=before_pass)
         return Embeddings(vectors, sum(len(head) + len(tail) for head, tail in tokenised), num_cut)
 
@@ -191,12 +187,17 @@ class TextEmbedder:
         if not all(tail for _, tail in tokenised):
             raise DataError(f"the instruction fills max_length {options.max_length}; shorten it or raise max_length")
 
-    def _embedding_tokens(
-        self, texts: Sequence[str | list[int]], options: EmbeddingOptions
+    def _count_cut(self, num_cut: int, num_texts: int, max_length: int, *, say: bool) -> None:
+        self.num_cut += num_cut
+        if num_cut and say:
+            log.info(f"{num_cut:,} of {num_texts:,} texts are longer than {self._longest(max_length)} tokens: cut")
+
+    def _cut_tokens(
+        self, texts: Sequence[str | list[int]], instruction: str | None, side: Side | None, max_length: int
     ) -> tuple[list[tuple[list[int], list[int]]], int]:
         """As :meth:`embedding_tokens`, and how many texts were cut."""
-        whole = [instruction_and_text(self.tokenizer, text, options.instruction) for text in texts]
-        markers, longest = self._markers(options.side), self._longest(options.max_length)
+        markers, longest = self._markers(side), self._longest(max_length)
+        whole = [instruction_and_text(self.tokenizer, text, instruction) for text in texts]
         tokenised = [cut_embedding(*parts, longest, markers) for parts in whole]
         return tokenised, sum(len(head) + len(tail) + markers.num_tokens > longest for head, tail in whole)
 
@@ -206,7 +207,7 @@ class TextEmbedder:
         self.refuse_sharded("keeping keys and values")
         if self.layer is not None:
             raise ConfigError("get_cache is of all layers, and this model embeds from one of them; set layer to None")
-        tokenised, num_cut = self._embedding_tokens(texts, options)
+        tokenised, num_cut = self._cut_tokens(texts, options.instruction, options.side, options.max_length)
         self._check_embedding(tokenised, options)
         caches, vectors = make_caches(
             self.model,
@@ -262,13 +263,9 @@ class TextEmbedder:
             max_length=max_length or self.config.model.max_position_embeddings,
             batch_tokens=batch_tokens,
         )
-        tokenised, num_cut = self._embedding_tokens(several, options)
+        tokenised, num_cut = self._cut_tokens(several, options.instruction, options.side, options.max_length)
         self._check_embedding(tokenised, options)
-        self.num_cut += num_cut
-        if num_cut:
-            log.info(
-                f"{num_cut:,} of {len(several):,} texts are longer than {self._longest(options.max_length)} tokens: cut"
-            )
+        self._count_cut(num_cut, len(several), options.max_length, say=True)
         identity = self.cache_identity(attention)
         ids = [tuple(head + tail) for head, tail in tokenised]
         found: dict[tuple[int, ...], DocumentCache | None] = {
@@ -345,10 +342,7 @@ class TextEmbedder:
         Raises:
             DataError: the model has to know the side and is not told.
         """
-        markers, longest = self._markers(side), self._longest(max_length)
-        return [
-            cut_embedding(*instruction_and_text(self.tokenizer, text, instruction), longest, markers) for text in texts
-        ]
+        return self._cut_tokens(texts, instruction, side, max_length)[0]
 
     def _markers(self, side: Side | None) -> TextMarkers:
         return self.markers.passage if self._is_query(side) is False else self.markers.query

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from megatron_grit.errors import ConfigError
 from megatron_grit.serving.bodies import before_the_rest, failure
 from megatron_grit.serving.fields import RequestError
+from megatron_grit.store.environment import is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,7 +96,7 @@ def _of_another_site(scope: Scope) -> bool:
     if b"origin" in headers and urlsplit(headers[b"origin"]).netloc != host:
         return True
     name = urlsplit(f"//{host}").hostname or ""
-    return _is_loopback((scope.get("server") or [""])[0]) and not (
+    return is_loopback((scope.get("server") or [""])[0]) and not (
         name == "localhost" or name.endswith(".localhost") or _is_address(name)
     )
 
@@ -106,7 +107,3 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _is_loopback(name: str) -> bool:
-    return _is_address(name) and ipaddress.ip_address(name).is_loopback

@@ -5,7 +5,6 @@ Requests and responses have the form of OpenAI's API, so that its clients work.
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_grit.serving.access import VARIABLE, read_keys
 from megatron_grit.serving.app import create_app
 from megatron_grit.serving.scheduler import Scheduler
 from megatron_grit.serving.service import Service
+from megatron_grit.store.environment import is_loopback
 from megatron_grit.store.logs import get_logger
 from megatron_grit.training.checkpoint import resolve_checkpoint
 
@@ -129,7 +129,7 @@ def serve(  # many: the options of a verb
         )
         listener.listen()
         address, port = listener.getsockname()[:2]
-        if not keys and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        if not keys and not is_loopback(address):
             message = "warning: everyone who can reach %s can use the model; put a key into --api-key-file or %s"
             LOGGER.warning(message, address, VARIABLE)
         LOGGER.info("serving %s on http://%s:%d", name, f"[{address}]" if ":" in address else address, port)

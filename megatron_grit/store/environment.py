@@ -1,7 +1,9 @@
-"""Where this process is: its job, the one reader of RANK, WORLD_SIZE and their like, and its host."""
+"""Where this process is: its job, the one reader of RANK, WORLD_SIZE and their like, its host, and what addresses lead
+back to it."""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 
@@ -137,3 +139,11 @@ def is_alive(pid: int) -> bool:
         return False
     except (OSError, OverflowError, IndexError):  # of another user, hidden in /proc, or a number that is no id
         return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or localhost, is one at which a machine talks to itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from megatron_grit.evaluation.tasks.task import Figures, write_summary
 from megatron_grit.store.digest import sha256_of_file
 from megatron_grit.store.files import check_output, json_text
 from megatron_grit.store.logs import say_loading
-from megatron_grit.store.progress import Progress
 from megatron_grit.store.rows import LineFile
 
 if TYPE_CHECKING:
@@ -55,16 +54,16 @@ def evaluate_rag(options: RagEvaluation) -> dict[str, Any]:
     rag, sampling = RagModel(model, path, options), SamplingOptions(max_new_tokens=options.max_new_tokens)
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "device", "project_dir")}
     identity = [sha256_of_file(options.input), settings, model_identity(path, model), _identity(rag)]
+
+    def answered(start: int) -> Iterator[list[str]]:
+        for first in range(start, len(questions), _BATCH):
+            batch = questions[first : first + _BATCH]
+            found = rag.search([question for question, _ in batch])
+            for (question, answers), contexts in zip(batch, found, strict=True):
+                yield [json_text(_answered(rag, question, answers, contexts, sampling))]
+
     with LineFile(Path(options.output)) as file:
-        file.resume(identity, len(questions))
-        with Progress(len(questions), "answering", "question") as bar:
-            bar.skip(file.num_rows)
-            for first in range(file.num_rows, len(questions), _BATCH):
-                batch = questions[first : first + _BATCH]
-                found = rag.search([question for question, _ in batch])
-                for (question, answers), contexts in zip(batch, found, strict=True):
-                    file.append([json_text(_answered(rag, question, answers, contexts, sampling))])
-                    bar.update(1)
+        file.fill(identity, len(questions), answered, "answering", "question")
         lines = [json.loads(line) for line in file.lines()]
         file.publish()
     return _summarised(options, lines)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
-from megatron_grit.config.options import CACHE_FORMATS
+from megatron_grit.config.options import CacheForm
 from megatron_grit.data.text.special import SpecialTokens
 from megatron_grit.data.text.tokenizer import Tokenizer
 from megatron_grit.errors import DataError
@@ -62,7 +63,7 @@ FORMATS: dict[str, CacheFormat] = {
         takes_text=False,
     ),
 }
-assert tuple(FORMATS) == CACHE_FORMATS
+assert tuple(FORMATS) == get_args(CacheForm)
 
 
 def prompt_behind(tokenizer: Tokenizer, name: str, num_caches: int, text: str | None) -> list[int]:

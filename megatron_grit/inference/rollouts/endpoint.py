@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import json
 import os
 import time
@@ -16,6 +15,7 @@ from megatron_grit.config.values import shortened
 from megatron_grit.data.rollouts.records import SAMPLING, PromptGroup, SampledCompletion, read_ids, read_log_probs
 from megatron_grit.errors import ConfigError, DataError
 from megatron_grit.inference.rollouts.options import EndpointOptions, RolloutSampling
+from megatron_grit.store.environment import is_loopback
 from megatron_grit.store.logs import get_logger
 
 log = get_logger(__name__)
@@ -49,7 +49,7 @@ class Endpoint:
                 "http://127.0.0.1:8000/v1"
             )
         self.url, self.options = (options.endpoint or "").rstrip("/"), options
-        proxies: dict[str, str] | None = {} if _is_loopback(url.hostname) else None
+        proxies: dict[str, str] | None = {} if is_loopback(url.hostname) else None
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
         self.model = self._find_model(options.model)
 
@@ -174,10 +174,3 @@ def _parts(address: str) -> urllib.parse.SplitResult | None:
     except ValueError:
         return None
     return url if address.isascii() and address.isprintable() and " " not in address else None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -17,7 +17,10 @@ from megatron_grit.store.logs import get_logger
 
 log = get_logger(__name__)
 
-_TEXT, _MARKDOWN, _HTML, _LINES = {".txt", ".text"}, {".md", ".markdown"}, {".html", ".htm"}, {".jsonl"}
+_KINDS = {".text": ".txt", ".markdown": ".md", ".htm": ".html"} | {
+    kind: kind for kind in (".txt", ".md", ".html", ".jsonl")
+}
+"""What a file is read as, by its suffix."""
 _PACKED = (".gz", ".zst")
 _HEADING = re.compile(r"\s{0,3}#{1,6}\s+(.+?)\s*#*\s*")
 
@@ -94,15 +97,11 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _kind(path: Path) -> str | None:
-    """What a file is read as: the first suffix of its kind."""
+    """What a file is read as. None: it is not read."""
     name = path.name.lower()
     for packed in _PACKED:
         name = name.removesuffix(packed)
-    suffix = Path(name).suffix
-    for kinds in (_TEXT, _MARKDOWN, _HTML, _LINES):
-        if suffix in kinds:
-            return min(kinds, key=len) if kinds is not _HTML else ".html"
-    return None
+    return _KINDS.get(Path(name).suffix)
 
 
 def _of_file(path: Path, name: str, kind: str | None) -> Document:
